@@ -1,0 +1,107 @@
+"""Frozen settings, made once from a ConfigDict; every range check lives here.
+
+Entry points call `from_config_dict(SomeConfig, config.some)`; nothing below
+them sees a ConfigDict.
+"""
+
+import dataclasses
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+  """A mistake of the user: one line, "got X, expected Y, do Z"."""
+
+
+def check(ok: bool, name: str, got: Any, expected: str) -> None:
+  """Raises UserError unless `ok`."""
+  if not ok:
+    raise UserError(f"got {name}={got}, expected {expected}; change {name}")
+
+
+def from_config_dict(cls: type[T], values: Any) -> T:
+  """A frozen dataclass `cls` from a ConfigDict with exactly its fields.
+
+  Raises:
+    UserError: on an unknown or missing key, or a value out of range.
+  """
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  unknown = sorted(set(values) - set(fields))
+  if unknown:
+    raise UserError(
+        f"got unknown setting {unknown[0]!r} for {cls.__name__}, expected one "
+        f"of {sorted(fields)}; remove or rename it"
+    )
+  kwargs = {}
+  for name in values:
+    value = values[name]
+    if dataclasses.is_dataclass(fields[name].type):
+      value = from_config_dict(fields[name].type, value)
+    elif isinstance(value, (list, tuple)):
+      value = tuple(value)
+    kwargs[name] = value
+  try:
+    return cls(**kwargs)
+  except TypeError as error:
+    raise UserError(f"got an incomplete {cls.__name__}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with warm-up and cosine decay.
+
+  Attributes:
+    learning_rate: Peak rate, reached after `warmup_steps`.
+    final_learning_rate: Rate at the last step.
+    warmup_steps: Linear warm-up.
+    b1: First-moment decay.
+    b2: Second-moment decay.
+    weight_decay: Decoupled, on matrices only.
+    clip: Largest global gradient norm.
+    ema: Decay of the averaged weights that are evaluated and exported; 0 for
+      none.
+  """
+
+  learning_rate: float = 1e-3
+  final_learning_rate: float = 1e-5
+  warmup_steps: int = 100
+  b1: float = 0.9
+  b2: float = 0.95
+  weight_decay: float = 0.01
+  clip: float = 1.0
+  ema: float = 0.0
+
+  def __post_init__(self):
+    check(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
+    check(self.clip > 0, "clip", self.clip, "> 0")
+    check(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
+    check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+  """What every training run has.
+
+  Attributes:
+    steps: Optimiser steps in all.
+    batch: Examples per step, over all devices.
+    log_every: Steps between log lines.
+    eval_every: Steps between evaluations.
+    save_every: Steps between checkpoints.
+    keep: Checkpoints kept.
+    seed: Of initialisation, data order and noise.
+  """
+
+  steps: int = 1000
+  batch: int = 16
+  log_every: int = 20
+  eval_every: int = 500
+  save_every: int = 200
+  keep: int = 2
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("steps", "batch", "log_every", "eval_every", "save_every",
+                 "keep"):
+      check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")

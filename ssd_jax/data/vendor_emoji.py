@@ -1,0 +1,99 @@
+"""Builds `ssd_jax/assets/emoji_data` from two npm tarballs (run once, by us).
+
+    npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
+    python -m ssd_jax.data.vendor_emoji IMAGES.tgz CAPTIONS.tgz OUT_DIR
+
+Writes `images.zip` (one 128 px webp on white per emoji, named by its code
+points) and `captions.json` (code, label, tags, base: the emoji without skin
+tone, group: the emoji without skin tone and gender, which is what the split
+keeps together).
+"""
+
+import io
+import json
+import pathlib
+import sys
+import tarfile
+import zipfile
+
+from PIL import Image
+
+PIXELS = 128
+QUALITY = 90
+_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
+_GENDER_SIGNS = {"2640", "2642"}
+_PEOPLE = {"1f468": "1f9d1", "1f469": "1f9d1"}  # man, woman -> person
+
+
+def normalise(code: str) -> str:
+  """Lower-case code points without the variation selector."""
+  return "-".join(c for c in code.lower().split("-") if c != "fe0f")
+
+
+def base_of(code: str) -> str:
+  """The emoji without its skin tones."""
+  return "-".join(c for c in code.split("-") if c not in _TONES)
+
+
+def group_of(code: str) -> str:
+  """The emoji without skin tones and gender: the unit of the split."""
+  parts = base_of(code).split("-")
+  parts = [_PEOPLE.get(c, c) for c in parts if c not in _GENDER_SIGNS]
+  while parts and parts[-1] == "200d":
+    parts.pop()
+  return "-".join(parts)
+
+
+def read_captions(tarball: str) -> dict[str, dict]:
+  """Code -> {label, tags} for every emoji and skin-tone variant."""
+  with tarfile.open(tarball) as tar:
+    entries = json.load(tar.extractfile("package/en/data.json"))
+  captions = {}
+  for entry in entries:
+    for variant in [entry, *entry.get("skins", [])]:
+      captions[normalise(variant["hexcode"])] = {
+          "label": variant["label"],
+          "tags": entry.get("tags", []),
+      }
+  return captions
+
+
+def on_white(blob: bytes) -> bytes:
+  """A 128 px webp of the picture composed on white."""
+  picture = Image.open(io.BytesIO(blob)).convert("RGBA")
+  white = Image.new("RGBA", picture.size, "white")
+  picture = Image.alpha_composite(white, picture).convert("RGB")
+  picture = picture.resize((PIXELS, PIXELS), Image.Resampling.LANCZOS)
+  out = io.BytesIO()
+  picture.save(out, "webp", quality=QUALITY, method=6)
+  return out.getvalue()
+
+
+def main(images: str, captions: str, out_dir: str) -> None:
+  """Writes images.zip and captions.json into `out_dir`."""
+  out = pathlib.Path(out_dir)
+  out.mkdir(parents=True, exist_ok=True)
+  labels = read_captions(captions)
+  records = []
+  with tarfile.open(images) as tar, zipfile.ZipFile(
+      out / "images.zip", "w", zipfile.ZIP_STORED
+  ) as archive:
+    members = [m for m in tar.getmembers() if m.name.endswith(".webp")]
+    for member in sorted(members, key=lambda m: m.name):
+      code = normalise(pathlib.PurePath(member.name).stem)
+      if code not in labels or any(r["code"] == code for r in records):
+        continue  # no caption, or the same emoji under a second file name
+      info = zipfile.ZipInfo(f"{code}.webp", date_time=(2025, 1, 1, 0, 0, 0))
+      archive.writestr(info, on_white(tar.extractfile(member).read()))
+      records.append({
+          "code": code, **labels[code],
+          "base": base_of(code), "group": group_of(code),
+      })
+  text = ",\n".join(json.dumps(r, ensure_ascii=False) for r in records)
+  (out / "captions.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
+  print(f"{len(records)} images, {len({r['base'] for r in records})} base, "
+        f"{len({r['group'] for r in records})} groups")
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

@@ -1,0 +1,233 @@
+"""Vector-quantised image tokenizer: one module for every family.
+
+Encoder -> quantiser -> decoder of VQGAN (Esser et al. 2021, arXiv:2012.09841),
+configured to hold the published tokenizers (LlamaGen and Janus VQ-16/VQ-8,
+Chameleon) and our own. Levels are numbered in the encoder's order: level 0 has
+the highest resolution. All arrays are NHWC.
+
+B batch, H height, W width, C channels, R rows and C columns of the grid,
+V codes, Z code dimension.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class VQConfig:
+  """Sizes of a tokenizer.
+
+  Attributes:
+    ch: Channels of level 0.
+    ch_mult: Channel multiplier of each level; each level after the first halves
+      the resolution.
+    num_res_blocks: Residual blocks per encoder level; the decoder has one more.
+    z_channels: Channels of the latent before `quant_conv`.
+    n_codes: Codebook size V.
+    code_dim: Code dimension Z.
+    l2_norm: Compare and look up codes on the unit sphere (LlamaGen, Janus).
+    attn_levels: Levels whose residual blocks are followed by self-attention.
+    patch: Side of the pixel blocks folded into channels at the input, and
+      unfolded at the output; 1 in all published tokenizers.
+    groups: Groups of the group norm.
+  """
+
+  ch: int = 128
+  ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+  num_res_blocks: int = 2
+  z_channels: int = 256
+  n_codes: int = 16384
+  code_dim: int = 8
+  l2_norm: bool = True
+  attn_levels: tuple[int, ...] = (4,)
+  patch: int = 1
+  groups: int = 32
+
+  @property
+  def downsample(self) -> int:
+    """Pixels per cell along one side."""
+    return self.patch * 2 ** (len(self.ch_mult) - 1)
+
+
+def _conv(features: int, kernel: int, name: str, **kwargs) -> nn.Conv:
+  return nn.Conv(features, (kernel, kernel), name=name, **kwargs)
+
+
+def _norm(cfg: VQConfig, name: str) -> nn.GroupNorm:
+  return nn.GroupNorm(cfg.groups, epsilon=1e-6, name=name)
+
+
+class ResBlock(nn.Module):
+  """Two 3x3 convolutions, each after norm and swish, plus a shortcut."""
+
+  cfg: VQConfig
+  features: int
+
+  @nn.compact
+  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    """Returns [B, H, W, features]."""
+    h = _conv(self.features, 3, "conv1")(nn.swish(_norm(self.cfg, "norm1")(x_BHWC)))
+    h = _conv(self.features, 3, "conv2")(nn.swish(_norm(self.cfg, "norm2")(h)))
+    if x_BHWC.shape[-1] != self.features:
+      x_BHWC = _conv(self.features, 1, "nin_shortcut")(x_BHWC)
+    return x_BHWC + h
+
+
+class AttnBlock(nn.Module):
+  """Single-head self-attention over all cells, with a residual."""
+
+  cfg: VQConfig
+
+  @nn.compact
+  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    """Returns an array of the input's shape."""
+    b, h, w, c = x_BHWC.shape
+    y = _norm(self.cfg, "norm")(x_BHWC)
+    q, k, v = (
+        _conv(c, 1, name)(y).reshape(b, h * w, c) for name in ("q", "k", "v")
+    )
+    scores = jnp.einsum("bqc,bkc->bqk", q, k) * c**-0.5
+    y = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores, axis=-1), v)
+    return x_BHWC + _conv(c, 1, "proj_out")(y.reshape(b, h, w, c))
+
+
+class MidBlock(nn.Module):
+  """Residual block, attention, residual block at the lowest resolution."""
+
+  cfg: VQConfig
+
+  @nn.compact
+  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    """Returns an array of the input's shape."""
+    features = x_BHWC.shape[-1]
+    x = ResBlock(self.cfg, features, name="block_1")(x_BHWC)
+    x = AttnBlock(self.cfg, name="attn_1")(x)
+    return ResBlock(self.cfg, features, name="block_2")(x)
+
+
+class Encoder(nn.Module):
+  """Images -> latents before `quant_conv`."""
+
+  cfg: VQConfig
+
+  @nn.compact
+  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    """Returns [B, H / downsample, W / downsample, z_channels]."""
+    cfg = self.cfg
+    x = _conv(cfg.ch, 3, "conv_in")(_space_to_depth(x_BHWC, cfg.patch))
+    for level, mult in enumerate(cfg.ch_mult):
+      for block in range(cfg.num_res_blocks):
+        x = ResBlock(cfg, cfg.ch * mult, name=f"down_{level}_block_{block}")(x)
+        if level in cfg.attn_levels:
+          x = AttnBlock(cfg, name=f"down_{level}_attn_{block}")(x)
+      if level + 1 < len(cfg.ch_mult):
+        # The published tokenizers pad right and bottom only.
+        x = _conv(
+            x.shape[-1], 3, f"down_{level}_downsample",
+            strides=2, padding=((0, 1), (0, 1)),
+        )(x)
+    x = MidBlock(cfg, name="mid")(x)
+    x = nn.swish(_norm(cfg, "norm_out")(x))
+    return _conv(cfg.z_channels, 3, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+  """Latents after `post_quant_conv` -> images."""
+
+  cfg: VQConfig
+
+  @nn.compact
+  def __call__(self, z_BHWC: jax.Array) -> jax.Array:
+    """Returns [B, H * downsample, W * downsample, 3], about [-1, 1]."""
+    cfg = self.cfg
+    x = _conv(cfg.ch * cfg.ch_mult[-1], 3, "conv_in")(z_BHWC)
+    x = MidBlock(cfg, name="mid")(x)
+    for level in reversed(range(len(cfg.ch_mult))):
+      features = cfg.ch * cfg.ch_mult[level]
+      for block in range(cfg.num_res_blocks + 1):
+        x = ResBlock(cfg, features, name=f"up_{level}_block_{block}")(x)
+        if level in cfg.attn_levels:
+          x = AttnBlock(cfg, name=f"up_{level}_attn_{block}")(x)
+      if level:
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)  # nearest
+        x = _conv(features, 3, f"up_{level}_upsample")(x)
+    x = nn.swish(_norm(cfg, "norm_out")(x))
+    return _depth_to_space(_conv(3 * cfg.patch**2, 3, "conv_out")(x), cfg.patch)
+
+
+class VQ(nn.Module):
+  """The whole tokenizer; `encode`, `quantize` and `decode` are its parts."""
+
+  cfg: VQConfig
+
+  def setup(self):
+    cfg = self.cfg
+    self.encoder = Encoder(cfg)
+    self.decoder = Decoder(cfg)
+    self.quant_conv = nn.Conv(cfg.code_dim, (1, 1))
+    self.post_quant_conv = nn.Conv(cfg.z_channels, (1, 1))
+    self.codebook = self.param(
+        "codebook", nn.initializers.normal(1.0), (cfg.n_codes, cfg.code_dim)
+    )
+
+  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    """Reconstructs images in [-1, 1]; initialises every parameter."""
+    return self.decode(self.quantize(self.encode(x_BHWC)))
+
+  def encode(self, x_BHWC: jax.Array) -> jax.Array:
+    """Images in [-1, 1] -> latents [B, R, C, Z] to be quantised."""
+    return self.quant_conv(self.encoder(x_BHWC))
+
+  def quantize(self, z_BRCZ: jax.Array) -> jax.Array:
+    """Latents -> int32 [B, R, C], the id of the nearest code."""
+    return nearest_code(z_BRCZ, self.codes())
+
+  def decode(self, ids_BRC: jax.Array) -> jax.Array:
+    """Codebook ids -> images [B, H, W, 3], about [-1, 1]."""
+    return self.decode_latents(self.codes()[ids_BRC])
+
+  def decode_latents(self, z_BRCZ: jax.Array) -> jax.Array:
+    """Code vectors -> images; what training differentiates through."""
+    return self.decoder(self.post_quant_conv(z_BRCZ))
+
+  def codes(self) -> jax.Array:
+    """The codebook [V, Z] as it is compared and looked up."""
+    return unit(self.codebook) if self.cfg.l2_norm else self.codebook
+
+
+def unit(x: jax.Array) -> jax.Array:
+  """Vectors scaled to length one along the last axis."""
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def nearest_code(z_BRCZ: jax.Array, codes_VZ: jax.Array) -> jax.Array:
+  """int32 [B, R, C]: for each latent the code at the least L2 distance.
+
+  On a unit-norm codebook this is the code of the largest cosine, whatever the
+  latent's length: the latents need no normalisation.
+  """
+  dots = jnp.einsum("brcz,vz->brcv", z_BRCZ, codes_VZ)
+  distance = jnp.sum(codes_VZ**2, axis=-1) - 2.0 * dots
+  return jnp.argmin(distance, axis=-1).astype(jnp.int32)
+
+
+def to_uint8(x: jax.Array) -> jax.Array:
+  """Pixels in [-1, 1] -> uint8, as Chameleon and Janus truncate them."""
+  return (jnp.clip((x + 1.0) / 2.0, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def _space_to_depth(x_BHWC: jax.Array, patch: int) -> jax.Array:
+  b, h, w, c = x_BHWC.shape
+  x = x_BHWC.reshape(b, h // patch, patch, w // patch, patch, c)
+  x = x.transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(b, h // patch, w // patch, patch * patch * c)
+
+
+def _depth_to_space(x_BHWC: jax.Array, patch: int) -> jax.Array:
+  b, h, w, c = x_BHWC.shape
+  x = x_BHWC.reshape(b, h, w, patch, patch, c // patch**2)
+  x = x.transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(b, h * patch, w * patch, c // patch**2)

@@ -1,0 +1,1 @@
+"""Training: one loop for the tokenizer, the trunk, the heads, the drafter."""

@@ -1,0 +1,82 @@
+"""What a training run carries, and how it is updated."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ssd_jax.config import LoopConfig, OptimizerConfig
+
+Params = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+  """The whole state of a run; what a checkpoint holds beside the data stream.
+
+  Attributes:
+    step: int32 [], optimiser steps taken.
+    params: What is trained.
+    opt_state: Of the optimiser.
+    ema: Averaged params, or None.
+    extra: Anything else that a step updates (codebook statistics).
+  """
+
+  step: jax.Array
+  params: Params
+  opt_state: Any
+  ema: Params | None
+  extra: Any = None
+
+  @classmethod
+  def make(
+      cls, params: Params, optimizer: optax.GradientTransformation,
+      cfg: OptimizerConfig, extra: Any = None,
+  ) -> "TrainState":
+    """State before the first step."""
+    ema = jax.tree.map(jnp.copy, params) if cfg.ema else None
+    return cls(jnp.int32(0), params, optimizer.init(params), ema, extra)
+
+  @property
+  def eval_params(self) -> Params:
+    """The params to evaluate and export."""
+    return self.params if self.ema is None else self.ema
+
+
+def make_optimizer(
+    cfg: OptimizerConfig, loop: LoopConfig
+) -> optax.GradientTransformation:
+  """Clipping and AdamW; weight decay touches matrices only."""
+  schedule = optax.warmup_cosine_decay_schedule(
+      init_value=0.0,
+      peak_value=cfg.learning_rate,
+      warmup_steps=cfg.warmup_steps,
+      decay_steps=max(loop.steps, cfg.warmup_steps + 1),
+      end_value=cfg.final_learning_rate,
+  )
+  is_matrix = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
+  return optax.chain(
+      optax.clip_by_global_norm(cfg.clip),
+      optax.adamw(
+          schedule, cfg.b1, cfg.b2,
+          weight_decay=cfg.weight_decay, mask=is_matrix,
+      ),
+  )
+
+
+def apply_gradients(
+    state: TrainState, grads: Params,
+    optimizer: optax.GradientTransformation, cfg: OptimizerConfig,
+) -> TrainState:
+  """The state after one optimiser step."""
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  step = state.step + 1
+  ema = state.ema
+  if cfg.ema:
+    # The usual ramp: early averages forget the initialisation quickly.
+    decay = jnp.minimum(cfg.ema, (1.0 + step) / (10.0 + step))
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+  return state.replace(step=step, params=params, opt_state=opt_state, ema=ema)

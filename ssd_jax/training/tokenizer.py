@@ -1,0 +1,206 @@
+"""Trains a VQ tokenizer: reconstruction, commitment, an averaged codebook.
+
+The codebook follows the encoder's outputs by exponential moving averages
+(van den Oord et al. 2017, arXiv:1711.00937, appendix A.1). The first
+`continuous_steps` train a plain autoencoder; then the codes are set to random
+encoder outputs, and codes that fall out of use are set to others again. That
+keeps the whole codebook in use.
+"""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ssd_jax.config import LoopConfig, OptimizerConfig
+from ssd_jax.data import pipeline, sources
+from ssd_jax.models.vq import VQ, VQConfig, nearest_code
+from ssd_jax.training import loop
+from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """How the tokenizer is trained.
+
+  Attributes:
+    optimizer: Of encoder and decoder.
+    loop: Steps, batch, logging.
+    commitment: Weight of the commitment loss.
+    l1: Weight of the mean absolute error, beside the mean squared error.
+    decay: Of the codebook's moving averages.
+    restart_below: A code whose average count per step falls below this is set
+      to a random encoder output.
+    continuous_steps: Steps before anything is quantised.
+    max_shift: Pixels by which a picture is moved at random.
+    freeze_codes_after: Step from which only the decoder is trained, so that
+      tokens stored earlier stay valid; 0 for never.
+  """
+
+  optimizer: OptimizerConfig = OptimizerConfig()
+  loop: LoopConfig = LoopConfig()
+  commitment: float = 0.25
+  l1: float = 0.25
+  decay: float = 0.98
+  restart_below: float = 0.03
+  continuous_steps: int = 200
+  max_shift: int = 6
+
+
+@flax.struct.dataclass
+class CodebookStats:
+  """Moving averages behind the codebook.
+
+  Attributes:
+    count: float32 [V], latents per step that chose the code.
+    total: float32 [V, Z], their sum.
+  """
+
+  count: jax.Array
+  total: jax.Array
+
+
+def load_augmented(
+    source: sources.EmojiSource, index: int, rng: np.random.Generator,
+    max_shift: int,
+) -> dict[str, np.ndarray]:
+  """A picture in a random skin tone, mirrored and moved at random."""
+  image = source.variant(index, rng)["image"]
+  if rng.random() < 0.5:
+    image = image[:, ::-1]
+  dy, dx = rng.integers(-max_shift, max_shift + 1, 2)
+  pad = ((max_shift, max_shift), (max_shift, max_shift), (0, 0))
+  image = np.pad(image, pad, mode="edge")
+  image = np.roll(image, (dy, dx), (0, 1))
+  m = max_shift
+  return {"image": image[m:-m, m:-m]}
+
+
+def to_float(image_BHWC: jax.Array) -> jax.Array:
+  """uint8 pixels -> [-1, 1]."""
+  return image_BHWC.astype(jnp.float32) / 127.5 - 1.0
+
+
+def make_step(vq: VQ, cfg: TokenizerConfig, optimizer):
+  """The jitted training step."""
+
+  def loss_fn(params, image, continuous):
+    z = vq.apply({"params": params}, image, method="encode")
+    codes = vq.apply({"params": params}, method="codes")
+    ids = nearest_code(jax.lax.stop_gradient(z), codes)
+    code = jax.lax.stop_gradient(codes[ids])
+    commitment = jnp.mean((z - code) ** 2)
+    straight = jnp.where(continuous, z, z + jax.lax.stop_gradient(code - z))
+    y = vq.apply({"params": params}, straight, method="decode_latents")
+    mse = jnp.mean((y - image) ** 2)
+    loss = mse + cfg.l1 * jnp.mean(jnp.abs(y - image))
+    loss += jnp.where(continuous, 1e-3 * jnp.mean(z**2), cfg.commitment * commitment)
+    return loss, (z, ids, mse, commitment)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state: TrainState, batch):
+    image = to_float(batch["image"])
+    continuous = state.step < cfg.continuous_steps
+    grads, (z, ids, mse, commitment) = jax.grad(loss_fn, has_aux=True)(
+        state.params, image, continuous
+    )
+    key = jax.random.fold_in(jax.random.key(cfg.loop.seed + 1), state.step)
+    starts = state.step == cfg.continuous_steps - 1
+    state = apply_gradients(state, grads, optimizer, cfg.optimizer)
+    codes, stats = update_codebook(
+        state.params["codebook"], state.extra, z, ids, key, starts, cfg
+    )
+    params = {**state.params, "codebook": codes}
+    ema = state.ema and {**state.ema, "codebook": codes}
+    metrics = {
+        "psnr": 10 * jnp.log10(4.0 / mse),
+        "commitment": commitment,
+        "codes_per_batch": jnp.sum(jnp.bincount(ids.ravel(), length=len(codes)) > 0),
+    }
+    return state.replace(params=params, ema=ema, extra=stats), metrics
+
+  return step
+
+
+def update_codebook(codes_VZ, stats: CodebookStats, z, ids, key, starts, cfg):
+  """The codebook and its averages after one batch.
+
+  Codes out of use, and all codes where `starts`, become random latents of the
+  batch, slightly jittered so that no two are equal.
+  """
+  z = z.reshape(-1, z.shape[-1])
+  one_hot = jax.nn.one_hot(ids.ravel(), len(codes_VZ), dtype=z.dtype)
+  mix = lambda old, new: cfg.decay * old + (1 - cfg.decay) * new
+  count = mix(stats.count, one_hot.sum(0))
+  total = mix(stats.total, one_hot.T @ z)
+  pick_key, jitter_key = jax.random.split(key)
+  fresh = z[jax.random.randint(pick_key, (len(codes_VZ),), 0, len(z))]
+  fresh += 0.01 * jnp.std(z, axis=0) * jax.random.normal(jitter_key, fresh.shape)
+  restart = starts | (count < cfg.restart_below)
+  count = jnp.where(restart, 10 * cfg.restart_below, count)
+  total = jnp.where(restart[:, None], fresh * count[:, None], total)
+  return total / count[:, None], CodebookStats(count, total)
+
+
+def reconstruct(vq: VQ, params, images: np.ndarray, batch: int = 16):
+  """(pixels [N, H, W, 3] in [-1, 1], ids [N, R, C]) of uint8 images."""
+
+  @jax.jit
+  def run(params, image):
+    z = vq.apply({"params": params}, to_float(image), method="encode")
+    ids = vq.apply({"params": params}, z, method="quantize")
+    return vq.apply({"params": params}, ids, method="decode"), ids
+
+  outs = []
+  for start in range(0, len(images), batch):
+    chunk = images[start:start + batch]
+    pad = np.concatenate([chunk, np.repeat(chunk[-1:], batch - len(chunk), 0)])
+    outs.append([np.asarray(x)[:len(chunk)] for x in run(params, pad)])
+  pixels, ids = (np.concatenate(x) for x in zip(*outs, strict=True))
+  return pixels, ids
+
+
+def psnr(pixels: np.ndarray, images: np.ndarray) -> np.ndarray:
+  """Per-image peak signal-to-noise ratio in dB of pixels rounded to uint8."""
+  shown = np.clip(np.round((pixels + 1) * 127.5), 0, 255)
+  mse = np.mean((shown - images.astype(np.float32)) ** 2, axis=(1, 2, 3))
+  return 10 * np.log10(255.0**2 / np.maximum(mse, 1e-10))
+
+
+def run(vq_cfg: VQConfig, cfg: TokenizerConfig, workdir: str) -> TrainState:
+  """Trains a tokenizer on the vendored emoji into `workdir`."""
+  vq = VQ(vq_cfg)
+  train_set = sources.EmojiSource("train")
+  held_out = sources.EmojiSource("validation")
+  held_out_images = np.stack([held_out[i]["image"] for i in range(len(held_out))])
+  side = held_out_images.shape[1]
+  params = jax.jit(vq.init)(
+      jax.random.key(cfg.loop.seed), jnp.zeros((1, side, side, 3))
+  )["params"]
+  stats = CodebookStats(
+      jnp.ones(vq_cfg.n_codes), jnp.zeros((vq_cfg.n_codes, vq_cfg.code_dim))
+  )
+  optimizer = make_optimizer(cfg.optimizer, cfg.loop)
+  optimizer = optax.masked(
+      optimizer, {k: k != "codebook" for k in params}
+  )
+  state = TrainState.make(params, optimizer, cfg.optimizer, stats)
+  data = pipeline.stream(
+      train_set, functools.partial(load_augmented, max_shift=cfg.max_shift),
+      cfg.loop.batch, cfg.loop.seed,
+  )
+
+  def evaluate(state):
+    pixels, ids = reconstruct(vq, state.eval_params, held_out_images)
+    return {
+        "validation_psnr": float(psnr(pixels, held_out_images).mean()),
+        "validation_codes": len(np.unique(ids)),
+    }
+
+  return loop.train(
+      workdir, state, make_step(vq, cfg, optimizer), data, cfg.loop, evaluate
+  )
