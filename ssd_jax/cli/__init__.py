@@ -1,1 +1,1 @@
-""""""
+"""Bodies of the command lines."""

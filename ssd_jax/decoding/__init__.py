@@ -1,1 +1,1 @@
-""""""
+"""Decoders and the loop that runs them."""

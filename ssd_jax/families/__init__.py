@@ -1,1 +1,1 @@
-""""""
+"""One file per checkpoint family: sizes, prompt, grid, guidance, name table."""

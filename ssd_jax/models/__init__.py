@@ -1,1 +1,1 @@
-""""""
+"""Networks: linen leaves without decoding logic."""

@@ -1,0 +1,237 @@
+"""The one jitted loop behind every decoder: propose -> forward -> resolve.
+
+A decoder is written for ONE image; the engine runs a batch of them at their own
+speeds. Per pass it
+
+  1. asks each image's decoder where to look, with which drafts (`propose`);
+  2. runs the trunk once over all queries of all images and guidance streams;
+  3. turns logits into the target distribution;
+  4. lets each image's decoder accept, resample, commit and redraft (`resolve`).
+
+An image that is done feeds inactive queries and keeps its state, so what it is
+does not depend on its neighbours.
+"""
+
+import functools
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from ssd_jax import sampling as sampling_lib
+from ssd_jax.sampling import Sampling
+from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
+
+
+@flax.struct.dataclass
+class Context:
+  """What a decoder knows of its image in a pass.
+
+  Attributes:
+    key: Of the call; the same for all images and passes.
+    image: int32 [], index of the image over the whole call.
+    index: int32 [], the number of the pass; the prefill is 1.
+    params: Of the model, for drafting with heads.
+    sampling: Of the target distribution.
+    model: Static.
+  """
+
+  key: jax.Array
+  image: jax.Array
+  index: jax.Array
+  params: Params
+  sampling: Sampling
+  model: Model = flax.struct.field(pytree_node=False)
+
+  def token_noise(self, slots_Q: jax.Array) -> jax.Array:
+    """float32 [Q, V]: Gumbel noise of slots, the same in every pass."""
+    return sampling_lib.token_noise(
+        self.key, self.image, slots_Q, self.model.vocab
+    )
+
+  def pass_key(self, purpose: int) -> jax.Array:
+    """A key that no other image, pass or purpose has."""
+    # Token noise folds (image, slot); this branch starts from another key.
+    key = jax.random.fold_in(jax.random.fold_in(self.key, -1), self.image)
+    return jax.random.fold_in(jax.random.fold_in(key, self.index), purpose)
+
+  def target(self, logits_GV: jax.Array) -> jax.Array:
+    """float32 [..., V]: the distribution of stacked streams' logits."""
+    return sampling_lib.target(logits_GV, self.sampling)
+
+
+class Decoder(Protocol):
+  """A frozen dataclass of static settings with three pure functions.
+
+  Its state is a `flax.struct` dataclass of ONE image's arrays with at least
+  `tokens` (int32 [N], drafts included) and `final` (bool [N]).
+
+  Attributes:
+    name: On the command line.
+    lossless: Whether the joint law of the output equals AR's.
+  """
+
+  name: str
+
+  @property
+  def lossless(self) -> bool:
+    """Whether the joint law of the output equals AR's."""
+
+  def scratch(self, model: Model) -> int:
+    """Cache slots beyond the sequence."""
+
+  def init(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Any:
+    """State after the prefill, which predicts slot 0."""
+
+  def propose(self, ctx: Context, state: Any) -> Queries:
+    """Where to look this pass, with which drafts."""
+
+  def resolve(
+      self, ctx: Context, state: Any, queries: Queries, p_QV: jax.Array,
+      hidden_GQD: jax.Array,
+  ) -> Any:
+    """State after a pass: row i of p is the target at queries[i] + 1."""
+
+
+@flax.struct.dataclass
+class Decoded:
+  """What decoding returns.
+
+  Attributes:
+    tokens: int32 [B, R, C], image codes.
+    passes: int32 [B], trunk forwards until the image was final.
+    commit_pass: int32 [B, R, C], pass at which each cell became final; 1 is
+      the prefill.
+    history: int32 [B, passes, R, C], tokens and drafts after each pass, or
+      None.
+  """
+
+  tokens: jax.Array
+  passes: jax.Array
+  commit_pass: jax.Array
+  history: jax.Array | None
+
+
+@flax.struct.dataclass
+class LoopState:
+  """The carry of the loop; leaves of `decoder` lead with the batch axis.
+
+  Attributes:
+    index: int32 [], passes run so far.
+    cache: Keys and values.
+    decoder: The decoders' states.
+    passes: int32 [B].
+    commit_pass: int32 [B, N], 0 while not final.
+    history: int32 [B, N + 1, N] or None.
+  """
+
+  index: jax.Array
+  cache: KVCache
+  decoder: Any
+  passes: jax.Array
+  commit_pass: jax.Array
+  history: jax.Array | None
+
+
+@functools.partial(jax.jit, static_argnames=("model", "decoder", "trace"))
+def decode(
+    model: Model, decoder: Decoder, params: Params, prompt: Prompt,
+    sampling: Sampling, key: jax.Array, image_B: jax.Array,
+    trace: bool = False,
+) -> Decoded:
+  """Draws one image per entry of `image_B`.
+
+  Args:
+    model: The network's functions; static.
+    decoder: Settings; static.
+    params: Of the network.
+    prompt: Rows are [cond of all B, then uncond of all B], or cond alone.
+    sampling: Of the target distribution.
+    key: Of the call.
+    image_B: int32 [B], index of each image over the whole call, which keys its
+      noise.
+    trace: Also record the tokens after every pass.
+  """
+  batch = image_B.shape[0]
+  streams = prompt.tokens.shape[0] // batch
+  unstack = lambda x: x.reshape(streams, batch, *x.shape[1:])
+  context = lambda index: jax.vmap(
+      lambda image: Context(key, image, index, params, sampling, model),
+      out_axes=Context(None, 0, None, None, None, model),
+  )(image_B)
+  over = functools.partial(_over_images, model)
+
+  def step(loop: LoopState) -> LoopState:
+    done_B = jnp.all(loop.decoder.final, axis=-1)
+    ctx = context(loop.index + 1)
+    queries = over(decoder.propose)(ctx, loop.decoder)
+    queries = _silence(queries, done_B)
+    stacked = jax.tree.map(lambda x: jnp.concatenate([x] * streams), queries)
+    hidden, cache = model.forward(params, loop.cache, prompt, stacked)
+    hidden = unstack(hidden)
+    p_BQV = sampling_lib.target(model.logits(params, hidden), sampling)
+    after = over(decoder.resolve)(
+        ctx, loop.decoder, queries, p_BQV, jnp.moveaxis(hidden, 1, 0)
+    )
+    return _record(loop, _keep_done(done_B, loop.decoder, after), cache, done_B)
+
+  hidden, cache = model.prefill(params, prompt, decoder.scratch(model))
+  hidden = unstack(hidden)
+  p_BV = sampling_lib.target(model.logits(params, hidden), sampling)
+  state = over(decoder.init)(context(1), p_BV, jnp.moveaxis(hidden, 1, 0))
+  shape = (batch, model.grid.length)
+  loop = LoopState(
+      jnp.int32(0), cache, state, jnp.zeros(batch, jnp.int32),
+      jnp.zeros(shape, jnp.int32),
+      jnp.zeros((batch, shape[1] + 1, shape[1]), jnp.int32) if trace else None,
+  )
+  loop = _record(loop, state, cache, jnp.zeros(batch, bool))
+  loop = jax.lax.while_loop(
+      lambda loop: ~jnp.all(loop.decoder.final), step, loop
+  )
+  cells = jnp.asarray(model.grid.slot_of)
+  return Decoded(
+      loop.decoder.tokens[:, cells], loop.passes, loop.commit_pass[:, cells],
+      loop.history[..., cells] if trace else None,
+  )
+
+
+def _over_images(model: Model, function):
+  """`function` of one image's context and arrays, over the batch."""
+  axes = Context(None, 0, None, None, None, model)
+
+  def call(ctx, *args):
+    return jax.vmap(function, in_axes=(axes, *(0 for _ in args)))(ctx, *args)
+
+  return call
+
+
+def _silence(queries: Queries, done_B: jax.Array) -> Queries:
+  """Queries of images that are done write nowhere."""
+  nowhere = queries.visible.shape[-1]
+  slots = jnp.where(done_B[:, None], nowhere, queries.slots)
+  return queries.replace(slots=slots)
+
+
+def _keep_done(done_B: jax.Array, before: Any, after: Any) -> Any:
+  """The state before for images that are done, else the state after."""
+  keep = lambda a, b: jnp.where(
+      done_B.reshape(-1, *(1 for _ in a.shape[1:])), a, b
+  )
+  return jax.tree.map(keep, before, after)
+
+
+def _record(
+    loop: LoopState, state: Any, cache: KVCache, done_B: jax.Array
+) -> LoopState:
+  """The loop's carry after a pass."""
+  index = loop.index + 1
+  is_new = state.final & (loop.commit_pass == 0)
+  history = loop.history
+  if history is not None:
+    history = history.at[:, index - 1].set(state.tokens, mode="drop")
+  return LoopState(
+      index, cache, state, jnp.where(done_B, loop.passes, index),
+      jnp.where(is_new, index, loop.commit_pass), history,
+  )

@@ -1,0 +1,118 @@
+"""The embedded model: captions of a few words -> 128 px emoji on a 16x16 grid.
+
+The prompt is a prefix of word ids; the unconditional stream is the empty
+caption. Places are two-dimensional: caption words lie in a row above the image,
+so that neighbours above and to the left are close at any distance in the
+sequence.
+"""
+
+import dataclasses
+
+import ml_collections
+import numpy as np
+
+from ssd_jax.grid import Grid
+from ssd_jax.models import rope
+from ssd_jax.models.generator import Generator
+from ssd_jax.models.text import Vocabulary
+from ssd_jax.models.transformer import TrunkConfig
+from ssd_jax.models.vq import VQConfig
+
+_THETA = 10_000.0
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  """Default settings of the family; the variants are "" and "smoke"."""
+  if variant not in ("", "smoke"):
+    raise ValueError(
+        f"got variant {variant!r} of configs/emoji.py, expected none or "
+        "'smoke'; remove what follows the colon"
+    )
+  c = ml_collections.ConfigDict
+  config = c()
+  config.family = "emoji"
+  config.workdir = "runs/emoji"
+  config.data = "emoji"  # or folder:PATH, tfds:NAME
+  config.pixels = 128
+  config.prompt_slots = 24
+  config.vq = c(dict(
+      ch=64, ch_mult=(1, 2), num_res_blocks=1, z_channels=64, n_codes=4096,
+      code_dim=16, l2_norm=False, attn_levels=(), patch=4, groups=16,
+  ))
+  config.trunk = c(dict(
+      d_model=256, n_layers=6, n_heads=4, n_kv_heads=4, head_dim=64, d_ff=768,
+      norm_eps=1e-5, qk_norm=True, interleaved=True,
+  ))
+  config.tokenizer = c(dict(
+      optimizer=dict(learning_rate=1.5e-3, final_learning_rate=2e-5,
+                     warmup_steps=150, b2=0.99, weight_decay=1e-4, ema=0.995),
+      loop=dict(steps=3600, batch=8, log_every=10, eval_every=300,
+                save_every=150),
+      continuous_steps=200,
+  ))
+  config.ar = c(dict(
+      optimizer=dict(learning_rate=1.5e-3, final_learning_rate=2e-5,
+                     warmup_steps=150, b2=0.95, weight_decay=0.02, ema=0.995),
+      loop=dict(steps=2600, batch=16, log_every=10, eval_every=200,
+                save_every=100),
+      drop_caption=0.1,
+  ))
+  config.sampling = c(dict(guidance=3.0, temperature=1.0, top_k=0, top_p=1.0))
+  if variant == "smoke":  # seconds on a CPU: what tests train
+    config.vq.update(ch=16, n_codes=64, z_channels=16, groups=4)
+    config.trunk.update(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2,
+                        head_dim=16, d_ff=64)
+    for part in (config.tokenizer, config.ar):
+      part.loop.update(steps=6, batch=2, log_every=1, eval_every=6,
+                       save_every=2)
+      part.optimizer.warmup_steps = 2
+    config.tokenizer.continuous_steps = 2
+  return config
+
+
+def generator(
+    trunk: ml_collections.ConfigDict, vq: VQConfig, pixels: int,
+    words: Vocabulary,
+) -> Generator:
+  """The trunk with its grid, places and input table (words, then codes)."""
+  side = pixels // vq.downsample
+  cfg = TrunkConfig(
+      **trunk, vocab_in=words.size + vq.n_codes, vocab_out=vq.n_codes
+  )
+  return Generator(
+      cfg, Grid(side, side),
+      rope.table_2d(places(words.length, side, side), cfg.head_dim, _THETA),
+      words.size + np.arange(vq.n_codes, dtype=np.int32),
+  )
+
+
+def places(prompt_slots: int, rows: int, cols: int) -> np.ndarray:
+  """int [P + N, 2]: (row, column) of every slot.
+
+  Caption words stand in row -2; the slot that opens the picture stands where
+  the predecessor of cell (0, 0) would.
+  """
+  words = [(-2, j) for j in range(prompt_slots - 1)] + [(-1, cols - 1)]
+  cells = [(r, c) for r in range(rows) for c in range(cols)]
+  return np.array(words + cells)
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+  """A caption as the trunk takes it.
+
+  Attributes:
+    tokens: int32 [P].
+    mask: bool [P].
+    is_cut: Whether words had to be dropped.
+  """
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  is_cut: bool
+
+
+def caption(words: Vocabulary, text: str | None) -> Caption:
+  """The prefix of one stream; None is the unconditional one."""
+  ids, is_cut = words.encode(text)
+  return Caption(*words.pad(ids), is_cut)

@@ -1,0 +1,142 @@
+"""Binds a trunk to a grid: the pure functions that decoding calls."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssd_jax.grid import Grid
+from ssd_jax.models.transformer import Trunk, TrunkConfig
+from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generator:
+  """A trunk, its image and its positions.
+
+  Attributes:
+    cfg: Of the trunk.
+    grid: The image as a sequence.
+    rope: float32 [positions, H / 2, 2], the rotary table that a prompt's
+      `positions` index.
+    input_ids: int32 [V + forced kinds], row of the input table of each image
+      code and forced token.
+    dtype: Of activations and cache.
+  """
+
+  cfg: TrunkConfig
+  grid: Grid
+  rope: np.ndarray
+  input_ids: np.ndarray
+  dtype: jnp.dtype = jnp.float32
+
+  @functools.cached_property
+  def trunk(self) -> Trunk:
+    """The module whose parameters the functions take."""
+    return Trunk(self.cfg)
+
+  def init(self, key: jax.Array) -> Params:
+    """Random float32 parameters."""
+    x = jnp.zeros((1, 1, self.cfg.d_model))
+    cos_sin = jnp.zeros((1, 1, self.cfg.head_dim // 2, 2))
+    visible = jnp.ones((1, 1, 1), bool)
+    return self.trunk.init(key, x, cos_sin, visible, method="init_all")["params"]
+
+  def model(self) -> Model:
+    """What decoders see."""
+    return Model(
+        self.grid, self.cfg.vocab_out, self.prefill, self.forward,
+        self.logits, self.embed,
+    )
+
+  def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+    """float32 [..., V], image logits of pre-norm hidden states."""
+    return self.trunk.apply({"params": params}, hidden, method="logits")
+
+  def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+    """[..., D], image tokens as the trunk is fed."""
+    return self._rows(params, jnp.asarray(self.input_ids)[tokens])
+
+  def prefill(
+      self, params: Params, prompt: Prompt, scratch: int = 0
+  ) -> tuple[jax.Array, KVCache]:
+    """(hidden [S, D] of the last prompt slot, cache holding the prompt)."""
+    rows, length = prompt.tokens.shape
+    cfg = self.cfg
+    shape = (cfg.n_layers, rows, length + self.grid.length + scratch,
+             cfg.n_kv_heads, cfg.head_dim)
+    cache = KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+    visible = prompt_visible(prompt.mask)
+    unused = jnp.zeros((rows, length, shape[2] - length), bool)
+    hidden, cache = self.trunk.apply(
+        {"params": params},
+        self._prompt_embeddings(params, prompt),
+        self._turns(prompt.positions[:, :length]),
+        jnp.concatenate([visible, unused], axis=-1),
+        cache,
+        jnp.broadcast_to(jnp.arange(length), (rows, length)),
+    )
+    return hidden[:, -1], cache
+
+  def forward(
+      self, params: Params, cache: KVCache, prompt: Prompt, queries: Queries
+  ) -> tuple[jax.Array, KVCache]:
+    """(hidden [S, Q, D] of the queries, cache with them written)."""
+    length = prompt.tokens.shape[1]
+    positions = jnp.take_along_axis(
+        prompt.positions, length + queries.positions, axis=1
+    )
+    seen = jnp.broadcast_to(
+        prompt.mask[:, None], queries.visible.shape[:2] + (length,)
+    )
+    return self.trunk.apply(
+        {"params": params},
+        self.embed(params, queries.tokens),
+        self._turns(positions),
+        jnp.concatenate([seen, queries.visible], axis=-1),
+        cache,
+        length + queries.slots,
+    )
+
+  def hidden(
+      self, params: Params, prompt: Prompt, tokens_SN: jax.Array
+  ) -> jax.Array:
+    """[S, N, D]: the states that predict each slot, without a cache.
+
+    The uncached forward of training: all of a sequence's tokens at once.
+    """
+    length = prompt.tokens.shape[1]
+    x = jnp.concatenate([
+        self._prompt_embeddings(params, prompt),
+        self.embed(params, tokens_SN[:, :-1]),
+    ], axis=1)
+    total = x.shape[1]
+    mask = jnp.pad(
+        prompt.mask, ((0, 0), (0, total - length)), constant_values=True
+    )
+    hidden, _ = self.trunk.apply(
+        {"params": params}, x, self._turns(prompt.positions[:, :total]),
+        prompt_visible(mask),
+    )
+    return hidden[:, length - 1:]
+
+  def _prompt_embeddings(self, params: Params, prompt: Prompt) -> jax.Array:
+    if prompt.features is not None:
+      return prompt.features.astype(self.dtype)
+    return self._rows(params, prompt.tokens)
+
+  def _rows(self, params: Params, ids: jax.Array) -> jax.Array:
+    rows = self.trunk.apply({"params": params}, ids, method="embed")
+    return rows.astype(self.dtype)
+
+  def _turns(self, positions: jax.Array) -> jax.Array:
+    return jnp.asarray(self.rope)[positions]
+
+
+def prompt_visible(mask_ST: jax.Array) -> jax.Array:
+  """bool [S, T, T]: causal over existing slots; each slot sees itself."""
+  length = mask_ST.shape[1]
+  causal = jnp.tril(jnp.ones((length, length), bool))
+  return (causal & mask_ST[:, None]) | jnp.eye(length, dtype=bool)

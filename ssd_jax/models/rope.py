@@ -1,0 +1,60 @@
+"""Rotary position tables and their application (Su et al. 2021).
+
+A table has one row per position; every slot of a sequence names its row, so
+that one- and two-dimensional schemes look the same to the trunk.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def frequencies(dim: int, theta: float) -> np.ndarray:
+  """float64 [dim / 2]: radians per position of each pair."""
+  return 1.0 / theta ** (np.arange(0, dim, 2) / dim)
+
+
+def table_1d(positions: int, head_dim: int, theta: float) -> np.ndarray:
+  """float32 [positions, head_dim / 2, 2]: cosine and sine of each pair."""
+  angles = np.arange(positions)[:, None] * frequencies(head_dim, theta)
+  return _cos_sin(angles)
+
+
+def table_2d(places: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
+  """float32 [positions, head_dim / 2, 2] for (row, column) places [.., 2].
+
+  The first half of the pairs turns with the row, the second with the column
+  (LlamaGen, Sun et al. 2024).
+  """
+  freq = frequencies(head_dim // 2, theta)
+  angles = np.concatenate(
+      [places[:, :1] * freq, places[:, 1:] * freq], axis=-1
+  )
+  return _cos_sin(angles)
+
+
+def rotate(
+    x_SQNH: jax.Array, cos_sin_SQh2: jax.Array, interleaved: bool
+) -> jax.Array:
+  """x with each pair of its last axis rotated, in float32, cast back.
+
+  Args:
+    x_SQNH: Queries or keys.
+    cos_sin_SQh2: Rows of a table, h = H / 2.
+    interleaved: Pairs are (2j, 2j + 1); else (j, j + H / 2).
+  """
+  cos = cos_sin_SQh2[..., None, :, 0]
+  sin = cos_sin_SQh2[..., None, :, 1]
+  x = x_SQNH.astype(jnp.float32)
+  if interleaved:
+    a, b = x[..., 0::2], x[..., 1::2]
+    y = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    y = y.reshape(x.shape)
+  else:
+    a, b = jnp.split(x, 2, axis=-1)
+    y = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+  return y.astype(x_SQNH.dtype)
+
+
+def _cos_sin(angles: np.ndarray) -> np.ndarray:
+  return np.stack([np.cos(angles), np.sin(angles)], -1).astype(np.float32)

@@ -1,0 +1,211 @@
+"""The decoder-only trunk of every family: one module, driven by its config.
+
+Pre-norm RMSNorm, SwiGLU, no biases, rotary positions given per slot, optional
+per-head LayerNorm of queries and keys (Chameleon). Layers are stacked along
+axis 0 of their parameters and run by `nn.scan`; the cache rides in the carry,
+so that no second copy of it is made.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ssd_jax.models.rope import rotate
+from ssd_jax.types import KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class TrunkConfig:
+  """Sizes and options of a trunk.
+
+  Attributes:
+    d_model: Width D.
+    n_layers: Layers L.
+    n_heads: Query heads.
+    n_kv_heads: Key/value heads K.
+    head_dim: Head dimension H.
+    d_ff: SwiGLU hidden width F.
+    vocab_in: Rows of the input table.
+    vocab_out: Image codes V, the outputs of the head.
+    norm_eps: Of RMSNorm.
+    qk_norm: LayerNorm with scale and bias on each head of q and k, before the
+      rotation (Chameleon).
+    interleaved: Rotary pairs are neighbours (LlamaGen) instead of halves.
+    remat: Recompute each layer in the backward pass.
+  """
+
+  d_model: int
+  n_layers: int
+  n_heads: int
+  n_kv_heads: int
+  head_dim: int
+  d_ff: int
+  vocab_in: int
+  vocab_out: int
+  norm_eps: float = 1e-5
+  qk_norm: bool = False
+  interleaved: bool = False
+  remat: bool = False
+
+
+_dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm; statistics in float32."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns an array of the input's shape and dtype."""
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.eps)
+    return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class HeadNorm(nn.Module):
+  """LayerNorm over the head dimension with scale and bias per head."""
+
+  @nn.compact
+  def __call__(self, x_SQNH: jax.Array) -> jax.Array:
+    """Returns an array of the input's shape and dtype."""
+    shape = x_SQNH.shape[-2:]
+    scale = self.param("scale", nn.initializers.ones, shape)
+    bias = self.param("bias", nn.initializers.zeros, shape)
+    x = x_SQNH.astype(jnp.float32)
+    x -= jnp.mean(x, axis=-1, keepdims=True)
+    x *= jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5)
+    return (x * scale + bias).astype(x_SQNH.dtype)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention over the cache, or over the queries themselves."""
+
+  cfg: TrunkConfig
+
+  @nn.compact
+  def __call__(self, x_SQD, cos_sin_SQh2, visible_SQX, cache, layer, slots_SQ):
+    """Returns (output [S, Q, D], cache)."""
+    cfg = self.cfg
+    heads = {"q": cfg.n_heads, "k": cfg.n_kv_heads, "v": cfg.n_kv_heads}
+    q, k, v = (
+        jnp.einsum(
+            "sqd,dnh->sqnh", x_SQD,
+            self.param(
+                name, nn.initializers.variance_scaling(
+                    1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2)),
+                (cfg.d_model, n, cfg.head_dim),
+            ).astype(x_SQD.dtype),
+        )
+        for name, n in heads.items()
+    )
+    if cfg.qk_norm:
+      q, k = HeadNorm(name="q_norm")(q), HeadNorm(name="k_norm")(k)
+    q = rotate(q, cos_sin_SQh2, cfg.interleaved)
+    k = rotate(k, cos_sin_SQh2, cfg.interleaved)
+    if cache is not None:
+      rows = jnp.arange(x_SQD.shape[0])[:, None]
+      write = lambda old, new: old.at[layer, rows, slots_SQ].set(
+          new.astype(old.dtype), mode="drop")
+      cache = KVCache(write(cache.k, k), write(cache.v, v))
+      k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
+    y = jax.nn.dot_product_attention(q, k, v, mask=visible_SQX[:, None])
+    o = self.param(
+        "o", nn.initializers.variance_scaling(
+            1.0, "fan_in", "normal", in_axis=(0, 1), out_axis=2),
+        (cfg.n_heads, cfg.head_dim, cfg.d_model),
+    )
+    return jnp.einsum("sqnh,nhd->sqd", y, o.astype(y.dtype)), cache
+
+
+class SwiGLU(nn.Module):
+  """down(silu(gate(x)) * up(x)), bias-free."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns an array of the input's shape."""
+    d = x.shape[-1]
+    gate = self.param("gate", _dense, (d, self.features)).astype(x.dtype)
+    up = self.param("up", _dense, (d, self.features)).astype(x.dtype)
+    down = self.param("down", _dense, (self.features, d)).astype(x.dtype)
+    return (nn.silu(x @ gate) * (x @ up)) @ down
+
+
+class Layer(nn.Module):
+  """One pre-norm block; the scanned body."""
+
+  cfg: TrunkConfig
+
+  @nn.compact
+  def __call__(self, carry, layer, cos_sin, visible, slots):
+    """Returns ((x, cache), None)."""
+    x, cache = carry
+    cfg = self.cfg
+    y, cache = Attention(cfg, name="attn")(
+        RMSNorm(cfg.norm_eps, name="attn_norm")(x),
+        cos_sin, visible, cache, layer, slots,
+    )
+    x += y
+    x += SwiGLU(cfg.d_ff, name="mlp")(RMSNorm(cfg.norm_eps, name="mlp_norm")(x))
+    return (x, cache), None
+
+
+class Trunk(nn.Module):
+  """Tokens -> hidden states before the final norm -> image logits."""
+
+  cfg: TrunkConfig
+
+  def setup(self):
+    cfg = self.cfg
+    self.embedding = self.param(
+        "embedding", nn.initializers.normal(0.02), (cfg.vocab_in, cfg.d_model)
+    )
+    block = nn.remat(Layer, prevent_cse=False) if cfg.remat else Layer
+    self.layers = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        length=cfg.n_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(cfg)
+    self.final_norm = RMSNorm(cfg.norm_eps)
+    self.head = self.param("head", _dense, (cfg.d_model, cfg.vocab_out))
+
+  def __call__(
+      self, x_SQD: jax.Array, cos_sin_SQh2: jax.Array, visible_SQX: jax.Array,
+      cache: KVCache | None = None, slots_SQ: jax.Array | None = None,
+  ) -> tuple[jax.Array, KVCache | None]:
+    """Hidden states before the final norm, and the cache with them written.
+
+    Args:
+      x_SQD: Embedded tokens.
+      cos_sin_SQh2: Rows of the rotary table.
+      visible_SQX: What each query sees; without a cache, of the queries.
+      cache: Keys and values of every slot, or None.
+      slots_SQ: Where the queries are written; out of range is dropped.
+    """
+    layers = jnp.arange(self.cfg.n_layers)
+    (x_SQD, cache), _ = self.layers(
+        (x_SQD, cache), layers, cos_sin_SQh2, visible_SQX, slots_SQ
+    )
+    return x_SQD, cache
+
+  def init_all(self, x_SQD, cos_sin_SQh2, visible_SQX):
+    """Touches every parameter, for `init`."""
+    return self.logits(self(x_SQD, cos_sin_SQh2, visible_SQX)[0])
+
+  def embed(self, ids: jax.Array) -> jax.Array:
+    """Rows of the input table."""
+    return self.embedding[ids]
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """float32 [..., V], image logits of pre-norm hidden states."""
+    y = self.final_norm(hidden)
+    return (y @ self.head.astype(y.dtype)).astype(jnp.float32)

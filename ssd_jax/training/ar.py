@@ -1,0 +1,179 @@
+"""Trains a trunk on captions and the tokenizer's codes, by cross-entropy."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ssd_jax.config import LoopConfig, OptimizerConfig, check
+from ssd_jax.data import pipeline
+from ssd_jax.models.generator import Generator
+from ssd_jax.models.text import Vocabulary, words_of
+from ssd_jax.models.vq import VQ
+from ssd_jax.training import loop
+from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
+from ssd_jax.training.tokenizer import reconstruct
+from ssd_jax.types import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class ARConfig:
+  """How the trunk is trained.
+
+  Attributes:
+    optimizer: Of the trunk.
+    loop: Steps, batch, logging.
+    drop_caption: Share of empty captions, for guidance.
+    add_tags: Share of captions that carry some of the tags beside the label.
+    only_tags: Share of captions made of tags alone.
+    spell: Share of words that are spelled in bytes.
+  """
+
+  optimizer: OptimizerConfig = OptimizerConfig()
+  loop: LoopConfig = LoopConfig()
+  drop_caption: float = 0.1
+  add_tags: float = 0.25
+  only_tags: float = 0.1
+  spell: float = 0.03
+
+  def __post_init__(self):
+    for name in ("drop_caption", "add_tags", "only_tags", "spell"):
+      check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSource:
+  """Every picture of a split as codes, grouped by the item it varies.
+
+  Attributes:
+    tokens: int32 [pictures, N].
+    captions: Label of each picture.
+    tags: Tags of each picture.
+    items: For each item, the pictures that show it; the first is the plain one.
+  """
+
+  tokens: np.ndarray
+  captions: tuple[str, ...]
+  tags: tuple[tuple[str, ...], ...]
+  items: tuple[tuple[int, ...], ...]
+
+  def __len__(self) -> int:
+    return len(self.items)
+
+
+def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
+  """The codes of a source's pictures, kept in `cache` for the next run."""
+  captions, tags, items, images = [], [], [], []
+  for index in range(len(source)):
+    pictures = source.variants(index)
+    items.append(tuple(range(len(captions), len(captions) + len(pictures))))
+    for picture in pictures:
+      captions.append(picture["caption"])
+      tags.append(tuple(picture["tags"]))
+      images.append(picture["image"])
+  if cache.exists():
+    tokens = np.load(cache)
+  else:
+    _, ids = reconstruct(vq, params, np.stack(images))
+    tokens = ids.reshape(len(images), -1)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    partial = cache.with_suffix(".partial.npy")
+    np.save(partial, tokens)
+    os.replace(partial, cache)
+  return TokenSource(tokens, tuple(captions), tuple(tags), tuple(items))
+
+
+def load_example(
+    source: TokenSource, index: int, rng: np.random.Generator,
+    words: Vocabulary, cfg: ARConfig,
+) -> dict[str, np.ndarray]:
+  """One picture's codes with a caption drawn from its label and tags."""
+  pictures = source.items[index]
+  plain = len(pictures) == 1 or rng.random() < 0.5
+  picture = pictures[0] if plain else pictures[rng.integers(len(pictures))]
+  text = random_caption(source.captions[picture], source.tags[picture], rng, cfg)
+  ids = []
+  for word in words_of(text):
+    ids += words.spell(word) if rng.random() < cfg.spell else words.ids(word)
+  prompt, mask = words.pad(ids[: words.length - 2])
+  return {"tokens": source.tokens[picture], "prompt": prompt, "mask": mask}
+
+
+def random_caption(
+    label: str, tags: tuple[str, ...], rng: np.random.Generator, cfg: ARConfig
+) -> str:
+  """The label, with tags, tags alone, or nothing."""
+  draw = rng.random()
+  if draw < cfg.drop_caption:
+    return ""
+  some = [t for t in rng.permutation(tags) if rng.random() < 0.5] if tags else []
+  if draw < cfg.drop_caption + cfg.only_tags and some:
+    return " ".join(some)
+  if draw < cfg.drop_caption + cfg.only_tags + cfg.add_tags:
+    return " ".join([label, *some])
+  return label
+
+
+def cross_entropy(generator: Generator, params, batch) -> jax.Array:
+  """float32 [B, N]: negative log-likelihood of every token."""
+  rows, slots = batch["prompt"].shape
+  places = jnp.arange(slots + generator.grid.length)
+  prompt = Prompt(
+      batch["prompt"], batch["mask"],
+      jnp.broadcast_to(places, (rows, len(places))),
+  )
+  hidden = generator.hidden(params, prompt, batch["tokens"])
+  return optax.softmax_cross_entropy_with_integer_labels(
+      generator.logits(params, hidden), batch["tokens"]
+  )
+
+
+def run(
+    generator: Generator, words: Vocabulary, splits: dict[str, TokenSource],
+    cfg: ARConfig, workdir: str,
+) -> TrainState:
+  """Trains a trunk on `splits["train"]` into `workdir`."""
+  optimizer = make_optimizer(cfg.optimizer, cfg.loop)
+  params = generator.init(jax.random.key(cfg.loop.seed))
+  state = TrainState.make(params, optimizer, cfg.optimizer)
+  load = functools.partial(load_example, words=words, cfg=cfg)
+  data = pipeline.stream(splits["train"], load, cfg.loop.batch, cfg.loop.seed)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state: TrainState, batch):
+    loss, grads = jax.value_and_grad(
+        lambda params: jnp.mean(cross_entropy(generator, params, batch))
+    )(state.params)
+    state = apply_gradients(state, grads, optimizer, cfg.optimizer)
+    return state, {"loss": loss, "gradient": optax.global_norm(grads)}
+
+  losses = jax.jit(functools.partial(cross_entropy, generator))
+
+  def evaluate(state):
+    figures = {}
+    for name, source in splits.items():
+      batches = plain_batches(source, words, cfg.loop.batch, count=128)
+      figures[f"{name}_nll"] = float(np.mean(
+          [np.mean(losses(state.eval_params, batch)) for batch in batches]
+      ))
+    return figures
+
+  return loop.train(workdir, state, step, data, cfg.loop, evaluate)
+
+
+def plain_batches(source: TokenSource, words: Vocabulary, batch: int, count: int):
+  """Batches of evenly spread items with their plain labels."""
+  picks = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+  for start in range(0, len(picks) - batch + 1, batch):
+    pictures = [source.items[i][0] for i in picks[start:start + batch]]
+    padded = [words.pad(words.encode(source.captions[i])[0]) for i in pictures]
+    yield {
+        "tokens": source.tokens[pictures],
+        "prompt": np.stack([p for p, _ in padded]),
+        "mask": np.stack([m for _, m in padded]),
+    }

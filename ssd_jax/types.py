@@ -1,0 +1,98 @@
+"""The words that all rooms share: shape letters and the arrays of a pass.
+
+Arrays in numeric code end in their shape letters:
+
+  B images of a batch      G guidance streams (cond, uncond)   S = G * B rows
+  N slots of the sequence  X = N + scratch slots of trees      P prompt slots
+  Q queries of a pass      R rows and C columns of the grid    V image codes
+  L layers   D width   F hidden width   H head dimension   K key/value heads
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+
+from ssd_jax.grid import Grid
+
+Params = Any
+
+
+@flax.struct.dataclass
+class KVCache:
+  """Keys and values of every slot; a draft is overwritten, never erased.
+
+  Attributes:
+    k: [L, S, P + X, K, H].
+    v: [L, S, P + X, K, H].
+  """
+
+  k: jax.Array
+  v: jax.Array
+
+
+@flax.struct.dataclass
+class Prompt:
+  """What an image is drawn for, as the trunk sees it. S rows: all conditional
+  ones first, then (with guidance) all unconditional ones.
+
+  Attributes:
+    tokens: int32 [S, P], ids of the trunk's input table.
+    mask: bool [S, P], which of them exist.
+    positions: int32 [S, P + N], row of the rotary table of every slot.
+    features: Embeddings [S, P, D] that replace those of `tokens`, or None.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  positions: jax.Array
+  features: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Queries:
+  """The slots fed in a pass. One image's inside a decoder, a batch's outside.
+
+  Attributes:
+    tokens: int32 [Q], image codes, or V + k for the k-th forced token.
+    positions: int32 [Q], slot of the sequence whose place the query takes.
+    slots: int32 [Q], where key and value are written; X is nowhere (inactive).
+    visible: bool [Q, X], which slots the query sees, itself included. The
+      prompt is always seen.
+  """
+
+  tokens: jax.Array
+  positions: jax.Array
+  slots: jax.Array
+  visible: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A network as decoding knows it: pure functions of `params`.
+
+  The hidden state at a slot is the trunk's output before the final norm; its
+  logits predict the token of the next slot.
+
+  Attributes:
+    grid: The image as a sequence.
+    vocab: Image codes V.
+    prefill: (params, prompt, scratch) -> (hidden [S, D] of the last prompt
+      slot, cache with `scratch` slots beyond the sequence).
+    forward: (params, cache, prompt, queries [S, Q]) -> (hidden [S, Q, D],
+      cache).
+    logits: (params, hidden [..., D]) -> float32 [..., V].
+    embed: (params, tokens [...]) -> [..., D], image tokens as the trunk is fed.
+    draft: (params, direction, offset, hidden [..., D], tokens [...]) ->
+      predicted hidden [..., D], or None where no spatial heads are at hand.
+  """
+
+  grid: Grid
+  vocab: int
+  prefill: Callable[..., tuple[jax.Array, KVCache]]
+  forward: Callable[..., tuple[jax.Array, KVCache]]
+  logits: Callable[[Params, jax.Array], jax.Array]
+  embed: Callable[[Params, jax.Array], jax.Array]
+  draft: Callable[..., jax.Array] | None = None
