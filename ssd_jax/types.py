@@ -71,10 +71,12 @@ class Queries:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A network as decoding knows it: pure functions of `params`.
+  """A network as decoding knows it: pure functions of `params`, which is
+  {"trunk": ...} and, where they are at hand, {"heads": ..., "drafter": ...}.
 
   The hidden state at a slot is the trunk's output before the final norm; its
-  logits predict the token of the next slot.
+  logits predict the token of the next slot. So the state that *predicted* slot
+  i, which is what heads start from, is the hidden state of slot i - 1.
 
   Attributes:
     grid: The image as a sequence.
@@ -85,8 +87,11 @@ class Model:
       cache).
     logits: (params, hidden [..., D]) -> float32 [..., V].
     embed: (params, tokens [...]) -> [..., D], image tokens as the trunk is fed.
-    draft: (params, direction, offset, hidden [..., D], tokens [...]) ->
-      predicted hidden [..., D], or None where no spatial heads are at hand.
+    draft: (params, direction, offset, hidden [..., D], tokens [...]) -> float32
+      logits [..., V] of the cell `offset` to the right ("horizontal") or below
+      ("vertical") of the cell that holds `tokens` and was predicted from
+      `hidden`; None where no spatial heads are at hand.
+    heads: (horizontal, vertical) numbers of spatial heads.
   """
 
   grid: Grid
@@ -96,3 +101,4 @@ class Model:
   logits: Callable[[Params, jax.Array], jax.Array]
   embed: Callable[[Params, jax.Array], jax.Array]
   draft: Callable[..., jax.Array] | None = None
+  heads: tuple[int, int] = (0, 0)

@@ -38,11 +38,12 @@ class Generator:
     return Trunk(self.cfg)
 
   def init(self, key: jax.Array) -> Params:
-    """Random float32 parameters."""
+    """{"trunk": random float32 parameters}."""
     x = jnp.zeros((1, 1, self.cfg.d_model))
     cos_sin = jnp.zeros((1, 1, self.cfg.head_dim // 2, 2))
     visible = jnp.ones((1, 1, 1), bool)
-    return self.trunk.init(key, x, cos_sin, visible, method="init_all")["params"]
+    variables = self.trunk.init(key, x, cos_sin, visible, method="init_all")
+    return {"trunk": variables["params"]}
 
   def model(self) -> Model:
     """What decoders see."""
@@ -53,7 +54,7 @@ class Generator:
 
   def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
     """float32 [..., V], image logits of pre-norm hidden states."""
-    return self.trunk.apply({"params": params}, hidden, method="logits")
+    return self._apply(params, hidden, method="logits")
 
   def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
     """[..., D], image tokens as the trunk is fed."""
@@ -70,8 +71,8 @@ class Generator:
     cache = KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
     visible = prompt_visible(prompt.mask)
     unused = jnp.zeros((rows, length, shape[2] - length), bool)
-    hidden, cache = self.trunk.apply(
-        {"params": params},
+    hidden, cache = self._apply(
+        params,
         self._prompt_embeddings(params, prompt),
         self._turns(prompt.positions[:, :length]),
         jnp.concatenate([visible, unused], axis=-1),
@@ -91,8 +92,8 @@ class Generator:
     seen = jnp.broadcast_to(
         prompt.mask[:, None], queries.visible.shape[:2] + (length,)
     )
-    return self.trunk.apply(
-        {"params": params},
+    return self._apply(
+        params,
         self.embed(params, queries.tokens),
         self._turns(positions),
         jnp.concatenate([seen, queries.visible], axis=-1),
@@ -116,8 +117,8 @@ class Generator:
     mask = jnp.pad(
         prompt.mask, ((0, 0), (0, total - length)), constant_values=True
     )
-    hidden, _ = self.trunk.apply(
-        {"params": params}, x, self._turns(prompt.positions[:, :total]),
+    hidden, _ = self._apply(
+        params, x, self._turns(prompt.positions[:, :total]),
         prompt_visible(mask),
     )
     return hidden[:, length - 1:]
@@ -128,8 +129,11 @@ class Generator:
     return self._rows(params, prompt.tokens)
 
   def _rows(self, params: Params, ids: jax.Array) -> jax.Array:
-    rows = self.trunk.apply({"params": params}, ids, method="embed")
+    rows = self._apply(params, ids, method="embed")
     return rows.astype(self.dtype)
+
+  def _apply(self, params: Params, *args, **kwargs):
+    return self.trunk.apply({"params": params["trunk"]}, *args, **kwargs)
 
   def _turns(self, positions: jax.Array) -> jax.Array:
     return jnp.asarray(self.rope)[positions]
