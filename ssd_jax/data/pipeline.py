@@ -7,33 +7,55 @@ import grain
 import jax
 import numpy as np
 
+from ssd_jax.config import UserError, check
+
 
 def stream(
     source: Any,
     load: Callable[[Any, int, np.random.Generator], dict],
     batch: int,
     seed: int,
+    shard: tuple[int, int] | None = None,
 ) -> grain.IterDataset:
-  """An endless stream of batches of `load(source, index, rng)`.
+  """An endless stream of this host's share of batches of examples.
 
-  Every epoch is a fresh shuffle; each host reads its own share of it. The
-  iterator's state is a checkpoint: restoring it continues with the next batch.
+  Every epoch is a fresh shuffle. The stream of examples depends on the seed
+  alone: n hosts take every n-th of it, so that together they see the batches
+  that one host would. The iterator's state is a checkpoint: restoring it
+  continues with the next batch.
 
   Args:
     source: Anything with `__len__`; handed to `load`.
-    load: Returns one example as a dict of arrays of fixed shapes. `rng` depends
-      on (seed, position in the stream) alone.
+    load: Returns one example, `load(source, index, rng)`, as a dict of arrays
+      of fixed shapes. `rng` depends on (seed, place in the stream) alone.
     batch: Examples per step over all hosts.
-    seed: Of the order and of `rng`.
+    seed: Of the order and of `rng`, in [0, 2**32).
+    shard: (index, count) of this host; by default what jax knows.
+
+  Raises:
+    UserError: where the source is empty, or hosts cannot share a batch.
   """
-  shard = slice(jax.process_index(), None, jax.process_count())
-  dataset = (
+  index, count = shard or (jax.process_index(), jax.process_count())
+  if not len(source):
+    raise UserError(
+        "got a source without pictures, expected one or more; check its path "
+        "and split"
+    )
+  check(
+      batch >= 1 and batch % count == 0, "batch", batch,
+      f"a multiple of the {count} processes",
+  )
+  check(0 <= seed < 2**32, "seed", seed, "in [0, 2**32)")
+  check(0 <= index < count, "shard", (index, count), "an index below its count")
+  examples = (
       grain.MapDataset.range(len(source))
       .seed(seed)
       .shuffle()
       .repeat()
-      [shard]
-      .random_map(lambda index, rng: load(source, int(index), rng))
-      .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
+      .random_map(lambda item, rng: load(source, int(item), rng))
   )
-  return dataset.batch(batch // jax.process_count(), drop_remainder=True)
+  # Sliced last: the hosts' random numbers differ as their examples do.
+  share = examples[index::count].to_iter_dataset(
+      grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)
+  )
+  return share.batch(batch // count, drop_remainder=True)

@@ -1,24 +1,32 @@
-"""Random-access sources of captioned pictures.
+"""The vendored emoji, and any source by its name.
 
-A source has `__len__` and `__getitem__`, which returns
-`{"image": uint8 [H, W, 3], "caption": str, "tags": tuple[str, ...]}`; that is
-all that grain asks for. Sources are picklable and open their files lazily, so
-that grain's worker processes can hold them.
+`open_source` turns "emoji", "folder:PATH" or "tfds:NAME" into a source of
+captioned pictures with a fixed split into training and validation.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import pathlib
+from urllib import parse
 import zipfile
 
 import numpy as np
 from PIL import Image
 
+from ssd_jax.config import UserError, check
+from ssd_jax.data.folder import FolderSource
+from ssd_jax.data.pictures import (
+    VALIDATION_SHARE, Source, hash_fraction, to_square,
+)
+from ssd_jax.data.tfds import TFDSSource
+
 EMOJI_DIR = pathlib.Path(__file__).parent.parent / "assets" / "emoji_data"
-VALIDATION_SHARE = 0.1  # of the groups
+EMOJI_PIXELS = 128
+SPLITS = ("train", "validation", "all")
+_TFDS_OPTIONS = ("split", "image_key", "caption_key", "data_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +55,13 @@ class Emoji:
   @property
   def is_validation(self) -> bool:
     """Whether the group was held out from all training."""
-    digest = hashlib.sha256(self.group.encode()).digest()
-    return int.from_bytes(digest[:4], "big") < VALIDATION_SHARE * 2**32
+    return hash_fraction(self.group) < VALIDATION_SHARE
 
 
 @functools.cache
 def emoji_records(split: str = "all", tones: bool = True) -> tuple[Emoji, ...]:
   """The vendored emoji of a split ("train", "validation" or "all")."""
+  check(split in SPLITS, "split", split, f"one of {SPLITS}")
   rows = json.loads((EMOJI_DIR / "captions.json").read_text("utf-8"))
   emoji = (Emoji(**{**row, "tags": tuple(row["tags"])}) for row in rows)
   return tuple(
@@ -64,30 +72,39 @@ def emoji_records(split: str = "all", tones: bool = True) -> tuple[Emoji, ...]:
   )
 
 
-class EmojiSource:
-  """The vendored Fluent emoji, one item per base emoji or per picture.
+@functools.cache
+def _emoji_files() -> dict[str, bytes]:
+  """The vendored files in memory, 8 MB: threads need not share a handle."""
+  with zipfile.ZipFile(EMOJI_DIR / "images.zip") as archive:
+    return {name: archive.read(name) for name in archive.namelist()}
 
-  With `tones`, item i is base emoji i in one of its skin tones, chosen by the
-  caller through `variant`, so that the many tone variants weigh no more than
-  other emoji.
+
+class EmojiSource(Source):
+  """The vendored Fluent emoji, one item per base emoji.
+
+  The pictures in other skin tones are variants of an item, so that the many of
+  them weigh no more than other emoji.
   """
 
-  def __init__(self, split: str):
+  def __init__(self, split: str, pixels: int = EMOJI_PIXELS):
+    self.pixels = pixels
     self.records = emoji_records(split, tones=False)
-    variants: dict[str, list[Emoji]] = {}
+    self.keys = tuple(emoji.code for emoji in self.records)
+    self._variants = {emoji.base: [emoji] for emoji in self.records}
     for emoji in emoji_records(split):
-      variants.setdefault(emoji.base, []).append(emoji)
-    self._variants = variants
-    self._archive = None
-
-  def __len__(self) -> int:
-    return len(self.records)
+      if not emoji.is_base:
+        self._variants[emoji.base].append(emoji)
 
   def __getitem__(self, index: int) -> dict:
     return self.load(self.records[index])
 
+  def variants(self, index: int) -> list[dict]:
+    """Item `index` in every skin tone, first in none."""
+    base = self.records[index].base
+    return [self.load(emoji) for emoji in self._variants[base]]
+
   def variant(self, index: int, rng: np.random.Generator) -> dict:
-    """Item `index` in a random skin tone (half of the time in none)."""
+    """Item `index` in a random skin tone, half of the time in none."""
     variants = self._variants[self.records[index].base]
     if len(variants) == 1 or rng.random() < 0.5:
       return self[index]
@@ -95,11 +112,82 @@ class EmojiSource:
 
   def load(self, emoji: Emoji) -> dict:
     """The picture of one emoji with its caption."""
-    if self._archive is None:
-      self._archive = zipfile.ZipFile(EMOJI_DIR / "images.zip")
-    blob = self._archive.read(f"{emoji.code}.webp")
-    image = np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))
+    blob = _emoji_files()[f"{emoji.code}.webp"]
+    image = to_square(Image.open(io.BytesIO(blob)), self.pixels)
     return {"image": image, "caption": emoji.label, "tags": emoji.tags}
 
-  def __getstate__(self) -> dict:
-    return {**self.__dict__, "_archive": None}
+
+class Subset(Source):
+  """Some items of a source."""
+
+  def __init__(self, source: Source, indices: Sequence[int]):
+    self.source = source
+    self.indices = tuple(indices)
+    self.keys = tuple(source.keys[i] for i in self.indices)
+
+  def __getitem__(self, index: int) -> dict:
+    return self.source[self.indices[index]]
+
+  def variants(self, index: int) -> list[dict]:
+    """As the source has them."""
+    return self.source.variants(self.indices[index])
+
+  def variant(self, index: int, rng: np.random.Generator) -> dict:
+    """As the source draws it."""
+    return self.source.variant(self.indices[index], rng)
+
+
+def hold_out(source: Source, split: str) -> Source:
+  """The items of a split, which each item's key decides by itself.
+
+  An item stays on its side when others are added. Where that rule would leave a
+  side empty, the item with the least hash alone is held out.
+
+  Raises:
+    UserError: where one item cannot be split in two.
+  """
+  check(split in SPLITS, "split", split, f"one of {SPLITS}")
+  if split == "all":
+    return source
+  places = np.array([hash_fraction(key) for key in source.keys])
+  is_held = places < VALIDATION_SHARE
+  if is_held.all() or not is_held.any():
+    is_held = places == places.min()
+  chosen = np.flatnonzero(is_held == (split == "validation"))
+  if not len(chosen):
+    raise UserError(
+        f"got {len(source)} picture under one name, expected two or more, of "
+        "which one is held out; add pictures"
+    )
+  return Subset(source, chosen.tolist())
+
+
+def open_source(spec: str, split: str, pixels: int) -> Source:
+  """The source that `spec` names, with pictures of `pixels` by `pixels`.
+
+  Args:
+    spec: "emoji", "folder:PATH" or "tfds:NAME". Options of the last follow a
+      question mark: "tfds:NAME?caption_key=label&split=train".
+    split: "train", "validation" or "all". Emoji go by their group, other
+      pictures by the hash of their file name or place.
+    pixels: Side of the pictures.
+
+  Raises:
+    UserError: on any other spec, and on pictures or captions at fault.
+  """
+  check(pixels >= 1, "pixels", pixels, ">= 1")
+  kind, _, rest = spec.partition(":")
+  if spec == "emoji":
+    return EmojiSource(split, pixels)
+  if kind == "folder" and rest:
+    return hold_out(FolderSource(rest, pixels), split)
+  if kind == "tfds" and rest:
+    name, _, query = rest.partition("?")
+    options = {"split": "train", **dict(parse.parse_qsl(query))}
+    for option in options:
+      check(option in _TFDS_OPTIONS, "option", option, f"in {_TFDS_OPTIONS}")
+    return hold_out(TFDSSource(name, pixels=pixels, **options), split)
+  raise UserError(
+      f"got {spec!r}, expected emoji, folder:PATH or tfds:NAME; name the "
+      "pictures so"
+  )

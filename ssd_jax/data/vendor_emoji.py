@@ -22,7 +22,23 @@ PIXELS = 128
 QUALITY = 90
 _TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 _GENDER_SIGNS = {"2640", "2642"}
-_PEOPLE = {"1f468": "1f9d1", "1f469": "1f9d1"}  # man, woman -> person
+# Code points and whole emoji that differ from another in gender alone.
+_NEUTRAL = {
+    "1f468": "1f9d1", "1f469": "1f9d1",  # man, woman: person
+    "1f466": "1f9d2", "1f467": "1f9d2",  # boy, girl: child
+    "1f474": "1f9d3", "1f475": "1f9d3",  # old man, old woman: older person
+    "1f934": "1fac5", "1f478": "1fac5",  # prince, princess: person with crown
+    "1f930": "1fac4", "1fac3": "1fac4",  # pregnant woman, man: person
+    "1f57a": "1f483",  # man dancing: woman dancing
+}
+_NEUTRAL_WHOLE = {
+    "1f385": "1f9d1-200d-1f384", "1f936": "1f9d1-200d-1f384",  # Santa: Mx Claus
+    "1f46b": "1f9d1-200d-1f91d-200d-1f9d1",  # holding hands: woman and man,
+    "1f46c": "1f9d1-200d-1f91d-200d-1f9d1",  # men,
+    "1f46d": "1f9d1-200d-1f91d-200d-1f9d1",  # women
+    "1f48f": "1f9d1-200d-2764-200d-1f48b-200d-1f9d1",  # kiss
+    "1f491": "1f9d1-200d-2764-200d-1f9d1",  # couple with heart
+}
 
 
 def normalise(code: str) -> str:
@@ -38,10 +54,11 @@ def base_of(code: str) -> str:
 def group_of(code: str) -> str:
   """The emoji without skin tones and gender: the unit of the split."""
   parts = base_of(code).split("-")
-  parts = [_PEOPLE.get(c, c) for c in parts if c not in _GENDER_SIGNS]
+  parts = [_NEUTRAL.get(c, c) for c in parts if c not in _GENDER_SIGNS]
   while parts and parts[-1] == "200d":
     parts.pop()
-  return "-".join(parts)
+  group = "-".join(parts)
+  return _NEUTRAL_WHOLE.get(group, group)
 
 
 def read_captions(tarball: str) -> dict[str, dict]:

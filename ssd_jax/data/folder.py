@@ -1,0 +1,213 @@
+"""A user's folder of pictures with captions.
+
+Captions come from a table (`captions.json`, `captions.csv`, `captions.tsv` or
+`metadata.jsonl`, in any folder, naming files from there) or from a text file of
+the same name beside each picture. A table needs a file name and a caption per
+picture, and may give tags; the JSON may also map file names to captions.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+from typing import Any
+
+from PIL import Image
+
+from ssd_jax.config import UserError
+from ssd_jax.data.pictures import Source, to_square
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+TABLES = ("captions.json", "captions.csv", "captions.tsv", "metadata.jsonl")
+_NAME_COLUMNS = ("file_name", "file", "filename", "image")
+_CAPTION_COLUMNS = ("caption", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+  """What is said of one picture.
+
+  Attributes:
+    text: The caption, one line.
+    tags: Words that describe the picture.
+    source: The file that says so.
+  """
+
+  text: str
+  tags: tuple[str, ...]
+  source: pathlib.Path
+
+
+class FolderSource(Source):
+  """Every picture below a folder, with its caption.
+
+  Everything but the pixels is checked here: that each picture has one caption,
+  and that its header reads. Hidden files and folders are left out.
+
+  Raises:
+    UserError: names the file or folder that is at fault.
+  """
+
+  def __init__(self, path: str, pixels: int):
+    folder = pathlib.Path(path).expanduser()
+    self.pixels = pixels
+    self.paths = find_pictures(folder)
+    self.captions = find_captions(folder, self.paths)
+    # Without the suffix: a.png and a.jpg share a.txt, so they share a side.
+    self.keys = tuple(
+        p.relative_to(folder).with_suffix("").as_posix() for p in self.paths
+    )
+    for picture in self.paths:
+      self._read(picture, header_only=True)
+
+  def __getitem__(self, index: int) -> dict:
+    caption = self.captions[index]
+    image = self._read(self.paths[index])
+    return {"image": image, "caption": caption.text, "tags": caption.tags}
+
+  def _read(self, path: pathlib.Path, header_only: bool = False):
+    try:
+      with Image.open(path) as picture:
+        if header_only:
+          return None
+        # A JPEG far too large is decoded at a fraction of its size.
+        picture.draft("RGB", (2 * self.pixels, 2 * self.pixels))
+        return to_square(picture, self.pixels)
+    except Exception as error:  # a decoder may raise anything on bad bytes
+      raise UserError(
+          f"got a picture that cannot be read, {path} ({one_line(error)}), "
+          f"expected one of {', '.join(SUFFIXES)}; replace or remove it"
+      ) from error
+
+
+def one_line(error: Exception) -> str:
+  """The message of an error without line breaks."""
+  return " ".join(str(error).split()) or type(error).__name__
+
+
+def find_pictures(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
+  """The pictures below `folder`, in an order that is the same everywhere."""
+  if not folder.is_dir():
+    raise UserError(
+        f"got {folder}, expected a folder of pictures; check the path"
+    )
+  found = [p for p in _visible_files(folder) if p.suffix.lower() in SUFFIXES]
+  if not found:
+    raise UserError(
+        f"got {folder} without pictures, expected files that end in "
+        f"{', '.join(SUFFIXES)}; put pictures there or check the path"
+    )
+  return tuple(sorted(found, key=lambda p: p.relative_to(folder).as_posix()))
+
+
+def _visible_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  return [
+      p for p in folder.rglob("*")
+      if not any(part.startswith(".") for part in p.relative_to(folder).parts)
+      and p.is_file()
+  ]
+
+
+def find_captions(
+    folder: pathlib.Path, pictures: tuple[pathlib.Path, ...]
+) -> tuple[Caption, ...]:
+  """The caption of each picture; a table goes before a text file.
+
+  Raises:
+    UserError: names the first picture without a caption, or with two.
+  """
+  told: dict[pathlib.Path, Caption] = {}
+  for table in sorted(p for p in _visible_files(folder) if p.name in TABLES):
+    for path, caption in read_table(table):
+      if path in told:
+        raise UserError(
+            f"got two captions for {path}, in {told[path].source} and {table}, "
+            "expected one; remove the other"
+        )
+      told[path] = caption
+  for path in pictures:
+    beside = path.with_suffix(".txt")
+    if path not in told and beside.is_file():
+      told[path] = Caption(" ".join(_read_text(beside).split()), (), beside)
+  missing = [p for p in pictures if p not in told or not told[p].text]
+  if missing:
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    raise UserError(
+        f"got no caption for {missing[0]}{more}, expected one for every "
+        f"picture; add it to one of {', '.join(TABLES)} or to "
+        f"{missing[0].with_suffix('.txt').name} beside it"
+    )
+  return tuple(told[p] for p in pictures)
+
+
+def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
+  """(picture, caption) for every row of a table of captions.
+
+  Raises:
+    UserError: names the table, and the row where one is at fault.
+  """
+  try:
+    rows = _rows(table, _read_text(table))
+  except (ValueError, csv.Error) as error:
+    if isinstance(error, UserError):
+      raise
+    raise UserError(
+        f"got {table}, which is not {table.suffix[1:]} ({one_line(error)}), "
+        "expected a table of captions; mend it"
+    ) from error
+  if not rows:
+    raise UserError(
+        f"got {table} without entries, expected the fields {_NAME_COLUMNS[0]} "
+        f"and {_CAPTION_COLUMNS[0]} and an entry per picture; fill or remove it"
+    )
+  found = []
+  for number, row in enumerate(rows, 1):
+    name, text = (_field(row, c) for c in (_NAME_COLUMNS, _CAPTION_COLUMNS))
+    if name is None or text is None:
+      raise UserError(
+          f"got {table} with entry {number} without a file name or caption, "
+          f"expected the fields {_NAME_COLUMNS[0]} and {_CAPTION_COLUMNS[0]}; "
+          "name them so"
+      )
+    path = table.parent / pathlib.PurePosixPath(name.replace("\\", "/"))
+    caption = Caption(" ".join(text.split()), _tags(row), table)
+    found.append((path, caption))
+  return found
+
+
+def _read_text(path: pathlib.Path) -> str:
+  try:
+    return path.read_text("utf-8-sig")  # spreadsheets add a mark at the start
+  except UnicodeDecodeError as error:
+    raise UserError(
+        f"got {path}, which is not UTF-8 ({error.reason}), expected UTF-8 "
+        "text; save it as that"
+    ) from error
+
+
+def _rows(table: pathlib.Path, text: str) -> list[Any]:
+  if table.suffix == ".jsonl":
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+  if table.suffix == ".json":
+    rows = json.loads(text)
+    if not isinstance(rows, dict):
+      return list(rows) if isinstance(rows, list) else [rows]
+    return [
+        {"file_name": name, **(row if isinstance(row, dict) else
+                               {"caption": row})}
+        for name, row in rows.items()
+    ]
+  delimiter = "\t" if table.suffix == ".tsv" else ","
+  return list(csv.DictReader(io.StringIO(text, ""), delimiter=delimiter))
+
+
+def _field(row: Any, names: tuple[str, ...]) -> str | None:
+  values = [row[n] for n in names if n in row] if isinstance(row, dict) else []
+  return values[0] if values and isinstance(values[0], str) else None
+
+
+def _tags(row: dict) -> tuple[str, ...]:
+  tags = row.get("tags") or ()
+  tags = tags.split(",") if isinstance(tags, str) else tags
+  return tuple(t for t in (str(tag).strip() for tag in tags) if t)

@@ -1,0 +1,141 @@
+"""A TensorFlow dataset that is on disk already, read without TensorFlow."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ssd_jax.config import UserError
+from ssd_jax.data.folder import one_line
+from ssd_jax.data.pictures import Source, to_square
+
+_CAPTION_KEYS = ("caption", "captions", "text", "label")
+
+
+class TFDSSource(Source):
+  """A split of a dataset as captioned pictures.
+
+  What `tfds.data_source` opens, found by the files alone: the code that made a
+  dataset often needs TensorFlow, its files do not.
+
+  Args:
+    name: As TFDS has it: `mnist`, `name/config`, `name:1.0.0`.
+    split: As TFDS has it: `train`, `train[:1000]`.
+    pixels: Side of the pictures.
+    image_key: Path of the image feature, such as `image` or `views/front`.
+    caption_key: Path of a text or class label feature; where it holds several,
+      the first is taken. By default whichever of caption, captions, text and
+      label there is.
+    data_dir: Where TFDS keeps its datasets; by default where it does anyway.
+
+  Raises:
+    UserError: where the dataset is not there, not in a format with random
+      access, empty, or lacks a feature.
+  """
+
+  def __init__(
+      self, name: str, split: str, pixels: int, image_key: str = "image",
+      caption_key: str = "", data_dir: str | None = None,
+  ):
+    self.name, self.split, self.pixels = name, split, pixels
+    self._rows = _open(name, split, data_dir)
+    if not len(self._rows):
+      raise UserError(
+          f"got {name} with nothing in split {split!r}, expected pictures; "
+          "choose another split"
+      )
+    features = dict(_leaves(self._rows.dataset_info.features))
+    wanted = (caption_key,) if caption_key else _CAPTION_KEYS
+    self._image_key = _choose(features, "image_key", (image_key,), name)
+    self._caption_key = _choose(features, "caption_key", wanted, name)
+    caption = features[self._caption_key]
+    self._label_names = getattr(caption, "names", None)
+    self.keys = tuple(str(index) for index in range(len(self._rows)))
+
+  def __getitem__(self, index: int) -> dict:
+    try:
+      row = self._rows[index]
+      array = np.asarray(_at(row, self._image_key))
+      array = array[..., 0] if array.shape[-1] == 1 else array
+      image = to_square(Image.fromarray(array), self.pixels)
+    except Exception as error:  # a decoder may raise anything on bad bytes
+      raise UserError(
+          f"got a picture that cannot be read, item {index} of {self.name} "
+          f"split {self.split!r} ({one_line(error)}), expected 8-bit pixels; "
+          "prepare the dataset again"
+      ) from error
+    caption = self._caption(_at(row, self._caption_key))
+    if not caption:
+      raise UserError(
+          f"got no caption in {self._caption_key!r} of item {index} of "
+          f"{self.name} split {self.split!r}, expected one for every picture; "
+          "choose another caption_key or split"
+      )
+    return {"image": image, "caption": caption, "tags": ()}
+
+  def _caption(self, value: Any) -> str:
+    """The caption in a feature's value: text, a label, or several of them."""
+    if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value):
+      value = value[0] if len(value) else b""
+    if self._label_names is not None:
+      return self._label_names[int(value)].replace("_", " ")
+    text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    return " ".join(text.split())
+
+
+def _open(name: str, split: str, data_dir: str | None) -> Any:
+  # Slow to import, and only needed here.
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import read_only_builder
+
+  prepare = (
+      f"prepare it with `tfds build {name} --file_format=array_record` "
+      "(that needs TensorFlow, reading does not)"
+  )
+  try:
+    builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
+    return builder.as_data_source(split)
+  except tfds.core.DatasetNotFoundError as error:
+    raise UserError(
+        f"got {name}, expected a dataset that is in "
+        f"{data_dir or tfds.core.constants.DATA_DIR}; {prepare}"
+    ) from error
+  except NotImplementedError as error:
+    raise UserError(
+        f"got {name} as {builder.info.file_format.value}, expected a format "
+        f"with random access; {prepare}"
+    ) from error
+  except ValueError as error:
+    raise UserError(
+        f"got {name} split {split!r} ({one_line(error)}), expected a split of "
+        "one prepared dataset; choose another"
+    ) from error
+
+
+def _leaves(feature: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+  """(path, feature) of everything that is not a group or a list."""
+  feature = getattr(feature, "feature", feature)  # what a list is a list of
+  if not hasattr(feature, "items"):
+    yield path, feature
+    return
+  for name, child in feature.items():
+    yield from _leaves(child, f"{path}/{name}" if path else name)
+
+
+def _choose(
+    features: dict[str, Any], setting: str, wanted: tuple[str, ...], name: str
+) -> str:
+  for key in wanted:
+    if key in features:
+      return key
+  raise UserError(
+      f"got {setting}={' or '.join(wanted)}, expected one of "
+      f"{sorted(features)}, which {name} has; set {setting}"
+  )
+
+
+def _at(row: Any, path: str) -> Any:
+  for part in path.split("/"):
+    row = row[part]
+  return row
