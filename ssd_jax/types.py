@@ -70,6 +70,25 @@ class Queries:
 
 
 @dataclasses.dataclass(frozen=True)
+class Drafter:
+  """An EAGLE-style drafter as decoding knows it: functions of one image's
+  arrays, whose G streams are the rows.
+
+  It is fed (hidden state that predicted slot i, token of slot i) and predicts
+  the hidden state of slot i, whose logits are a draft of slot i + 1. It sees
+  image slots only: the prompt reaches it through the hidden states.
+
+  Attributes:
+    cache: (streams, scratch) -> empty cache of N + scratch slots.
+    forward: (params, cache, hidden [G, Q, D], queries [Q]) -> (hidden
+      [G, Q, D], cache).
+  """
+
+  cache: Callable[[int, int], KVCache]
+  forward: Callable[..., tuple[jax.Array, KVCache]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
   """A network as decoding knows it: pure functions of `params`, which is
   {"trunk": ...} and, where they are at hand, {"heads": ..., "drafter": ...}.
@@ -92,6 +111,7 @@ class Model:
       ("vertical") of the cell that holds `tokens` and was predicted from
       `hidden`; None where no spatial heads are at hand.
     heads: (horizontal, vertical) numbers of spatial heads.
+    drafter: Of draft trees; None where none is at hand.
   """
 
   grid: Grid
@@ -102,3 +122,4 @@ class Model:
   embed: Callable[[Params, jax.Array], jax.Array]
   draft: Callable[..., jax.Array] | None = None
   heads: tuple[int, int] = (0, 0)
+  drafter: Drafter | None = None

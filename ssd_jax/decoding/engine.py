@@ -6,7 +6,9 @@ speeds. Per pass it
   1. asks each image's decoder where to look, with which drafts (`propose`);
   2. runs the trunk once over all queries of all images and guidance streams;
   3. turns logits into the target distribution;
-  4. lets each image's decoder accept, resample, commit and redraft (`resolve`).
+  4. lets each image's decoder accept, resample, commit and redraft (`resolve`);
+  5. moves keys and values that were written to scratch slots and turned out
+     final to their own slots, where the decoder has a `settle`.
 
 An image that is done feeds inactive queries and keeps its state, so what it is
 does not depend on its neighbours.
@@ -93,6 +95,14 @@ class Decoder(Protocol):
   ) -> Any:
     """State after a pass: row i of p is the target at queries[i] + 1."""
 
+  # A decoder that feeds the same slot several times in a pass (a tree) writes
+  # keys and values to scratch slots and has one function more:
+  #
+  #   settle(ctx, state) -> (source_M, target_M)
+  #
+  # int32 slots of one image: after `resolve`, what pass t wrote to source[i] is
+  # copied to target[i]; target X is nowhere. M rows are touched, not the cache.
+
 
 @flax.struct.dataclass
 class Decoded:
@@ -174,6 +184,11 @@ def decode(
     after = over(decoder.resolve)(
         ctx, loop.decoder, queries, p_BQV, jnp.moveaxis(hidden, 1, 0)
     )
+    if hasattr(decoder, "settle"):
+      source_BM, target_BM = over(decoder.settle)(ctx, after)
+      nowhere = queries.visible.shape[-1]
+      target_BM = jnp.where(done_B[:, None], nowhere, target_BM)
+      cache = _move_rows(cache, source_BM, target_BM, nowhere)
     return _record(loop, _keep_done(done_B, loop.decoder, after), cache, done_B)
 
   hidden, cache = model.prefill(params, prompt, decoder.scratch(model))
@@ -212,6 +227,19 @@ def _silence(queries: Queries, done_B: jax.Array) -> Queries:
   nowhere = queries.visible.shape[-1]
   slots = jnp.where(done_B[:, None], nowhere, queries.slots)
   return queries.replace(slots=slots)
+
+
+def _move_rows(
+    cache: KVCache, source_BM: jax.Array, target_BM: jax.Array, slots: int
+) -> KVCache:
+  """The cache with `source` slots of each image copied to `target` slots."""
+  streams, prompt = cache.k.shape[1], cache.k.shape[2] - slots
+  repeat = lambda x: jnp.concatenate([x] * (streams // x.shape[0])) + prompt
+  source_SM, target_SM = repeat(source_BM), repeat(target_BM)
+  rows = jnp.arange(streams)[:, None]
+  move = lambda x: x.at[:, rows, target_SM].set(
+      x[:, rows, source_SM], mode="drop")
+  return KVCache(move(cache.k), move(cache.v))
 
 
 def _keep_done(done_B: jax.Array, before: Any, after: Any) -> Any:

@@ -138,19 +138,24 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-  """One pre-norm block; the scanned body."""
+  """One pre-norm block; the scanned body.
+
+  Attributes:
+    cfg: Of the trunk.
+    input_norm: Whether attention's input is normalised.
+  """
 
   cfg: TrunkConfig
+  input_norm: bool = True
 
   @nn.compact
   def __call__(self, carry, layer, cos_sin, visible, slots):
     """Returns ((x, cache), None)."""
     x, cache = carry
     cfg = self.cfg
+    y = RMSNorm(cfg.norm_eps, name="attn_norm")(x) if self.input_norm else x
     y, cache = Attention(cfg, name="attn")(
-        RMSNorm(cfg.norm_eps, name="attn_norm")(x),
-        cos_sin, visible, cache, layer, slots,
-    )
+        y, cos_sin, visible, cache, layer, slots)
     x += y
     x += SwiGLU(cfg.d_ff, name="mlp")(RMSNorm(cfg.norm_eps, name="mlp_norm")(x))
     return (x, cache), None
