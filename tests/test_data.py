@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ssd_jax.config import UserError
-from ssd_jax.data import pipeline, sources
+from ssd_jax.data import pipeline, sources, vendor_emoji
 from ssd_jax.data.pictures import Source
 
 
@@ -50,6 +50,13 @@ def test_emoji_split_keeps_variants_together():
       for split in ("train", "validation")
   )
   assert not train & held
+
+
+def test_vendored_groups_are_those_of_the_script():
+  """Base and group in captions.json are what the vendoring script gives."""
+  for emoji in sources.emoji_records():
+    assert emoji.base == vendor_emoji.base_of(emoji.code)
+    assert emoji.group == vendor_emoji.group_of(emoji.code)
 
 
 def test_emoji_assets_are_small_and_whole():

@@ -156,8 +156,8 @@ def hold_out(source: Source, split: str) -> Source:
   chosen = np.flatnonzero(is_held == (split == "validation"))
   if not len(chosen):
     raise UserError(
-        f"got {len(source)} picture under one name, expected two or more, of "
-        "which one is held out; add pictures"
+        f"got {len(source)} picture(s) of one name, expected two names or more, "
+        "of which one is held out; add pictures"
     )
   return Subset(source, chosen.tolist())
 
