@@ -156,7 +156,7 @@ def hold_out(source: Source, split: str) -> Source:
   chosen = np.flatnonzero(is_held == (split == "validation"))
   if not len(chosen):
     raise UserError(
-        f"got {len(source)} picture(s) of one name, expected two names or more, "
+        f"got {len(source)} picture(s) of one name, expected two or more, "
         "of which one is held out; add pictures"
     )
   return Subset(source, chosen.tolist())
