@@ -41,7 +41,9 @@ class AR:
     """None."""
     return 0
 
-  def init(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> ARState:
+  def start(
+      self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array
+  ) -> ARState:
     """State with cell 0 sampled from the prefill."""
     del hidden_GD
     grid = ctx.model.grid

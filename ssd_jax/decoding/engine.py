@@ -83,7 +83,7 @@ class Decoder(Protocol):
   def scratch(self, model: Model) -> int:
     """Cache slots beyond the sequence."""
 
-  def init(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Any:
+  def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Any:
     """State after the prefill, which predicts slot 0."""
 
   def propose(self, ctx: Context, state: Any) -> Queries:
@@ -194,7 +194,7 @@ def decode(
   hidden, cache = model.prefill(params, prompt, decoder.scratch(model))
   hidden = unstack(hidden)
   p_BV = sampling_lib.target(model.logits(params, hidden), sampling)
-  state = over(decoder.init)(context(1), p_BV, jnp.moveaxis(hidden, 1, 0))
+  state = over(decoder.start)(context(1), p_BV, jnp.moveaxis(hidden, 1, 0))
   shape = (batch, model.grid.length)
   loop = LoopState(
       jnp.int32(0), cache, state, jnp.zeros(batch, jnp.int32),
