@@ -2,7 +2,7 @@
 
 Encoder -> quantiser -> decoder of VQGAN (Esser et al. 2021, arXiv:2012.09841),
 configured to hold the published tokenizers (LlamaGen and Janus VQ-16/VQ-8,
-Chameleon) and our own. Levels are numbered in the encoder's order: level 0 has
+Chameleon, Emu3 for single images) and our own. Levels are numbered in the encoder's order: level 0 has
 the highest resolution. All arrays are NHWC.
 
 B batch, H height, W width, C channels, R rows and C columns of the grid,
@@ -10,6 +10,7 @@ V codes, Z code dimension.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -33,6 +34,9 @@ class VQConfig:
     patch: Side of the pixel blocks folded into channels at the input, and
       unfolded at the output; 1 in all published tokenizers.
     groups: Groups of the group norm.
+    video: The latents of a single image pass through a video tokenizer's
+      temporal layers, and the decoder's norms are modulated by the code vectors
+      (Emu3).
   """
 
   ch: int = 128
@@ -45,6 +49,7 @@ class VQConfig:
   attn_levels: tuple[int, ...] = (4,)
   patch: int = 1
   groups: int = 32
+  video: bool = False
 
   @property
   def downsample(self) -> int:
@@ -56,8 +61,57 @@ def _conv(features: int, kernel: int, name: str, **kwargs) -> nn.Conv:
   return nn.Conv(features, (kernel, kernel), name=name, **kwargs)
 
 
-def _norm(cfg: VQConfig, name: str) -> nn.GroupNorm:
-  return nn.GroupNorm(cfg.groups, epsilon=1e-6, name=name)
+def _norm(cfg: VQConfig, name: str, codes_BRCZ: jax.Array | None = None):
+  if codes_BRCZ is None:
+    return nn.GroupNorm(cfg.groups, epsilon=1e-6, name=name)
+  return functools.partial(SpatialNorm(cfg, name=name), codes_BRCZ=codes_BRCZ)
+
+
+class SpatialNorm(nn.Module):
+  """Group norm, scaled and shifted by the code vectors (Emu3).
+
+  Source: Zheng et al. 2022, MoVQ, arXiv:2209.09002, section 3.2.
+  """
+
+  cfg: VQConfig
+
+  @nn.compact
+  def __call__(self, x_BHWC: jax.Array, codes_BRCZ: jax.Array) -> jax.Array:
+    """Returns an array of the input's shape."""
+    features = x_BHWC.shape[-1]
+    codes = _nearest(codes_BRCZ, x_BHWC.shape[1] // codes_BRCZ.shape[1])
+    scale = _conv(features, 1, "conv_y")(codes)
+    return _norm(self.cfg, "norm_layer")(x_BHWC) * scale + _conv(
+        features, 1, "conv_b")(codes)
+
+
+class TimeBlock(nn.Module):
+  """A video tokenizer's temporal residual block, as a single image sees it.
+
+  Its convolutions look back in time over zeros, so that the last temporal tap
+  is all that is left; its batch norms are a scale and a shift.
+  """
+
+  @nn.compact
+  def __call__(self, x_BRCZ: jax.Array) -> jax.Array:
+    """Returns an array of the input's shape."""
+    features = x_BRCZ.shape[-1]
+    h = x_BRCZ
+    for i in (1, 2):
+      h = nn.swish(ChannelAffine(name=f"norm{i}")(h))
+      h = _conv(features, 3, f"conv{i}")(h)
+    return x_BRCZ + h
+
+
+class ChannelAffine(nn.Module):
+  """A scale and a shift per channel."""
+
+  @nn.compact
+  def __call__(self, x_BRCZ: jax.Array) -> jax.Array:
+    """Returns an array of the input's shape."""
+    shape = x_BRCZ.shape[-1:]
+    scale = self.param("scale", nn.initializers.ones, shape)
+    return x_BRCZ * scale + self.param("bias", nn.initializers.zeros, shape)
 
 
 class ResBlock(nn.Module):
@@ -67,10 +121,14 @@ class ResBlock(nn.Module):
   features: int
 
   @nn.compact
-  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+  def __call__(
+      self, x_BHWC: jax.Array, codes_BRCZ: jax.Array | None = None
+  ) -> jax.Array:
     """Returns [B, H, W, features]."""
-    h = _conv(self.features, 3, "conv1")(nn.swish(_norm(self.cfg, "norm1")(x_BHWC)))
-    h = _conv(self.features, 3, "conv2")(nn.swish(_norm(self.cfg, "norm2")(h)))
+    h = x_BHWC
+    for i in (1, 2):
+      h = nn.swish(_norm(self.cfg, f"norm{i}", codes_BRCZ)(h))
+      h = _conv(self.features, 3, f"conv{i}")(h)
     if x_BHWC.shape[-1] != self.features:
       x_BHWC = _conv(self.features, 1, "nin_shortcut")(x_BHWC)
     return x_BHWC + h
@@ -82,10 +140,12 @@ class AttnBlock(nn.Module):
   cfg: VQConfig
 
   @nn.compact
-  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+  def __call__(
+      self, x_BHWC: jax.Array, codes_BRCZ: jax.Array | None = None
+  ) -> jax.Array:
     """Returns an array of the input's shape."""
     b, h, w, c = x_BHWC.shape
-    y = _norm(self.cfg, "norm")(x_BHWC)
+    y = _norm(self.cfg, "norm", codes_BRCZ)(x_BHWC)
     q, k, v = (
         _conv(c, 1, name)(y).reshape(b, h * w, c) for name in ("q", "k", "v")
     )
@@ -100,12 +160,14 @@ class MidBlock(nn.Module):
   cfg: VQConfig
 
   @nn.compact
-  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+  def __call__(
+      self, x_BHWC: jax.Array, codes_BRCZ: jax.Array | None = None
+  ) -> jax.Array:
     """Returns an array of the input's shape."""
     features = x_BHWC.shape[-1]
-    x = ResBlock(self.cfg, features, name="block_1")(x_BHWC)
-    x = AttnBlock(self.cfg, name="attn_1")(x)
-    return ResBlock(self.cfg, features, name="block_2")(x)
+    x = ResBlock(self.cfg, features, name="block_1")(x_BHWC, codes_BRCZ)
+    x = AttnBlock(self.cfg, name="attn_1")(x, codes_BRCZ)
+    return ResBlock(self.cfg, features, name="block_2")(x, codes_BRCZ)
 
 
 class Encoder(nn.Module):
@@ -131,7 +193,14 @@ class Encoder(nn.Module):
         )(x)
     x = MidBlock(cfg, name="mid")(x)
     x = nn.swish(_norm(cfg, "norm_out")(x))
-    return _conv(cfg.z_channels, 3, "conv_out")(x)
+    x = _conv(cfg.z_channels, 3, "conv_out")(x)
+    if cfg.video:
+      # Four equal frames: after the first halving two, after the second one.
+      x = nn.swish(_conv(2 * cfg.z_channels, 3, "time_conv_0")(x))
+      x = nn.swish(_conv(cfg.z_channels, 3, "time_conv_1")(x))
+      for block in range(cfg.num_res_blocks):
+        x = TimeBlock(name=f"time_res_{block}")(x)
+    return x
 
 
 class Decoder(nn.Module):
@@ -140,22 +209,38 @@ class Decoder(nn.Module):
   cfg: VQConfig
 
   @nn.compact
-  def __call__(self, z_BHWC: jax.Array) -> jax.Array:
+  def __call__(
+      self, z_BHWC: jax.Array, codes_BRCZ: jax.Array | None = None
+  ) -> jax.Array:
     """Returns [B, H * downsample, W * downsample, 3], about [-1, 1]."""
     cfg = self.cfg
+    if cfg.video:
+      z_BHWC, codes_BRCZ = self._first_frame(z_BHWC, codes_BRCZ)
     x = _conv(cfg.ch * cfg.ch_mult[-1], 3, "conv_in")(z_BHWC)
-    x = MidBlock(cfg, name="mid")(x)
+    x = MidBlock(cfg, name="mid")(x, codes_BRCZ)
     for level in reversed(range(len(cfg.ch_mult))):
       features = cfg.ch * cfg.ch_mult[level]
       for block in range(cfg.num_res_blocks + 1):
-        x = ResBlock(cfg, features, name=f"up_{level}_block_{block}")(x)
+        name = f"up_{level}_block_{block}"
+        x = ResBlock(cfg, features, name=name)(x, codes_BRCZ)
         if level in cfg.attn_levels:
-          x = AttnBlock(cfg, name=f"up_{level}_attn_{block}")(x)
+          x = AttnBlock(cfg, name=f"up_{level}_attn_{block}")(x, codes_BRCZ)
       if level:
-        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)  # nearest
-        x = _conv(features, 3, f"up_{level}_upsample")(x)
-    x = nn.swish(_norm(cfg, "norm_out")(x))
+        x = _conv(features, 3, f"up_{level}_upsample")(_nearest(x, 2))
+    x = nn.swish(_norm(cfg, "norm_out", codes_BRCZ)(x))
     return _depth_to_space(_conv(3 * cfg.patch**2, 3, "conv_out")(x), cfg.patch)
+
+  def _first_frame(
+      self, z_BRCZ: jax.Array, codes_BRCZ: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Both inputs through the same temporal layers."""
+    x = jnp.concatenate([z_BRCZ, codes_BRCZ])
+    for block in range(self.cfg.num_res_blocks):
+      x = TimeBlock(name=f"time_res_{block}")(x)
+    for i in range(2):
+      x = nn.swish(_conv(x.shape[-1], 3, f"time_conv_{i}")(x))
+    z_BRCZ, codes_BRCZ = jnp.split(x, 2)
+    return z_BRCZ, codes_BRCZ
 
 
 class VQ(nn.Module):
@@ -191,7 +276,8 @@ class VQ(nn.Module):
 
   def decode_latents(self, z_BRCZ: jax.Array) -> jax.Array:
     """Code vectors -> images; what training differentiates through."""
-    return self.decoder(self.post_quant_conv(z_BRCZ))
+    codes_BRCZ = z_BRCZ if self.cfg.video else None
+    return self.decoder(self.post_quant_conv(z_BRCZ), codes_BRCZ)
 
   def codes(self) -> jax.Array:
     """The codebook [V, Z] as it is compared and looked up."""
@@ -217,6 +303,10 @@ def nearest_code(z_BRCZ: jax.Array, codes_VZ: jax.Array) -> jax.Array:
 def to_uint8(x: jax.Array) -> jax.Array:
   """Pixels in [-1, 1] -> uint8, as Chameleon and Janus truncate them."""
   return (jnp.clip((x + 1.0) / 2.0, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def _nearest(x_BHWC: jax.Array, factor: int) -> jax.Array:
+  return jnp.repeat(jnp.repeat(x_BHWC, factor, axis=1), factor, axis=2)
 
 
 def _space_to_depth(x_BHWC: jax.Array, patch: int) -> jax.Array:
