@@ -159,8 +159,7 @@ def decode(
     prompt: Rows are [cond of all B, then uncond of all B], or cond alone.
     sampling: Of the target distribution.
     key: Of the call.
-    image_B: int32 [B], index of each image over the whole call, which keys its
-      noise.
+    image_B: int32 [B], index over the whole call; keys an image's noise.
     trace: Also record the tokens after every pass.
   """
   batch = image_B.shape[0]
@@ -184,11 +183,7 @@ def decode(
     after = over(decoder.resolve)(
         ctx, loop.decoder, queries, p_BQV, jnp.moveaxis(hidden, 1, 0)
     )
-    if hasattr(decoder, "settle"):
-      source_BM, target_BM = over(decoder.settle)(ctx, after)
-      nowhere = queries.visible.shape[-1]
-      target_BM = jnp.where(done_B[:, None], nowhere, target_BM)
-      cache = _move_rows(cache, source_BM, target_BM, nowhere)
+    cache = _settle(decoder, ctx, after, cache, done_B)
     return _record(loop, _keep_done(done_B, loop.decoder, after), cache, done_B)
 
   hidden, cache = model.prefill(params, prompt, decoder.scratch(model))
@@ -229,12 +224,18 @@ def _silence(queries: Queries, done_B: jax.Array) -> Queries:
   return queries.replace(slots=slots)
 
 
-def _move_rows(
-    cache: KVCache, source_BM: jax.Array, target_BM: jax.Array, slots: int
+def _settle(
+    decoder: Decoder, ctx: Context, state: Any, cache: KVCache,
+    done_B: jax.Array,
 ) -> KVCache:
-  """The cache with `source` slots of each image copied to `target` slots."""
+  """The cache with what is final moved from scratch slots to its own."""
+  if not hasattr(decoder, "settle"):
+    return cache
+  source_BM, target_BM = _over_images(ctx.model, decoder.settle)(ctx, state)
+  slots = ctx.model.grid.length + decoder.scratch(ctx.model)
+  target_BM = jnp.where(done_B[:, None], slots, target_BM)
   streams, prompt = cache.k.shape[1], cache.k.shape[2] - slots
-  repeat = lambda x: jnp.concatenate([x] * (streams // x.shape[0])) + prompt
+  repeat = lambda x: jnp.tile(x, (streams // len(done_B), 1)) + prompt
   source_SM, target_SM = repeat(source_BM), repeat(target_BM)
   rows = jnp.arange(streams)[:, None]
   move = lambda x: x.at[:, rows, target_SM].set(
