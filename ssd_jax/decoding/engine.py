@@ -55,7 +55,8 @@ class Context:
   def pass_key(self, purpose: int) -> jax.Array:
     """A key that no other image, pass or purpose has."""
     # Token noise folds (image, slot); this branch starts from another key.
-    key = jax.random.fold_in(jax.random.fold_in(self.key, -1), self.image)
+    key = jax.random.fold_in(self.key, jnp.uint32(2**32 - 1))
+    key = jax.random.fold_in(key, self.image)
     return jax.random.fold_in(jax.random.fold_in(key, self.index), purpose)
 
   def target(self, logits_GV: jax.Array) -> jax.Array:
