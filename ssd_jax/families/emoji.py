@@ -6,17 +6,24 @@ so that neighbours above and to the left are close at any distance in the
 sequence.
 """
 
+from collections.abc import Sequence
 import dataclasses
+import functools
+import pathlib
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from ssd_jax import checkpoints
+from ssd_jax.config import from_config_dict
 from ssd_jax.grid import Grid
 from ssd_jax.models import rope
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.text import Vocabulary
 from ssd_jax.models.transformer import TrunkConfig
-from ssd_jax.models.vq import VQConfig
+from ssd_jax.models.vq import VQ, VQConfig
+from ssd_jax.types import Prompt
 
 _THETA = 10_000.0
 
@@ -97,22 +104,73 @@ def places(prompt_slots: int, rows: int, cols: int) -> np.ndarray:
   return np.array(words + cells)
 
 
-@dataclasses.dataclass(frozen=True)
-class Caption:
-  """A caption as the trunk takes it.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Emoji:
+  """The family as a pipeline holds it.
 
   Attributes:
-    tokens: int32 [P].
-    mask: bool [P].
-    is_cut: Whether words had to be dropped.
+    config: The settings it was trained with.
+    words: Of captions.
   """
 
-  tokens: np.ndarray
-  mask: np.ndarray
-  is_cut: bool
+  config: ml_collections.ConfigDict
+  words: Vocabulary
+
+  name = "emoji"
+
+  @functools.cached_property
+  def vq(self) -> VQ:
+    """The tokenizer."""
+    return VQ(from_config_dict(VQConfig, self.config.vq))
+
+  @functools.cached_property
+  def generator(self) -> Generator:
+    """The trunk with its grid."""
+    return generator(
+        self.config.trunk, self.vq.cfg, self.config.pixels, self.words
+    )
+
+  @property
+  def sampling(self) -> dict[str, float]:
+    """Default guidance, temperature, top_k and top_p."""
+    return self.config.sampling.to_dict()
+
+  def encode_prompts(
+      self, prompts: Sequence[str], guided: bool
+  ) -> tuple[Prompt, list[str]]:
+    """(the captions as the trunk takes them, what a user should know)."""
+    notes, rows = [], []
+    for text in prompts:
+      ids, is_cut = self.words.encode(text)
+      if is_cut:
+        notes.append(
+            f"the prompt {text[:40]!r}... is longer than the "
+            f"{self.words.length - 2} word ids the model reads; the rest is "
+            "not used"
+        )
+      rows.append(self.words.pad(ids))
+    if guided:
+      rows += [self.words.pad([])] * len(prompts)
+    slots = self.words.length + self.generator.grid.length
+    positions = np.broadcast_to(np.arange(slots), (len(rows), slots))
+    tokens, mask = (np.stack(x) for x in zip(*rows, strict=True))
+    return Prompt(*map(jnp.asarray, (tokens, mask, positions))), notes
 
 
-def caption(words: Vocabulary, text: str | None) -> Caption:
-  """The prefix of one stream; None is the unconditional one."""
-  ids, is_cut = words.encode(text)
-  return Caption(*words.pad(ids), is_cut)
+def write_settings(
+    folder: pathlib.Path, config: ml_collections.ConfigDict, words: Vocabulary
+) -> None:
+  """Writes model.json: the family, its settings and its words."""
+  keep = ("pixels", "prompt_slots", "vq", "trunk", "sampling")
+  settings = {k: v for k, v in config.to_dict().items() if k in keep}
+  checkpoints.write_json(
+      folder / "model.json",
+      {"family": "emoji", "config": settings, "words": " ".join(words.words)},
+  )
+
+
+def from_settings(settings: dict) -> Emoji:
+  """The family of a model.json."""
+  config = ml_collections.ConfigDict(settings["config"])
+  words = tuple(settings["words"].split(" "))
+  return Emoji(config, Vocabulary(words, config.prompt_slots))

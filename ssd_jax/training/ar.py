@@ -65,6 +65,10 @@ class TokenSource:
   def __len__(self) -> int:
     return len(self.items)
 
+  def texts(self) -> list[str]:
+    """Every label and tag."""
+    return [*self.captions, *(tag for tags in self.tags for tag in tags)]
+
 
 def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
   """The codes of a source's pictures, kept in `cache` for the next run."""

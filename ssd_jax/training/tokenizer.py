@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from ssd_jax.config import LoopConfig, OptimizerConfig
-from ssd_jax.data import pipeline, sources
+from ssd_jax.data import pipeline
 from ssd_jax.models.vq import VQ, VQConfig, nearest_code
 from ssd_jax.training import loop
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
@@ -37,8 +37,6 @@ class TokenizerConfig:
       to a random encoder output.
     continuous_steps: Steps before anything is quantised.
     max_shift: Pixels by which a picture is moved at random.
-    freeze_codes_after: Step from which only the decoder is trained, so that
-      tokens stored earlier stay valid; 0 for never.
   """
 
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -65,7 +63,7 @@ class CodebookStats:
 
 
 def load_augmented(
-    source: sources.EmojiSource, index: int, rng: np.random.Generator,
+    source, index: int, rng: np.random.Generator,
     max_shift: int,
 ) -> dict[str, np.ndarray]:
   """A picture in a random skin tone, mirrored and moved at random."""
@@ -171,12 +169,18 @@ def psnr(pixels: np.ndarray, images: np.ndarray) -> np.ndarray:
   return 10 * np.log10(255.0**2 / np.maximum(mse, 1e-10))
 
 
-def run(vq_cfg: VQConfig, cfg: TokenizerConfig, workdir: str) -> TrainState:
-  """Trains a tokenizer on the vendored emoji into `workdir`."""
+def run(
+    vq_cfg: VQConfig, cfg: TokenizerConfig, splits: dict, workdir: str
+) -> TrainState:
+  """Trains a tokenizer on `splits["train"]` into `workdir`.
+
+  Evaluates on at most 256 pictures of `splits["validation"]`.
+  """
   vq = VQ(vq_cfg)
-  train_set = sources.EmojiSource("train")
-  held_out = sources.EmojiSource("validation")
-  held_out_images = np.stack([held_out[i]["image"] for i in range(len(held_out))])
+  held_out = splits["validation"]
+  held_out_images = np.stack([
+      held_out[i]["image"] for i in range(min(len(held_out), 256))
+  ])
   side = held_out_images.shape[1]
   params = jax.jit(vq.init)(
       jax.random.key(cfg.loop.seed), jnp.zeros((1, side, side, 3))
@@ -190,7 +194,7 @@ def run(vq_cfg: VQConfig, cfg: TokenizerConfig, workdir: str) -> TrainState:
   )
   state = TrainState.make(params, optimizer, cfg.optimizer, stats)
   data = pipeline.stream(
-      train_set, functools.partial(load_augmented, max_shift=cfg.max_shift),
+      splits["train"], functools.partial(load_augmented, max_shift=cfg.max_shift),
       cfg.loop.batch, cfg.loop.seed,
   )
 

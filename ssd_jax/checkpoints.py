@@ -1,0 +1,102 @@
+"""Parameters on disk: orbax folders, written whole or not at all."""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ssd_jax.config import UserError
+
+
+def save(folder: str | os.PathLike, tree: Any, dtype: Any = None) -> None:
+  """Writes a tree of arrays as an orbax checkpoint, replacing what is there.
+
+  Args:
+    folder: Becomes the checkpoint; appears by one rename.
+    tree: Nested dicts of arrays.
+    dtype: Of the stored floating-point arrays; None keeps theirs.
+  """
+  folder = pathlib.Path(folder).absolute()
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  cast = lambda x: (
+      np.asarray(x, dtype)
+      if dtype is not None and np.issubdtype(np.asarray(x).dtype, np.floating)
+      else np.asarray(x)
+  )
+  staging = pathlib.Path(tempfile.mkdtemp(prefix=".saving-", dir=folder.parent))
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      checkpointer.save(staging / "new", jax.tree.map(cast, tree))
+    if folder.exists():
+      os.rename(folder, staging / "old")
+    os.rename(staging / "new", folder)
+  finally:
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def restore(folder: str | os.PathLike) -> Any:
+  """The tree of numpy arrays in a folder written by `save`.
+
+  Raises:
+    UserError: when there is none, or it is damaged.
+  """
+  folder = pathlib.Path(folder).absolute()
+  if not folder.is_dir():
+    raise UserError(
+        f"got no checkpoint at {folder}, expected a folder written by training "
+        "or infer.convert; check the path"
+    )
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      tree = checkpointer.metadata(folder).item_metadata.tree
+      args = jax.tree.map(
+          lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+      )
+      return checkpointer.restore(folder, restore_args=args)
+  except Exception as error:  # orbax raises many kinds for a damaged folder
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise UserError(
+        f"got a damaged checkpoint at {folder} ({reason[:120]}), expected a "
+        "whole one; train or convert again"
+    ) from error
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+  """The tree with floating-point leaves as device arrays of `dtype`."""
+  return jax.tree.map(
+      lambda x: jax.numpy.asarray(
+          x, dtype if np.issubdtype(x.dtype, np.floating) else None
+      ),
+      tree,
+  )
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes JSON by one rename."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.partial")
+  partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+  os.replace(partial, path)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """The value of a JSON file.
+
+  Raises:
+    UserError: when it is missing or no JSON.
+  """
+  path = pathlib.Path(path)
+  try:
+    return json.loads(path.read_text("utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(
+        f"got an unreadable {path}, expected JSON of a model folder; check the "
+        "path, or train or convert again"
+    ) from error

@@ -1,0 +1,51 @@
+"""What all command lines share: the config flag, errors in one line."""
+
+from collections.abc import Callable
+import pathlib
+import sys
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import config_flags
+
+from ssd_jax.config import UserError
+
+_DEFAULT = pathlib.Path(__file__).parent.parent / "families" / "emoji.py"
+
+
+def define_config() -> None:
+  """Defines --config FILE[:variant] and --config.key=value."""
+  config_flags.DEFINE_config_file(
+      "config", str(_DEFAULT),
+      "Settings, such as configs/emoji.py or configs/emoji.py:smoke; override "
+      "with --config.key=value.",
+  )
+
+
+def main(body: Callable[[], None], argv: list[str] | None = None) -> None:
+  """Parses flags and runs `body`; a user's mistake ends in one line, status 2."""
+  try:
+    rest = flags.FLAGS(sys.argv if argv is None else argv)
+    if len(rest) > 1:
+      fail(f"got argument {rest[1]!r}, expected flags only; see --help")
+    body()
+  except UserError as error:
+    fail(str(error))
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError,
+          OSError) as error:
+    if flags.FLAGS.is_parsed():
+      raise
+    fail(f"got a bad flag: {_first_line(error)}; expected the flags of --help, "
+         "correct it")
+
+
+def fail(message: str) -> NoReturn:
+  """Ends the program with one line on stderr and status 2."""
+  sys.stdout.flush()
+  print(" ".join(message.split()), file=sys.stderr)
+  sys.exit(2)
+
+
+def _first_line(error: BaseException) -> str:
+  lines = str(error).strip().splitlines()
+  return lines[0] if lines else type(error).__name__

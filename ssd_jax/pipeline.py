@@ -1,0 +1,276 @@
+"""What a user holds: a loaded model that draws pictures."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ssd_jax import checkpoints, sampling as sampling_lib
+from ssd_jax.config import UserError, check
+from ssd_jax.decoding import engine
+from ssd_jax.decoding.ar import AR
+from ssd_jax.families import emoji
+from ssd_jax.models.vq import to_uint8
+from ssd_jax.sampling import Sampling
+from ssd_jax.types import Model, Params, Prompt
+
+EMBEDDED = pathlib.Path(__file__).parent / "assets" / "emoji"
+_FAMILIES = {"emoji": emoji.from_settings}
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """Pictures and how they came to be; B images in the order of the prompts.
+
+  Attributes:
+    images: uint8 [B, H, W, 3].
+    tokens: int32 [B, R, C].
+    passes: int32 [B], trunk forwards per image.
+    commit_pass: int32 [B, R, C], the pass at which each cell became final.
+    prompts: The prompt of each image.
+    history: int32 [B, passes, R, C], tokens and drafts after each pass, if
+      traced.
+    notes: What the user should know about the prompts.
+    compile_seconds: Time spent compiling.
+    seconds: Time of the rest.
+  """
+
+  images: np.ndarray
+  tokens: np.ndarray
+  passes: np.ndarray
+  commit_pass: np.ndarray
+  prompts: tuple[str, ...]
+  history: np.ndarray | None
+  notes: tuple[str, ...]
+  compile_seconds: float
+  seconds: float
+
+  @property
+  def pil_images(self) -> list[Image.Image]:
+    """The pictures as PIL images."""
+    return [Image.fromarray(image) for image in self.images]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+  """A family with its parameters.
+
+  Attributes:
+    family: Builds prompts; has `generator`, `vq` and default `sampling`.
+    params: {"trunk": ..., and where at hand "heads": ..., "drafter": ...}.
+    vq_params: Of the tokenizer.
+    model: The network's functions.
+  """
+
+  family: Any
+  params: Params
+  vq_params: Params
+  model: Model
+
+  def generate(
+      self,
+      prompts: Sequence[str],
+      decoder: engine.Decoder = AR(),
+      *,
+      num_images: int = 1,
+      seed: int = 0,
+      batch: int = 8,
+      trace: bool = False,
+      on_batch: Callable[[int], None] | None = None,
+      **sampling: float | None,
+  ) -> Output:
+    """Draws `num_images` pictures for each prompt.
+
+    Args:
+      prompts: Any number of texts.
+      decoder: Such as `ssd_jax.AR()`.
+      num_images: Per prompt.
+      seed: Same seed, same pictures, however the call is cut into batches.
+      batch: Pictures drawn together.
+      trace: Also return the tokens after every pass.
+      on_batch: Called with the number of pictures finished.
+      **sampling: guidance, temperature, top_k or top_p instead of the family's.
+
+    Raises:
+      UserError: when a number is out of range or there is no prompt.
+    """
+    check(len(prompts) > 0, "prompts", prompts, "at least one")
+    check(num_images >= 1, "num_images", num_images, ">= 1")
+    check(batch >= 1, "batch", batch, ">= 1")
+    check(0 <= seed < 2**32, "seed", seed, "in [0, 2^32)")
+    texts = [text for text in prompts for _ in range(num_images)]
+    batch = min(batch, len(texts))
+    settings, guided = self.sampling(**sampling)
+    chunks, notes, clock = [], [], _Clock()
+    for start in range(0, len(texts), batch):
+      part = texts[start:start + batch]
+      padded = part + [part[-1]] * (batch - len(part))
+      prompt, said = self.family.encode_prompts(padded, guided)
+      index = jnp.arange(start, start + batch)
+      args = (self.params, prompt, settings, jax.random.key(seed), index)
+      run = clock.compile(self._compiled, decoder, trace, args)
+      decoded = jax.block_until_ready(run(*args))
+      decode_images = clock.compile(self._compiled_images, decoded.tokens)
+      images = decode_images(self.vq_params, decoded.tokens)
+      chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,
+               decoded.history)
+      chunks.append([None if x is None else np.asarray(x)[:len(part)]
+                     for x in chunk])
+      notes += [note for note in said if note not in notes]
+      if on_batch:
+        on_batch(len(part))
+    arrays = [None if x[0] is None else np.concatenate(x)
+              for x in zip(*chunks, strict=True)]
+    images, tokens, passes, commit_pass, history = arrays
+    return Output(
+        images, tokens, passes, commit_pass, tuple(texts), history,
+        tuple(notes), clock.compiling, clock.rest(),
+    )
+
+  def sampling(self, **overrides: float | None) -> tuple[Sampling, bool]:
+    """(settings of the target distribution, whether two streams are run)."""
+    values = dict(self.family.sampling)
+    unknown = set(overrides) - set(values)
+    if unknown:
+      raise UserError(f"got setting {min(unknown)!r}, expected one of "
+                      f"{sorted(values)}; correct it")
+    values |= {k: v for k, v in overrides.items() if v is not None}
+    for name, value in values.items():
+      check(np.isfinite(value), name, value, "a finite number")
+    check(values["temperature"] >= 0, "temperature", values["temperature"],
+          ">= 0")
+    check(values["top_k"] >= 0, "top_k", values["top_k"], ">= 0, 0 for none")
+    check(0 < values["top_p"] <= 1, "top_p", values["top_p"], "in (0, 1]")
+    return Sampling.make(**values), values["guidance"] != 1.0
+
+  def log_prob(self, tokens: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """float32 [B]: exact joint log-probability of grids under AR sampling.
+
+    Args:
+      tokens: int32 [B, R, C].
+      prompts: One per grid.
+    """
+    p_BNV, slots = self._targets(tokens, prompts)
+    taken = np.asarray(tokens).reshape(len(tokens), -1)
+    p_BN = np.take_along_axis(p_BNV[:, slots], taken[..., None], -1)[..., 0]
+    with np.errstate(divide="ignore"):
+      return np.log(p_BN).sum(-1)
+
+  def _targets(self, tokens, prompts) -> tuple[np.ndarray, np.ndarray]:
+    """(target distribution [B, N, V] of every slot, slots of the cells)."""
+    settings, guided = self.sampling()
+    prompt, _ = self.family.encode_prompts(list(prompts), guided)
+    sequence = self.sequence(tokens)
+    logits = self._stream_logits(self.params, prompt, sequence)
+    return (np.asarray(sampling_lib.target(logits, settings)),
+            self.model.grid.slot_of.ravel())
+
+  def sequence(self, tokens: np.ndarray) -> jax.Array:
+    """int32 [B, N]: grids with their forced tokens in place."""
+    grid = self.model.grid
+    forced = np.maximum(grid.forced_tokens(self.model.vocab), 0)
+    sequence = np.broadcast_to(forced, (len(tokens), grid.length)).copy()
+    sequence[:, grid.slot_of.ravel()] = np.asarray(tokens).reshape(
+        len(tokens), -1)
+    return jnp.asarray(sequence)
+
+  @functools.cached_property
+  def _stream_logits(self):
+    """Jitted: (params, prompt, sequence [B, N]) -> logits [G, B, N, V]."""
+    generator = self.family.generator
+
+    @jax.jit
+    def logits(params, prompt: Prompt, sequence):
+      streams = prompt.tokens.shape[0] // sequence.shape[0]
+      hidden = generator.hidden(
+          params, prompt, jnp.concatenate([sequence] * streams))
+      logits = generator.logits(params, hidden)
+      return logits.reshape(streams, -1, *logits.shape[1:])
+
+    return logits
+
+  @functools.cached_property
+  def _executables(self) -> dict:
+    return {}
+
+  def _compiled(self, decoder, trace, args):
+    """The compiled `engine.decode` for these shapes."""
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), args[1:])
+    leaves, structure = jax.tree.flatten(shapes)
+    key = (decoder, trace, tuple(map(str, leaves)), structure)
+    if key not in self._executables:
+      self._executables[key] = engine.decode.lower(
+          self.model, decoder, *args, trace=trace).compile()
+    return self._executables[key]
+
+  def _compiled_images(self, tokens):
+    key = ("images", tokens.shape)
+    if key not in self._executables:
+      decode = jax.jit(lambda params, ids: to_uint8(
+          self.family.vq.apply({"params": params}, ids, method="decode")))
+      self._executables[key] = decode.lower(self.vq_params, tokens).compile()
+    return self._executables[key]
+
+
+class _Clock:
+  """Splits the time since its making into compiling and the rest."""
+
+  def __init__(self):
+    self._start = time.perf_counter()
+    self.compiling = 0.0
+
+  def compile(self, function, *args):
+    """`function(*args)`, its time counted as compiling."""
+    start = time.perf_counter()
+    result = function(*args)
+    self.compiling += time.perf_counter() - start
+    return result
+
+  def rest(self) -> float:
+    """Seconds not spent compiling."""
+    return time.perf_counter() - self._start - self.compiling
+
+
+def load(
+    name: str | os.PathLike = "emoji", *, random_weights: bool = False,
+    heads: str | os.PathLike | None = None,
+    drafter: str | os.PathLike | None = None,
+) -> Pipeline:
+  """A pipeline from "emoji" (the embedded model) or a model folder.
+
+  Args:
+    name: "emoji", or a folder written by training or infer.convert.
+    random_weights: Draw the trunk's parameters at random instead.
+    heads: Folder of spatial heads, instead of the model's own.
+    drafter: Folder of a drafter, instead of the model's own.
+
+  Raises:
+    UserError: when the folder is no model, or damaged.
+  """
+  folder = EMBEDDED if name == "emoji" else pathlib.Path(name)
+  settings = checkpoints.read_json(folder / "model.json")
+  if settings.get("family") not in _FAMILIES:
+    raise UserError(
+        f"got family {settings.get('family')!r} in {folder / 'model.json'}, "
+        f"expected one of {sorted(_FAMILIES)}; check the folder"
+    )
+  family = _FAMILIES[settings["family"]](settings)
+  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  if random_weights:
+    params = family.generator.init(jax.random.key(0))
+  else:
+    params = {"trunk": checkpoints.restore(folder / "trunk")}
+  vq_params = checkpoints.cast(
+      checkpoints.restore(folder / "vq"), jnp.float32)
+  return Pipeline(
+      family, checkpoints.cast(params, dtype), vq_params,
+      family.generator.model(),
+  )

@@ -1,0 +1,129 @@
+"""Losses and figures of spatial heads against the frozen trunk."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ssd_jax import sampling as sampling_lib
+from ssd_jax.grid import Grid
+from ssd_jax.models.spatial_heads import DIRECTIONS, SpatialHeads
+from ssd_jax.sampling import Sampling
+from ssd_jax.types import Params
+
+
+def smooth_l1(predicted: jax.Array, goal: jax.Array) -> jax.Array:
+  """float32 [...]: Huber loss with beta 1, mean over the last axis."""
+  error = predicted.astype(jnp.float32) - goal.astype(jnp.float32)
+  return jnp.mean(optax.losses.huber_loss(error, delta=1.0), axis=-1)
+
+
+def pairs(
+    grid: Grid, direction: str, count: int, wrap: bool
+) -> tuple[np.ndarray, np.ndarray]:
+  """(int32 [n, M], bool [n, M]): the cell each cell predicts, if it exists.
+
+  M cells in raster order; end-of-row slots are no cells, hence neither sources
+  nor targets.
+
+  Args:
+    grid: Of the cells.
+    direction: "horizontal" or "vertical".
+    count: Offsets n.
+    wrap: Whether horizontal pairs run on into the next row.
+  """
+  offsets = np.arange(1, count + 1)[:, None]
+  cells = np.arange(grid.cells)
+  step = offsets if direction == "horizontal" else offsets * grid.cols
+  exists = cells + step < grid.cells
+  if direction == "horizontal" and not wrap:
+    exists &= cells % grid.cols + offsets < grid.cols
+  return np.where(exists, cells + step, 0).astype(np.int32), exists
+
+
+def mean_where(values: jax.Array, valid_nM: np.ndarray) -> jax.Array:
+  """[n]: mean of [n, ..., M] over all but its first axis, where valid."""
+  weight = valid_nM / np.maximum(valid_nM.sum(-1, keepdims=True), 1)
+  weighted = jnp.einsum("n...m,nm->n...", values, weight)
+  return jnp.mean(weighted.reshape(len(valid_nM), -1), axis=-1)
+
+
+def head_losses(
+    heads: SpatialHeads, params: Params, hidden_SND: jax.Array,
+    tokens_SN: jax.Array,
+) -> dict[str, jax.Array]:
+  """{direction: float32 [n]}: each head's loss over its valid sources.
+
+  Args:
+    heads: The heads.
+    params: Of the frozen trunk and the heads.
+    hidden_SND: States that predict each slot.
+    tokens_SN: Tokens of each slot.
+
+  Source: SSD, arXiv:2606.20543, equation 3.
+  """
+  choice = heads.cfg.options
+  slots = heads.generator.grid.slot_of.ravel()
+  hidden_SMD, tokens_SM = hidden_SND[:, slots], tokens_SN[:, slots]
+  goal_SMD = heads.goal(params, hidden_SMD, tokens_SM)
+  losses = {}
+  for name in params["heads"]:
+    target_nM, valid_nM = pairs(
+        heads.generator.grid, name, heads.cfg.count(name), choice.wrap
+    )
+    predicted = heads.predict(params, name, hidden_SMD, tokens_SM)
+    aim = lambda x: jnp.moveaxis(x[:, target_nM], 1, 0)
+    if choice.target == "token":
+      loss_nSM = optax.softmax_cross_entropy_with_integer_labels(
+          heads.logits(params, predicted), aim(tokens_SM)
+      )
+    else:
+      loss_nSM = smooth_l1(predicted, aim(goal_SMD))
+    losses[name] = mean_where(loss_nSM, valid_nM)
+  return losses
+
+
+def head_acceptance(
+    heads: SpatialHeads, params: Params, hidden_GSND: jax.Array,
+    tokens_SN: jax.Array, sampling: Sampling,
+) -> dict[str, dict[str, jax.Array]]:
+  """{direction: {"accept", "top1": float32 [n]}}: how often drafts would pass.
+
+  "accept" is the mean of sum_v min(p, q), the chance that a draft drawn from
+  the head's q passes the test against the trunk's p; "top1" is the mean of p at
+  the likeliest token of q, the chance that this one is what would be drawn.
+
+  Args:
+    heads: The heads.
+    params: Of the trunk and the heads.
+    hidden_GSND: States that predict each slot, per guidance stream.
+    tokens_SN: Tokens of each slot.
+    sampling: Of p and q.
+  """
+  slots = heads.generator.grid.slot_of.ravel()
+  hidden, tokens_SM = hidden_GSND[:, :, slots], tokens_SN[:, slots]
+  tokens = jnp.broadcast_to(tokens_SM, hidden.shape[:-1])
+  p_SMV = sampling_lib.target(heads.generator.logits(params, hidden), sampling)
+  figures = {}
+  for name in (d for d in DIRECTIONS if heads.cfg.count(d)):
+    target_nM, valid_nM = pairs(
+        heads.generator.grid, name, heads.cfg.count(name),
+        heads.cfg.options.wrap,
+    )
+
+    def passes(offset_inputs, p_SMV=p_SMV):
+      predicted_GSMD, target_M = offset_inputs
+      logits = heads.logits(params, predicted_GSMD)
+      q_SMV = sampling_lib.target(logits, sampling)
+      goal_SMV = p_SMV[:, target_M]
+      best_SM = jnp.argmax(q_SMV, axis=-1)
+      return {
+          "accept": jnp.sum(jnp.minimum(goal_SMV, q_SMV), axis=-1),
+          "top1": jnp.take_along_axis(goal_SMV, best_SM[..., None], -1)[..., 0],
+      }
+
+    predicted = heads.predict(params, name, hidden, tokens)
+    # One offset at a time: distributions are the largest arrays here.
+    by_offset = jax.lax.map(passes, (predicted, jnp.asarray(target_nM)))
+    figures[name] = {k: mean_where(v, valid_nM) for k, v in by_offset.items()}
+  return figures
