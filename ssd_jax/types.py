@@ -42,7 +42,8 @@ class Prompt:
     tokens: int32 [S, P], ids of the trunk's input table.
     mask: bool [S, P], which of them exist.
     positions: int32 [S, P + N], row of the rotary table of every slot.
-    features: Embeddings [S, P, D] that replace those of `tokens`, or None.
+    features: [S, P, E], a text encoder's, used where `tokens` are 0 (other ids
+      are rows of the unconditional caption), or None.
   """
 
   tokens: jax.Array

@@ -56,6 +56,14 @@ class Generator:
     """float32 [..., V], image logits of pre-norm hidden states."""
     return self._apply(params, hidden, method="logits")
 
+  def normalize(self, params: Params, hidden: jax.Array) -> jax.Array:
+    """Hidden states after the final norm."""
+    return self._apply(params, hidden, method="normalize")
+
+  def project(self, params: Params, y: jax.Array) -> jax.Array:
+    """float32 [..., V], image logits of normalised hidden states."""
+    return self._apply(params, y, method="project")
+
   def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
     """[..., D], image tokens as the trunk is fed."""
     return self._rows(params, jnp.asarray(self.input_ids)[tokens])
@@ -125,7 +133,9 @@ class Generator:
 
   def _prompt_embeddings(self, params: Params, prompt: Prompt) -> jax.Array:
     if prompt.features is not None:
-      return prompt.features.astype(self.dtype)
+      features = self._apply(
+          params, prompt.features, prompt.tokens, method="embed_caption")
+      return features.astype(self.dtype)
     return self._rows(params, prompt.tokens)
 
   def _rows(self, params: Params, ids: jax.Array) -> jax.Array:

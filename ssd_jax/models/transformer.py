@@ -33,6 +33,11 @@ class TrunkConfig:
     qk_norm: LayerNorm with scale and bias on each head of q and k, before the
       rotation (Chameleon).
     interleaved: Rotary pairs are neighbours (LlamaGen) instead of halves.
+    head_hidden: Width of the head's hidden layer, which has biases and an
+      exact GELU (Janus); 0 for a linear head without bias.
+    caption_dim: Width of a text encoder's features, which two linear maps with
+      a GELU between bring to D (LlamaGen); 0 if prompts are tokens.
+    caption_slots: Rows of the unconditional caption's features.
     remat: Recompute each layer in the backward pass.
   """
 
@@ -47,6 +52,9 @@ class TrunkConfig:
   norm_eps: float = 1e-5
   qk_norm: bool = False
   interleaved: bool = False
+  head_hidden: int = 0
+  caption_dim: int = 0
+  caption_slots: int = 0
   remat: bool = False
 
 
@@ -181,7 +189,21 @@ class Trunk(nn.Module):
         metadata_params={nn.PARTITION_NAME: "layers"},
     )(cfg)
     self.final_norm = RMSNorm(cfg.norm_eps)
-    self.head = self.param("head", _dense, (cfg.d_model, cfg.vocab_out))
+    width = cfg.head_hidden or cfg.d_model
+    self.head = self.param("head", _dense, (width, cfg.vocab_out))
+    if cfg.head_hidden:
+      zeros = nn.initializers.zeros
+      self.head_in = self.param("head_in", _dense, (cfg.d_model, width))
+      self.head_in_bias = self.param("head_in_bias", zeros, (width,))
+      self.head_bias = self.param("head_bias", zeros, (cfg.vocab_out,))
+    if cfg.caption_dim:
+      self.caption_in = self.param(
+          "caption_in", _dense, (cfg.caption_dim, cfg.d_model))
+      self.caption_out = self.param(
+          "caption_out", _dense, (cfg.d_model, cfg.d_model))
+      self.caption_null = self.param(
+          "caption_null", nn.initializers.normal(cfg.caption_dim**-0.5),
+          (cfg.caption_slots, cfg.caption_dim))
 
   def __call__(
       self, x_SQD: jax.Array, cos_sin_SQh2: jax.Array, visible_SQX: jax.Array,
@@ -204,13 +226,39 @@ class Trunk(nn.Module):
 
   def init_all(self, x_SQD, cos_sin_SQh2, visible_SQX):
     """Touches every parameter, for `init`."""
+    if self.cfg.caption_dim:
+      self.embed_caption(jnp.zeros((1, 1, self.cfg.caption_dim)), jnp.ones(
+          (1, 1), jnp.int32))
     return self.logits(self(x_SQD, cos_sin_SQh2, visible_SQX)[0])
 
   def embed(self, ids: jax.Array) -> jax.Array:
     """Rows of the input table."""
     return self.embedding[ids]
 
+  def embed_caption(
+      self, features_SPE: jax.Array, ids_SP: jax.Array
+  ) -> jax.Array:
+    """[S, P, D], of a text encoder's features where the id is 0, else of row
+    id - 1 of the unconditional caption.
+    """
+    null = self.caption_null[jnp.maximum(ids_SP - 1, 0)]
+    x = jnp.where(ids_SP[..., None] > 0, null, features_SPE)
+    x = nn.gelu(x @ self.caption_in.astype(x.dtype), approximate=True)
+    return x @ self.caption_out.astype(x.dtype)
+
   def logits(self, hidden: jax.Array) -> jax.Array:
     """float32 [..., V], image logits of pre-norm hidden states."""
-    y = self.final_norm(hidden)
-    return (y @ self.head.astype(y.dtype)).astype(jnp.float32)
+    return self.project(self.normalize(hidden))
+
+  def normalize(self, hidden: jax.Array) -> jax.Array:
+    """Hidden states after the final norm."""
+    return self.final_norm(hidden)
+
+  def project(self, y: jax.Array) -> jax.Array:
+    """float32 [..., V], image logits of normalised hidden states."""
+    if not self.cfg.head_hidden:
+      return (y @ self.head.astype(y.dtype)).astype(jnp.float32)
+    y = y @ self.head_in.astype(y.dtype) + self.head_in_bias.astype(y.dtype)
+    y = nn.gelu(y, approximate=False)
+    y = (y @ self.head.astype(y.dtype)).astype(jnp.float32)
+    return y + self.head_bias.astype(jnp.float32)
