@@ -1,0 +1,404 @@
+"""Published PyTorch checkpoints -> a model folder of orbax checkpoints.
+
+Tensors are read, turned and written one at a time, or in pieces where they are
+large, so that memory stays far below the size of a model. Work happens in a
+folder beside the target, with a journal of what is done: an interrupted
+conversion goes on where it stopped, and the target appears by one rename.
+"""
+
+from collections.abc import Callable, Iterable
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import time
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from ssd_jax import checkpoints, names, tensors
+from ssd_jax.config import UserError
+from ssd_jax.names import Part, Recipe, Row
+from ssd_jax.tensors import Checkpoint
+
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+_PIECE = 64 * 2**20  # bytes of a large table that are in memory at a time
+_SHOWN = 6  # names listed in an error
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+  """What is read, written and noted in the journal at a time."""
+
+  part: int
+  row: Row
+  start: int
+  stop: int | None
+
+  @property
+  def name(self) -> str:
+    """Of the piece, unique in a conversion."""
+    layer = "" if self.row.layer is None else f"[{self.row.layer}]"
+    return f"{self.row.target}{layer}@{self.row.at + self.start}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A conversion that has been checked.
+
+  Attributes:
+    recipe: How the folder is made.
+    found: The opened checkpoint of each part.
+    assets: Files to be copied.
+    dtype: Of the trunk and the text encoder; tokenizers stay in float32.
+  """
+
+  recipe: Recipe
+  found: tuple[Checkpoint, ...]
+  assets: tuple[pathlib.Path, ...]
+  dtype: str
+
+  @functools.cached_property
+  def leaves(self) -> dict[str, Any]:
+    """All arrays by path, in the dtype they are stored in."""
+    wanted = lambda path: (
+        np.float32 if path.startswith("vq/") else DTYPES[self.dtype])
+    return {path: (leaf.shape, np.dtype(wanted(path)))
+            for part in self.recipe.parts for path, leaf in part.leaves.items()}
+
+  @property
+  def size(self) -> int:
+    """Bytes to be written."""
+    return sum(math.prod(shape) * dtype.itemsize
+               for shape, dtype in self.leaves.values())
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with the files, the settings and the dtype."""
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns)
+             for found in self.found for f in found.files]
+    text = json.dumps([files, self.recipe.family, self.recipe.settings,
+                       self.dtype], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+  def units(self) -> Iterable[Unit]:
+    """Everything that is to be done."""
+    for index, part in enumerate(self.recipe.parts):
+      for row in part.table.rows:
+        if row.convert is not names.copy or row.layer is not None:
+          yield Unit(index, row, 0, None)
+          continue
+        shape = row.sources[0].shape
+        step = _rows_per_piece(shape, np.float32)
+        for start in range(0, shape[0], step):
+          yield Unit(index, row, start, min(start + step, shape[0]))
+
+
+def open_job(
+    recipe: Recipe, folders: dict[str, pathlib.Path], dtype: str
+) -> Job:
+  """The conversion of the checkpoints in `folders`, checked.
+
+  Args:
+    recipe: Of the family.
+    folders: Of each flag: "source", "vq", "text_encoder", "tokenizer"; what is
+      not named is looked for in "source".
+    dtype: A key of DTYPES.
+
+  Raises:
+    UserError: when files are missing or damaged, or are another family's.
+  """
+  if dtype not in DTYPES:
+    raise UserError(f"got dtype {dtype!r}, expected one of {sorted(DTYPES)}; "
+                    "change --dtype")
+  found = []
+  for part in recipe.parts:
+    checkpoint = _open(part, folders)
+    _check_family(recipe, part, checkpoint)
+    check_table(part, checkpoint)
+    found.append(checkpoint)
+  folder = folders.get("tokenizer", folders["source"])
+  assets = tuple(_asset(folder, pattern) for pattern in recipe.tokenizer)
+  return Job(recipe, tuple(found), assets, dtype)
+
+
+def _open(part: Part, folders: dict[str, pathlib.Path]) -> Checkpoint:
+  if part.flag in folders:
+    return tensors.open_checkpoint(folders[part.flag], part.patterns)
+  source = folders["source"]
+  inside = source if source.is_dir() else source.parent
+  if not any(any(inside.glob(pattern)) for pattern in part.patterns):
+    raise UserError(
+        f"got {inside} without any of {', '.join(part.patterns)}, expected the "
+        f"{part.flag.replace('_', ' ')} there; say where it is with "
+        f"--{part.flag}")
+  return tensors.open_checkpoint(inside, part.patterns)
+
+
+def _asset(folder: pathlib.Path, pattern: str) -> pathlib.Path:
+  folder = folder if folder.is_dir() else folder.parent
+  files = sorted(folder.glob(pattern))
+  if not files:
+    raise UserError(
+        f"got {folder} without {pattern}, expected the tokenizer's files "
+        "there; say where they are with --tokenizer")
+  return files[0]
+
+
+_SIGNS = {  # a tensor that only this family has
+    "layers.0.attention.wqkv.weight": "llamagen",
+    "gen_embed.weight": "janus",
+    "layers.0.attention.wq.weight": "anole",
+    "model.layers.0.self_attn.q_norm.weight": "lumina or anole:hf",
+    "encoder.block.0.layer.0.SelfAttention.q.weight": "T5",
+    "decoder.time_conv.0.conv.conv.weight": "an Emu3 tokenizer",
+}
+
+
+def _check_family(recipe: Recipe, part: Part, found: Checkpoint) -> None:
+  expected = {s.name for row in part.table.rows for s in row.sources}
+  if len(expected - set(found.tensors)) <= len(expected) // 2:
+    return
+  guess = [sign for name, sign in _SIGNS.items()
+           if name in found.tensors and name not in expected]
+  looks = f" that looks like {guess[0]}" if guess else ""
+  raise UserError(
+      f"got a checkpoint{looks} in {found.files[0].name}, expected "
+      f"{recipe.family} with tensors such as {min(expected)}; choose the "
+      "--config of its family, or another folder")
+
+
+def check_table(part: Part, found: Checkpoint) -> None:
+  """Raises UserError unless every tensor is known, there, and in shape."""
+  expected = {s.name: (s.shape, *s.others)
+              for row in part.table.rows for s in row.sources}
+  ignored = [re.compile(pattern) for pattern in part.table.ignored]
+  present = set(found.tensors)
+  problems = {
+      "missing": sorted(set(expected) - present),
+      "unknown": sorted(
+          name for name in present - set(expected)
+          if not any(p.fullmatch(name) for p in ignored)),
+      "misshaped": sorted(
+          f"{name} {found.tensors[name].shape} for {shapes[0]}"
+          for name, shapes in expected.items()
+          if name in present and found.tensors[name].shape not in shapes),
+  }
+  said = [_listing(kind, items) for kind, items in problems.items() if items]
+  if said:
+    raise UserError(
+        f"got {found.files[0].name} with {'; '.join(said)}; expected every "
+        "tensor of this family and variant once; choose the variant of "
+        "--config that the checkpoint is")
+
+
+def _listing(kind: str, items: list[str]) -> str:
+  rest = len(items) - _SHOWN
+  more = f" and {rest} more" if rest > 0 else ""
+  return f"{len(items)} {kind} tensors ({', '.join(items[:_SHOWN])}{more})"
+
+
+def convert(
+    job: Job, out: pathlib.Path,
+    progress: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
+  """The report of a conversion into the new folder `out`.
+
+  Args:
+    job: What to convert.
+    out: The folder; must not exist, or hold the same conversion.
+    progress: Called with bytes written.
+
+  Raises:
+    UserError: when `out` holds something else, the disk is too small, or
+      another conversion is writing there.
+  """
+  out = out.absolute()
+  report = finished(job, out)
+  if report is not None:
+    return report
+  work = out.with_name(f".{out.name}.converting")
+  _check_disk(job, out, work)
+  work.mkdir(parents=True, exist_ok=True)
+  with open(work / "lock", "w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(f"got {out} while another conversion writes it, expected "
+                      "one at a time; wait for it") from error
+    start = time.monotonic()
+    done = _write_arrays(job, work, progress)
+    report = _assemble(job, work, done, time.monotonic() - start)
+    os.rename(work / "model", out)
+  shutil.rmtree(work)
+  return report
+
+
+def finished(job: Job, out: pathlib.Path) -> dict[str, Any] | None:
+  """The report in `out` if it holds this conversion, None if it is free."""
+  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    return None
+  file = out / "report.json"
+  report = checkpoints.read_json(file) if file.is_file() else {}
+  if report.get("fingerprint") != job.fingerprint:
+    raise UserError(f"got {out}, which holds something else, expected a new "
+                    "folder; choose another --out or remove it")
+  return report
+
+
+def _check_disk(job: Job, out: pathlib.Path, work: pathlib.Path) -> None:
+  above = next(p for p in out.parents if p.is_dir())
+  written = sum(f.stat().st_size for f in work.rglob("*") if f.is_file())
+  free, needed = shutil.disk_usage(above).free, job.size - written
+  if needed * 1.02 > free:
+    raise UserError(
+        f"got {free / 1e9:.1f} GB free at {above}, expected "
+        f"{needed * 1.02 / 1e9:.1f} GB; free some, or choose another --out")
+
+
+def _write_arrays(job: Job, work: pathlib.Path, progress) -> dict[str, dict]:
+  """Writes what the journal lacks; the journal's entries by unit."""
+  journal = work / "journal.jsonl"
+  done = _read_journal(journal, job.fingerprint)
+  if not done:
+    shutil.rmtree(work / "arrays", ignore_errors=True)
+    shutil.rmtree(work / "model", ignore_errors=True)
+    journal.write_text(json.dumps({"fingerprint": job.fingerprint}) + "\n")
+  with open(journal, "a") as f:
+    for unit in job.units():
+      if unit.name not in done:
+        done[unit.name] = entry = _write_unit(job, work, unit)
+        f.write(json.dumps(entry) + "\n")
+        f.flush()
+      progress(done[unit.name]["bytes"])
+  return done
+
+
+def _read_journal(journal: pathlib.Path, fingerprint: str) -> dict[str, dict]:
+  if not journal.is_file():
+    return {}
+  lines = journal.read_text().split("\n")[:-1]  # a torn last line is dropped
+  if not lines or json.loads(lines[0]).get("fingerprint") != fingerprint:
+    return {}
+  return {entry["unit"]: entry for entry in map(json.loads, lines[1:])}
+
+
+def _write_unit(job: Job, work: pathlib.Path, unit: Unit) -> dict[str, Any]:
+  """Writes one piece; its entry in the journal."""
+  row, found = unit.row, job.found[unit.part].tensors
+  arrays = []
+  for source in row.sources:
+    first = source.rows[0] if source.rows else 0
+    stop = source.rows[1] if source.rows else unit.stop
+    stop = stop if unit.stop is None else first + unit.stop
+    arrays.append(found[source.name].read(first + unit.start, stop))
+  shape, dtype = job.leaves[row.target]
+  value = np.ascontiguousarray(row.convert(*arrays).astype(dtype))
+  store = _open_array(work / "arrays", row.target, shape, dtype,
+                      row.layer is not None)
+  if row.layer is not None:
+    store[row.layer].write(value).result()
+  elif value.shape == shape:
+    store.write(value).result()
+  else:
+    first = row.at + unit.start
+    store[first:first + len(value)].write(value).result()
+  return {
+      "unit": unit.name, "sources": [s.name for s in row.sources],
+      "bytes": value.nbytes,
+      "sha256": hashlib.sha256(value.reshape(-1).view(np.uint8)).hexdigest(),
+  }
+
+
+def _open_array(
+    folder: pathlib.Path, path: str, shape: tuple[int, ...], dtype: np.dtype,
+    is_stacked: bool,
+) -> ts.TensorStore:
+  """The array on disk, laid out as orbax lays it out."""
+  chunk = (1, *shape[1:]) if is_stacked else (
+      min(shape[0], _rows_per_piece(shape, dtype)), *shape[1:])
+  return ts.open({
+      "driver": "zarr",
+      "kvstore": {"driver": "file", "path": str(_place(folder, path))},
+      "metadata": {
+          "shape": shape, "chunks": chunk, "compressor": None,
+          "dtype": "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.str,
+      },
+  }, open=True, create=True).result()
+
+
+def _rows_per_piece(shape: tuple[int, ...], dtype: Any) -> int:
+  row = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+  return max(1, _PIECE // row)
+
+
+def _place(folder: pathlib.Path, path: str) -> pathlib.Path:
+  top, _, rest = path.partition("/")
+  return folder / top / rest.replace("/", ".")
+
+
+def _assemble(
+    job: Job, work: pathlib.Path, done: dict[str, dict], seconds: float
+) -> dict[str, Any]:
+  """Makes the model folder of the arrays; its report. Can be repeated."""
+  model = work / "model"
+  for top in sorted({path.split("/")[0] for path in job.leaves}):
+    paths = [p for p in job.leaves if p.startswith(top + "/")]
+    if not (model / top).exists():
+      _write_skeleton(model / top, [p.split("/")[1:] for p in paths])
+    for path in paths:
+      array = _place(work / "arrays", path)
+      if array.exists():
+        shutil.rmtree(_place(model, path))
+        os.rename(array, _place(model, path))
+  (model / "tokenizer").mkdir(exist_ok=True)
+  for file in job.assets:
+    shutil.copyfile(file, model / "tokenizer" / file.name)
+  checkpoints.write_json(
+      model / "model.json",
+      {"family": job.recipe.family, **job.recipe.settings})
+  report = _report(job, done, seconds)
+  checkpoints.write_json(model / "report.json", report)
+  return report
+
+
+def _write_skeleton(folder: pathlib.Path, paths: list[list[str]]) -> None:
+  """An orbax checkpoint with the right tree, whose arrays are then replaced.
+
+  orbax writes only trees that are whole in memory; what it reads back are the
+  shapes of the arrays on disk.
+  """
+  tree: dict[str, Any] = {}
+  for path in paths:
+    node = tree
+    for key in path[:-1]:
+      node = node.setdefault(key, {})
+    node[path[-1]] = np.zeros(1, np.float32)
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(folder, tree)
+
+
+def _report(job: Job, done: dict[str, dict], seconds: float) -> dict[str, Any]:
+  counts: dict[str, int] = {}
+  for path, (shape, _) in job.leaves.items():
+    top = path.split("/")[0]
+    counts[top] = counts.get(top, 0) + math.prod(shape)
+  return {
+      "fingerprint": job.fingerprint, "family": job.recipe.family,
+      "dtype": job.dtype, "parameters": counts, "bytes": job.size,
+      "seconds": round(seconds, 1),
+      "files": [{"name": f.name, "bytes": f.stat().st_size}
+                for found in job.found for f in found.files],
+      "arrays": [{"array": e["unit"], "from": e["sources"],
+                  "sha256": e["sha256"]} for e in done.values()],
+  }

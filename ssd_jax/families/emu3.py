@@ -1,0 +1,160 @@
+"""Emu3-Gen 8B (Wang et al. 2024, arXiv:2409.18869).
+
+Rows end with a forced token. The size stands in the prompt as plain digits. The
+unconditional stream is a negative prompt with the same header, at positions of
+its own.
+"""
+
+import base64
+from collections.abc import Iterable
+import functools
+import pathlib
+import unicodedata
+
+import ml_collections
+import numpy as np
+
+from ssd_jax.config import UserError
+from ssd_jax.families import published
+from ssd_jax.families.published import Published, Stream
+from ssd_jax.grid import Grid
+from ssd_jax.names import (
+    Part, Recipe, Row, Table, image_head, llama_layers, table_rows, vq_shapes)
+from ssd_jax.vq_names import vq_rows
+
+_RANKS, _VISION = "emu3.tiktoken", "emu3_vision_tokens.txt"
+_KEEP = ("trunk", "vq", "theta", "ids", "area", "ratio", "suffix", "negative",
+         "sampling")
+_VQ_FILES = tuple(
+    f"{folder}{name}" for folder in ("**/Emu3-VisionTokenizer/",
+                                     "vision_tokenizer/")
+    for name in published.SAFETENSORS)
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  """Settings; the variant is a ratio such as "16:9", "" is "1:1"."""
+  variant = variant or "1:1"
+  config = ml_collections.ConfigDict()
+  config.family = "emu3"
+  config.workdir = "runs/emu3"
+  config.trunk = ml_collections.ConfigDict(dict(
+      d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128,
+      d_ff=14336, vocab_in=184_622, vocab_out=32_768, norm_eps=1e-5))
+  config.vq = ml_collections.ConfigDict(dict(
+      ch=256, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channels=4,
+      n_codes=32_768, code_dim=4, l2_norm=False, attn_levels=(3,), groups=32,
+      video=True))
+  config.theta = 1_000_000.0
+  config.ids = ml_collections.ConfigDict(dict(
+      start=151_849, end_of_row=151_846, image=151_851, begin_of_image=151_852,
+      first_code=151_854))
+  config.area = 720 * 720  # pixels
+  config.ratio = variant  # width:height
+  config.suffix = " masterpiece, film grained, best quality."
+  config.negative = (
+      "lowres, bad anatomy, bad hands, text, error, missing fingers, extra "
+      "digit, fewer digits, cropped, worst quality, low quality, normal "
+      "quality, jpeg artifacts, signature, watermark, username, blurry.")
+  config.sampling = ml_collections.ConfigDict(dict(
+      guidance=3.0, temperature=1.0, top_k=2048, top_p=1.0))
+  try:
+    cells(config.ratio, config.area, 8)
+  except UserError as error:
+    raise ValueError(str(error)) from error
+  return config
+
+
+def cells(ratio: str, area: int, cell: int) -> tuple[int, int]:
+  """(rows, columns) of the grid for a ratio "width:height".
+
+  Raises:
+    UserError: when it is no ratio of two positive whole numbers, or extreme.
+  """
+  parts = ratio.split(":")
+  if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
+    raise UserError(f"got ratio {ratio!r}, expected WIDTH:HEIGHT in whole "
+                    "numbers, such as 16:9; change ratio")
+  width, height = map(int, parts)
+  side = (area / (width * height)) ** 0.5
+  rows, cols = round(height * side / cell), round(width * side / cell)
+  if min(rows, cols) < 1 or max(width, height) > 8 * min(width, height):
+    raise UserError(f"got ratio {ratio!r}, expected one from 1:8 to 8:1; "
+                    "change ratio")
+  return rows, cols
+
+
+class Emu3(Published):
+  """The family as a pipeline holds it."""
+
+  @functools.cached_property
+  def grid(self) -> Grid:
+    """Each row ends with a forced token."""
+    config = self.config
+    rows, cols = cells(config.ratio, config.area, self.vq.cfg.downsample)
+    return Grid(rows, cols, end_of_row=True)
+
+  @functools.cached_property
+  def input_ids(self) -> np.ndarray:
+    """Codes, then end-of-row."""
+    ids = self.config.ids
+    codes = ids.first_code + np.arange(self.trunk.vocab_out)
+    return np.append(codes, ids.end_of_row).astype(np.int32)
+
+  def streams(self, text: str) -> tuple[Stream, Stream]:
+    """The text, and the negative prompt, each before the image's header."""
+    return tuple(Stream(self._prompt(words)) for words in (
+        text + self.config.suffix, self.config.negative))
+
+  def _prompt(self, text: str) -> tuple[int, ...]:
+    ids, grid = self.config.ids, self.grid
+    return (ids.start, *self.text_ids(text), ids.begin_of_image,
+            *self.text_ids(f"{grid.rows}*{grid.cols}"), ids.image)
+
+  @functools.cached_property
+  def text_tokenizer(self):
+    """Byte pairs of the checkpoint's own table (`tiktoken.Encoding`)."""
+    import tiktoken  # an extra
+
+    lines = self.tokenizer_file(_RANKS).read_bytes().splitlines()
+    pairs = (line.split() for line in lines if line)
+    ranks = {base64.b64decode(word): int(rank) for word, rank in pairs}
+    return tiktoken.Encoding("emu3", pat_str=_WORDS, mergeable_ranks=ranks,
+                             special_tokens={})
+
+  def text_ids(self, text: str) -> list[int]:
+    """Ids of a text in NFC, no special tokens recognised."""
+    return self.text_tokenizer.encode_ordinary(
+        unicodedata.normalize("NFC", text))
+
+
+def recipe(config: ml_collections.ConfigDict) -> Recipe:
+  """How a model folder is made of the published files."""
+  family = Emu3(config)
+  vq = family.vq.cfg
+  ignored = (r".*num_batches_tracked",)
+  return Recipe(
+      config.family, published.settings_of(config, _KEEP),
+      (Part("source", published.ANY_FORMAT,
+            Table(tuple(_trunk_rows(family)), (r".*rotary_emb\.inv_freq",)),
+            published.trunk_shapes(family.trunk)),
+       Part("vq", (*_VQ_FILES, *published.SAFETENSORS),
+            Table(tuple(vq_rows(vq, "video")), ignored), vq_shapes(vq))),
+      (_RANKS, _VISION),
+  )
+
+
+def _trunk_rows(family: Emu3) -> Iterable[Row]:
+  cfg, first = family.trunk, family.config.ids.first_code
+  size = (cfg.vocab_in, cfg.d_model)
+  yield table_rows("model.embed_tokens.weight", *size)
+  yield from llama_layers(cfg, "model.")
+  yield image_head("lm_head.weight", size, first, cfg.vocab_out)
+
+
+def from_settings(settings: dict, folder: pathlib.Path | None) -> Emu3:
+  """The family of a model.json."""
+  return Emu3(ml_collections.ConfigDict(settings["config"]), folder)

@@ -1,0 +1,154 @@
+"""Janus-Pro (Chen et al. 2025, arXiv:2501.17811), its image generation.
+
+A plain raster of 24 x 24 codes. Codes have a small table of their own, which
+two linear maps bring to the trunk's width; the product of the three is a fixed
+table, so conversion multiplies it out. The unconditional stream is the prompt
+with all but its first and last token replaced by padding, which is seen.
+"""
+
+from collections.abc import Iterable
+import functools
+import math
+import pathlib
+
+import ml_collections
+import numpy as np
+
+from ssd_jax.families import published
+from ssd_jax.families.published import Published, Stream
+from ssd_jax.grid import Grid
+from ssd_jax.names import (
+    Part, Recipe, Row, Source, Table, copy, linear, llama_layers, table_rows,
+    vq_shapes)
+from ssd_jax.vq_names import vq_rows
+
+VARIANTS = ("1b", "7b")
+_CODE_DIM = 8  # of the input table of codes
+_KEEP = ("trunk", "vq", "theta", "side", "sampling", "tokenizer")
+_START, _PAD, _IMAGE = (
+    "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>")
+_IGNORED = (
+    r"language_model\.lm_head\.weight", r"vision_model\..*", r"aligner\..*",
+    r"gen_vision_model\.quantize\.codebook_used",
+    r".*rotary_emb\.inv_freq",
+)
+
+
+def vq16() -> ml_collections.ConfigDict:
+  """LlamaGen's and Janus' tokenizer."""
+  return ml_collections.ConfigDict(dict(
+      ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, z_channels=256,
+      n_codes=16384, code_dim=8, l2_norm=True, attn_levels=(4,), groups=32))
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  """Settings of a size; "" is "1b"."""
+  variant = variant or "1b"
+  if variant not in VARIANTS:
+    raise published.bad_variant("janus_pro", variant, VARIANTS)
+  sizes = {
+      "1b": dict(d_model=2048, n_layers=24, n_heads=16, d_ff=5632,
+                 head_hidden=2048),
+      "7b": dict(d_model=4096, n_layers=30, n_heads=32, d_ff=11008,
+                 head_hidden=4096),
+  }[variant]
+  config = ml_collections.ConfigDict()
+  config.family = "janus"
+  config.workdir = f"runs/janus_pro_{variant}"
+  config.trunk = ml_collections.ConfigDict(dict(
+      **sizes, n_kv_heads=sizes["n_heads"], head_dim=128,
+      vocab_in=102_400 + 16_384, vocab_out=16_384, norm_eps=1e-6))
+  config.vq = vq16()
+  config.theta = 10_000.0
+  config.side = 24  # cells
+  config.tokenizer = "tokenizer.json"
+  config.sampling = ml_collections.ConfigDict(dict(
+      guidance=5.0, temperature=1.0, top_k=0, top_p=1.0))
+  return config
+
+
+class Janus(Published):
+  """The family as a pipeline holds it."""
+
+  @functools.cached_property
+  def grid(self) -> Grid:
+    """A plain raster."""
+    return Grid(self.config.side, self.config.side)
+
+  @property
+  def text_rows(self) -> int:
+    """Rows of the input table before the codes'."""
+    return self.trunk.vocab_in - self.trunk.vocab_out
+
+  @functools.cached_property
+  def input_ids(self) -> np.ndarray:
+    """Codes come after the text's ids."""
+    codes = np.arange(self.trunk.vocab_out)
+    return (self.text_rows + codes).astype(np.int32)
+
+  def streams(self, text: str) -> tuple[Stream, Stream]:
+    """A turn of a conversation; and as much padding."""
+    start, pad, image = map(self._id, (_START, _PAD, _IMAGE))
+    words = f"<|User|>: {text}\n\n<|Assistant|>:"
+    prompt = (start, *self.text_ids(words), image)
+    return Stream(prompt), Stream(
+        (start, *[pad] * (len(prompt) - 2), image))
+
+  def _id(self, token: str) -> int:
+    found = self.text_tokenizer.token_to_id(token)
+    if found is None:
+      raise published.UserError(
+          f"got a tokenizer without {token!r}, expected Janus-Pro's; convert "
+          "again with its tokenizer.json")
+    return found
+
+
+def recipe(config: ml_collections.ConfigDict) -> Recipe:
+  """How a model folder is made of the published files."""
+  family = Janus(config)
+  vq = family.vq.cfg
+  rows = (*_trunk_rows(family), *vq_rows(vq, "raster", "gen_vision_model."))
+  part = Part("source", published.ANY_FORMAT, Table(rows, _IGNORED),
+              published.trunk_shapes(family.trunk) | vq_shapes(vq))
+  return Recipe(config.family, published.settings_of(config, _KEEP), (part,),
+                (config.tokenizer,))
+
+
+def _trunk_rows(family: Janus) -> Iterable[Row]:
+  cfg = family.trunk
+  d, codes, hidden = cfg.d_model, cfg.vocab_out, cfg.head_hidden
+  yield table_rows("language_model.model.embed_tokens.weight",
+                   family.text_rows, d)
+  yield Row(
+      "trunk/embedding",
+      (Source("gen_embed.weight", (codes, _CODE_DIM)),
+       Source("gen_aligner.layers.0.weight", (d, _CODE_DIM)),
+       Source("gen_aligner.layers.0.bias", (d,)),
+       Source("gen_aligner.layers.2.weight", (d, d)),
+       Source("gen_aligner.layers.2.bias", (d,))),
+      aligned_codes, at=family.text_rows)
+  yield from llama_layers(cfg, "language_model.model.")
+  for ours, name, shape in (
+      ("head_in", "output_mlp_projector", (hidden, d)),
+      ("head", "vision_head", (codes, hidden))):
+    name = f"gen_head.{name}"
+    yield Row(f"trunk/{ours}", (Source(f"{name}.weight", shape),), linear)
+    yield Row(f"trunk/{ours}_bias", (Source(f"{name}.bias", shape[:1]),), copy)
+
+
+def aligned_codes(table, weight_0, bias_0, weight_2, bias_2) -> np.ndarray:
+  """float32 [V, D]: the codes' table through both linear maps."""
+  x, w0, b0, w2, b2 = (
+      a.astype(np.float32) for a in (table, weight_0, bias_0, weight_2, bias_2))
+  return _gelu(x @ w0.T + b0) @ w2.T + b2
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+  """The exact one, in float64 inside, some rows at a time."""
+  erf = np.vectorize(math.erf, otypes=[np.float64])
+  return (x * 0.5 * (1.0 + erf(x / math.sqrt(2.0)))).astype(np.float32)
+
+
+def from_settings(settings: dict, folder: pathlib.Path | None) -> Janus:
+  """The family of a model.json."""
+  return Janus(ml_collections.ConfigDict(settings["config"]), folder)

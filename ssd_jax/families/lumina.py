@@ -1,0 +1,164 @@
+"""Lumina-mGPT-7B (Liu et al. 2024, arXiv:2408.02657), a Chameleon fine-tune.
+
+Rows end with a forced token. The size of the picture stands in the prompt, as
+words and as two tokens. The unconditional stream has no text at all: it starts
+at the begin-of-image token, and so do its positions.
+"""
+
+from collections.abc import Iterable
+import functools
+import pathlib
+
+import ml_collections
+import numpy as np
+
+from ssd_jax.config import UserError
+from ssd_jax.families import published
+from ssd_jax.families.published import Published, Stream
+from ssd_jax.grid import Grid
+from ssd_jax.names import (
+    Part, Recipe, Table, image_head, llama_layers, table_rows, vq_shapes)
+from ssd_jax.vq_names import vq_rows
+
+VARIANTS = ("512", "768", "1024")
+_PATCH = 32  # pixels per unit of the size tokens
+_MAX_RATIO = 4.0
+_KEEP = ("trunk", "vq", "theta", "ids", "size", "target_size", "sampling",
+         "tokenizer")
+
+
+def chameleon() -> ml_collections.ConfigDict:
+  """What all Chameleon-7B fine-tunes share."""
+  return ml_collections.ConfigDict(dict(
+      trunk=dict(
+          d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128,
+          d_ff=11008, vocab_in=65536, vocab_out=8192, norm_eps=1e-5,
+          qk_norm=True),
+      vq=dict(
+          ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, z_channels=256,
+          n_codes=8192, code_dim=256, l2_norm=False, attn_levels=(),
+          groups=32),
+      theta=10_000.0,
+      ids=dict(start=0, first_code=4, end_of_row=8803, image=8197,
+               end_of_turn=8710, size=8804),
+  ))
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  """Settings of a variant: the side of its square; "" is 768."""
+  variant = variant or "768"
+  if variant not in VARIANTS:
+    raise published.bad_variant("lumina", variant, VARIANTS)
+  config = chameleon()
+  config.family = "lumina"
+  config.workdir = f"runs/lumina_{variant}"
+  config.target_size = int(variant)  # pixels; its square is all sizes' area
+  config.size = f"{variant}x{variant}"  # width x height, one of sizes()
+  config.tokenizer = "tokenizer.json"
+  config.sampling = ml_collections.ConfigDict(dict(
+      guidance=4.0, temperature=1.0, top_k=2000, top_p=1.0))
+  return config
+
+
+def sizes(target: int) -> list[tuple[int, int]]:
+  """(width, height) in pixels of the pictures that the model knows."""
+  area = (target // _PATCH) ** 2
+  found = []
+  width, height = area, 1
+  while width > 0:
+    if max(width, height) / min(width, height) <= _MAX_RATIO:
+      found.append((width * _PATCH, height * _PATCH))
+    if (height + 1) * width <= area:
+      height += 1
+    else:
+      width -= 1
+  return found
+
+
+class Lumina(Published):
+  """The family as a pipeline holds it."""
+
+  @functools.cached_property
+  def pixels(self) -> tuple[int, int]:
+    """(width, height)."""
+    return parse_size(self.config.size, self.config.target_size)
+
+  @functools.cached_property
+  def grid(self) -> Grid:
+    """Two cells per size unit; each row ends with a forced token."""
+    width, height = self.pixels
+    cell = self.vq.cfg.downsample
+    return Grid(height // cell, width // cell, end_of_row=True)
+
+  @functools.cached_property
+  def input_ids(self) -> np.ndarray:
+    """Codes, then end-of-row."""
+    return chameleon_input_ids(self.config)
+
+  def streams(self, text: str) -> tuple[Stream, Stream]:
+    """The instruction with the text; and the opening of an image alone."""
+    ids = self.config.ids
+    width, height = self.pixels
+    words = (f"Generate an image of {width}x{height} according to the "
+             f"following prompt:\n{text}")
+    opening = (ids.image, ids.size + height // _PATCH,
+               ids.size + width // _PATCH)
+    prompt = (ids.start, *self.text_ids(words), ids.end_of_turn, *opening)
+    return Stream(prompt), Stream(opening)
+
+
+def parse_size(size: str, target: int) -> tuple[int, int]:
+  """(width, height) of a size such as "768x768".
+
+  Raises:
+    UserError: when the model of this target does not know the size.
+  """
+  known = sizes(target)
+  names = [f"{w}x{h}" for w, h in known]
+  if size not in names:
+    raise UserError(
+        f"got size {size!r}, expected one of the {len(names)} WIDTHxHEIGHT of "
+        f"lumina:{target}, such as {target}x{target} or {names[0]}; change "
+        "size")
+  return known[names.index(size)]
+
+
+def chameleon_input_ids(config: ml_collections.ConfigDict) -> np.ndarray:
+  """int32 [V + 1]: the joint vocabulary's ids of codes and end-of-row."""
+  codes = config.ids.first_code + np.arange(config.trunk.vocab_out)
+  return np.append(codes, config.ids.end_of_row).astype(np.int32)
+
+
+def recipe(config: ml_collections.ConfigDict) -> Recipe:
+  """How a model folder is made of the published files."""
+  family = Lumina(config)
+  return Recipe(
+      config.family, published.settings_of(config, _KEEP),
+      (Part("source", published.ANY_FORMAT,
+            Table(tuple(huggingface_rows(family)), (r"model\.vqmodel\..*",)),
+            published.trunk_shapes(family.trunk)),
+       chameleon_vq(family)),
+      (config.tokenizer,),
+  )
+
+
+def huggingface_rows(family: Published) -> Iterable:
+  """A Chameleon trunk as transformers names it."""
+  cfg, first = family.trunk, family.config.ids.first_code
+  size = (cfg.vocab_in, cfg.d_model)
+  yield table_rows("model.embed_tokens.weight", *size)
+  yield from llama_layers(cfg, "model.")
+  yield image_head("lm_head.weight", size, first, cfg.vocab_out)
+
+
+def chameleon_vq(family: Published) -> Part:
+  """Chameleon's tokenizer, a file of its own."""
+  cfg = family.vq.cfg
+  ignored = (r"loss\..*", r".*discriminator.*")
+  return Part("vq", published.CHAMELEON_VQ,
+              Table(tuple(vq_rows(cfg, "taming")), ignored), vq_shapes(cfg))
+
+
+def from_settings(settings: dict, folder: pathlib.Path | None) -> Lumina:
+  """The family of a model.json."""
+  return Lumina(ml_collections.ConfigDict(settings["config"]), folder)

@@ -1,0 +1,193 @@
+"""What the published families share: prompts of token ids, files, sizes."""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ssd_jax.config import UserError, from_config_dict
+from ssd_jax.grid import Grid
+from ssd_jax.models import rope
+from ssd_jax.models.generator import Generator
+from ssd_jax.models.transformer import Trunk, TrunkConfig
+from ssd_jax.models.vq import VQ, VQConfig, to_uint8
+from ssd_jax.names import leaves
+from ssd_jax.types import Params, Prompt
+
+_BUCKETS = (32, 64, 128, 256, 512, 1024)  # prompt slots; one compile each
+SAFETENSORS = ("model.safetensors.index.json", "*.safetensors")
+ANY_FORMAT = (*SAFETENSORS, "pytorch_model.bin.index.json", "*.bin")
+CHAMELEON_VQ = ("**/vqgan.ckpt", "**/vqgan.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """A prompt of one row.
+
+  Attributes:
+    ids: Rows of the input table; the last one predicts the first cell.
+  """
+
+  ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Published:
+  """A family of published checkpoints as a pipeline holds it.
+
+  Attributes:
+    config: What model.json holds.
+    folder: Of the model, for its tokenizer; None if there is none.
+  """
+
+  config: ml_collections.ConfigDict
+  folder: pathlib.Path | None = None
+
+  @property
+  def name(self) -> str:
+    """In model.json."""
+    return self.config.family
+
+  @functools.cached_property
+  def vq(self) -> VQ:
+    """The tokenizer of images."""
+    return VQ(from_config_dict(VQConfig, self.config.vq))
+
+  @functools.cached_property
+  def trunk(self) -> TrunkConfig:
+    """Sizes of the trunk."""
+    return from_config_dict(TrunkConfig, self.config.trunk)
+
+  @property
+  def sampling(self) -> dict[str, float]:
+    """Default guidance, temperature, top_k and top_p."""
+    return self.config.sampling.to_dict()
+
+  @functools.cached_property
+  def grid(self) -> Grid:
+    """The image as a sequence."""
+    raise NotImplementedError
+
+  @functools.cached_property
+  def input_ids(self) -> np.ndarray:
+    """int32 [V + forced kinds], rows of the input table."""
+    raise NotImplementedError
+
+  @functools.cached_property
+  def rope(self) -> np.ndarray:
+    """The rotary table: one row per position."""
+    positions = _BUCKETS[-1] + self.grid.length
+    return rope.table_1d(positions, self.trunk.head_dim, self.config.theta)
+
+  @functools.cached_property
+  def generator(self) -> Generator:
+    """The trunk with its grid."""
+    is_cpu = jax.default_backend() == "cpu"
+    return Generator(
+        self.trunk, self.grid, self.rope, self.input_ids,
+        jnp.float32 if is_cpu else jnp.bfloat16)
+
+  def streams(self, text: str) -> tuple[Stream, Stream]:
+    """(conditional, unconditional) prompts of a text."""
+    raise NotImplementedError
+
+  def encode_prompts(
+      self, prompts: Sequence[str], guided: bool
+  ) -> tuple[Prompt, list[str]]:
+    """(prompts as the trunk takes them, what a user should know).
+
+    Args:
+      prompts: Texts.
+      guided: Whether there are unconditional rows, after the others.
+    """
+    pairs = [self.streams(text) for text in prompts]
+    rows = [pair[0].ids for pair in pairs]
+    if guided:
+      rows += [pair[1].ids for pair in pairs]
+    return left_padded(rows, self.grid.length), []
+
+  def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, 3], the pictures of codes."""
+    return to_uint8(
+        self.vq.apply({"params": vq_params}, tokens_BRC, method="decode"))
+
+  @functools.cached_property
+  def text_tokenizer(self):
+    """The checkpoint's own tokenizer of texts (`tokenizers.Tokenizer`)."""
+    import tokenizers  # an extra
+
+    return tokenizers.Tokenizer.from_file(
+        str(self.tokenizer_file(self.config.tokenizer)))
+
+  def tokenizer_file(self, name: str) -> pathlib.Path:
+    """A file of the model's tokenizer."""
+    if self.folder is None:
+      raise UserError(
+          f"got no model folder, expected one with tokenizer/{name}; convert "
+          "a checkpoint with infer.convert and load its folder")
+    file = self.folder / "tokenizer" / name
+    if not file.is_file():
+      raise UserError(f"got a model folder without {file}, expected the "
+                      "checkpoint's tokenizer; convert it again")
+    return file
+
+  def text_ids(self, text: str) -> list[int]:
+    """Ids of a text, no special tokens added."""
+    return self.text_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def left_padded(rows: Sequence[Sequence[int]], slots: int) -> Prompt:
+  """Prompts of any lengths, their last tokens side by side.
+
+  Each row's positions start at 0 at its own first token.
+
+  Args:
+    rows: Ids of each row.
+    slots: Slots N of the image.
+  """
+  longest = max(map(len, rows))
+  if longest > _BUCKETS[-1]:
+    raise UserError(f"got a prompt of {longest} tokens, expected at most "
+                    f"{_BUCKETS[-1]}; shorten it")
+  length = next(n for n in _BUCKETS if n >= longest)
+  tokens = np.zeros((len(rows), length), np.int32)
+  mask = np.zeros((len(rows), length), bool)
+  positions = np.zeros((len(rows), length + slots), np.int32)
+  for i, ids in enumerate(rows):
+    pad = length - len(ids)
+    tokens[i, pad:] = ids
+    mask[i, pad:] = True
+    positions[i, pad:] = np.arange(length + slots - pad)
+  return Prompt(*map(jnp.asarray, (tokens, mask, positions)))
+
+
+def trunk_shapes(cfg: TrunkConfig) -> dict[str, jax.ShapeDtypeStruct]:
+  """The arrays of a trunk by path."""
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
+  init = lambda x, cos_sin: Trunk(cfg).init(
+      jax.random.key(0), x, cos_sin, jnp.ones((1, 1, 1), bool),
+      method="init_all")
+  variables = jax.eval_shape(
+      init, shape(1, 1, cfg.d_model), shape(1, 1, cfg.head_dim // 2, 2))
+  return leaves(variables["params"], "trunk")
+
+
+def settings_of(
+    config: ml_collections.ConfigDict, keep: Sequence[str]
+) -> dict[str, Any]:
+  """What model.json keeps of a configuration."""
+  values = config.to_dict()
+  return {"config": {key: values[key] for key in ("family", *keep)}}
+
+
+def bad_variant(name: str, variant: str, known: Sequence[str]) -> ValueError:
+  """The error of an unknown variant of a configuration."""
+  return ValueError(
+      f"got variant {variant!r} of configs/{name}.py, expected one of "
+      f"{', '.join(known)}; write it after the colon")
