@@ -1,0 +1,277 @@
+"""Multi-token prediction in one dimension: horizontal heads draft what follows.
+
+Drafts are counted in cells and run on over row ends. A forced slot on their way
+is known, so it takes its place among the queries without using up a draft; an
+offset counted in slots would spend a head on it.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from ssd_jax import sampling
+from ssd_jax.config import UserError, check
+from ssd_jax.decoding import acceptance
+from ssd_jax.decoding.acceptance import Drafts
+from ssd_jax.decoding.engine import Context
+from ssd_jax.grid import Grid
+from ssd_jax.types import Model, Queries
+
+VERIFY = ("exact", "coupled", "correct")
+_DEFAULT_HEADS = 5
+_DRAFT, _TEST, _REDRAW = 0, 1, 2  # purposes of a pass' noise
+
+
+@flax.struct.dataclass
+class MTPState:
+  """One image's progress.
+
+  Attributes:
+    tokens: int32 [N], drafts included.
+    final: bool [N].
+    last: int32 [], the cell (in raster order) before the drafts: its token is
+      settled, but has not been fed.
+    count: int32 [], drafts after it.
+    q: float32 [K, V], what each draft was last drawn from.
+    round: int32 [], rounds of correction the drafts went through.
+  """
+
+  tokens: jax.Array
+  final: jax.Array
+  last: jax.Array
+  count: jax.Array
+  q: jax.Array
+  round: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MTP:
+  """Horizontal heads draft `horizontal` cells, which one pass verifies.
+
+  Attributes:
+    horizontal: Drafts K per pass; None for 5, or as many as there are heads.
+    verify: "exact" keeps the drafts up to the first that fails and redraws that
+      one: lossless. "coupled" does so by the noise of each slot, and so gives
+      AR's tokens. "correct" redraws every draft that fails on its own and keeps
+      them all after `rounds` passes and one that commits them: lossy.
+    rounds: Of "correct".
+    cross_rows: Whether drafts run on over row ends. A published baseline on
+      grids with end-of-row tokens starts anew in each row.
+
+  Source: the 1D-MTP baseline of SSD, arXiv:2606.20543, tables 1 and 2.
+  """
+
+  horizontal: int | None = None
+  verify: str = "exact"
+  rounds: int = 1
+  cross_rows: bool = True
+
+  name = "mtp"
+
+  def __post_init__(self):
+    check(self.verify in VERIFY, "verify", repr(self.verify),
+          f"one of {VERIFY}")
+    check(self.rounds >= 0, "rounds", self.rounds, ">= 0")
+    check(self.horizontal is None or self.horizontal >= 1, "horizontal",
+          self.horizontal, ">= 1")
+
+  @property
+  def lossless(self) -> bool:
+    """Unless drafts are corrected one by one."""
+    return self.verify != "correct"
+
+  def scratch(self, model: Model) -> int:
+    """None."""
+    return 0
+
+  def start(
+      self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array
+  ) -> MTPState:
+    """State with cell 0 drawn from the prefill, and the first drafts."""
+    grid, vocab = ctx.model.grid, ctx.model.vocab
+    tokens_N = jnp.maximum(jnp.asarray(grid.forced_tokens(vocab)), 0)
+    first = self._draw_first(ctx, p_V, jnp.int32(0))
+    state = MTPState(
+        tokens_N.at[0].set(first),
+        jnp.asarray(grid.is_forced).at[0].set(True),
+        jnp.int32(0), jnp.int32(0),
+        jnp.zeros((self._drafts(ctx.model), vocab)), jnp.int32(0),
+    )
+    return self._draft(ctx, state, hidden_GD)
+
+  def propose(self, ctx: Context, state: MTPState) -> Queries:
+    """The slots from the last settled cell to the last draft."""
+    grid = ctx.model.grid
+    slots = _slots(grid, state.last) + jnp.arange(self._queries(ctx.model))
+    end = _slots(grid, state.last + state.count)
+    is_active = slots <= end
+    slots = jnp.minimum(slots, grid.length - 1)
+    return Queries(
+        state.tokens[slots], slots, jnp.where(is_active, slots, grid.length),
+        jnp.arange(grid.length) <= slots[:, None],
+    )
+
+  def resolve(
+      self, ctx: Context, state: MTPState, queries: Queries, p_QV: jax.Array,
+      hidden_GQD: jax.Array,
+  ) -> MTPState:
+    """State with drafts accepted or corrected, and new ones if all settled."""
+    size = self._drafts(ctx.model)
+    grid = ctx.model.grid
+    # Query of the slot that predicts each draft, and the cell after them all.
+    cells = state.last + 1 + jnp.arange(size + 1)
+    source = _slots(grid, cells) - 1 - queries.positions[0]
+    p_KV = p_QV[jnp.clip(source, 0, p_QV.shape[0] - 1)]
+    if self.verify == "correct":
+      return self._correct(ctx, state, p_KV, source, hidden_GQD)
+    return self._keep_prefix(ctx, state, p_KV, source, hidden_GQD)
+
+  def _keep_prefix(
+      self, ctx: Context, state: MTPState, p_KV: jax.Array, source: jax.Array,
+      hidden_GQD: jax.Array,
+  ) -> MTPState:
+    """State after exact verification: some drafts, and one cell more."""
+    slots, drafts, exists = self._drafted(ctx, state)
+    if self.verify == "coupled":
+      redrawn = sampling.sample(p_KV, ctx.token_noise(slots))
+      accept = drafts.tokens == redrawn
+    else:
+      u = jax.random.uniform(ctx.pass_key(_TEST), slots.shape)
+      accept = acceptance.accept_exact(p_KV, drafts, u)
+      redrawn = self._redraw(ctx, p_KV, drafts, exists)
+    kept = acceptance.count_prefix(accept & exists)
+    # A rejected draft is replaced; after the last draft a cell is won.
+    tokens = state.tokens.at[_at(slots, kept, ctx.model.grid)].set(
+        redrawn[kept], mode="drop")
+    return self._settle(
+        ctx, state.replace(tokens=tokens), kept + 1, source, hidden_GQD
+    )
+
+  def _correct(
+      self, ctx: Context, state: MTPState, p_KV: jax.Array, source: jax.Array,
+      hidden_GQD: jax.Array,
+  ) -> MTPState:
+    """State after a round, or after the pass that commits its drafts."""
+    slots, drafts, exists = self._drafted(ctx, state)
+    u = jax.random.uniform(ctx.pass_key(_TEST), slots.shape)
+    accept = acceptance.accept_exact(p_KV, drafts, u)
+    redrawn = self._redraw(ctx, p_KV, drafts, exists)
+    # Without drafts (at a row's end) the pass wins one cell, as in AR.
+    is_single = state.count == 0
+    first = jnp.arange(slots.size) == 0
+    is_new = jnp.where(is_single, first, exists & ~accept)
+    write = jnp.where(is_new, slots, ctx.model.grid.length)
+    corrected = state.replace(
+        tokens=state.tokens.at[write].set(redrawn, mode="drop"),
+        q=p_KV[:-1], round=state.round + 1,
+    )
+    settled = self._settle(
+        ctx, _choose(is_single, corrected, state),
+        jnp.maximum(state.count, 1), source, hidden_GQD,
+    )
+    is_over = is_single | (state.round >= self.rounds)
+    return _choose(is_over, settled, corrected)
+
+  def _settle(
+      self, ctx: Context, state: MTPState, count: jax.Array,
+      source: jax.Array, hidden_GQD: jax.Array,
+  ) -> MTPState:
+    """State with `count` more cells final, and drafts after them."""
+    grid = ctx.model.grid
+    count = jnp.minimum(count, grid.cells - 1 - state.last)
+    cells = jnp.arange(grid.cells)
+    is_new = (cells > state.last) & (cells <= state.last + count)
+    slots = jnp.where(is_new, grid.slot_of.ravel(), grid.length)
+    hidden_GD = hidden_GQD[:, source[jnp.maximum(count - 1, 0)]]
+    state = state.replace(
+        final=state.final.at[slots].set(True, mode="drop"),
+        last=state.last + count, round=jnp.int32(0),
+    )
+    return self._draft(ctx, state, hidden_GD)
+
+  def _draft(
+      self, ctx: Context, state: MTPState, hidden_GD: jax.Array
+  ) -> MTPState:
+    """State with drafts of the cells after `last`, predicted by `hidden`."""
+    grid, size = ctx.model.grid, self._drafts(ctx.model)
+    room = grid.cells - 1 - state.last
+    if not self.cross_rows:
+      room = grid.cols - 1 - state.last % grid.cols
+    token_G = jnp.broadcast_to(
+        state.tokens[_slots(grid, state.last)], hidden_GD.shape[:1]
+    )
+    logits_KGV = ctx.model.draft(
+        ctx.params, "horizontal", None, hidden_GD, token_G
+    )[:size]
+    q_KV = ctx.target(jnp.moveaxis(logits_KGV, 1, 0))
+    slots = _slots(grid, state.last + 1 + jnp.arange(size))
+    if self.verify == "coupled":
+      noise_KV = ctx.token_noise(slots)
+    else:
+      noise_KV = jax.random.gumbel(ctx.pass_key(_DRAFT), q_KV.shape)
+    drafts = sampling.sample(q_KV, noise_KV)
+    count = jnp.minimum(room, size)
+    write = jnp.where(jnp.arange(size) < count, slots, grid.length)
+    return state.replace(
+        tokens=state.tokens.at[write].set(drafts, mode="drop"),
+        count=count, q=q_KV,
+    )
+
+  def _drafted(
+      self, ctx: Context, state: MTPState
+  ) -> tuple[jax.Array, Drafts, jax.Array]:
+    """(slots [K + 1], drafts there, which exist), with the cell after all."""
+    size = self._drafts(ctx.model)
+    places = jnp.arange(size + 1)
+    slots = _slots(ctx.model.grid, state.last + 1 + places)
+    tokens = state.tokens.at[slots].get(mode="fill", fill_value=0)
+    q = jnp.concatenate([state.q, jnp.zeros_like(state.q[:1])])
+    return (slots, Drafts(tokens, q, jnp.zeros(size + 1, bool)),
+            places < state.count)
+
+  def _redraw(self, ctx, p_KV, drafts: Drafts, exists) -> jax.Array:
+    """int32 [K + 1]: from the residual, or from p where nothing was drafted."""
+    left_KV = jnp.where(
+        exists[:, None], acceptance.residual(p_KV, drafts), p_KV
+    )
+    noise_KV = jax.random.gumbel(ctx.pass_key(_REDRAW), p_KV.shape)
+    return sampling.sample(left_KV, noise_KV)
+
+  def _draw_first(self, ctx: Context, p_V: jax.Array, slot) -> jax.Array:
+    if self.verify == "coupled":
+      return sampling.sample(p_V[None], ctx.token_noise(slot[None]))[0]
+    noise_V = jax.random.gumbel(ctx.pass_key(_REDRAW), p_V.shape)
+    return sampling.sample(p_V[None], noise_V[None])[0]
+
+  def _drafts(self, model: Model) -> int:
+    """Drafts K per pass."""
+    heads = model.heads[0]
+    if not heads:
+      raise UserError(
+          "got a model without horizontal heads, expected at least one for "
+          "decoder mtp; train heads with train.mtp or choose another decoder"
+      )
+    check((self.horizontal or 1) <= heads, "horizontal", self.horizontal,
+          f"at most the {heads} horizontal heads of the model")
+    return self.horizontal or min(_DEFAULT_HEADS, heads)
+
+  def _queries(self, model: Model) -> int:
+    """Slots from a settled cell to the K-th after it, at most."""
+    size, grid = self._drafts(model), model.grid
+    return size + 1 + int(grid.end_of_row) * -(-size // grid.cols)
+
+
+def _slots(grid: Grid, cells: jax.Array) -> jax.Array:
+  """Slots of cells in raster order; N and beyond after the image."""
+  return cells // grid.cols * grid.row_slots + cells % grid.cols
+
+
+def _at(slots: jax.Array, index: jax.Array, grid: Grid) -> jax.Array:
+  return jnp.minimum(slots[index], grid.length)
+
+
+def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
