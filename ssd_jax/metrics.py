@@ -9,6 +9,7 @@ FD-EffNetLite0 and compare it with itself only, at equal numbers of images.
 N, M pictures, F features, P positions.
 """
 
+from collections.abc import Callable
 import hashlib
 import io
 import os
@@ -16,13 +17,15 @@ import pathlib
 import tempfile
 from typing import NamedTuple
 
-import numpy as np
 from absl import logging
-from PIL import Image
+import chex
+import numpy as np
 
 from ssd_jax import features
 from ssd_jax.config import check
 from ssd_jax.data import sources
+
+TIE = 1e-6  # cosines this close are equal but for rounding
 
 
 class Estimate(NamedTuple):
@@ -56,17 +59,19 @@ def likelihood_gap(
     seed: Of the bootstrap, which resamples prompts and keeps pairs together.
     resamples: Of the bootstrap.
   """
-  difference_N = np.asarray(nll_decoder_N, np.float64) - np.asarray(
-      nll_ar_N, np.float64
-  )
-  value = float(difference_N.mean())
-  if len(difference_N) < 2:
+  chex.assert_equal_shape([nll_decoder_N, nll_ar_N])
+  difference_N = np.subtract(nll_decoder_N, nll_ar_N, dtype=np.float64)
+  value, count = float(difference_N.mean()), len(difference_N)
+  if count < 2:
     return Gap(value, None)
   rng = np.random.default_rng(seed)
-  count = len(difference_N)
+  share_N = np.full(count, 1 / count)
   # Only how often each prompt is drawn matters: one multinomial per resample.
-  weights_KN = rng.multinomial(count, np.full(count, 1 / count), resamples)
-  low, high = np.quantile(weights_KN @ difference_N / count, [0.025, 0.975])
+  means_K = [
+      rng.multinomial(count, share_N) @ difference_N / count
+      for _ in range(resamples)
+  ]
+  low, high = np.quantile(means_K, [0.025, 0.975])
   return Gap(value, (float(low), float(high)))
 
 
@@ -82,7 +87,8 @@ def excess(nll_NP: np.ndarray, entropy_NP: np.ndarray) -> Estimate:
       distribution at its position, in nats.
     entropy_NP: Entropy of that same distribution.
   """
-  excess_N = (np.asarray(nll_NP, np.float64) - entropy_NP).mean(1)
+  chex.assert_equal_shape([nll_NP, entropy_NP])
+  excess_N = np.subtract(nll_NP, entropy_NP, dtype=np.float64).mean(1)
   error = None
   if len(excess_N) > 1:
     error = float(excess_N.std(ddof=1) / np.sqrt(len(excess_N)))
@@ -137,14 +143,12 @@ def kernel_distance(
 
   Source: Binkowski et al. 2018, arXiv:1801.01401, section 4.
   """
-  check(
-      min(len(a_NF), len(b_MF)) >= 2, "images", min(len(a_NF), len(b_MF)),
-      "at least 2 for a kernel distance",
-  )
+  fewest = min(len(a_NF), len(b_MF))
+  check(fewest >= 2, "images", fewest, "at least 2 for a kernel distance")
   a_NF, b_MF = np.asarray(a_NF, np.float64), np.asarray(b_MF, np.float64)
   kernels = (_cubic(a_NF, a_NF), _cubic(b_MF, b_MF), _cubic(a_NF, b_MF))
   value = _mmd(*kernels, np.ones(len(a_NF)), np.ones(len(b_MF)))
-  count = min(subsets, len(a_NF) // 2, len(b_MF) // 2)
+  count = min(subsets, fewest // 2)
   if count < 2:
     return Estimate(value, None)
   part_N = np.arange(len(a_NF)) * count // len(a_NF)
@@ -172,3 +176,109 @@ def _mmd(
   same_a = (keep_N @ k_NN @ keep_N - keep_N @ np.diag(k_NN)) / (n * (n - 1))
   same_b = (keep_M @ k_MM @ keep_M - keep_M @ np.diag(k_MM)) / (m * (m - 1))
   return float(same_a + same_b - 2 * (keep_N @ k_NM @ keep_M) / (n * m))
+
+
+def retrieval_ranks(
+    features_NF: np.ndarray, gallery_MF: np.ndarray, target_N: np.ndarray
+) -> np.ndarray:
+  """The place of the right gallery item for each picture, int [N], 1 is best.
+
+  By cosine: on the emoji redrawn by a tokenizer at 26.5 dB the right one of
+  1,852 came first for 53% by cosine and for 41% by Euclidean distance. Items
+  that differ by rounding only share the better place: the set holds one
+  picture twice.
+
+  Args:
+    features_NF: Of the pictures.
+    gallery_MF: Of the candidates.
+    target_N: Index of each picture's right candidate.
+  """
+  similarity_NM = _unit(features_NF) @ _unit(gallery_MF).T
+  right_N = np.take_along_axis(similarity_NM, np.asarray(target_N)[:, None], 1)
+  return 1 + np.sum(similarity_NM > right_N + TIE, axis=1)
+
+
+def _unit(x_NF: np.ndarray) -> np.ndarray:
+  x_NF = np.asarray(x_NF, np.float64)
+  norm_N = np.linalg.norm(x_NF, axis=1, keepdims=True)
+  return x_NF / np.maximum(norm_N, np.finfo(np.float64).tiny)
+
+
+def recall_at(ranks_N: np.ndarray, k: int) -> float:
+  """The share of pictures whose right item is among the first `k`."""
+  return float(np.mean(np.asarray(ranks_N) <= k))
+
+
+def emoji_images() -> np.ndarray:
+  """All base emoji, uint8 [M, 128, 128, 3], ordered as `EmojiSource("all")`."""
+  source = sources.EmojiSource("all")
+  return np.stack([source[i]["image"] for i in range(len(source))])
+
+
+def emoji_gallery(
+    redraw: Callable[[np.ndarray], np.ndarray] | None = None,
+    redraw_key: str = "",
+    cache_dir: pathlib.Path | None = None,
+) -> np.ndarray:
+  """Features of all base emoji, float32 [M, 1280], kept on disk.
+
+  Candidate i is item i of `EmojiSource("all")`. A tokenizer's own losses make
+  the right emoji hard to find (53% of its best reconstructions find theirs);
+  against candidates redrawn by that tokenizer what is left is the decoder's
+  doing (100% find theirs).
+
+  Args:
+    redraw: Maps the real emoji to the candidates, both uint8 [M, H, W, 3].
+    redraw_key: Names `redraw` and its weights in the cache, such as a checksum.
+    cache_dir: By default `ssd_jax` in the user's cache folder.
+
+  Raises:
+    UserError: if the weights' package is not installed.
+  """
+  if (redraw is None) != (not redraw_key):
+    raise ValueError("redraw and redraw_key go together")
+  if cache_dir is None:
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    cache_dir = pathlib.Path(root) / "ssd_jax"
+  path = pathlib.Path(cache_dir) / f"gallery-{_gallery_key(redraw_key)}.npy"
+  gallery_MF = _read_array(path)
+  if gallery_MF is None:
+    images = emoji_images()
+    gallery_MF = features.image_features(redraw(images) if redraw else images)
+    _write_array(path, gallery_MF)
+  return gallery_MF
+
+
+def _gallery_key(redraw_key: str) -> str:
+  """A checksum of all that the gallery's features depend on."""
+  files = [sources.EMOJI_DIR / n for n in ("images.zip", "captions.json")]
+  parts = [f.read_bytes() for f in files] + [
+      features.WEIGHTS_SHA256.encode(),
+      str(features.VERSION).encode(),
+      redraw_key.encode(),
+  ]
+  digests = b"".join(hashlib.sha256(part).digest() for part in parts)
+  return hashlib.sha256(digests).hexdigest()[:16]
+
+
+def _read_array(path: pathlib.Path) -> np.ndarray | None:
+  """The array that `_write_array` wrote, None if missing or damaged."""
+  blob = path.read_bytes() if path.is_file() else b""
+  if hashlib.sha256(blob[32:]).digest() != blob[:32]:
+    return None
+  return np.load(io.BytesIO(blob[32:]))
+
+
+def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
+  """Writes a checksum and the array, by one rename."""
+  buffer = io.BytesIO()
+  np.save(buffer, array)
+  blob = buffer.getvalue()
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+      part = pathlib.Path(folder) / path.name
+      part.write_bytes(hashlib.sha256(blob).digest() + blob)
+      os.replace(part, path)
+  except OSError as error:
+    logging.warning("Features are computed anew next time: %s", error)
