@@ -49,9 +49,12 @@ def from_config_dict(cls: type[T], values: Any) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW with warm-up and cosine decay.
+  """AdamW or Muon with warm-up and cosine decay.
 
   Attributes:
+    kind: "adamw", or "muon" for a trunk: Muon on the matrices of its layers,
+      scaled to AdamW's step size (Liu et al. 2025, arXiv:2502.16982), AdamW on
+      everything else.
     learning_rate: Peak rate, reached after `warmup_steps`.
     final_learning_rate: Rate at the last step.
     warmup_steps: Linear warm-up.
@@ -63,6 +66,7 @@ class OptimizerConfig:
       none.
   """
 
+  kind: str = "adamw"
   learning_rate: float = 1e-3
   final_learning_rate: float = 1e-5
   warmup_steps: int = 100
@@ -73,6 +77,7 @@ class OptimizerConfig:
   ema: float = 0.0
 
   def __post_init__(self):
+    check(self.kind in ("adamw", "muon"), "kind", self.kind, "adamw or muon")
     check(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
     check(self.clip > 0, "clip", self.clip, "> 0")
     check(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")

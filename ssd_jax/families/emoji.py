@@ -53,7 +53,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.tokenizer = c(dict(
       optimizer=dict(learning_rate=1.5e-3, final_learning_rate=2e-5,
                      warmup_steps=150, b2=0.99, weight_decay=1e-4, ema=0.995),
-      loop=dict(steps=3600, batch=8, log_every=10, eval_every=300,
+      loop=dict(steps=2600, batch=8, log_every=10, eval_every=300,
                 save_every=150),
       continuous_steps=200,
   ))

@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from ssd_jax.config import LoopConfig, OptimizerConfig
 
@@ -48,7 +49,7 @@ class TrainState:
 def make_optimizer(
     cfg: OptimizerConfig, loop: LoopConfig
 ) -> optax.GradientTransformation:
-  """Clipping and AdamW; weight decay touches matrices only."""
+  """Clipping and the chosen optimiser; weight decay touches matrices only."""
   schedule = optax.warmup_cosine_decay_schedule(
       init_value=0.0,
       peak_value=cfg.learning_rate,
@@ -56,14 +57,33 @@ def make_optimizer(
       decay_steps=max(loop.steps, cfg.warmup_steps + 1),
       end_value=cfg.final_learning_rate,
   )
-  is_matrix = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
-  return optax.chain(
-      optax.clip_by_global_norm(cfg.clip),
-      optax.adamw(
-          schedule, cfg.b1, cfg.b2,
-          weight_decay=cfg.weight_decay, mask=is_matrix,
-      ),
-  )
+  if cfg.kind == "muon":
+    update = optax.contrib.muon(
+        schedule, beta=cfg.b2, weight_decay=cfg.weight_decay,
+        adam_b1=cfg.b1, adam_b2=cfg.b2,
+        muon_weight_dimension_numbers=_layer_matrices, consistent_rms=0.2,
+    )
+  else:
+    is_matrix = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
+    update = optax.adamw(
+        schedule, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay, mask=is_matrix
+    )
+  return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
+
+
+def _layer_matrices(params: Params) -> Any:
+  """Which axes of a trunk's stacked leaves span a matrix; None is AdamW's."""
+  axes = {"q": ((1,), (2, 3)), "k": ((1,), (2, 3)), "v": ((1,), (2, 3)),
+          "o": ((1, 2), (3,))}
+  axes |= dict.fromkeys(("gate", "up", "down"), ((1,), (2,)))
+
+  def numbers(path, leaf):
+    name = path[-1].key
+    if name not in axes or leaf.ndim < 3:
+      return None
+    return optax.contrib.MuonDimensionNumbers(*axes[name])
+
+  return jax.tree_util.tree_map_with_path(numbers, params)
 
 
 def apply_gradients(

@@ -1,0 +1,79 @@
+"""The target distribution and its noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssd_jax import sampling
+from ssd_jax.sampling import Sampling
+
+
+def reference(logits, temperature, top_k, top_p):
+  """Sorting, in float64: the definition that the bisection must match."""
+  x = logits.astype(np.float64) / temperature
+  if top_k:
+    x = np.where(x < np.sort(x)[-min(top_k, len(x))], -np.inf, x)
+  p = np.exp(x - x.max())
+  p /= p.sum()
+  if top_p < 1:
+    order = np.argsort(-p, kind="stable")
+    kept = int(np.searchsorted(np.cumsum(p[order]), top_p - 1e-12)) + 1
+    p = np.where(p >= p[order[kept - 1]], p, 0.0)
+    p /= p.sum()
+  return p
+
+
+@pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (5, 1.0), (0, 0.8), (7, 0.6),
+                                         (1, 1.0), (500, 0.999)])
+def test_target_equals_sorting(top_k, top_p):
+  """Thresholds found by bisection keep what sorting keeps."""
+  logits = np.asarray(3 * jax.random.normal(jax.random.key(0), (4, 100)))
+  settings = Sampling.make(temperature=0.7, top_k=top_k, top_p=top_p)
+  got = sampling.target(jnp.asarray(logits)[None], settings)
+  want = np.stack([reference(row, 0.7, top_k, top_p) for row in logits])
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_top_k_keeps_ties():
+  """Codes that tie with the k-th stay, as in the published samplers."""
+  logits = jnp.array([1.0, 2.0, 2.0, 2.0, -1.0])
+  kept = jnp.isfinite(sampling.keep_top_k(logits, jnp.int32(2)))
+  np.testing.assert_array_equal(kept, [False, True, True, True, False])
+
+
+def test_guidance_moves_away_from_the_unconditional_stream():
+  """Logits are u + s (c - u), whatever the scale."""
+  cond, uncond = jnp.array([1.0, -2.0]), jnp.array([0.5, 3.0])
+  got = sampling.guide(jnp.stack([cond, uncond]), jnp.float32(4.0))
+  np.testing.assert_allclose(got, uncond + 4.0 * (cond - uncond))
+
+
+def test_sampling_follows_the_distribution():
+  """Gumbel-max over position-keyed noise draws from p."""
+  p = jnp.array([0.5, 0.3, 0.15, 0.05, 0.0])
+  images = jnp.arange(20_000)
+  draw = jax.vmap(lambda image: sampling.sample(
+      p[None], sampling.token_noise(jax.random.key(1), image, jnp.array([3]), 5)
+  )[0])
+  counts = np.bincount(draw(images), minlength=5) / len(images)
+  assert counts[4] == 0
+  np.testing.assert_allclose(counts, p, atol=4 * np.sqrt(0.25 / len(images)))
+
+
+def test_noise_is_keyed_by_image_and_slot_alone():
+  """Whoever asks for a slot's noise, with whichever others, gets the same."""
+  key = jax.random.key(5)
+  one = sampling.token_noise(key, jnp.int32(2), jnp.array([7]), 11)
+  many = sampling.token_noise(key, jnp.int32(2), jnp.array([1, 7, 3]), 11)
+  other = sampling.token_noise(key, jnp.int32(3), jnp.array([7]), 11)
+  np.testing.assert_array_equal(one[0], many[1])
+  assert not np.array_equal(one, other)
+
+
+def test_residual_of_equal_distributions_falls_back_to_the_target():
+  """A draft law equal to the target leaves no residual; p itself is drawn."""
+  p = jnp.array([0.2, 0.8])
+  np.testing.assert_array_equal(sampling.residual(p, p), p)
+  np.testing.assert_allclose(
+      sampling.residual(p, jnp.array([0.5, 0.5])), [0.0, 0.3], atol=1e-6)
