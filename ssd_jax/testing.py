@@ -78,13 +78,13 @@ def tiny(
       config, Vocabulary((), _PROMPT_SLOTS), Grid(rows, cols, end_of_row), vocab
   )
   keys = jax.random.split(jax.random.key(seed), 2)
-  params = family.generator.init(keys[0])
+  params = jax.jit(family.generator.init)(keys[0])
   trunk = params["trunk"]
   # Large embeddings and a moderate head: predictions that depend on context.
   trunk = {**trunk, "embedding": 30.0 * trunk["embedding"],
            "head": 1.2 * trunk["head"]}
   pixels = jnp.zeros((1, 2 * rows, 2 * cols, 3))
-  vq_params = family.vq.init(keys[1], pixels)["params"]
+  vq_params = jax.jit(family.vq.init)(keys[1], pixels)["params"]
   return Pipeline(family, {"trunk": trunk}, vq_params, family.generator.model())
 
 
