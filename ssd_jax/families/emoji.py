@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.pixels = 128
   config.prompt_slots = 24
   config.vq = c(dict(
-      ch=64, ch_mult=(1, 2), num_res_blocks=1, z_channels=64, n_codes=4096,
+      ch=64, ch_mult=(1, 2), num_res_blocks=1, z_channels=64, n_codes=1024,
       code_dim=16, l2_norm=False, attn_levels=(), patch=4, groups=16,
   ))
   config.trunk = c(dict(
@@ -55,12 +55,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                      warmup_steps=150, b2=0.99, weight_decay=1e-4, ema=0.995),
       loop=dict(steps=2600, batch=8, log_every=10, eval_every=300,
                 save_every=150),
-      continuous_steps=200,
+      continuous_steps=200, start_from="",
   ))
   config.ar = c(dict(
-      optimizer=dict(learning_rate=1.5e-3, final_learning_rate=2e-5,
-                     warmup_steps=150, b2=0.95, weight_decay=0.02, ema=0.995),
-      loop=dict(steps=2600, batch=16, log_every=10, eval_every=200,
+      optimizer=dict(kind="muon", learning_rate=2e-3, final_learning_rate=2e-5,
+                     warmup_steps=100, b2=0.95, weight_decay=0.02, ema=0.998),
+      loop=dict(steps=3600, batch=8, log_every=10, eval_every=300,
                 save_every=100),
       drop_caption=0.1,
   ))

@@ -4,7 +4,9 @@ The codebook follows the encoder's outputs by exponential moving averages
 (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1). The first
 `continuous_steps` train a plain autoencoder; then the codes are set to random
 encoder outputs, and codes that fall out of use are set to others again. That
-keeps the whole codebook in use.
+keeps the whole codebook in use. Outputs are picked in proportion to the pixel
+error of their cells: drawn evenly, a third of the codes would settle on blank
+background, whose cells then get tokens that nothing can predict.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ssd_jax import checkpoints
 from ssd_jax.config import LoopConfig, OptimizerConfig
 from ssd_jax.data import pipeline
 from ssd_jax.models.vq import VQ, VQConfig, nearest_code
@@ -37,6 +40,8 @@ class TokenizerConfig:
       to a random encoder output.
     continuous_steps: Steps before anything is quantised.
     max_shift: Pixels by which a picture is moved at random.
+    start_from: Folder of a tokenizer whose encoder and decoder to start from
+      (its codebook may have another size); "" starts at random.
   """
 
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -47,6 +52,7 @@ class TokenizerConfig:
   restart_below: float = 0.03
   continuous_steps: int = 200
   max_shift: int = 6
+  start_from: str = ""
 
 
 @flax.struct.dataclass
@@ -97,25 +103,28 @@ def make_step(vq: VQ, cfg: TokenizerConfig, optimizer):
     mse = jnp.mean((y - image) ** 2)
     loss = mse + cfg.l1 * jnp.mean(jnp.abs(y - image))
     loss += jnp.where(continuous, 1e-3 * jnp.mean(z**2), cfg.commitment * commitment)
-    return loss, (z, ids, mse, commitment)
+    side = y.shape[1] // z.shape[1]
+    error = jnp.mean((y - image) ** 2, axis=-1).reshape(
+        len(y), z.shape[1], side, z.shape[2], side).mean((2, 4))
+    return loss, (z, ids, error, commitment)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, batch):
     image = to_float(batch["image"])
     continuous = state.step < cfg.continuous_steps
-    grads, (z, ids, mse, commitment) = jax.grad(loss_fn, has_aux=True)(
+    grads, (z, ids, error, commitment) = jax.grad(loss_fn, has_aux=True)(
         state.params, image, continuous
     )
     key = jax.random.fold_in(jax.random.key(cfg.loop.seed + 1), state.step)
     starts = state.step == cfg.continuous_steps - 1
     state = apply_gradients(state, grads, optimizer, cfg.optimizer)
     codes, stats = update_codebook(
-        state.params["codebook"], state.extra, z, ids, key, starts, cfg
+        state.params["codebook"], state.extra, (z, ids, error), key, starts, cfg
     )
     params = {**state.params, "codebook": codes}
     ema = state.ema and {**state.ema, "codebook": codes}
     metrics = {
-        "psnr": 10 * jnp.log10(4.0 / mse),
+        "psnr": 10 * jnp.log10(4.0 / jnp.mean(error)),
         "commitment": commitment,
         "codes_per_batch": jnp.sum(jnp.bincount(ids.ravel(), length=len(codes)) > 0),
     }
@@ -124,19 +133,30 @@ def make_step(vq: VQ, cfg: TokenizerConfig, optimizer):
   return step
 
 
-def update_codebook(codes_VZ, stats: CodebookStats, z, ids, key, starts, cfg):
+def update_codebook(codes_VZ, stats: CodebookStats, batch, key, starts, cfg):
   """The codebook and its averages after one batch.
 
-  Codes out of use, and all codes where `starts`, become random latents of the
-  batch, slightly jittered so that no two are equal.
+  Codes out of use, and all codes where `starts`, become latents of the batch,
+  picked by their cells' pixel error and jittered so that no two are equal.
+
+  Args:
+    codes_VZ: The codebook.
+    stats: Its averages.
+    batch: (latents [B, R, C, Z], ids [B, R, C], pixel errors [B, R, C]).
+    key: Of the picks.
+    starts: bool [], whether this is the first quantised step.
+    cfg: Decay and threshold.
   """
-  z = z.reshape(-1, z.shape[-1])
-  one_hot = jax.nn.one_hot(ids.ravel(), len(codes_VZ), dtype=z.dtype)
+  z, ids, error = batch
+  z, vocab = z.reshape(-1, z.shape[-1]), len(codes_VZ)
+  one_hot = jax.nn.one_hot(ids.ravel(), vocab, dtype=z.dtype)
   mix = lambda old, new: cfg.decay * old + (1 - cfg.decay) * new
   count = mix(stats.count, one_hot.sum(0))
   total = mix(stats.total, one_hot.T @ z)
   pick_key, jitter_key = jax.random.split(key)
-  fresh = z[jax.random.randint(pick_key, (len(codes_VZ),), 0, len(z))]
+  mass = jnp.cumsum(error.ravel())
+  picks = jnp.searchsorted(mass, mass[-1] * jax.random.uniform(pick_key, (vocab,)))
+  fresh = z[jnp.minimum(picks, len(z) - 1)]
   fresh += 0.01 * jnp.std(z, axis=0) * jax.random.normal(jitter_key, fresh.shape)
   restart = starts | (count < cfg.restart_below)
   count = jnp.where(restart, 10 * cfg.restart_below, count)
@@ -185,6 +205,10 @@ def run(
   params = jax.jit(vq.init)(
       jax.random.key(cfg.loop.seed), jnp.zeros((1, side, side, 3))
   )["params"]
+  if cfg.start_from:
+    known = checkpoints.restore(cfg.start_from)
+    params = {k: v if k == "codebook" else checkpoints.cast(known[k], jnp.float32)
+              for k, v in params.items()}
   stats = CodebookStats(
       jnp.ones(vq_cfg.n_codes), jnp.zeros((vq_cfg.n_codes, vq_cfg.code_dim))
   )

@@ -1,0 +1,124 @@
+"""infer.generate: what it writes, what it says, how it fails."""
+
+import json
+import os
+
+from absl import flags
+import numpy as np
+from PIL import Image
+import pytest
+
+from ssd_jax.cli import generate, run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def config_flag():
+  if "config" not in flags.FLAGS:
+    run.define_config()
+
+
+def call(capsys, *args):
+  """(exit status, stdout, stderr) of the command with these arguments."""
+  flags.FLAGS.unparse_flags()
+  for name in ("prompt", "out", "decoder", "json", "trace", "checkpoint",
+               "prompts_file", "num_images", "batch", "seed", "guidance",
+               "temperature", "top_k", "top_p", "random_weights"):
+    flags.FLAGS[name].unparse()
+  try:
+    run.main(generate.body, ["generate", *map(str, args)])
+    status = 0
+  except SystemExit as error:
+    status = error.code
+  captured = capsys.readouterr()
+  return status, captured.out, captured.err
+
+
+def test_pictures_metadata_sheet_and_json(capsys, tmp_path):
+  """PNGs with prompt, seed and settings; a sheet of several; one JSON line."""
+  status, out, _ = call(
+      capsys, "--prompt", "red heart", "--prompt", "漢字", "--json",
+      "--out", tmp_path, "--guidance", 2, "--seed", 7)
+  assert status == 0
+  said = json.loads(out.splitlines()[-1])
+  assert set(said) == {
+      "decoder", "settings", "lossless", "prompts", "images", "contact_sheet",
+      "cells", "passes", "tokens_per_pass", "compile_seconds", "seconds"}
+  assert said["prompts"] == ["red heart", "漢字"] and said["cells"] == 256
+  assert len(said["images"]) == len(said["passes"]) == 2
+  picture = Image.open(said["images"][0])
+  assert picture.size == (128, 128)
+  assert picture.text["prompt"] == "red heart"
+  assert picture.text["seed"] == "7" and picture.text["guidance"] == "2.0"
+  assert Image.open(said["contact_sheet"]).size[0] > 256
+  assert not [f for f in os.listdir(tmp_path) if "partial" in f]
+
+
+def test_same_seed_same_bytes(capsys, tmp_path):
+  """Two runs write the same files, byte for byte."""
+  for name in ("a", "b"):
+    assert call(capsys, "--prompt", "red heart", "--out", tmp_path / name)[0] == 0
+  a, b = (next((tmp_path / n).glob("*.png")).read_bytes() for n in "ab")
+  assert a == b
+
+
+def test_long_prompt_draws_and_says_that_it_was_cut(capsys, tmp_path):
+  """10,000 characters draw something, with a note."""
+  status, out, _ = call(capsys, "--prompt", "cat " * 2500, "--out", tmp_path)
+  assert status == 0 and "note:" in out and list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("args,named", [
+    ([], "prompt"),
+    (["--prompt", ""], "prompt"),
+    (["--prompt", "\x00\x07 \n"], "prompt"),
+    (["--prompt", "x" * 10_001], "10001"),
+    (["--prompt", "a", "--num_images", "0"], "num_images"),
+    (["--prompt", "a", "--batch", "-1"], "batch"),
+    (["--prompt", "a", "--seed", "-1"], "seed"),
+    (["--prompt", "a", "--temperature", "-1"], "temperature"),
+    (["--prompt", "a", "--top_p", "2"], "top_p"),
+    (["--prompt", "a", "--guidance", "nan"], "guidance"),
+    (["--prompt", "a", "--top_k", "x"], "top_k"),
+    (["--prompt", "a", "--decoder", "arr"], "arr"),
+    (["--prompt", "a", "--decoder", "ar:x=1"], "x=1"),
+    (["--prompt", "a", "--checkpoint", "/nowhere"], "/nowhere"),
+    (["--prompts_file", "/nowhere"], "/nowhere"),
+    (["--prompt", "a", "--colour", "red"], "colour"),
+    (["--prompt", "a", "--config", "/nowhere.py"], "nowhere"),
+    (["--prompt", "a", "stray"], "stray"),
+])
+def test_mistakes_end_in_one_line(capsys, tmp_path, args, named):
+  """Exit status 2, one line that names the culprit, nothing written."""
+  out = tmp_path / "out"
+  status, _, err = call(capsys, *args, "--out", out)
+  lines = [x for x in err.splitlines() if x.strip() and "image/s" not in x]
+  assert status == 2
+  assert named in lines[-1] and "expected" in lines[-1]
+  assert "Traceback" not in err
+  assert not out.exists() or not list(out.iterdir())
+
+
+def test_out_that_is_a_file(capsys, tmp_path):
+  """--out that is a file ends in one line; the file is left alone."""
+  path = tmp_path / "file"
+  path.write_text("mine")
+  status, _, err = call(capsys, "--prompt", "a", "--out", path)
+  assert status == 2 and str(path) in err.splitlines()[-1]
+  assert path.read_text() == "mine"
+
+
+def test_damaged_checkpoint(capsys, tmp_path):
+  """A truncated file of a model ends in one line that names the folder."""
+  import shutil
+
+  from ssd_jax.pipeline import EMBEDDED
+
+  model = tmp_path / "model"
+  shutil.copytree(EMBEDDED, model)
+  largest = max((f for f in (model / "trunk").rglob("*") if f.is_file()),
+                key=lambda f: f.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:1000])
+  status, _, err = call(capsys, "--prompt", "a", "--checkpoint", model,
+                        "--out", tmp_path / "out")
+  assert status == 2 and "damaged" in err.splitlines()[-1]
+  assert not list((tmp_path / "out").glob("*.png"))

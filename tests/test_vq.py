@@ -1,0 +1,83 @@
+"""The tokenizer module and what its training promises."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssd_jax.models import vq as vq_lib
+from ssd_jax.models.vq import VQ, VQConfig
+from ssd_jax.training import tokenizer
+
+CFG = VQConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, n_codes=32,
+               code_dim=4, l2_norm=False, attn_levels=(1,), patch=2, groups=4)
+
+
+@pytest.fixture(scope="module")
+def params():
+  return jax.jit(VQ(CFG).init)(
+      jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+
+
+def apply(params, x, method):
+  return VQ(CFG).apply({"params": params}, x, method=method)
+
+
+def test_shapes(params):
+  """Pixels -> latents -> ids -> pixels, `downsample` pixels per cell."""
+  image = jnp.zeros((2, 16, 24, 3))
+  z = apply(params, image, "encode")
+  chex.assert_shape(z, (2, 4, 6, CFG.code_dim))
+  ids = apply(params, z, "quantize")
+  chex.assert_shape(ids, (2, 4, 6))
+  chex.assert_type(ids, jnp.int32)
+  chex.assert_shape(apply(params, ids, "decode"), (2, 16, 24, 3))
+  assert CFG.downsample == 4
+
+
+@pytest.mark.parametrize("l2_norm", [False, True])
+def test_nearest_code_is_the_nearest(l2_norm):
+  """Ids are those of an exhaustive search by distance (or by cosine)."""
+  rng = np.random.default_rng(0)
+  z, codes = rng.normal(size=(2, 3, 3, 4)), rng.normal(size=(10, 4))
+  if l2_norm:
+    codes /= np.linalg.norm(codes, axis=-1, keepdims=True)
+    want = (z @ codes.T / np.linalg.norm(z, axis=-1, keepdims=True)).argmax(-1)
+  else:
+    want = ((z[..., None, :] - codes) ** 2).sum(-1).argmin(-1)
+  got = vq_lib.nearest_code(jnp.asarray(z), jnp.asarray(codes))
+  np.testing.assert_array_equal(got, want)
+
+
+def test_patches_fold_and_unfold():
+  """The patch stem loses no pixel."""
+  x = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
+  folded = vq_lib._space_to_depth(x, 4)
+  chex.assert_shape(folded, (2, 2, 3, 48))
+  np.testing.assert_array_equal(vq_lib._depth_to_space(folded, 4), x)
+
+
+def test_codebook_starts_and_restarts_where_pixels_are_wrong():
+  """Codes out of use become latents of cells with error, never of blank ones."""
+  cfg = tokenizer.TokenizerConfig()
+  z = jnp.concatenate([jnp.zeros((1, 8, 8, 4)), jnp.ones((1, 8, 8, 4))])
+  error = jnp.concatenate([jnp.zeros((1, 8, 8)), jnp.ones((1, 8, 8))])
+  stats = tokenizer.CodebookStats(jnp.ones(16), jnp.zeros((16, 4)))
+  codes, stats = tokenizer.update_codebook(
+      jnp.zeros((16, 4)), stats, (z, jnp.zeros((2, 8, 8), int), error),
+      jax.random.key(0), True, cfg)
+  np.testing.assert_allclose(codes, 1.0, atol=0.05)
+
+
+def test_codebook_follows_its_latents():
+  """In the long run a code is the mean of the latents that choose it."""
+  cfg = tokenizer.TokenizerConfig(decay=0.5)
+  z = jnp.full((1, 4, 4, 4), 3.0)
+  codes = jnp.zeros((2, 4))
+  stats = tokenizer.CodebookStats(jnp.ones(2), jnp.zeros((2, 4)))
+  for _ in range(20):
+    codes, stats = tokenizer.update_codebook(
+        codes, stats, (z, jnp.zeros((1, 4, 4), int), jnp.ones((1, 4, 4))),
+        jax.random.key(0), False, cfg)
+  np.testing.assert_allclose(codes[0], 3.0, atol=1e-3)
