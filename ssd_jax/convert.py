@@ -98,7 +98,7 @@ class Job:
           yield Unit(index, row, 0, None)
           continue
         shape = row.sources[0].shape
-        step = _rows_per_piece(shape, np.float32)
+        step = _rows_per_piece(shape)
         for start in range(0, shape[0], step):
           yield Unit(index, row, start, min(start + step, shape[0]))
 
@@ -126,8 +126,7 @@ def open_job(
     _check_family(recipe, part, checkpoint)
     check_table(part, checkpoint)
     found.append(checkpoint)
-  folder = folders.get("tokenizer", folders["source"])
-  assets = tuple(_asset(folder, pattern) for pattern in recipe.tokenizer)
+  assets = tuple(_asset(folders, pattern) for pattern in recipe.tokenizer)
   return Job(recipe, tuple(found), assets, dtype)
 
 
@@ -136,22 +135,26 @@ def _open(part: Part, folders: dict[str, pathlib.Path]) -> Checkpoint:
     return tensors.open_checkpoint(folders[part.flag], part.patterns)
   source = folders["source"]
   inside = source if source.is_dir() else source.parent
-  if not any(any(inside.glob(pattern)) for pattern in part.patterns):
+  if not any(any(inside.glob(pattern)) for pattern in part.inside):
     raise UserError(
-        f"got {inside} without any of {', '.join(part.patterns)}, expected the "
+        f"got {inside} without any of {', '.join(part.inside)}, expected the "
         f"{part.flag.replace('_', ' ')} there; say where it is with "
         f"--{part.flag}")
-  return tensors.open_checkpoint(inside, part.patterns)
+  return tensors.open_checkpoint(inside, part.inside)
 
 
-def _asset(folder: pathlib.Path, pattern: str) -> pathlib.Path:
-  folder = folder if folder.is_dir() else folder.parent
-  files = sorted(folder.glob(pattern))
-  if not files:
-    raise UserError(
-        f"got {folder} without {pattern}, expected the tokenizer's files "
-        "there; say where they are with --tokenizer")
-  return files[0]
+def _asset(folders: dict[str, pathlib.Path], pattern: str) -> pathlib.Path:
+  """A file of the tokenizer, where the flags say, or beside other parts."""
+  places = [folders["tokenizer"]] if "tokenizer" in folders else [
+      folders[flag] for flag in ("source", "text_encoder") if flag in folders]
+  for place in places:
+    folder = place if place.is_dir() else place.parent
+    files = sorted(folder.glob(pattern))
+    if files:
+      return files[0]
+  raise UserError(
+      f"got {' and '.join(map(str, places))} without {pattern}, expected the "
+      "tokenizer's files there; say where they are with --tokenizer")
 
 
 _SIGNS = {  # a tensor that only this family has
@@ -325,7 +328,7 @@ def _open_array(
 ) -> ts.TensorStore:
   """The array on disk, laid out as orbax lays it out."""
   chunk = (1, *shape[1:]) if is_stacked else (
-      min(shape[0], _rows_per_piece(shape, dtype)), *shape[1:])
+      min(shape[0], _rows_per_piece(shape)), *shape[1:])
   return ts.open({
       "driver": "zarr",
       "kvstore": {"driver": "file", "path": str(_place(folder, path))},
@@ -336,9 +339,8 @@ def _open_array(
   }, open=True, create=True).result()
 
 
-def _rows_per_piece(shape: tuple[int, ...], dtype: Any) -> int:
-  row = math.prod(shape[1:]) * np.dtype(dtype).itemsize
-  return max(1, _PIECE // row)
+def _rows_per_piece(shape: tuple[int, ...]) -> int:
+  return max(1, _PIECE // (4 * math.prod(shape[1:])))
 
 
 def _place(folder: pathlib.Path, path: str) -> pathlib.Path:

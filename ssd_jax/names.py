@@ -211,15 +211,24 @@ class Part:
   Attributes:
     flag: Of the command line, that says where it is: "source", "vq" or
       "text_encoder".
-    patterns: Its files, as globs tried in order.
+    patterns: Its files in the place that the flag names, as globs tried in
+      order.
     table: What is in it.
     leaves: Our arrays that it fills, by path.
+    elsewhere: Its files in the place of "source", where the flag is not given;
+      empty if they are named the same.
   """
 
   flag: str
   patterns: tuple[str, ...]
   table: Table
   leaves: dict[str, jax.ShapeDtypeStruct]
+  elsewhere: tuple[str, ...] = ()
+
+  @property
+  def inside(self) -> tuple[str, ...]:
+    """Its files in the place of "source"."""
+    return self.elsewhere or self.patterns
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,6 +113,10 @@ def open_checkpoint(
       twice.
   """
   files = _files(folder, patterns)
+  lost = [file.name for file in files if not file.is_file()]
+  if lost:
+    raise UserError(f"got an index in {folder} that names {', '.join(lost)}, "
+                    "expected these files beside it; download them")
   tensors: dict[str, Tensor] = {}
   for file in files:
     for name, tensor in read_file(file).items():
@@ -135,8 +139,8 @@ def _files(
                     "checkpoint; check the path")
   for pattern in patterns:
     found = sorted(folder.glob(pattern))
-    if found and pattern in INDEXES:
-      return _indexed(found[0])
+    if found and found[0].name in INDEXES:
+      return index_files(found[0])
     if found:
       return found
   raise UserError(
@@ -144,17 +148,18 @@ def _files(
       "of a checkpoint; check the folder")
 
 
-def _indexed(index: pathlib.Path) -> list[pathlib.Path]:
+def index_files(index: pathlib.Path) -> list[pathlib.Path]:
+  """The files that an index names.
+
+  Raises:
+    UserError: when it is damaged or names none.
+  """
   try:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     files = [index.parent / name for name in names]
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"got a damaged {index}, expected JSON with a weight_map; "
                     f"{_AGAIN}") from error
-  lost = [file.name for file in files if not file.is_file()]
-  if lost:
-    raise UserError(f"got an index {index} that names {', '.join(lost)}, "
-                    "expected these files beside it; download them")
   return files
 
 

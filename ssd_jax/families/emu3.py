@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 
 from ssd_jax.config import UserError
+from ssd_jax.extras import need
 from ssd_jax.families import published
 from ssd_jax.families.published import Published, Stream
 from ssd_jax.grid import Grid
@@ -27,7 +28,7 @@ _KEEP = ("trunk", "vq", "theta", "ids", "area", "ratio", "suffix", "negative",
          "sampling")
 _VQ_FILES = tuple(
     f"{folder}{name}" for folder in ("**/Emu3-VisionTokenizer/",
-                                     "vision_tokenizer/")
+                                     "**/vision_tokenizer/")
     for name in published.SAFETENSORS)
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -117,8 +118,7 @@ class Emu3(Published):
   @functools.cached_property
   def text_tokenizer(self):
     """Byte pairs of the checkpoint's own table (`tiktoken.Encoding`)."""
-    import tiktoken  # an extra
-
+    tiktoken = need("tiktoken", "text")
     lines = self.tokenizer_file(_RANKS).read_bytes().splitlines()
     pairs = (line.split() for line in lines if line)
     ranks = {base64.b64decode(word): int(rank) for word, rank in pairs}
@@ -141,8 +141,9 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
       (Part("source", published.ANY_FORMAT,
             Table(tuple(_trunk_rows(family)), (r".*rotary_emb\.inv_freq",)),
             published.trunk_shapes(family.trunk)),
-       Part("vq", (*_VQ_FILES, *published.SAFETENSORS),
-            Table(tuple(vq_rows(vq, "video")), ignored), vq_shapes(vq))),
+       Part("vq", published.SAFETENSORS,
+            Table(tuple(vq_rows(vq, "video")), ignored), vq_shapes(vq),
+            elsewhere=_VQ_FILES)),
       (_RANKS, _VISION),
   )
 

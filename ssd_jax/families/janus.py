@@ -14,6 +14,7 @@ import pathlib
 import ml_collections
 import numpy as np
 
+from ssd_jax.config import UserError
 from ssd_jax.families import published
 from ssd_jax.families.published import Published, Stream
 from ssd_jax.grid import Grid
@@ -97,7 +98,7 @@ class Janus(Published):
   def _id(self, token: str) -> int:
     found = self.text_tokenizer.token_to_id(token)
     if found is None:
-      raise published.UserError(
+      raise UserError(
           f"got a tokenizer without {token!r}, expected Janus-Pro's; convert "
           "again with its tokenizer.json")
     return found

@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from ssd_jax.config import UserError, from_config_dict
+from ssd_jax.extras import need
 from ssd_jax.grid import Grid
 from ssd_jax.models import rope
 from ssd_jax.models.generator import Generator
@@ -120,10 +121,8 @@ class Published:
   @functools.cached_property
   def text_tokenizer(self):
     """The checkpoint's own tokenizer of texts (`tokenizers.Tokenizer`)."""
-    import tokenizers  # an extra
-
-    return tokenizers.Tokenizer.from_file(
-        str(self.tokenizer_file(self.config.tokenizer)))
+    file = self.tokenizer_file(self.config.tokenizer)
+    return need("tokenizers", "text").Tokenizer.from_file(str(file))
 
   def tokenizer_file(self, name: str) -> pathlib.Path:
     """A file of the model's tokenizer."""

@@ -1,0 +1,14 @@
+"""LlamaGen. Variants: c2i_{B,L}_256, c2i_{B,L,XL,XXL,3B}_384, t2i_XL_{256,512}.
+
+    python -m infer.convert --config configs/llamagen.py:c2i_XL_384 \
+        --source hf:FoundationVision/LlamaGen --out models/llamagen
+    python -m infer.convert --config configs/llamagen.py:t2i_XL_256 \
+        --source hf:peizesun/llamagen_t2i --text_encoder hf:google/flan-t5-xl \
+        --tokenizer hf:google/flan-t5-xl --out models/llamagen_t2i
+
+Prompts are class numbers (c2i) or captions (t2i).
+"""
+
+from ssd_jax.families.llamagen import get_config
+
+__all__ = ["get_config"]

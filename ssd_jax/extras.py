@@ -1,0 +1,20 @@
+"""Packages that only some commands need."""
+
+import importlib
+from types import ModuleType
+
+from ssd_jax.config import UserError
+
+
+def need(module: str, extra: str) -> ModuleType:
+  """The imported module of an extra.
+
+  Raises:
+    UserError: when the extra is not installed.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise UserError(
+        f"got no module {module!r}, expected the packages of the extra "
+        f"{extra!r}; run pip install 'ssd-jax[{extra}]'") from error

@@ -1,0 +1,83 @@
+"""The cleaning of captions that LlamaGen's text model was trained with.
+
+The rules are those of DeepFloyd IF and PixArt, in their order: what they remove
+or replace decides which tokens the model sees. They are applied twice.
+"""
+
+import html
+import re
+import urllib.parse
+
+from ssd_jax.extras import need
+
+_DOMAIN = r"[a-z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+_FILE = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+_DASHES = (
+    "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b"
+    "\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d")
+_LETTER = "[a-zA-Z]"
+
+_ADDRESSES = tuple((rf"\b(?:{scheme}:(?:/{{1,3}}|[a-z0-9%])|{_DOMAIN})", "")
+                   for scheme in ("https?", "www"))
+_SYMBOLS = (
+    (r"@\w+\b", ""),  # nicknames
+    ("[\u31c0-\u31ff\u3200-\u4dff\u4e00-\u9fff]+", ""),  # CJK
+    (f"[{_DASHES}]+", "-"),
+    ("[`´«»“”¨]", '"'),
+    ("[‘’]", "'"),
+    ("&quot;?", ""),
+    ("&amp", ""),
+    (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # network addresses
+    (r"\d:\d\d\s+$", ""),
+    (r"\\n", " "),
+    (r"#\d{1,3}\b", ""),
+    (r"#\d{5,}\b", ""),
+    (r"\b\d{6,}\b", ""),
+    (rf"\S+\.(?:{_FILE})", ""),
+    ("[\"']{2,}", '"'),
+    (r"\.{2,}", " "),
+    (r"[#®•©™&@·º½¾¿¡§~)(\][}{|\\/*]+", " "),
+    (r"\s+\.\s+", " "),
+)
+_PHRASES = (
+    (rf"\b{_LETTER}{{1,3}}\d{{3,15}}\b", ""),
+    (rf"\b{_LETTER}+\d+{_LETTER}+\b", ""),
+    (rf"\b\d+{_LETTER}+\d+\b", ""),
+    (r"(?:worldwide\s+)?(?:free\s+)?shipping", ""),
+    (r"(?:free\s)?download(?:\sfree)?", ""),
+    (r"\bclick\b\s(?:for|on)\s\w+", ""),
+    (rf"\b(?:{_FILE})(?:\simages?)?", ""),
+    (r"\bpage\s+\d+\b", ""),
+    (rf"\b\d*{_LETTER}+\d+{_LETTER}+\d+[a-zA-Z\d]*\b", " "),
+    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),
+    (r"\b\s+:\s+", ": "),
+    (r"(\D[,./])\b", r"\1 "),
+    (r"\s+", " "),
+    ("^[\"']([\\w\\W]+)[\"']$", r"\1"),
+    ("^['_,:;-]", ""),
+    ("['_,:+-]$", ""),
+    (r"^\.\S+$", ""),
+)
+
+
+def clean(caption: str) -> str:
+  """The caption as the text encoder is to see it."""
+  return _clean(_clean(caption))
+
+
+def _clean(text: str) -> str:
+  soup, ftfy = need("bs4", "text"), need("ftfy", "text")
+  text = urllib.parse.unquote_plus(text).strip().lower()
+  text = _replace(text.replace("<person>", "person"), _ADDRESSES)
+  text = soup.BeautifulSoup(text, features="html.parser").text
+  text = _replace(text, _SYMBOLS)
+  if len(re.findall("[-_]", text)) > 3:  # words-joined-like-this
+    text = re.sub("[-_]", " ", text)
+  text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+  return _replace(text, _PHRASES).strip()
+
+
+def _replace(text: str, rules: tuple[tuple[str, str], ...]) -> str:
+  for pattern, replacement in rules:
+    text = re.sub(pattern, replacement, text)
+  return text

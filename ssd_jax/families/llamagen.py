@@ -1,0 +1,309 @@
+"""LlamaGen (Sun et al. 2024, arXiv:2406.06525), class- or text-conditional.
+
+A plain raster with two-dimensional rotary positions. The table's rows of the
+condition slots are zero, sine and cosine: queries and keys vanish there, so
+that every visible condition slot weighs the same.
+"""
+
+from collections.abc import Iterable, Sequence
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ssd_jax import checkpoints
+from ssd_jax.config import UserError, from_config_dict
+from ssd_jax.families import captions, published
+from ssd_jax.families.janus import vq16
+from ssd_jax.families.published import Published
+from ssd_jax.grid import Grid
+from ssd_jax.models import rope
+from ssd_jax.models.t5 import T5Config, T5Encoder
+from ssd_jax.models.transformer import TrunkConfig
+from ssd_jax.names import (
+    Part, Recipe, Row, Source, Table, chain, copy, leaves, linear,
+    native_layers, split_heads, table_rows, vq_shapes)
+from ssd_jax.types import Params, Prompt
+from ssd_jax.vq_names import vq_rows
+
+_SIZES = {  # layers, heads, width
+    "B": (12, 12, 768), "L": (24, 16, 1024), "XL": (36, 20, 1280),
+    "XXL": (48, 24, 1536), "3B": (24, 32, 3200),
+}
+_FILES = {
+    "c2i_B_256": "c2i_B_256.pt", "c2i_L_256": "c2i_L_256.pt",
+    "c2i_B_384": "c2i_B_384.pt", "c2i_L_384": "c2i_L_384.pt",
+    "c2i_XL_384": "c2i_XL_384.pt", "c2i_XXL_384": "c2i_XXL_384.pt",
+    "c2i_3B_384": "c2i_3B_384.pt",
+    "t2i_XL_256": "t2i_XL_stage1_256.pt", "t2i_XL_512": "t2i_XL_stage2_512.pt",
+}
+VARIANTS = tuple(_FILES)
+_CODES = 16_384
+_KEEP = ("trunk", "vq", "t5", "theta", "classes", "side", "sampling",
+         "tokenizer")
+_END = "</s>"
+_T5_FILES = (
+    "model.safetensors.index.json", "pytorch_model.bin.index.json",
+    "model*.safetensors", "pytorch_model*.bin")
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  """Settings of a published checkpoint; "" is "c2i_XL_384"."""
+  variant = variant or "c2i_XL_384"
+  if variant not in VARIANTS:
+    raise published.bad_variant("llamagen", variant, VARIANTS)
+  kind, size, pixels = variant.split("_")
+  layers, heads, width = _SIZES[size]
+  config = ml_collections.ConfigDict()
+  config.family = "llamagen"
+  config.workdir = f"runs/llamagen_{variant}"
+  config.file = _FILES[variant]
+  config.classes = 1000 if kind == "c2i" else 0
+  conditions = config.classes + 1 if config.classes else 0
+  config.trunk = ml_collections.ConfigDict(dict(
+      d_model=width, n_layers=layers, n_heads=heads, n_kv_heads=heads,
+      head_dim=width // heads, d_ff=-(-(8 * width // 3) // 256) * 256,
+      vocab_in=conditions + _CODES, vocab_out=_CODES, norm_eps=1e-5,
+      interleaved=True, caption_dim=0 if config.classes else 2048,
+      caption_slots=0 if config.classes else 120))
+  config.vq = vq16()
+  config.t5 = ml_collections.ConfigDict()
+  config.theta = 10_000.0
+  config.side = int(pixels) // 16  # cells
+  config.tokenizer = "" if config.classes else "tokenizer.json"
+  config.sampling = ml_collections.ConfigDict(dict(
+      guidance=4.0, temperature=1.0, top_k=2000, top_p=1.0) if config.classes
+      else dict(guidance=7.5, temperature=1.0, top_k=1000, top_p=1.0))
+  return config
+
+
+class LlamaGen(Published):
+  """The family as a pipeline holds it."""
+
+  @functools.cached_property
+  def grid(self) -> Grid:
+    """A plain raster."""
+    return Grid(self.config.side, self.config.side)
+
+  @property
+  def condition_slots(self) -> int:
+    """Prompt slots: one class, or a caption's."""
+    return self.trunk.caption_slots or 1
+
+  @functools.cached_property
+  def input_ids(self) -> np.ndarray:
+    """Codes come after the classes."""
+    first = self.trunk.vocab_in - self.trunk.vocab_out
+    return (first + np.arange(self.trunk.vocab_out)).astype(np.int32)
+
+  @functools.cached_property
+  def rope(self) -> np.ndarray:
+    """Zeros for condition slots, then the cells."""
+    side = self.config.side
+    places = np.stack(np.mgrid[:side, :side], -1).reshape(-1, 2)
+    cells = rope.table_2d(places, self.trunk.head_dim, self.config.theta)
+    zeros = np.zeros((self.condition_slots, *cells.shape[1:]), np.float32)
+    return np.concatenate([zeros, cells])
+
+  def encode_prompts(
+      self, prompts: Sequence[str | int], guided: bool
+  ) -> tuple[Prompt, list[str]]:
+    """(prompts as the trunk takes them, what a user should know).
+
+    Args:
+      prompts: Class numbers, or captions.
+      guided: Whether there are unconditional rows, after the others.
+    """
+    if self.config.classes:
+      return self._classes(prompts, guided), []
+    ids, mask, notes = self._caption_ids(prompts)
+    features = self.features(ids, mask)
+    return self.from_features(features, mask, guided), notes
+
+  def _classes(self, prompts: Sequence[str | int], guided: bool) -> Prompt:
+    none = self.config.classes
+    rows = []
+    for prompt in prompts:
+      text = str(prompt).strip()
+      if not text.isdecimal() or int(text) >= none:
+        raise UserError(f"got class {prompt!r}, expected a number from 0 to "
+                        f"{none - 1}; correct the prompt")
+      rows.append(int(text))
+    rows += [none] * len(rows) if guided else []
+    tokens = np.array(rows, np.int32)[:, None]
+    return Prompt(jnp.asarray(tokens), jnp.ones(tokens.shape, bool),
+                  self._positions(len(rows)))
+
+  def _positions(self, rows: int) -> jax.Array:
+    slots = self.condition_slots + self.grid.length
+    return jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
+
+  def from_features(
+      self, features_BTE: np.ndarray, mask_BT: np.ndarray, guided: bool
+  ) -> Prompt:
+    """Captions as the trunk takes them, from features of a text encoder.
+
+    Captions end at the last condition slot. The unconditional rows are hidden
+    where their conditional ones are.
+
+    Args:
+      features_BTE: float [B, T, E], T at most the condition slots.
+      mask_BT: bool [B, T], which of them exist: the first ones.
+      guided: Whether there are unconditional rows, after the others.
+    """
+    slots = self.condition_slots
+    batch, length, width = features_BTE.shape
+    features = np.zeros((batch, slots, width), features_BTE.dtype)
+    mask = np.zeros((batch, slots), bool)
+    for i in range(batch):
+      count = int(mask_BT[i, :length].sum())
+      features[i, slots - count:] = features_BTE[i, :count]
+      mask[i, slots - count:] = True
+    tokens = np.zeros((batch, slots), np.int32)
+    if guided:
+      null = np.broadcast_to(1 + np.arange(slots, dtype=np.int32), mask.shape)
+      tokens = np.concatenate([tokens, null])
+      mask = np.concatenate([mask, mask])
+      features = np.concatenate([features, np.zeros_like(features)])
+    return Prompt(jnp.asarray(tokens), jnp.asarray(mask),
+                  self._positions(len(tokens)), jnp.asarray(features))
+
+  def _caption_ids(
+      self, prompts: Sequence[str]
+  ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    slots = self.condition_slots
+    ids = np.zeros((len(prompts), slots), np.int32)
+    notes = []
+    end = self.text_tokenizer.token_to_id(_END)
+    for i, prompt in enumerate(prompts):
+      words = self.text_ids(captions.clean(str(prompt)))
+      if len(words) > slots - 1:
+        notes.append(f"the prompt {prompt[:40]!r}... is longer than the "
+                     f"{slots - 1} tokens the model reads; the rest is not "
+                     "used")
+      words = [*words[:slots - 1], end]
+      ids[i, :len(words)] = words
+    return ids, ids != 0, notes
+
+  def features(self, ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+    """[B, T, E], the text encoder's features."""
+    return np.asarray(self._encode_text(self._text_params, ids_BT, mask_BT))
+
+  @functools.cached_property
+  def _encode_text(self):
+    encoder = T5Encoder(from_config_dict(T5Config, self.config.t5))
+    return jax.jit(lambda params, ids, mask: encoder.apply(
+        {"params": params}, ids, mask))
+
+  @functools.cached_property
+  def _text_params(self) -> Params:
+    if self.folder is None:
+      raise UserError("got no model folder, expected one with a text encoder; "
+                      "convert a checkpoint with infer.convert")
+    params = checkpoints.restore(self.folder / "text")
+    return checkpoints.cast(params, self.generator.dtype)
+
+
+def recipe(config: ml_collections.ConfigDict) -> Recipe:
+  """How a model folder is made of the published files."""
+  family = LlamaGen(config)
+  vq = family.vq.cfg
+  kind = "c2i" if config.classes else "t2i"
+  parts = [
+      Part("source", (config.file, f"**/{config.file}"),
+           Table(tuple(_trunk_rows(family)), (r"freqs_cis",)),
+           published.trunk_shapes(family.trunk)),
+      Part("vq", (f"vq_ds16_{kind}.pt", f"**/vq_ds16_{kind}.pt"),
+           Table(tuple(vq_rows(vq, "raster")), (r"quantize\.codebook_used",)),
+           vq_shapes(vq)),
+  ]
+  if config.classes:
+    return Recipe(config.family, published.settings_of(config, _KEEP),
+                  tuple(parts))
+  t5 = from_config_dict(T5Config, config.t5)
+  ignored = (r"decoder\..*", r"lm_head\.weight",
+             r"encoder\.embed_tokens\.weight")
+  parts.append(Part("text_encoder", _T5_FILES,
+                    Table(tuple(_t5_rows(t5)), ignored), _t5_shapes(t5)))
+  return Recipe(config.family, published.settings_of(config, _KEEP),
+                tuple(parts), (config.tokenizer,))
+
+
+def _trunk_rows(family: LlamaGen) -> Iterable[Row]:
+  cfg = family.trunk
+  d = cfg.d_model
+  conditions = cfg.vocab_in - cfg.vocab_out
+  if conditions:
+    yield table_rows("cls_embedding.embedding_table.weight", conditions, d)
+  else:
+    yield from _caption_rows(cfg)
+  yield table_rows("tok_embeddings.weight", cfg.vocab_out, d, conditions)
+  yield from native_layers(cfg, _attention_rows(cfg))
+  yield Row("trunk/head", (Source("output.weight", (cfg.vocab_out, d)),),
+            linear)
+
+
+def _caption_rows(cfg: TrunkConfig) -> Iterable[Row]:
+  e, d = cfg.caption_dim, cfg.d_model
+  null = Source("cls_embedding.uncond_embedding", (cfg.caption_slots, e))
+  yield Row("trunk/caption_null", (null,), copy)
+  for ours, name, shape in (("in", "fc1", (d, e)), ("out", "fc2", (d, d))):
+    source = Source(f"cls_embedding.cap_proj.{name}.weight", shape)
+    yield Row(f"trunk/caption_{ours}", (source,), linear)
+
+
+def _attention_rows(cfg: TrunkConfig) -> Iterable[Row]:
+  """q, k and v lie below each other in one published array."""
+  counts = (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)
+  ends = np.cumsum(counts) * cfg.head_dim
+  for i in range(cfg.n_layers):
+    source = Source(f"layers.{i}.attention.wqkv.weight",
+                    (int(ends[-1]), cfg.d_model))
+    for ours, n, end in zip("qkv", counts, ends, strict=True):
+      part = functools.partial(_rows, int(end) - n * cfg.head_dim, int(end))
+      yield Row(f"trunk/layers/attn/{ours}", (source,),
+                chain(part, split_heads(n)), i)
+
+
+def _rows(start: int, stop: int, x: np.ndarray) -> np.ndarray:
+  return x[start:stop]
+
+
+def _t5_shapes(cfg: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
+  shape = lambda dtype: jax.ShapeDtypeStruct((1, 1), dtype)
+  init = T5Encoder(cfg).init
+  variables = jax.eval_shape(
+      init, jax.random.key(0), shape(np.int32), shape(np.bool_))
+  return leaves(variables["params"], "text")
+
+
+def _t5_rows(cfg: T5Config) -> Iterable[Row]:
+  d, f, n = cfg.d_model, cfg.d_ff, cfg.n_heads
+  inner = n * cfg.head_dim
+  yield Row("text/embedding", (Source("shared.weight", (cfg.vocab, d)),))
+  for i in range(cfg.n_layers):
+    at = f"encoder.block.{i}.layer"
+    row = lambda target, name, shape, convert, i=i, at=at: Row(
+        f"text/layers/{target}", (Source(f"{at}.{name}.weight", shape),),
+        convert, i)
+    for ours in "qkv":
+      yield row(ours, f"0.SelfAttention.{ours}", (inner, d), split_heads(n))
+    yield row("o", "0.SelfAttention.o", (d, inner),
+              lambda x: x.T.reshape(n, -1, x.shape[0]))
+    for ours, name, shape in (("gate", "wi_0", (f, d)), ("up", "wi_1", (f, d)),
+                              ("down", "wo", (d, f))):
+      yield row(ours, f"1.DenseReluDense.{name}", shape, linear)
+    for ours, name in (("attn_norm", 0), ("mlp_norm", 1)):
+      yield row(f"{ours}/scale", f"{name}.layer_norm", (d,), copy)
+  yield Row("text/final_norm/scale", (
+      Source("encoder.final_layer_norm.weight", (d,)),))
+  name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+  yield Row("text/distance", (Source(name, (cfg.buckets, n)),))
+
+
+def from_settings(settings: dict, folder: pathlib.Path | None) -> LlamaGen:
+  """The family of a model.json."""
+  return LlamaGen(ml_collections.ConfigDict(settings["config"]), folder)
