@@ -24,8 +24,8 @@ from ssd_jax.data import pipeline
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.grid import Grid
+from ssd_jax.models.fingerprint import fingerprint, same_trunk
 from ssd_jax.models.generator import Generator
-from ssd_jax.models.spatial_heads import fingerprint, same_trunk
 from ssd_jax.sampling import Sampling
 from ssd_jax.types import Params, Prompt
 

@@ -8,23 +8,21 @@ Source: SSD, arXiv:2606.20543, section 3.2, equation 2; the options that are not
 the default are those of its table 3.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ssd_jax.config import UserError, check
+from ssd_jax.models.fingerprint import fingerprint, same_trunk
 from ssd_jax.models.generator import Generator
 from ssd_jax.types import Model, Params
 
 DIRECTIONS = ("horizontal", "vertical")
 INPUTS = ("h", "h+e", "e")
 TARGETS = ("pre", "post", "embedding", "token")
-_PROBES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +116,16 @@ class Predictors(nn.Module):
 
   @nn.compact
   def __call__(self, z: jax.Array, offset: int | None = None) -> jax.Array:
-    """[n, ..., D] of inputs [..., Z]; with `offset`, that head alone (n = 1)."""
+    """[n, ..., D] of inputs [..., Z]; of one head (n = 1) with `offset`."""
     wanted = slice(None) if offset is None else slice(offset - 1, offset)
     init = nn.initializers.variance_scaling(
         1.0, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=0
     )
-    weight = lambda name, rows, cols: self.param(
-        name, init, (self.offsets, rows, cols)
-    )[wanted].astype(z.dtype)
+
+    def weight(name, rows, cols):
+      w = self.param(name, init, (self.offsets, rows, cols))
+      return w[wanted].astype(z.dtype)
+
     inner = 2 * self.width
     u = jnp.einsum("...z,nzd->n...d", z,
                    weight("w0", z.shape[-1], self.width))
@@ -160,7 +160,7 @@ class SpatialHeads:
     z = jnp.zeros((1, parts * self.cfg.d_model))
     keys = dict(zip(DIRECTIONS, jax.random.split(key), strict=True))
     return {
-        name: self._module(name).init(keys[name], z)["params"]
+        name: jax.jit(self._module(name).init)(keys[name], z)["params"]
         for name in DIRECTIONS if self.cfg.count(name)
     }
 
@@ -277,36 +277,19 @@ def check_heads(
       same_trunk(cfg.trunk, fingerprint(params["trunk"])),
       "another trunk's weights", "those of this trunk",
   )
-  wanted = jax.eval_shape(SpatialHeads(generator, cfg).init, jax.random.key(0))
-  shapes = lambda tree: {
-      jax.tree_util.keystr(path): leaf.shape
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  heads = SpatialHeads(generator, cfg)
+  wanted = jax.eval_shape(heads.init, jax.random.key(0))
   _require(
-      shapes(params["heads"]) == shapes(wanted),
+      _shapes(params["heads"]) == _shapes(wanted),
       f"weights of other offsets than {cfg.options}", "weights that fit it",
   )
 
 
-def fingerprint(trunk: Params) -> tuple[float, ...]:
-  """Evenly spread weights of a trunk, a few of every array."""
-  leaves = jax.tree.leaves(trunk)
-  each = -(-_PROBES // len(leaves))
-  values = []
-  for leaf in leaves:
-    flat = np.linspace(0, leaf.size - 1, each).astype(np.int64)
-    values.append(leaf[np.unravel_index(flat, leaf.shape)])
-  return tuple(
-      float(f"{x:.6g}") for v in values for x in np.asarray(v, np.float32)
-  )
-
-
-def same_trunk(one: Sequence[float], other: Sequence[float]) -> bool:
-  """Whether two fingerprints agree up to rounding; an empty one fits all."""
-  if not one or not other:
-    return True
-  # Half of a last bit of bfloat16 is 0.2%; float16 flushes below 6e-8.
-  return len(one) == len(other) and np.allclose(one, other, 0.006, 1e-7)
+def _shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+  return {
+      jax.tree_util.keystr(path): leaf.shape
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def _grid_of(cfg: HeadsConfig) -> str:

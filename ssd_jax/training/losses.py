@@ -48,6 +48,11 @@ def mean_where(values: jax.Array, valid_nM: np.ndarray) -> jax.Array:
   return jnp.mean(weighted.reshape(len(valid_nM), -1), axis=-1)
 
 
+def _aim(x: jax.Array, target_nM: np.ndarray) -> jax.Array:
+  """[n, S, M, ...]: of [S, M, ...], what each offset aims at."""
+  return jnp.moveaxis(x[:, target_nM], 1, 0)
+
+
 def head_losses(
     heads: SpatialHeads, params: Params, hidden_SND: jax.Array,
     tokens_SN: jax.Array,
@@ -72,13 +77,12 @@ def head_losses(
         heads.generator.grid, name, heads.cfg.count(name), choice.wrap
     )
     predicted = heads.predict(params, name, hidden_SMD, tokens_SM)
-    aim = lambda x: jnp.moveaxis(x[:, target_nM], 1, 0)
     if choice.target == "token":
       loss_nSM = optax.softmax_cross_entropy_with_integer_labels(
-          heads.logits(params, predicted), aim(tokens_SM)
+          heads.logits(params, predicted), _aim(tokens_SM, target_nM)
       )
     else:
-      loss_nSM = smooth_l1(predicted, aim(goal_SMD))
+      loss_nSM = smooth_l1(predicted, _aim(goal_SMD, target_nM))
     losses[name] = mean_where(loss_nSM, valid_nM)
   return losses
 

@@ -20,12 +20,20 @@ import optax
 
 from ssd_jax import checkpoints
 from ssd_jax.config import (
-    LoopConfig, OptimizerConfig, UserError, check, from_config_dict,
+  LoopConfig,
+  OptimizerConfig,
+  UserError,
+  check,
+  from_config_dict,
 )
 from ssd_jax.data import features
 from ssd_jax.data.features import DrawConfig, DrawnTokens, Teacher
+from ssd_jax.models.fingerprint import same_trunk
 from ssd_jax.models.spatial_heads import (
-    DIRECTIONS, HeadsConfig, HeadsOptions, SpatialHeads, same_trunk,
+  DIRECTIONS,
+  HeadsConfig,
+  HeadsOptions,
+  SpatialHeads,
 )
 from ssd_jax.training import loop, losses
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
