@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ssd_jax.config import UserError
+from ssd_jax.models.fingerprint import fingerprint, same_trunk
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.transformer import Layer, TrunkConfig
 from ssd_jax.types import Drafter, KVCache, Model, Params, Queries
@@ -46,9 +47,46 @@ class DrafterLayer(nn.Module):
     return x, cache
 
 
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+  """The trunk that a drafter belongs to; what is stored beside its weights.
+
+  Attributes:
+    d_model: Width D of the trunk.
+    vocab: Image codes V.
+    rows: Of the grid.
+    cols: Of the grid.
+    end_of_row: Whether the grid has end-of-row tokens.
+    trunk: Some of the trunk's weights, by which it is known again; empty for
+      any trunk.
+  """
+
+  d_model: int
+  vocab: int
+  rows: int
+  cols: int
+  end_of_row: bool
+  trunk: tuple[float, ...] = ()
+
+  @classmethod
+  def make(
+      cls, generator: Generator, params: Params | None = None
+  ) -> "DrafterConfig":
+    """That of a generator, tied to its weights where they are given."""
+    grid = generator.grid
+    trunk = () if params is None else fingerprint(params["trunk"])
+    return cls(generator.cfg.d_model, generator.cfg.vocab_out, grid.rows,
+               grid.cols, grid.end_of_row, trunk)
+
+  def is_same(self, other: "DrafterConfig") -> bool:
+    """Whether both belong to one trunk, up to rounding."""
+    alike = dataclasses.replace(self, trunk=other.trunk) == other
+    return alike and same_trunk(self.trunk, other.trunk)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class DraftNet:
-  """Binds a drafter to the trunk whose states it continues.
+  """A drafter bound to the trunk whose states it continues.
 
   Its places are those of the image slots, the last N rows of the trunk's rotary
   table: rotations are relative, so prompts of any length agree with them.
@@ -69,29 +107,8 @@ class DraftNet:
     cfg = self.generator.cfg
     x = jnp.zeros((1, 1, cfg.d_model))
     cos_sin = jnp.zeros((1, 1, cfg.head_dim // 2, 2))
-    return self.layer.init(key, x, x, cos_sin, jnp.ones((1, 1, 1), bool))[
-        "params"]
-
-  def bind(self, model: Model) -> Model:
-    """The model with this drafter at hand."""
-    return dataclasses.replace(
-        model, drafter=Drafter(self.cache, self.forward))
-
-  def check(self, params: Params) -> None:
-    """Raises UserError where params["drafter"] is another trunk's."""
-    expected = jax.eval_shape(self.init, jax.random.key(0))
-    shapes = lambda tree: {
-        jax.tree_util.keystr(path): tuple(x.shape)
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    got, want = shapes(params["drafter"]), shapes(expected)
-    wrong = sorted(k for k in got.keys() | want.keys()
-                   if got.get(k) != want.get(k))
-    if wrong:
-      raise UserError(
-          f"got a drafter with {wrong[0]} of shape {got.get(wrong[0])}, "
-          f"expected {want.get(wrong[0])} as this trunk needs; train one for it"
-      )
+    init = jax.jit(self.layer.init)
+    return init(key, x, x, cos_sin, jnp.ones((1, 1, 1), bool))["params"]
 
   def cache(self, streams: int, scratch: int) -> KVCache:
     """Empty keys and values [1, G, N + scratch, K, H] of one image."""
@@ -113,36 +130,113 @@ class DraftNet:
       hidden_GQD: The state that predicted each query's token.
       queries: One image's; `slots` are of the drafter's cache.
     """
-    streams = hidden_GQD.shape[0]
-    repeat = lambda x: jnp.broadcast_to(x, (streams, *x.shape))
-    return self.layer.apply(
-        {"params": params["drafter"]},
-        repeat(self.generator.embed(params, queries.tokens)),
-        hidden_GQD,
-        repeat(self.places[queries.positions]),
-        repeat(queries.visible), cache, repeat(queries.slots),
+    return self._apply(
+        params, queries.tokens, hidden_GQD, queries.positions,
+        queries.visible, cache, queries.slots,
     )
 
-  def predict(
-      self, params: Params, hidden_SND: jax.Array, tokens_SN: jax.Array
-  ) -> jax.Array:
-    """[S, N, D]: the hidden state of every slot, without a cache.
+  def unroll(
+      self, params: Params, hidden_SND: jax.Array, tokens_SN: jax.Array,
+      steps: int,
+  ) -> list[jax.Array]:
+    """[S, N, D] for each step: predictions of the hidden state of every slot.
+
+    Those of step 0 start from the true state before the slot, those of step t
+    from the drafter's own predictions of the last t slots, as on a path of a
+    tree whose tokens are right. They are meaningful from slot t on.
 
     Args:
       params: Of the model.
       hidden_SND: The states that predict each slot (`Generator.hidden`).
       tokens_SN: int32, the tokens of the slots.
+      steps: How many.
     """
-    rows, length = tokens_SN.shape
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    repeat = lambda x: jnp.broadcast_to(x, (rows, *x.shape))
-    hidden, _ = self.layer.apply(
-        {"params": params["drafter"]}, self.generator.embed(params, tokens_SN),
-        hidden_SND, repeat(self.places), repeat(causal),
-    )
-    return hidden
+    length = tokens_SN.shape[1]
+    slots = jnp.arange(length)
+    inputs, predicted = [hidden_SND], []
+    for step in range(steps):
+      rows = [
+          jnp.concatenate([_sees(slots, t, u) for u in range(step + 1)], -1)
+          for t in range(step + 1)
+      ]
+      hidden, _ = self._apply(
+          params, jnp.tile(tokens_SN, (1, step + 1)),
+          jnp.concatenate(inputs, axis=1), jnp.tile(slots, step + 1),
+          jnp.concatenate(rows),
+      )
+      predicted.append(hidden[:, -length:])
+      inputs.append(jnp.roll(predicted[-1], 1, axis=1))
+    return predicted
 
-  @property
-  def places(self) -> jax.Array:
-    """float32 [N, H / 2, 2]: rotary rows of the image slots."""
-    return jnp.asarray(self.generator.rope[-self.generator.grid.length:])
+  def _apply(
+      self, params, tokens, hidden_SQD, positions_Q, visible_QX, cache=None,
+      slots_Q=None,
+  ):
+    rows = hidden_SQD.shape[0]
+    rope = self.generator.rope[-self.generator.grid.length:]
+    over_rows = functools.partial(_over_rows, rows)
+    embedded = self.generator.embed(params, tokens)
+    return self.layer.apply(
+        {"params": params["drafter"]},
+        embedded if tokens.ndim > 1 else over_rows(embedded), hidden_SQD,
+        over_rows(jnp.asarray(rope)[positions_Q]), over_rows(visible_QX),
+        cache, None if slots_Q is None else over_rows(slots_Q),
+    )
+
+
+def bind_drafter(
+    generator: Generator, model: Model, cfg: DrafterConfig | None = None,
+    params: Params | None = None,
+) -> Model:
+  """The model with a drafter at hand; use it for all calls.
+
+  Args:
+    generator: The trunk.
+    model: Its functions, with or without spatial heads.
+    cfg: Of the drafter, to check that it fits.
+    params: Of trunk and drafter, to check that they belong together.
+
+  Raises:
+    UserError: when the drafter is another trunk's.
+  """
+  net = DraftNet(generator)
+  own = DrafterConfig.make(generator, params)
+  if cfg is not None and not cfg.is_same(own):
+    what = "another trunk's weights"
+    for name in ("d_model", "vocab", "rows", "cols", "end_of_row"):
+      if getattr(cfg, name) != getattr(own, name):
+        what = f"{name}={getattr(cfg, name)} instead of {getattr(own, name)}"
+    _refuse(what)
+  if params is not None:
+    wanted = jax.eval_shape(net.init, jax.random.key(0))
+    if _shapes(params["drafter"]) != _shapes(wanted):
+      _refuse("layers of another shape")
+  return dataclasses.replace(model, drafter=Drafter(net.cache, net.forward))
+
+
+def _refuse(what: str) -> None:
+  raise UserError(
+      f"got a drafter for {what}, expected one for this trunk; train it with "
+      "train.drafter"
+  )
+
+
+def _shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+  return {
+      jax.tree_util.keystr(path): tuple(leaf.shape)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _over_rows(rows: int, x: jax.Array) -> jax.Array:
+  return jnp.broadcast_to(x, (rows, *x.shape))
+
+
+def _sees(slots_N: jax.Array, step: int, other: int) -> jax.Array:
+  """bool [N, N]: whether a slot at `step` sees a slot at step `other`.
+
+  A path that has run for t steps sees true states up to its start, t slots
+  back, and then one slot per step.
+  """
+  back = slots_N[:, None] - slots_N
+  return back >= step if other == 0 else (back == step - other) & (step >= other)

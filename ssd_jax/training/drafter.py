@@ -1,0 +1,327 @@
+"""Trains an EAGLE-style drafter by self-distillation on drawn images.
+
+Stage one draws an image for every caption with the frozen trunk. Stage two
+recomputes both streams' hidden states on them and fits the drafter: smooth L1
+on the state, and the soft cross-entropy of the guided distribution that its
+drafts are tested against.
+
+Two options beyond EAGLE. `unroll` trains on the drafter's own predictions, as
+deep paths of a tree need them (EAGLE-3's training-time test). `redundancy` is
+CASCADE's redundancy-aware target, whose formula is not at hand; our reading:
+
+  Two slots of an image whose target hidden states have a cosine of `likeness`
+  or more are interchangeable: the target would as well continue one as the
+  other, so the tokens it expects at one are good drafts at the other. The
+  target of the cross-entropy becomes (1 - redundancy) p + redundancy r, where r
+  is the mean of p over all slots interchangeable with this one, itself
+  included. It is label smoothing (Szegedy et al. 2016) whose smoothing mass
+  goes where the target's own states put it; a slot unlike any other keeps p.
+
+Source: Li et al. 2024, arXiv:2401.15077, section 4.2; 2025, arXiv:2503.01840.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import os
+import pathlib
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ssd_jax import checkpoints, sampling as sampling_lib
+from ssd_jax.config import (
+  LoopConfig,
+  OptimizerConfig,
+  UserError,
+  check,
+  from_config_dict,
+)
+from ssd_jax.data import pipeline
+from ssd_jax.data.features import DrawConfig, DrawnTokens, Teacher
+from ssd_jax.decoding import trees
+from ssd_jax.models.drafter import DrafterConfig, DraftNet
+from ssd_jax.training import loop, losses
+from ssd_jax.training.mtp import draw_splits, plain_batches
+from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
+
+TABLE = "acceptance.md"
+WIDTH = 10  # ranks told apart when acceptance is measured
+NODES = 59  # of the tree that is built from it
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterTraining:
+  """How a drafter is trained; the defaults are EAGLE's and LANTERN's.
+
+  Attributes:
+    draw: How the images are drawn.
+    optimizer: Of the drafter.
+    loop: Steps, batch, logging.
+    token_weight: Of the cross-entropy; smooth L1 has weight 1.
+    noise: Width of the uniform noise on input states, in their root mean
+      square.
+    unroll: Steps of own predictions; 1 is EAGLE's.
+    redundancy: Weight of the redundancy-aware part of the target; 0 is EAGLE's.
+    likeness: Cosine from which slots are interchangeable.
+    eval_images: Held-out images on which acceptance is measured, at most.
+    depth: Levels of the tree that is built from it.
+  """
+
+  draw: DrawConfig = DrawConfig()
+  optimizer: OptimizerConfig = OptimizerConfig(
+      learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=100,
+      b1=0.9, b2=0.95, weight_decay=0.0, clip=0.5,
+  )
+  loop: LoopConfig = LoopConfig()
+  token_weight: float = 0.1
+  noise: float = 0.2
+  unroll: int = 1
+  redundancy: float = 0.0
+  likeness: float = 0.95
+  eval_images: int = 64
+  depth: int = 5
+
+  def __post_init__(self):
+    check(self.token_weight >= 0, "token_weight", self.token_weight, ">= 0")
+    check(self.noise >= 0, "noise", self.noise, ">= 0")
+    check(0 <= self.redundancy <= 1, "redundancy", self.redundancy,
+          "in [0, 1]")
+    for name in ("unroll", "eval_images", "depth"):
+      check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+
+
+def run(
+    teacher: Teacher, captions: Mapping[str, Sequence[str]],
+    cfg: DrafterTraining, workdir: str | os.PathLike,
+    drawn: Mapping[str, DrawnTokens] | None = None,
+) -> tuple[TrainState, DrafterConfig]:
+  """(state whose params are the drafter's, its trunk), trained in `workdir`.
+
+  Args:
+    teacher: The frozen trunk.
+    captions: Of the splits "train" and "validation".
+    cfg: Settings.
+    workdir: Holds tokens, checkpoints, logs, drafter.json and acceptance.md.
+    drawn: Images of the splits, where they were drawn before.
+
+  Raises:
+    UserError: when the grid is too short, or `workdir` holds another run.
+  """
+  workdir = pathlib.Path(workdir)
+  longest = teacher.generator.grid.length - 1
+  for name in ("unroll", "depth"):
+    check(getattr(cfg, name) <= longest, name, getattr(cfg, name),
+          f"at most {longest} on this grid")
+  drafter_cfg = DrafterConfig.make(teacher.generator, teacher.params)
+  _claim(workdir / "drafter.json", drafter_cfg)
+  splits = drawn or draw_splits(teacher, captions, cfg.draw, workdir)
+  net = DraftNet(teacher.generator)
+  optimizer = make_optimizer(cfg.optimizer, cfg.loop)
+  params = net.init(jax.random.key(cfg.loop.seed))
+  state = TrainState.make(params, optimizer, cfg.optimizer)
+  step = make_step(net, teacher, cfg, optimizer)
+  measure = make_measure(net, teacher, cfg.depth)
+
+  def evaluate(state):
+    held_out = plain_batches(
+        splits["validation"], teacher, cfg.loop.batch, cfg.eval_images)
+    rates_DK = measure(state.eval_params, held_out)
+    _write_table(workdir / TABLE, rates_DK)
+    tree = trees.search(rates_DK, NODES)
+    return {"first_rank": rates_DK[0, 0], "any_rank": rates_DK[0].sum(),
+            "tokens_per_pass": trees.expected_length(tree, rates_DK)}
+
+  state = loop.train(
+      str(workdir), state, functools.partial(step, teacher.params),
+      both_streams(splits["train"], teacher, cfg.loop), cfg.loop, evaluate,
+  )
+  return state, drafter_cfg
+
+
+def both_streams(
+    source: DrawnTokens, teacher: Teacher, cfg: LoopConfig
+) -> grain.IterDataset:
+  """Endless batches {"prompt": Prompt [G * B], "tokens": int32 [B, N]}."""
+
+  def assemble(images):
+    texts = [source.captions[i] for i in images]
+    prompt, _ = teacher.encode_prompts(texts, teacher.guided)
+    return {"prompt": prompt, "tokens": source.sequences(images)}
+
+  load = lambda source, index, rng: np.int64(index)
+  return pipeline.stream(source, load, cfg.batch, cfg.seed).map(assemble)
+
+
+def make_step(
+    net: DraftNet, teacher: Teacher, cfg: DrafterTraining,
+    optimizer: optax.GradientTransformation,
+):
+  """Jitted (trunk params, state, batch) -> (state, metrics); donates state."""
+
+  def total(drafter_params, trunk_params, batch, key):
+    params = {**trunk_params, "drafter": drafter_params}
+    hidden_GBND = jax.lax.stop_gradient(
+        stream_states(net, params, batch["prompt"], batch["tokens"]))
+    of_state, of_token = drafter_losses(
+        net, params, hidden_GBND, batch["tokens"], teacher.sampling.guidance,
+        cfg, key)
+    return of_state + cfg.token_weight * of_token, (of_state, of_token)
+
+  @functools.partial(jax.jit, donate_argnums=1)
+  def step(trunk_params, state: TrainState, batch):
+    key = jax.random.fold_in(jax.random.key(cfg.loop.seed), state.step)
+    grads, (of_state, of_token) = jax.grad(total, has_aux=True)(
+        state.params, trunk_params, batch, key)
+    state = apply_gradients(state, grads, optimizer, cfg.optimizer)
+    return state, {"state_loss": of_state, "token_loss": of_token,
+                   "gradient": optax.global_norm(grads)}
+
+  return step
+
+
+def stream_states(
+    net: DraftNet, params, prompt, tokens_BN: jax.Array
+) -> jax.Array:
+  """[G, B, N, D]: states that predict each slot, of every stream."""
+  streams = len(prompt.tokens) // len(tokens_BN)
+  hidden = net.generator.hidden(params, prompt, jnp.tile(tokens_BN, (streams, 1)))
+  return hidden.reshape(streams, *tokens_BN.shape, -1)
+
+
+def predicted_states(
+    net: DraftNet, params, hidden_GBND: jax.Array, tokens_BN: jax.Array,
+    steps: int,
+) -> list[jax.Array]:
+  """[G, B, N - 1 - t, D] of each step t: predicted states of slots t to N - 2,
+  whose logits are drafts of slots t + 1 to N - 1."""
+  shape = hidden_GBND.shape
+  tokens_SN = jnp.tile(tokens_BN, (shape[0], 1))
+  hidden_SND = hidden_GBND.reshape(-1, *shape[2:])
+  unrolled = net.unroll(params, hidden_SND, tokens_SN, steps)
+  return [x.reshape(shape)[:, :, t:-1] for t, x in enumerate(unrolled)]
+
+
+def drafter_losses(
+    net: DraftNet, params, hidden_GBND: jax.Array, tokens_BN: jax.Array,
+    guidance: jax.Array, cfg: DrafterTraining, key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """(smooth L1 of states, soft cross-entropy of tokens), means of the steps.
+
+  Args:
+    net: The drafter.
+    params: Of the frozen trunk and the drafter.
+    hidden_GBND: States that predict each slot.
+    tokens_BN: Tokens of each slot.
+    guidance: Scale at which the streams' logits are combined.
+    cfg: Weights and options.
+    key: Of the noise.
+  """
+  scale = jnp.sqrt(jnp.mean(hidden_GBND.astype(jnp.float32) ** 2))
+  noise = jax.random.uniform(key, hidden_GBND.shape, minval=-0.5, maxval=0.5)
+  noisy = hidden_GBND + (cfg.noise * scale * noise).astype(hidden_GBND.dtype)
+  goal = hidden_GBND[:, :, 1:]
+  guided = lambda states: jax.nn.log_softmax(
+      sampling_lib.guide(net.generator.logits(params, states), guidance))
+  p_BMV = soften(jnp.exp(guided(goal)), goal[0], cfg)
+  is_free = jnp.asarray(~net.generator.grid.is_forced[1:], jnp.float32)
+  of_state = of_token = 0.0
+  predicted = predicted_states(net, params, noisy, tokens_BN, cfg.unroll)
+  for step, states in enumerate(predicted):
+    of_state += jnp.mean(losses.smooth_l1(states, goal[:, :, step:]))
+    entropy_BM = -jnp.sum(p_BMV[:, step:] * guided(states), axis=-1)
+    of_token += jnp.average(jnp.mean(entropy_BM, axis=0), weights=is_free[step:])
+  return of_state / cfg.unroll, of_token / cfg.unroll
+
+
+def soften(
+    p_BMV: jax.Array, hidden_BMD: jax.Array, cfg: DrafterTraining
+) -> jax.Array:
+  """float32 [B, M, V]: the target with its redundancy-aware part.
+
+  Args:
+    p_BMV: The trunk's distributions at M slots.
+    hidden_BMD: The states that they come from.
+    cfg: Weight and threshold.
+  """
+  if not cfg.redundancy:
+    return p_BMV
+  x = hidden_BMD.astype(jnp.float32)
+  x /= jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+  alike_BMM = jnp.einsum("bmd,bnd->bmn", x, x) >= cfg.likeness
+  alike_BMM = (alike_BMM | jnp.eye(x.shape[1], dtype=bool)).astype(jnp.float32)
+  alike_BMM /= jnp.sum(alike_BMM, axis=-1, keepdims=True)
+  mean_BMV = jnp.einsum("bmn,bnv->bmv", alike_BMM, p_BMV)
+  return (1.0 - cfg.redundancy) * p_BMV + cfg.redundancy * mean_BMV
+
+
+def make_measure(net: DraftNet, teacher: Teacher, depth: int):
+  """(drafter params, batches) -> [depth, WIDTH]: how often a child is right.
+
+  Entry (d, k) is the share of paths of d right tokens, all among the WIDTH best
+  drafts of their slots, that the draft of rank k continues: the acceptance of a
+  tree of best drafts, taken from images that the trunk drew.
+  """
+  width = min(WIDTH, teacher.generator.cfg.vocab_out)
+  is_forced_N = jnp.asarray(teacher.generator.grid.is_forced)
+
+  @jax.jit
+  def count(drafter_params, trunk_params, prompt, tokens_SN):
+    params = {**trunk_params, "drafter": drafter_params}
+    hidden = stream_states(net, params, prompt, tokens_SN)
+    paths = tokens_SN.shape[1] - depth  # roots whose path ends in the image
+    is_open = jnp.ones((len(tokens_SN), paths), bool)
+    right, tried = [], []
+    predicted = predicted_states(net, params, hidden, tokens_SN, depth)
+    for step, states in enumerate(predicted):
+      slots = step + 1 + jnp.arange(paths)
+      q = sampling_lib.target(
+          net.generator.logits(params, states[:, :, :paths]), teacher.sampling)
+      own = jnp.take_along_axis(q, tokens_SN[:, slots, None], axis=-1)
+      rank = jnp.where(is_forced_N[slots], 0, jnp.sum(q > own, axis=-1))
+      tried.append(jnp.sum(is_open))
+      is_right = is_open[..., None] & (rank[..., None] == jnp.arange(width))
+      right.append(jnp.sum(is_right, axis=(0, 1)))
+      is_open &= rank < width
+    return jnp.stack(right), jnp.stack(tried)
+
+  def measure(drafter_params, held_out) -> np.ndarray:
+    each = [count(drafter_params, teacher.params, **b) for b in held_out]
+    right_DK, tried_D = (np.sum(x, axis=0) for x in zip(*each, strict=True))
+    return right_DK / np.maximum(tried_D, 1)[:, None]
+
+  return measure
+
+
+def _write_table(path: pathlib.Path, rates_DK: np.ndarray) -> None:
+  """Writes acceptance and the tree built from it, by one rename."""
+  depth, width = rates_DK.shape
+  tree = trees.search(rates_DK, NODES)
+  lines = [
+      "| level | " + " | ".join(f"rank {k}" for k in range(width)) + " |",
+      "|---" * (width + 1) + "|",
+      *(f"| {d + 1} | " + " | ".join(f"{x:.4f}" for x in rates_DK[d]) + " |"
+        for d in range(depth)),
+      "",
+      f"Best tree of {tree.nodes} nodes, "
+      f"{trees.expected_length(tree, rates_DK):.3f} tokens per pass:",
+      f"`eagle:tree={trees.spell(tree)}`",
+  ]
+  partial = path.with_name(f".{path.name}")
+  partial.write_text("\n".join(lines) + "\n")
+  os.replace(partial, path)
+
+
+def _claim(path: pathlib.Path, cfg: DrafterConfig) -> None:
+  """Writes whose drafter a working directory trains, or checks it."""
+  if not path.exists():
+    checkpoints.write_json(path, dataclasses.asdict(cfg))
+  found = from_config_dict(DrafterConfig, checkpoints.read_json(path))
+  if not found.is_same(cfg):
+    raise UserError(
+        f"got {path.parent} with a drafter of another trunk, expected one of "
+        "this trunk; use another workdir"
+    )
