@@ -26,7 +26,7 @@ def save(folder: str | os.PathLike, tree: Any, dtype: Any = None) -> None:
   folder.parent.mkdir(parents=True, exist_ok=True)
   cast = lambda x: (
       np.asarray(x, dtype)
-      if dtype is not None and np.issubdtype(np.asarray(x).dtype, np.floating)
+      if dtype is not None and _is_float(np.asarray(x))
       else np.asarray(x)
   )
   staging = pathlib.Path(tempfile.mkdtemp(prefix=".saving-", dir=folder.parent))
@@ -71,10 +71,15 @@ def cast(tree: Any, dtype: Any) -> Any:
   """The tree with floating-point leaves as device arrays of `dtype`."""
   return jax.tree.map(
       lambda x: jax.numpy.asarray(
-          x, dtype if np.issubdtype(x.dtype, np.floating) else None
+          x, dtype if _is_float(x) else None
       ),
       tree,
   )
+
+
+def _is_float(x: Any) -> bool:
+  """Whether x is of a floating-point type, bfloat16 among them."""
+  return jax.numpy.issubdtype(x.dtype, np.floating)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

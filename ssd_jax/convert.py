@@ -22,16 +22,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
 
-from ssd_jax import checkpoints, names, tensors
+from ssd_jax import checkpoints, names, stores, tensors
 from ssd_jax.config import UserError
 from ssd_jax.names import Part, Recipe, Row
 from ssd_jax.tensors import Checkpoint
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-_PIECE = 64 * 2**20  # bytes of a large table that are in memory at a time
 _SHOWN = 6  # names listed in an error
 
 
@@ -98,7 +95,7 @@ class Job:
           yield Unit(index, row, 0, None)
           continue
         shape = row.sources[0].shape
-        step = _rows_per_piece(shape)
+        step = stores.rows_per_piece(shape)
         for start in range(0, shape[0], step):
           yield Unit(index, row, start, min(start + step, shape[0]))
 
@@ -306,8 +303,9 @@ def _write_unit(job: Job, work: pathlib.Path, unit: Unit) -> dict[str, Any]:
     arrays.append(found[source.name].read(first + unit.start, stop))
   shape, dtype = job.leaves[row.target]
   value = np.ascontiguousarray(row.convert(*arrays).astype(dtype))
-  store = _open_array(work / "arrays", row.target, shape, dtype,
-                      row.layer is not None)
+  store = stores.open_array(
+      stores.place(work / "arrays", row.target), shape, dtype,
+      row.layer is not None)
   if row.layer is not None:
     store[row.layer].write(value).result()
   elif value.shape == shape:
@@ -322,32 +320,6 @@ def _write_unit(job: Job, work: pathlib.Path, unit: Unit) -> dict[str, Any]:
   }
 
 
-def _open_array(
-    folder: pathlib.Path, path: str, shape: tuple[int, ...], dtype: np.dtype,
-    is_stacked: bool,
-) -> ts.TensorStore:
-  """The array on disk, laid out as orbax lays it out."""
-  chunk = (1, *shape[1:]) if is_stacked else (
-      min(shape[0], _rows_per_piece(shape)), *shape[1:])
-  return ts.open({
-      "driver": "zarr",
-      "kvstore": {"driver": "file", "path": str(_place(folder, path))},
-      "metadata": {
-          "shape": shape, "chunks": chunk, "compressor": None,
-          "dtype": "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.str,
-      },
-  }, open=True, create=True).result()
-
-
-def _rows_per_piece(shape: tuple[int, ...]) -> int:
-  return max(1, _PIECE // (4 * math.prod(shape[1:])))
-
-
-def _place(folder: pathlib.Path, path: str) -> pathlib.Path:
-  top, _, rest = path.partition("/")
-  return folder / top / rest.replace("/", ".")
-
-
 def _assemble(
     job: Job, work: pathlib.Path, done: dict[str, dict], seconds: float
 ) -> dict[str, Any]:
@@ -356,12 +328,12 @@ def _assemble(
   for top in sorted({path.split("/")[0] for path in job.leaves}):
     paths = [p for p in job.leaves if p.startswith(top + "/")]
     if not (model / top).exists():
-      _write_skeleton(model / top, [p.split("/")[1:] for p in paths])
+      stores.write_skeleton(model / top, [p.split("/")[1:] for p in paths])
     for path in paths:
-      array = _place(work / "arrays", path)
+      array = stores.place(work / "arrays", path)
       if array.exists():
-        shutil.rmtree(_place(model, path))
-        os.rename(array, _place(model, path))
+        shutil.rmtree(stores.place(model, path))
+        os.rename(array, stores.place(model, path))
   (model / "tokenizer").mkdir(exist_ok=True)
   for file in job.assets:
     shutil.copyfile(file, model / "tokenizer" / file.name)
@@ -371,23 +343,6 @@ def _assemble(
   report = _report(job, done, seconds)
   checkpoints.write_json(model / "report.json", report)
   return report
-
-
-def _write_skeleton(folder: pathlib.Path, paths: list[list[str]]) -> None:
-  """An orbax checkpoint with the right tree, whose arrays are then replaced.
-
-  orbax writes only trees that are whole in memory; what it reads back are the
-  shapes of the arrays on disk.
-  """
-  tree: dict[str, Any] = {}
-  for path in paths:
-    node = tree
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = np.zeros(1, np.float32)
-  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-  with ocp.Checkpointer(handler) as checkpointer:
-    checkpointer.save(folder, tree)
 
 
 def _report(job: Job, done: dict[str, dict], seconds: float) -> dict[str, Any]:

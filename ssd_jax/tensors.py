@@ -75,7 +75,8 @@ class Tensor:
     if self.strides is None:
       row = math.prod(self.shape[1:])
       return self._bytes(start * row, (stop - start) * row).reshape(shape)
-    span = 1 + sum((n - 1) * s for n, s in zip(shape, self.strides, strict=True))
+    span = 1 + sum(
+        (n - 1) * s for n, s in zip(shape, self.strides, strict=True))
     flat = self._bytes(start * self.strides[0], span)
     strides = [s * self.dtype.itemsize for s in self.strides]
     return np.lib.stride_tricks.as_strided(flat, shape, strides).copy()
@@ -230,8 +231,8 @@ def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
 def _data_offset(f: io.BufferedReader, info: zipfile.ZipInfo) -> int:
   """The first byte of a stored (not compressed) entry of a zip archive."""
   if info.compress_type != zipfile.ZIP_STORED:
-    raise UserError(f"got a compressed {f.name}, expected a file of torch.save; "
-                    "unpack it and save it again")
+    raise UserError(f"got a compressed {f.name}, expected a file of "
+                    "torch.save; unpack it and save it again")
   f.seek(info.header_offset)
   name, extra = struct.unpack("<26xHH", f.read(30))
   return info.header_offset + 30 + name + extra

@@ -13,12 +13,24 @@ import ml_collections
 import numpy as np
 
 from ssd_jax.families import lumina, published
-from ssd_jax.families.published import Published, Stream
+from ssd_jax.families.published import Ids, Published
 from ssd_jax.grid import Grid
 from ssd_jax.models.transformer import TrunkConfig
 from ssd_jax.names import (
-    Part, Recipe, Row, Source, Table, chain, halves, image_head, native_layers,
-    repeat_heads, split_heads, table_rows, vq_shapes)
+  Part,
+  Recipe,
+  Row,
+  Source,
+  Table,
+  chain,
+  halves,
+  image_head,
+  native_layers,
+  repeat_heads,
+  split_heads,
+  table_rows,
+  vq_shapes,
+)
 from ssd_jax.vq_names import vq_rows
 
 VARIANTS = ("native", "hf")
@@ -56,11 +68,11 @@ class Anole(Published):
     """Codes."""
     return lumina.chameleon_input_ids(self.config)[:-1]
 
-  def streams(self, text: str) -> tuple[Stream, Stream]:
+  def streams(self, text: str) -> tuple[Ids, Ids]:
     """The text as it is; and an image without text."""
     ids = self.config.ids
     prompt = (ids.start, *self.text_ids(text), ids.end_of_turn, ids.image)
-    return Stream(prompt), Stream((ids.start, ids.image))
+    return prompt, (ids.start, ids.image)
 
 
 def recipe(config: ml_collections.ConfigDict) -> Recipe:

@@ -17,10 +17,18 @@ import numpy as np
 from ssd_jax.config import UserError
 from ssd_jax.extras import need
 from ssd_jax.families import published
-from ssd_jax.families.published import Published, Stream
+from ssd_jax.families.published import Ids, Published
 from ssd_jax.grid import Grid
 from ssd_jax.names import (
-    Part, Recipe, Row, Table, image_head, llama_layers, table_rows, vq_shapes)
+  Part,
+  Recipe,
+  Row,
+  Table,
+  image_head,
+  llama_layers,
+  table_rows,
+  vq_shapes,
+)
 from ssd_jax.vq_names import vq_rows
 
 _RANKS, _VISION = "emu3.tiktoken", "emu3_vision_tokens.txt"
@@ -105,10 +113,10 @@ class Emu3(Published):
     codes = ids.first_code + np.arange(self.trunk.vocab_out)
     return np.append(codes, ids.end_of_row).astype(np.int32)
 
-  def streams(self, text: str) -> tuple[Stream, Stream]:
+  def streams(self, text: str) -> tuple[Ids, Ids]:
     """The text, and the negative prompt, each before the image's header."""
-    return tuple(Stream(self._prompt(words)) for words in (
-        text + self.config.suffix, self.config.negative))
+    return (self._prompt(text + self.config.suffix),
+            self._prompt(self.config.negative))
 
   def _prompt(self, text: str) -> tuple[int, ...]:
     ids, grid = self.config.ids, self.grid

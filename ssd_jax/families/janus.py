@@ -16,11 +16,20 @@ import numpy as np
 
 from ssd_jax.config import UserError
 from ssd_jax.families import published
-from ssd_jax.families.published import Published, Stream
+from ssd_jax.families.published import Ids, Published
 from ssd_jax.grid import Grid
 from ssd_jax.names import (
-    Part, Recipe, Row, Source, Table, copy, linear, llama_layers, table_rows,
-    vq_shapes)
+  Part,
+  Recipe,
+  Row,
+  Source,
+  Table,
+  copy,
+  linear,
+  llama_layers,
+  table_rows,
+  vq_shapes,
+)
 from ssd_jax.vq_names import vq_rows
 
 VARIANTS = ("1b", "7b")
@@ -87,13 +96,12 @@ class Janus(Published):
     codes = np.arange(self.trunk.vocab_out)
     return (self.text_rows + codes).astype(np.int32)
 
-  def streams(self, text: str) -> tuple[Stream, Stream]:
+  def streams(self, text: str) -> tuple[Ids, Ids]:
     """A turn of a conversation; and as much padding."""
     start, pad, image = map(self._id, (_START, _PAD, _IMAGE))
     words = f"<|User|>: {text}\n\n<|Assistant|>:"
     prompt = (start, *self.text_ids(words), image)
-    return Stream(prompt), Stream(
-        (start, *[pad] * (len(prompt) - 2), image))
+    return prompt, (start, *[pad] * (len(prompt) - 2), image)
 
   def _id(self, token: str) -> int:
     found = self.text_tokenizer.token_to_id(token)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ssd_jax import checkpoints
 from ssd_jax.config import UserError, from_config_dict
-from ssd_jax.families import captions, published
+from ssd_jax.families import captions, published, t5_names
 from ssd_jax.families.janus import vq16
 from ssd_jax.families.published import Published
 from ssd_jax.grid import Grid
@@ -24,8 +24,19 @@ from ssd_jax.models import rope
 from ssd_jax.models.t5 import T5Config, T5Encoder
 from ssd_jax.models.transformer import TrunkConfig
 from ssd_jax.names import (
-    Part, Recipe, Row, Source, Table, chain, copy, leaves, linear,
-    native_layers, split_heads, table_rows, vq_shapes)
+  Part,
+  Recipe,
+  Row,
+  Source,
+  Table,
+  chain,
+  copy,
+  linear,
+  native_layers,
+  split_heads,
+  table_rows,
+  vq_shapes,
+)
 from ssd_jax.types import Params, Prompt
 from ssd_jax.vq_names import vq_rows
 
@@ -45,9 +56,6 @@ _CODES = 16_384
 _KEEP = ("trunk", "vq", "t5", "theta", "classes", "side", "sampling",
          "tokenizer")
 _END = "</s>"
-_T5_FILES = (
-    "model.safetensors.index.json", "pytorch_model.bin.index.json",
-    "model*.safetensors", "pytorch_model*.bin")
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -224,10 +232,9 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
     return Recipe(config.family, published.settings_of(config, _KEEP),
                   tuple(parts))
   t5 = from_config_dict(T5Config, config.t5)
-  ignored = (r"decoder\..*", r"lm_head\.weight",
-             r"encoder\.embed_tokens\.weight")
-  parts.append(Part("text_encoder", _T5_FILES,
-                    Table(tuple(_t5_rows(t5)), ignored), _t5_shapes(t5)))
+  parts.append(Part("text_encoder", t5_names.FILES,
+                    Table(tuple(t5_names.rows(t5)), t5_names.IGNORED),
+                    t5_names.shapes(t5)))
   return Recipe(config.family, published.settings_of(config, _KEEP),
                 tuple(parts), (config.tokenizer,))
 
@@ -270,38 +277,6 @@ def _attention_rows(cfg: TrunkConfig) -> Iterable[Row]:
 
 def _rows(start: int, stop: int, x: np.ndarray) -> np.ndarray:
   return x[start:stop]
-
-
-def _t5_shapes(cfg: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
-  shape = lambda dtype: jax.ShapeDtypeStruct((1, 1), dtype)
-  init = T5Encoder(cfg).init
-  variables = jax.eval_shape(
-      init, jax.random.key(0), shape(np.int32), shape(np.bool_))
-  return leaves(variables["params"], "text")
-
-
-def _t5_rows(cfg: T5Config) -> Iterable[Row]:
-  d, f, n = cfg.d_model, cfg.d_ff, cfg.n_heads
-  inner = n * cfg.head_dim
-  yield Row("text/embedding", (Source("shared.weight", (cfg.vocab, d)),))
-  for i in range(cfg.n_layers):
-    at = f"encoder.block.{i}.layer"
-    row = lambda target, name, shape, convert, i=i, at=at: Row(
-        f"text/layers/{target}", (Source(f"{at}.{name}.weight", shape),),
-        convert, i)
-    for ours in "qkv":
-      yield row(ours, f"0.SelfAttention.{ours}", (inner, d), split_heads(n))
-    yield row("o", "0.SelfAttention.o", (d, inner),
-              lambda x: x.T.reshape(n, -1, x.shape[0]))
-    for ours, name, shape in (("gate", "wi_0", (f, d)), ("up", "wi_1", (f, d)),
-                              ("down", "wo", (d, f))):
-      yield row(ours, f"1.DenseReluDense.{name}", shape, linear)
-    for ours, name in (("attn_norm", 0), ("mlp_norm", 1)):
-      yield row(f"{ours}/scale", f"{name}.layer_norm", (d,), copy)
-  yield Row("text/final_norm/scale", (
-      Source("encoder.final_layer_norm.weight", (d,)),))
-  name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-  yield Row("text/distance", (Source(name, (cfg.buckets, n)),))
 
 
 def from_settings(settings: dict, folder: pathlib.Path | None) -> LlamaGen:

@@ -14,10 +14,17 @@ import numpy as np
 
 from ssd_jax.config import UserError
 from ssd_jax.families import published
-from ssd_jax.families.published import Published, Stream
+from ssd_jax.families.published import Ids, Published
 from ssd_jax.grid import Grid
 from ssd_jax.names import (
-    Part, Recipe, Table, image_head, llama_layers, table_rows, vq_shapes)
+  Part,
+  Recipe,
+  Table,
+  image_head,
+  llama_layers,
+  table_rows,
+  vq_shapes,
+)
 from ssd_jax.vq_names import vq_rows
 
 VARIANTS = ("512", "768", "1024")
@@ -95,7 +102,7 @@ class Lumina(Published):
     """Codes, then end-of-row."""
     return chameleon_input_ids(self.config)
 
-  def streams(self, text: str) -> tuple[Stream, Stream]:
+  def streams(self, text: str) -> tuple[Ids, Ids]:
     """The instruction with the text; and the opening of an image alone."""
     ids = self.config.ids
     width, height = self.pixels
@@ -104,7 +111,7 @@ class Lumina(Published):
     opening = (ids.image, ids.size + height // _PATCH,
                ids.size + width // _PATCH)
     prompt = (ids.start, *self.text_ids(words), ids.end_of_turn, *opening)
-    return Stream(prompt), Stream(opening)
+    return prompt, opening
 
 
 def parse_size(size: str, target: int) -> tuple[int, int]:

@@ -24,18 +24,8 @@ from ssd_jax.types import Params, Prompt
 _BUCKETS = (32, 64, 128, 256, 512, 1024)  # prompt slots; one compile each
 SAFETENSORS = ("model.safetensors.index.json", "*.safetensors")
 ANY_FORMAT = (*SAFETENSORS, "pytorch_model.bin.index.json", "*.bin")
+Ids = tuple[int, ...]
 CHAMELEON_VQ = ("**/vqgan.ckpt", "**/vqgan.safetensors")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-  """A prompt of one row.
-
-  Attributes:
-    ids: Rows of the input table; the last one predicts the first cell.
-  """
-
-  ids: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,8 +84,11 @@ class Published:
         self.trunk, self.grid, self.rope, self.input_ids,
         jnp.float32 if is_cpu else jnp.bfloat16)
 
-  def streams(self, text: str) -> tuple[Stream, Stream]:
-    """(conditional, unconditional) prompts of a text."""
+  def streams(self, text: str) -> tuple[Ids, Ids]:
+    """(conditional, unconditional) prompts of a text.
+
+    Rows of the input table; the last one predicts the first cell.
+    """
     raise NotImplementedError
 
   def encode_prompts(
@@ -108,9 +101,9 @@ class Published:
       guided: Whether there are unconditional rows, after the others.
     """
     pairs = [self.streams(text) for text in prompts]
-    rows = [pair[0].ids for pair in pairs]
+    rows = [pair[0] for pair in pairs]
     if guided:
-      rows += [pair[1].ids for pair in pairs]
+      rows += [pair[1] for pair in pairs]
     return left_padded(rows, self.grid.length), []
 
   def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:

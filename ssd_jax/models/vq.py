@@ -2,8 +2,8 @@
 
 Encoder -> quantiser -> decoder of VQGAN (Esser et al. 2021, arXiv:2012.09841),
 configured to hold the published tokenizers (LlamaGen and Janus VQ-16/VQ-8,
-Chameleon, Emu3 for single images) and our own. Levels are numbered in the encoder's order: level 0 has
-the highest resolution. All arrays are NHWC.
+Chameleon, Emu3 for single images) and our own. Levels are numbered in the
+encoder's order: level 0 has the highest resolution. All arrays are NHWC.
 
 B batch, H height, W width, C channels, R rows and C columns of the grid,
 V codes, Z code dimension.

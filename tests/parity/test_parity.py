@@ -3,19 +3,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from references import CODES, FAMILIES
 import pytest
+from references import FAMILIES, TEXTS
 import torch
+from toy_weights import CODES
 
-from ssd_jax import checkpoints, convert, sampling
+import ssd_jax
+from ssd_jax import convert, sampling
 from ssd_jax.cli.convert import RECIPES
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
-from ssd_jax.families import anole, emu3, janus, llamagen, lumina
 
-_FAMILY = {"llamagen": llamagen, "lumina": lumina, "anole": anole,
-           "janus": janus, "emu3": emu3}
-_TEXTS = ["a red cat", "the dog in the blue rain"]
 _GUIDANCE = 2.5
 
 
@@ -32,11 +30,10 @@ class Case:
     if name == "llamagen_text":
       folders["text_encoder"] = source
     convert.convert(convert.open_job(recipe, folders, "float32"), out)
-    settings = checkpoints.read_json(out / "model.json")
-    self.family = _FAMILY[settings["family"]].from_settings(settings, out)
-    self.params = {"trunk": checkpoints.restore(out / "trunk")}
-    self.vq_params = checkpoints.restore(out / "vq")
-    self.texts = ["3", "7"] if name == "llamagen_class" else _TEXTS
+    pipe = ssd_jax.load(out)
+    self.family, self.params = pipe.family, pipe.params
+    self.vq_params = pipe.vq_params
+    self.texts = ["3", "7"] if name == "llamagen_class" else list(TEXTS)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -41,7 +41,8 @@ class Attn(nn.Module):
   def forward(self, x):
     b, c, h, w = x.shape
     y = self.norm(x)
-    q, k, v = (f(y).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
+    q, k, v = (f(y).flatten(2).transpose(1, 2)
+               for f in (self.q, self.k, self.v))
     y = torch.softmax(q @ k.transpose(1, 2) / c**0.5, dim=-1) @ v
     return x + self.proj_out(y.transpose(1, 2).reshape(b, c, h, w))
 

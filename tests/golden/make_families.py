@@ -1,0 +1,60 @@
+"""Writes families.npz: what PyTorch computes of the toy families.
+
+    PYTHONPATH=.:tests:tests/parity python tests/golden/make_families.py
+
+Needs the extra `parity`. Weights are not stored: their names determine them.
+"""
+
+import pathlib
+import tempfile
+
+import numpy as np
+from references import FAMILIES, TEXTS
+import torch
+from toy_weights import CODES
+
+from ssd_jax.families.published import Published
+from ssd_jax.loading import _FAMILIES
+
+
+def main() -> None:
+  """Computes and writes every array."""
+  arrays = {}
+  for name, family in FAMILIES.items():
+    torch.manual_seed(0)
+    reference = family()
+    with tempfile.TemporaryDirectory() as folder:
+      reference.save(pathlib.Path(folder))
+      values = compute(name, reference)
+    arrays |= {f"{name}/{key}": value for key, value in values.items()}
+  file = pathlib.Path(__file__).parent / "families.npz"
+  np.savez_compressed(file, **arrays)
+  print(file, file.stat().st_size, "bytes")
+
+
+def compute(name: str, reference) -> dict[str, np.ndarray]:
+  """Prompts, logits, pixels and codes of a family."""
+  config = reference.config
+  made: Published = _FAMILIES[config.family](
+      {"config": config.to_dict()}, None)
+  grid = made.grid
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, CODES, grid.length)
+  tokens = np.where(grid.is_forced, CODES, tokens)
+  text = "3" if name == "llamagen_class" else TEXTS[0]
+  pixels = reference.decode(torch.tensor(rng.integers(
+      0, CODES, (1, grid.rows, grid.cols))))
+  values = {"tokens": tokens, "pixels": pixels.numpy(),
+            "codes": reference.encode(torch.tanh(pixels)).numpy()}
+  for stream, conditional in (("cond", True), ("uncond", False)):
+    values[stream] = np.array(reference.prompt(text, conditional))
+    values[f"{stream}_logits"] = reference.logits(
+        text, conditional, list(tokens[:-1]))
+  if name == "llamagen_text":
+    ids = torch.tensor(values["cond"])[None]
+    values["features"] = reference.t5(ids).last_hidden_state.numpy()
+  return values
+
+
+if __name__ == "__main__":
+  main()
