@@ -12,7 +12,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import pathlib
 import pickle
 import struct
@@ -45,6 +44,7 @@ _INERT = (
     "builtins.set", "builtins.dict", "builtins.int", "builtins.list",
     "_codecs.encode",
 )
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _WRAPPERS = ("model", "module", "state_dict")
 
 
@@ -215,7 +215,8 @@ def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
       unpickler = _Unpickler(archive.read(pickled[0]), file)
       tree = unpickler.load()
       with open(file, "rb") as f:
-        place = lambda key: _data_offset(f, entries[f"{root}data/{key}"])
+        place = lambda storage: _data_offset(
+            f, entries[f"{root}data/{storage.key}"], storage)
         return _state_dict(tree, file, place)
   except zipfile.BadZipFile as error:
     raise UserError(
@@ -228,8 +229,12 @@ def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
                     f"torch.save; {_AGAIN}") from error
 
 
-def _data_offset(f: io.BufferedReader, info: zipfile.ZipInfo) -> int:
-  """The first byte of a stored (not compressed) entry of a zip archive."""
+def _data_offset(
+    f: io.BufferedReader, info: zipfile.ZipInfo, storage: "_Storage"
+) -> int:
+  """The first byte of a storage, an entry of a zip archive."""
+  if info.file_size < storage.count * storage.dtype.itemsize:
+    raise pickle.UnpicklingError(f"storage {storage.key} is too short")
   if info.compress_type != zipfile.ZIP_STORED:
     raise UserError(f"got a compressed {f.name}, expected a file of "
                     "torch.save; unpack it and save it again")
@@ -293,7 +298,7 @@ class _Unpickler(pickle.Unpickler):
 
   def find_class(self, module: str, name: str) -> Any:
     """Our stand-in for a global that the pickle names."""
-    full = f"{module}.{name}"
+    full = f"{_PYTHON_2.get(module, module)}.{name}"
     if full == "collections.OrderedDict":
       return OrderedDict
     if full == "torch._utils._rebuild_tensor_v2":
@@ -334,15 +339,8 @@ def _state_dict(
   if not isinstance(tree, dict):
     raise UserError(f"got {file} that holds no dictionary, expected a state "
                     "dict; check the file")
-  size = os.path.getsize(file)
-  tensors = {}
-  for name, view in tree.items():
-    if isinstance(view, _View):
-      tensors[str(name)] = tensor = _tensor(view, file, place)
-      if tensor.offset + view.storage.count * tensor.dtype.itemsize > size:
-        raise UserError(f"got a truncated {file}, expected all of {name}; "
-                        f"{_AGAIN}")
-  return tensors
+  return {str(name): _tensor(view, file, place)
+          for name, view in tree.items() if isinstance(view, _View)}
 
 
 def _tensor(view: _View, file: pathlib.Path, place) -> Tensor:
@@ -358,5 +356,5 @@ def _tensor(view: _View, file: pathlib.Path, place) -> Tensor:
   ordered = all(n == 1 or a == b for n, a, b in zip(
       view.shape, view.strides, dense, strict=True))
   return Tensor(
-      file, place(view.storage.key) + view.offset * dtype.itemsize, view.shape,
+      file, place(view.storage) + view.offset * dtype.itemsize, view.shape,
       dtype, None if ordered else view.strides)
