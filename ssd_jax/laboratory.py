@@ -1,0 +1,213 @@
+"""The laboratory for exactness: is a decoder's joint law AR's?
+
+On a tiny grid every image can be enumerated and its exact probability computed.
+Many images are drawn with the decoder and counted; a chi-square test says how
+likely such counts are under the exact law, and the total variation distance how
+far off they are, beside what an exact sampler would show at that number.
+
+Images are drawn in groups, so that a decoder whose images disturb each other is
+caught as well.
+"""
+
+from collections.abc import Callable, Iterable
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import optimize, stats
+
+from ssd_jax import testing
+from ssd_jax.decoding import engine
+from ssd_jax.pipeline import Pipeline
+
+PROMPT = "ab"
+LEAST_EXPECTED = 5.0  # of a bin; rarer images are counted together
+P_VALUE = 1e-3  # below it a decoder's law is called another one
+GROUPS = (1, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """What the draws of one decoder say.
+
+  Attributes:
+    label: Of the decoder.
+    lossless: Whether it claims to be.
+    group: Images decoded together.
+    draws: In all.
+    tv: Total variation distance of the counts from the exact law.
+    floor: The same that an exact sampler shows on average.
+    p_value: Of the chi-square test.
+    passes: Mean per image.
+  """
+
+  label: str
+  lossless: bool
+  group: int
+  draws: int
+  tv: float
+  floor: float
+  p_value: float
+  passes: float
+
+  @property
+  def verdict(self) -> str:
+    """In words, what a claim of exactness is worth."""
+    if self.p_value >= P_VALUE:
+      return "exact" if self.lossless else "not told from exact"
+    return "BIASED" if self.lossless else "relaxed"
+
+  @property
+  def is_sound(self) -> bool:
+    """Whether it keeps what it claims."""
+    return not self.lossless or self.p_value >= P_VALUE
+
+
+def enumerate_law(
+    pipe: Pipeline, prompt: str = PROMPT
+) -> tuple[np.ndarray, np.ndarray]:
+  """(all images int32 [I, R, C], their probabilities float64 [I])."""
+  images = testing.every_image(pipe)
+  log_p_I = pipe.log_prob(images, [prompt] * len(images))
+  p_I = np.exp(log_p_I.astype(np.float64))
+  if abs(p_I.sum() - 1) > 1e-3:
+    raise AssertionError(f"probabilities of all images sum to {p_I.sum()}")
+  return images, p_I / p_I.sum()
+
+
+def draw(
+    pipe: Pipeline, decoder: engine.Decoder, draws: int, group: int = 1,
+    seed: int = 0, prompt: str = PROMPT,
+) -> engine.Decoded:
+  """`draws` images of one prompt, decoded `group` at a time.
+
+  All groups go through one program, beside each other: thousands of tiny
+  images take seconds. A group sees no other group.
+  """
+  settings, guided = pipe.sampling()
+  rows, _ = pipe.family.encode_prompts([prompt] * group, guided)
+
+  @jax.jit
+  def run(index_KG):
+    return jax.vmap(lambda image_G: engine.decode(
+        pipe.model, decoder, pipe.params, rows, settings,
+        jax.random.key(seed), image_G))(index_KG)
+
+  index = jnp.arange(draws // group * group).reshape(-1, group)
+  flatten = lambda x: np.asarray(x).reshape(index.size, *x.shape[2:])
+  return jax.tree.map(flatten, run(index))
+
+
+def count(pipe: Pipeline, tokens: np.ndarray) -> np.ndarray:
+  """int [I]: how often each image was drawn, ordered as `enumerate_law`."""
+  cells = tokens.reshape(len(tokens), -1)
+  places = pipe.model.vocab ** np.arange(cells.shape[1])[::-1]
+  return np.bincount(
+      cells @ places, minlength=pipe.model.vocab ** cells.shape[1])
+
+
+def chi_square(found_I: np.ndarray, p_I: np.ndarray) -> float:
+  """The p-value of counts under a law; rare images are counted together.
+
+  Zero where an image was drawn that has no probability at all.
+  """
+  if found_I[p_I == 0].sum():
+    return 0.0
+  found, expected = pool(found_I, p_I * found_I.sum())
+  return float(stats.chisquare(found, expected).pvalue)
+
+
+def pool(
+    found_I: np.ndarray, expected_I: np.ndarray, least: float = LEAST_EXPECTED
+) -> tuple[np.ndarray, np.ndarray]:
+  """Counts and expectations with bins merged until each expects `least`.
+
+  The rarest come first, in one bin or several.
+  """
+  order = np.argsort(expected_I, kind="stable")
+  total = np.cumsum(expected_I[order])
+  bins, start = [], 0.0
+  for index, end in enumerate(total):
+    if end - start >= least:
+      bins.append(index + 1)
+      start = end
+  # What is left beyond the last full bin belongs to it.
+  edges = np.array([0, *bins[:-1]])
+  return (np.add.reduceat(found_I[order], edges),
+          np.add.reduceat(expected_I[order], edges))
+
+
+def total_variation(found_I: np.ndarray, p_I: np.ndarray) -> float:
+  """Half the sum of |share - probability|."""
+  return float(0.5 * np.abs(found_I / found_I.sum() - p_I).sum())
+
+
+def noise_floor(p_I: np.ndarray, draws: int) -> float:
+  """The total variation distance that an exact sampler shows on average.
+
+  Half the sum of the mean absolute deviations of binomials, by de Moivre's
+  closed form.
+  """
+  mode_I = np.floor(draws * p_I) + 1
+  deviation_I = 2 * mode_I * (1 - p_I) * stats.binom.pmf(mode_I, draws, p_I)
+  return float(0.5 * deviation_I.sum() / draws)
+
+
+def detectable(p_I: np.ndarray, draws: int, power: float = 0.9) -> float:
+  """The total variation distance that the test finds with this power.
+
+  Of a bias that changes every image's probability by the same factor up or
+  down; one that falls on few images is found at less.
+  """
+  freedom = len(pool(p_I, p_I * draws)[1]) - 1
+  threshold = stats.chi2.isf(P_VALUE, freedom)
+  miss = lambda shift: stats.ncx2.sf(threshold, freedom, shift) - power
+  shift = optimize.brentq(miss, 1e-3, 1e3 + 10 * threshold)
+  return float(0.5 * np.sqrt(shift / draws))
+
+
+def examine(
+    pipe: Pipeline, decoder: engine.Decoder, label: str, draws: int = 20_000,
+    group: int = 1, seed: int = 0,
+) -> Finding:
+  """What `draws` images of a decoder say about its law."""
+  _, p_I = enumerate_law(pipe)
+  out = draw(pipe, decoder, draws, group, seed)
+  found_I = count(pipe, out.tokens)
+  size = int(found_I.sum())
+  return Finding(
+      label, bool(decoder.lossless), group, size,
+      total_variation(found_I, p_I), noise_floor(p_I, size),
+      chi_square(found_I, p_I), float(out.passes.mean()),
+  )
+
+
+def survey(
+    pipe: Pipeline, decoders: Iterable[tuple[str, engine.Decoder]],
+    draws: int = 20_000, seed: int = 0,
+    on_finding: Callable[[Finding], None] | None = None,
+) -> list[Finding]:
+  """Findings of (label, decoder) pairs, alone and in groups of four."""
+  findings = []
+  for label, decoder in decoders:
+    for group in GROUPS:
+      findings.append(examine(pipe, decoder, label, draws, group, seed))
+      if on_finding:
+        on_finding(findings[-1])
+  return findings
+
+
+def table(findings: list[Finding]) -> str:
+  """A markdown table of findings."""
+  lines = [
+      "| decoder | claims lossless | images together | passes | TV | noise "
+      "floor | p-value | verdict |",
+      "|---|---|---|---|---|---|---|---|",
+  ]
+  for f in findings:
+    claim = "yes" if f.lossless else "no"
+    lines.append(
+        f"| {f.label} | {claim} | {f.group} | {f.passes:.2f} | {f.tv:.4f} | "
+        f"{f.floor:.4f} | {f.p_value:.3g} | {f.verdict} |")
+  return "\n".join(lines) + "\n"

@@ -1,0 +1,123 @@
+"""Pictures and words laid out beside and below each other, and written."""
+
+from collections.abc import Sequence
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ssd_jax.config import UserError
+
+_GAP = 6
+_TEXT = 12
+
+
+def contact_sheet(
+    images: Sequence[Sequence[np.ndarray]], rows: Sequence[str],
+    columns: Sequence[str], most: int = 192,
+) -> Image.Image:
+  """Pictures in a table with a caption for each row and column.
+
+  Args:
+    images: images[row][column], uint8 [H, W, 3] of one size.
+    rows: Captions.
+    columns: Captions.
+    most: Pixels of a picture's longer side, beyond which it is shrunk.
+  """
+  height, width = images[0][0].shape[:2]
+  scale = min(1.0, most / max(height, width))
+  size = (max(int(width * scale), 1), max(int(height * scale), 1))
+  side = 120
+  head = [text_box("", side, 2)] + [
+      text_box(text, max(size[0], 64), 2) for text in columns]
+  lines = [abreast(head)]
+  for caption, row in zip(rows, images, strict=True):
+    cells = [padded(Image.fromarray(x).resize(size, Image.Resampling.LANCZOS),
+                     max(size[0], 64)) for x in row]
+    fit = max(size[1] // (_TEXT + 2), 1)
+    lines.append(abreast([text_box(caption, side, fit)] + cells))
+  return padded(stack(lines, _GAP), lines[0].width + 2 * _GAP)
+
+
+def text_box(text: str, width: int, lines: int) -> Image.Image:
+  """Words wrapped into a box; what does not fit ends in an ellipsis."""
+  font = ImageFont.load_default(_TEXT)
+  fitted, words = [], text.replace("+", " +").split()
+  while words and len(fitted) < lines:
+    line = words.pop(0)
+    while words and font.getlength(f"{line} {words[0]}") <= width:
+      line += f" {words.pop(0)}"
+    fitted.append(line)
+  if words:
+    fitted[-1] += " ..."
+  while fitted and font.getlength(max(fitted, key=font.getlength)) > width:
+    fitted = [x if font.getlength(x) <= width else f"{x[:-4]}..."
+              for x in fitted]
+  box = Image.new("RGB", (width, (_TEXT + 2) * max(len(fitted), 1)), "white")
+  draw = ImageDraw.Draw(box)
+  for number, line in enumerate(fitted):
+    draw.text((0, number * (_TEXT + 2)), line, "black", font)
+  return box
+
+
+def caption(width: int, words: Sequence[str]) -> Image.Image:
+  """A line with its first words on the left and the others on the right."""
+  font = ImageFont.load_default(_TEXT)
+  right = "  ".join(words[1:])
+  room = width - int(font.getlength(right)) - 4
+  line = Image.new("RGB", (width, _TEXT + 4), "white")
+  if room > 16:
+    line.paste(text_box(words[0], room, 1), (0, 0))
+  ImageDraw.Draw(line).text(
+      (width - font.getlength(right), 0), right, "black", font)
+  return line
+
+
+def stack(parts: Sequence[Image.Image], gap: int = 0) -> Image.Image:
+  """Pictures below each other."""
+  size = (max(p.width for p in parts), sum(p.height + gap for p in parts))
+  whole, top = Image.new("RGB", size, "white"), 0
+  for part in parts:
+    whole.paste(part, (0, top))
+    top += part.height + gap
+  return whole
+
+
+def abreast(parts: Sequence[Image.Image]) -> Image.Image:
+  """Pictures beside each other."""
+  width = sum(p.width for p in parts) + _GAP * (len(parts) - 1)
+  whole = Image.new("RGB", (width, max(p.height for p in parts)), "white")
+  left = 0
+  for part in parts:
+    whole.paste(part, (left, 0))
+    left += part.width + _GAP
+  return whole
+
+
+def padded(part: Image.Image, width: int) -> Image.Image:
+  """A picture in the middle of a white strip."""
+  whole = Image.new("RGB", (width, part.height), "white")
+  whole.paste(part, ((width - part.width) // 2, 0))
+  return whole
+
+
+def save_picture(
+    image: Image.Image, path: pathlib.Path, kind: str = "png", **kwargs: Any
+) -> None:
+  """Writes a picture by one rename.
+
+  Raises:
+    UserError: when the folder is full or cannot be written.
+  """
+  partial = path.with_name(f".{path.name}.partial")
+  try:
+    image.save(partial, kind, **kwargs)
+    os.replace(partial, path)
+  except OSError as error:
+    partial.unlink(missing_ok=True)
+    raise UserError(
+        f"got {error.strerror} while writing {path}, expected a folder with "
+        "room that can be written; choose another --out"
+    ) from error

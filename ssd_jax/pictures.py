@@ -1,0 +1,253 @@
+"""Pictures of decoding: when each cell became final, and the grid filling.
+
+Everything is drawn with Pillow; only the Pareto plot needs matplotlib.
+
+T frames; R rows and C columns of the grid; H, W pixels.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ssd_jax import layout
+from ssd_jax.decoding.ar import AR
+from ssd_jax.decoding.engine import Decoder
+from ssd_jax.extras import need
+from ssd_jax.pipeline import Output, Pipeline
+
+_BLANK = 236  # grey of cells that hold nothing yet
+_DIM = 0.5  # share of that grey in drafts
+_MOST_FRAMES = 96
+_SECONDS = 6.0  # of an animation
+# Dark blue through green to yellow, evenly bright steps (after viridis).
+_HEAT = np.array([
+    (68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Filling:
+  """An image being decoded.
+
+  Attributes:
+    label: Of the decoder.
+    frames: uint8 [T, H, W, 3]: final cells as in the finished image, drafts
+      dimmed, cells that hold nothing grey.
+    shown: int [T], the pass after which each frame was taken, rising.
+    passes: Of the image.
+    seconds: It took, or None where only passes count.
+  """
+
+  label: str
+  frames: np.ndarray
+  shown: np.ndarray
+  passes: int
+  seconds: float | None = None
+
+  def at(self, passes: float) -> np.ndarray:
+    """uint8 [H, W, 3], as it was after that many passes, 0 for none."""
+    index = np.searchsorted(self.shown, passes, side="right") - 1
+    if index < 0:
+      return np.full_like(self.frames[0], _BLANK)
+    return self.frames[index]
+
+
+def filling(
+    pipe: Pipeline, output: Output, index: int, label: str,
+    seconds: float | None = None,
+) -> Filling:
+  """How image `index` of a traced output came to be."""
+  passes, commit_RC = int(output.passes[index]), output.commit_pass[index]
+  count = min(passes, _MOST_FRAMES)
+  shown = np.unique(np.linspace(1, passes, count).round().astype(int))
+  history = output.history[index, :passes]
+  # Code 0 is what a cell holds before anything was written there.
+  is_written = np.maximum.accumulate(history != 0, axis=0)[shown - 1]
+  is_final = commit_RC <= shown[:, None, None]
+  is_draft = is_written & ~is_final
+  image = output.images[index]
+  drafts = np.broadcast_to(image, (len(shown), *image.shape))
+  if is_draft.any():
+    drafts = pipe.draw_tokens(history[shown - 1])
+  frames = [
+      compose(image, draft, final_RC, draft_RC)
+      for draft, final_RC, draft_RC in zip(
+          drafts, is_final, is_draft, strict=True)]
+  return Filling(label, np.stack(frames), shown, passes, seconds)
+
+
+def compose(
+    image: np.ndarray, draft: np.ndarray, is_final_RC: np.ndarray,
+    is_draft_RC: np.ndarray,
+) -> np.ndarray:
+  """uint8 [H, W, 3]: final cells of one picture, dimmed cells of another."""
+  pixels = lambda x_RC: _enlarge(x_RC, image.shape[:2])[..., None]
+  dimmed = (1 - _DIM) * draft + _DIM * _BLANK
+  mixed = np.where(
+      pixels(is_final_RC), image, np.where(pixels(is_draft_RC), dimmed, _BLANK))
+  return mixed.astype(np.uint8)
+
+
+def _enlarge(x_RC: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """[H, W]: each cell as a block of pixels."""
+  rows, cols = x_RC.shape
+  return x_RC.repeat(shape[0] // rows, 0).repeat(shape[1] // cols, 1)
+
+
+def heat_map(commit_RC: np.ndarray, shape: tuple[int, int]) -> Image.Image:
+  """The pass at which each cell became final, as colours over a scale.
+
+  Args:
+    commit_RC: int, 1 for the first pass.
+    shape: Height and width of the picture that the cells are of.
+  """
+  last = int(commit_RC.max())
+  place = (commit_RC - 1) / max(last - 1, 1)
+  cells = Image.fromarray(_enlarge_colours(_heat(place), shape))
+  scale = np.linspace(0, 1, cells.width)[None].repeat(8, axis=0)
+  bar = Image.fromarray(_heat(scale))
+  foot = layout.caption(cells.width, ["pass 1", str(last)])
+  return layout.stack([cells, bar, foot])
+
+
+def _heat(place: np.ndarray) -> np.ndarray:
+  """uint8 [..., 3]: the colour of each place in [0, 1]."""
+  steps = np.linspace(0, 1, len(_HEAT))
+  channels = [np.interp(place, steps, _HEAT[:, i]) for i in range(3)]
+  return np.stack(channels, -1).round().astype(np.uint8)
+
+
+def _enlarge_colours(x_RC3: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  return np.stack([_enlarge(x_RC3[..., i], shape) for i in range(3)], -1)
+
+
+def animation(fillings: Sequence[Filling]) -> list[Image.Image]:
+  """Frames of images being filled beside each other, in the same time.
+
+  Where all of them know their seconds that is the time, else the passes.
+  """
+  timed = all(f.seconds is not None for f in fillings)
+  spans = [f.seconds if timed else f.passes for f in fillings]
+  count = min(max(f.passes for f in fillings), _MOST_FRAMES)
+  frames = []
+  for time in np.linspace(0, max(spans), count + 1):
+    panels = []
+    for f, span in zip(fillings, spans, strict=True):
+      # A pass is seen when it has ended; rounding must not lose the last one.
+      done = min(np.floor(time / span * f.passes + 1e-6), f.passes)
+      panel = Image.fromarray(f.at(done))
+      words = [f.label, f"{done:.0f}/{f.passes}"]
+      if timed:
+        words.append(f"{min(time, span):.1f} s")
+      panels.append(layout.stack([panel, layout.caption(panel.width, words)]))
+    frames.append(layout.abreast(panels))
+  return frames
+
+
+def save_animation(frames: Sequence[Image.Image], path: pathlib.Path) -> None:
+  """Writes a GIF that repeats and rests on its last frame."""
+  step = max(int(1000 * _SECONDS / len(frames)), 20)
+  layout.save_picture(
+      frames[0], path, "gif", save_all=True, append_images=list(frames[1:]),
+      duration=[step] * (len(frames) - 1) + [2000], loop=0)
+
+
+def write_trace(
+    pipe: Pipeline, output: Output, stems: Sequence[pathlib.Path], label: str
+) -> list[pathlib.Path]:
+  """Writes how each image of a traced output came to be; returns the paths.
+
+  Per image STEM_filling.gif, its frames as PNG in STEM_filling/, and the heat
+  map STEM_passes.png.
+  """
+  paths = []
+  for index, stem in enumerate(stems):
+    frames = animation([filling(pipe, output, index, label)])
+    gif = stem.with_name(f"{stem.name}_filling.gif")
+    save_animation(frames, gif)
+    folder = gif.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    for number, frame in enumerate(frames):
+      layout.save_picture(frame, folder / f"{number:03d}.png")
+    heat = stem.with_name(f"{stem.name}_passes.png")
+    shape = output.images.shape[1:3]
+    layout.save_picture(heat_map(output.commit_pass[index], shape), heat)
+    paths += [gif, folder, heat]
+  return paths
+
+
+def write_race(
+    pipe: Pipeline, prompt: str, decoder: Decoder, label: str,
+    path: pathlib.Path, **settings: Any,
+) -> None:
+  """Draws one prompt with AR and a decoder, writes them in the same time.
+
+  Args:
+    pipe: Of both.
+    prompt: What to draw.
+    decoder: Beside AR.
+    label: Of the decoder.
+    path: Of the GIF.
+    **settings: As for `Pipeline.generate`.
+  """
+  fillings = []
+  for name, each in (("ar", AR()), (label, decoder)):
+    output = pipe.generate([prompt], each, batch=1, trace=True, **settings)
+    fillings.append(filling(pipe, output, 0, name, output.seconds))
+  save_animation(animation(fillings), path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """A decoder in the plot of speed against quality; pairs are intervals.
+
+  Attributes:
+    label: Of the decoder.
+    speed: AR's time over the decoder's.
+    speeds: Quartiles of it.
+    quality: Zero for AR.
+    qualities: Its 95% interval, or None.
+  """
+
+  label: str
+  speed: float
+  speeds: tuple[float, float]
+  quality: float
+  qualities: tuple[float, float] | None
+
+
+def pareto(points: Sequence[Point], name: str, path: pathlib.Path) -> None:
+  """Writes speed against what is lost, with error bars.
+
+  Args:
+    points: One per decoder.
+    name: Of the quality.
+    path: Of the PNG.
+
+  Raises:
+    UserError: when matplotlib is not installed.
+  """
+  figure = need("matplotlib.figure", "bench").Figure((7, 5), layout="tight")
+  axes = figure.add_subplot()
+  for p in points:
+    lo, hi = p.qualities or (p.quality, p.quality)
+    axes.errorbar(
+        p.speed, p.quality, _bar(p.quality, lo, hi), _bar(p.speed, *p.speeds),
+        fmt="o", capsize=2)
+    axes.annotate(p.label, (p.speed, p.quality), fontsize=8,
+                  xytext=(5, 4), textcoords="offset points")
+  axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
+  axes.set_xlabel("speed: AR's seconds per image over the decoder's")
+  axes.set_ylabel(name)
+  figure_file = path.with_name(f".{path.name}.partial")
+  figure.savefig(figure_file, format="png", dpi=150)
+  os.replace(figure_file, path)
+
+
+def _bar(value: float, low: float, high: float) -> list[list[float]]:
+  """Lengths of an error bar, never negative."""
+  return [[max(value - low, 0.0)], [max(high - value, 0.0)]]
