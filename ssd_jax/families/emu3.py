@@ -140,9 +140,14 @@ class Emu3(Published):
 
 
 def recipe(config: ml_collections.ConfigDict) -> Recipe:
-  """How a model folder is made of the published files."""
+  """How a model folder is made of the published files.
+
+  Raises:
+    UserError: when the ratio is none.
+  """
   family = Emu3(config)
   vq = family.vq.cfg
+  cells(config.ratio, config.area, vq.downsample)
   ignored = (r".*num_batches_tracked",)
   return Recipe(
       config.family, published.settings_of(config, _KEEP),

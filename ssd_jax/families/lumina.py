@@ -137,7 +137,12 @@ def chameleon_input_ids(config: ml_collections.ConfigDict) -> np.ndarray:
 
 
 def recipe(config: ml_collections.ConfigDict) -> Recipe:
-  """How a model folder is made of the published files."""
+  """How a model folder is made of the published files.
+
+  Raises:
+    UserError: when the model does not know the size.
+  """
+  parse_size(config.size, config.target_size)
   family = Lumina(config)
   return Recipe(
       config.family, published.settings_of(config, _KEEP),
