@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import os
-import pathlib
 import time
 from typing import Any
 
@@ -13,17 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ssd_jax import checkpoints, sampling as sampling_lib
+from ssd_jax import likelihood, sampling as sampling_lib
 from ssd_jax.config import UserError, check
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
-from ssd_jax.families import emoji
 from ssd_jax.models.vq import to_uint8
 from ssd_jax.sampling import Sampling
 from ssd_jax.types import Model, Params, Prompt
 
-EMBEDDED = pathlib.Path(__file__).parent / "assets" / "emoji"
-_FAMILIES = {"emoji": emoji.from_settings}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +80,7 @@ class Pipeline:
       batch: int = 8,
       trace: bool = False,
       on_batch: Callable[[int], None] | None = None,
+      first_image: int = 0,
       **sampling: float | None,
   ) -> Output:
     """Draws `num_images` pictures for each prompt.
@@ -97,6 +93,8 @@ class Pipeline:
       batch: Pictures drawn together.
       trace: Also return the tokens after every pass.
       on_batch: Called with the number of pictures finished.
+      first_image: Index of the first picture, for a call that is one part of a
+        larger one.
       **sampling: guidance, temperature, top_k or top_p instead of the family's.
 
     Raises:
@@ -114,7 +112,7 @@ class Pipeline:
       part = texts[start:start + batch]
       padded = part + [part[-1]] * (batch - len(part))
       prompt, said = self.family.encode_prompts(padded, guided)
-      index = jnp.arange(start, start + batch)
+      index = first_image + jnp.arange(start, start + batch)
       args = (self.params, prompt, settings, jax.random.key(seed), index)
       run = clock.compile(self._compiled, decoder, trace, args)
       decoded = jax.block_until_ready(run(*args))
@@ -163,6 +161,61 @@ class Pipeline:
     p_BN = np.take_along_axis(p_BNV[:, slots], taken[..., None], -1)[..., 0]
     with np.errstate(divide="ignore"):
       return np.log(p_BN).sum(-1)
+
+  def nll(
+      self, tokens: np.ndarray, prompts: Sequence[str], batch: int = 4,
+      **sampling: float | None,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """(surprisal of each code, entropy there), float32 [B, R, C], in nats.
+
+    See `likelihood.surprisal`; top-k and top-p play no part in it.
+
+    Args:
+      tokens: int32 [B, R, C].
+      prompts: One per grid.
+      batch: Grids looked at together.
+      **sampling: As for `generate`.
+    """
+    settings, guided = self.sampling(**sampling)
+    pairs = []
+    for start in range(0, len(tokens), batch):
+      part = np.arange(start, start + batch).clip(max=len(tokens) - 1)
+      texts = [prompts[i] for i in part]
+      prompt, _ = self.family.encode_prompts(texts, guided)
+      sequence = self.sequence(np.asarray(tokens)[part])
+      pair = self._surprisal(self.params, prompt, sequence, settings)
+      pairs.append([np.asarray(x)[:len(tokens) - start] for x in pair])
+    nll, entropy = (np.concatenate(x) for x in zip(*pairs, strict=True))
+    return nll, entropy
+
+  @functools.cached_property
+  def _surprisal(self):
+    return likelihood.surprisal(self.family.generator)
+
+  def draw_tokens(self, tokens: np.ndarray, batch: int = 8) -> np.ndarray:
+    """uint8 [B, H, W, 3]: the pictures of grids, int32 [B, R, C]."""
+    images = []
+    for start in range(0, len(tokens), batch):
+      part = np.arange(start, start + batch).clip(max=len(tokens) - 1)
+      ids = jnp.asarray(np.asarray(tokens)[part], jnp.int32)
+      decoded = self._compiled_images(ids)(self.vq_params, ids)
+      images.append(np.asarray(decoded)[:len(tokens) - start])
+    return np.concatenate(images)
+
+  def program_bytes(self, decoder: engine.Decoder) -> int | None:
+    """Peak memory of the largest program compiled for a decoder.
+
+    Its arguments (the weights among them), results and scratch memory as the
+    compiler planned them; None where it does not tell or nothing was drawn yet.
+    """
+    sizes = []
+    for key, program in self._executables.items():
+      plan = program.memory_analysis() if key[0] == decoder else None
+      if plan is not None:
+        sizes.append(
+            plan.argument_size_in_bytes + plan.output_size_in_bytes
+            + plan.temp_size_in_bytes - plan.alias_size_in_bytes)
+    return max(sizes, default=None)
 
   def _targets(self, tokens, prompts) -> tuple[np.ndarray, np.ndarray]:
     """(target distribution [B, N, V] of every slot, slots of the cells)."""
@@ -237,40 +290,3 @@ class _Clock:
   def rest(self) -> float:
     """Seconds not spent compiling."""
     return time.perf_counter() - self._start - self.compiling
-
-
-def load(
-    name: str | os.PathLike = "emoji", *, random_weights: bool = False,
-    heads: str | os.PathLike | None = None,
-    drafter: str | os.PathLike | None = None,
-) -> Pipeline:
-  """A pipeline from "emoji" (the embedded model) or a model folder.
-
-  Args:
-    name: "emoji", or a folder written by training or infer.convert.
-    random_weights: Draw the trunk's parameters at random instead.
-    heads: Folder of spatial heads, instead of the model's own.
-    drafter: Folder of a drafter, instead of the model's own.
-
-  Raises:
-    UserError: when the folder is no model, or damaged.
-  """
-  folder = EMBEDDED if name == "emoji" else pathlib.Path(name)
-  settings = checkpoints.read_json(folder / "model.json")
-  if settings.get("family") not in _FAMILIES:
-    raise UserError(
-        f"got family {settings.get('family')!r} in {folder / 'model.json'}, "
-        f"expected one of {sorted(_FAMILIES)}; check the folder"
-    )
-  family = _FAMILIES[settings["family"]](settings)
-  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-  if random_weights:
-    params = family.generator.init(jax.random.key(0))
-  else:
-    params = {"trunk": checkpoints.restore(folder / "trunk")}
-  vq_params = checkpoints.cast(
-      checkpoints.restore(folder / "vq"), jnp.float32)
-  return Pipeline(
-      family, checkpoints.cast(params, dtype), vq_params,
-      family.generator.model(),
-  )

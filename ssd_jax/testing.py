@@ -12,7 +12,14 @@ import numpy as np
 from ssd_jax.families import emoji
 from ssd_jax.grid import Grid
 from ssd_jax.models import rope
+from ssd_jax.models.drafter import DraftNet, bind_drafter
 from ssd_jax.models.generator import Generator
+from ssd_jax.models.spatial_heads import (
+    HeadsConfig,
+    HeadsOptions,
+    SpatialHeads,
+    bind_heads,
+)
 from ssd_jax.models.text import Vocabulary
 from ssd_jax.models.transformer import TrunkConfig
 from ssd_jax.models.vq import VQ, VQConfig
@@ -60,9 +67,9 @@ class TinyFamily(emoji.Emoji):
 
 def tiny(
     vocab: int = 3, rows: int = 2, cols: int = 2, end_of_row: bool = False,
-    seed: int = 0, guidance: float = 1.0,
+    seed: int = 0, heads: tuple[int, int] = (5, 5), guidance: float = 1.0,
 ) -> Pipeline:
-  """A pipeline with a random float32 trunk and peaked predictions.
+  """A pipeline of random float32 trunk, heads and drafter, peaked predictions.
 
   Args:
     vocab: Image codes V.
@@ -70,6 +77,7 @@ def tiny(
     cols: Of the grid.
     end_of_row: Whether a forced token ends each row.
     seed: Of the parameters.
+    heads: (horizontal, vertical) spatial heads; (0, 0) for none.
     guidance: Default scale; 1 runs a single stream.
   """
   config = ml_collections.ConfigDict(dict(sampling=dict(
@@ -77,7 +85,7 @@ def tiny(
   family = TinyFamily(
       config, Vocabulary((), _PROMPT_SLOTS), Grid(rows, cols, end_of_row), vocab
   )
-  keys = jax.random.split(jax.random.key(seed), 2)
+  keys = jax.random.split(jax.random.key(seed), 4)
   params = jax.jit(family.generator.init)(keys[0])
   trunk = params["trunk"]
   # Large embeddings and a moderate head: predictions that depend on context.
@@ -85,7 +93,15 @@ def tiny(
            "head": 1.2 * trunk["head"]}
   pixels = jnp.zeros((1, 2 * rows, 2 * cols, 3))
   vq_params = jax.jit(family.vq.init)(keys[1], pixels)["params"]
-  return Pipeline(family, {"trunk": trunk}, vq_params, family.generator.model())
+  generator, params = family.generator, {"trunk": trunk}
+  params["drafter"] = DraftNet(generator).init(keys[2])
+  model = generator.model()
+  if sum(heads):
+    cfg = HeadsConfig.make(generator, HeadsOptions(*heads))
+    params["heads"] = SpatialHeads(generator, cfg).init(keys[3])
+    model = bind_heads(generator, cfg, params)
+  model = bind_drafter(generator, model)
+  return Pipeline(family, params, vq_params, model)
 
 
 def every_image(pipe: Pipeline) -> np.ndarray:

@@ -111,7 +111,7 @@ def test_damaged_checkpoint(capsys, tmp_path):
   """A truncated file of a model ends in one line that names the folder."""
   import shutil
 
-  from ssd_jax.pipeline import EMBEDDED
+  from ssd_jax.loading import EMBEDDED
 
   model = tmp_path / "model"
   shutil.copytree(EMBEDDED, model)

@@ -2,66 +2,54 @@
 
 import json
 import math
-import os
 import pathlib
 import re
 import sys
-import unicodedata
 
 from absl import flags
-import jax
 import numpy as np
 from PIL import Image, PngImagePlugin
 import tqdm
 
-from ssd_jax.cli import run as cli
+from ssd_jax import exporters, pictures
+from ssd_jax.cli import common, run as cli
 from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name
-from ssd_jax.pipeline import Output, Pipeline, load
+from ssd_jax.decoding.ar import AR
+from ssd_jax.layout import save_picture
+from ssd_jax.pipeline import Output, Pipeline
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
-_PROMPTS_FILE = flags.DEFINE_string(
-    "prompts_file", None, "Text file with one prompt per line.")
 _DECODER = flags.DEFINE_string(
     "decoder", "ar", "NAME or NAME:key=value+key=value.")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures per prompt.")
-_SEED = flags.DEFINE_integer("seed", 0, "Same seed, same pictures.")
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale.")
-_TEMPERATURE = flags.DEFINE_float("temperature", None, "Divides the logits.")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Codes kept; 0 keeps all.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Probability mass kept.")
-_BATCH = flags.DEFINE_integer("batch", 8, "Pictures drawn together.")
-_OUT = flags.DEFINE_string("out", "out", "Folder of the pictures.")
 _TRACE = flags.DEFINE_bool(
-    "trace", False, "Also write an animation of the grid being filled.")
+    "trace", False, "Also write how the grid was filled: animations, with AR "
+    "beside the decoder for the first prompt, and heat maps.")
 _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "emoji", "Model folder; default: the embedded model.")
-_RANDOM_WEIGHTS = flags.DEFINE_bool(
-    "random_weights", False, "Random trunk: for trying sizes and speed.")
-
-_LONGEST_PROMPT = 10_000  # characters
 
 
 def body() -> None:
   """Draws the prompts of the flags and says what it did."""
-  prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
+  prompts = read_prompts(_PROMPT.value, common.PROMPTS_FILE.value)
   decoder = by_name.parse(_DECODER.value)
-  check(_NUM_IMAGES.value >= 1, "num_images", _NUM_IMAGES.value, ">= 1")
-  out = writable_folder(_OUT.value)
-  use_compilation_cache()
-  pipe = load(_CHECKPOINT.value, random_weights=_RANDOM_WEIGHTS.value)
-  total = len(prompts) * _NUM_IMAGES.value
-  with tqdm.tqdm(total=total, unit="image", file=sys.stderr) as bar:
+  number = common.NUM_IMAGES.value
+  check(number >= 1, "num_images", number, ">= 1")
+  out = common.writable_folder(common.OUT.value or "out")
+  common.use_compilation_cache()
+  pipe = common.load_pipeline()
+  batch = 8 if common.BATCH.value is None else common.BATCH.value
+  with tqdm.tqdm(
+      total=len(prompts) * number, unit="image", file=sys.stderr) as bar:
     output = pipe.generate(
-        prompts, decoder, num_images=_NUM_IMAGES.value, seed=_SEED.value,
-        batch=_BATCH.value, trace=_TRACE.value, on_batch=bar.update,
-        guidance=_GUIDANCE.value, temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value, top_p=_TOP_P.value,
+        prompts, decoder, num_images=number, seed=common.SEED.value,
+        batch=batch, trace=_TRACE.value, on_batch=bar.update,
+        **common.sampling(),
     )
   paths, sheet = write_pictures(output, out, _settings(pipe))
   for note in output.notes:
     print(f"note: {note}")
+  if _TRACE.value:
+    _write_trace(pipe, output, decoder, paths)
   _report(output, decoder, paths, sheet)
 
 
@@ -73,66 +61,13 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
   """
   lines = list(given)
   if file is not None:
-    try:
-      text = pathlib.Path(file).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-      raise UserError(
-          f"got an unreadable --prompts_file {file}, expected UTF-8 text with "
-          "one prompt per line; check the path"
-      ) from error
-    lines += [line for line in text.splitlines() if line.strip()]
+    lines += [item.prompt for item in exporters.read_prompts(file)]
   if not lines:
     raise UserError(
         'got no prompt, expected at least one; add --prompt "red heart" or '
         "--prompts_file FILE"
     )
-  return [clean(line) for line in lines]
-
-
-def clean(prompt: str) -> str:
-  """A prompt without control characters and surplus white space."""
-  printable = "".join(
-      " " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c
-      for c in prompt
-  )
-  text = " ".join(printable.split())
-  if not text:
-    raise UserError(
-        f"got an empty prompt {prompt[:20]!r}, expected a few words; say what "
-        "to draw"
-    )
-  if len(text) > _LONGEST_PROMPT:
-    raise UserError(
-        f"got a prompt of {len(text)} characters, expected at most "
-        f"{_LONGEST_PROMPT}; shorten it"
-    )
-  return text
-
-
-def writable_folder(path: str) -> pathlib.Path:
-  """The output folder, made and seen to be writable before any work."""
-  folder = pathlib.Path(path)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-        f"got --out {path}, expected a folder that can be made "
-        f"({error.strerror}); choose another"
-    ) from error
-  if not os.access(folder, os.W_OK | os.X_OK):
-    raise UserError(
-        f"got --out {path}, expected a folder that can be written; change its "
-        "permissions or choose another"
-    )
-  return folder
-
-
-def use_compilation_cache() -> None:
-  """Keeps compiled programs in the user's cache folder between runs."""
-  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  folder = pathlib.Path(root) / "ssd_jax" / "xla"
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  return [common.clean(line) for line in lines]
 
 
 def write_pictures(
@@ -163,20 +98,6 @@ def file_name(prompt: str) -> str:
   return re.sub(r"\W+", "_", prompt).strip("_")[:40] or "prompt"
 
 
-def save_picture(image: Image.Image, path: pathlib.Path, **kwargs) -> None:
-  """Writes a PNG by one rename."""
-  partial = path.with_name(f".{path.name}.partial")
-  try:
-    image.save(partial, "png", **kwargs)
-    os.replace(partial, path)
-  except OSError as error:
-    partial.unlink(missing_ok=True)
-    raise UserError(
-        f"got {error.strerror} while writing {path}, expected a folder with "
-        "room that can be written; choose another --out"
-    ) from error
-
-
 def contact_sheet(images: np.ndarray, columns: int | None = None):
   """All pictures on one, row by row, with a thin white margin."""
   count, height, width, _ = images.shape
@@ -196,17 +117,28 @@ def contact_sheet(images: np.ndarray, columns: int | None = None):
 
 def _settings(pipe: Pipeline) -> dict:
   """The settings that go into each picture's metadata."""
-  sampling, _ = pipe.sampling(
-      guidance=_GUIDANCE.value, temperature=_TEMPERATURE.value,
-      top_k=_TOP_K.value, top_p=_TOP_P.value,
-  )
+  sampling, _ = pipe.sampling(**common.sampling())
   return {
-      "seed": _SEED.value, "decoder": _DECODER.value,
+      "seed": common.SEED.value, "decoder": _DECODER.value,
       "guidance": round(float(sampling.guidance), 6),
       "temperature": round(float(sampling.temperature), 6),
       "top_k": int(sampling.top_k), "top_p": round(float(sampling.top_p), 6),
       "software": "ssd_jax",
   }
+
+
+def _write_trace(pipe: Pipeline, output: Output, decoder, paths) -> None:
+  """Writes how the pictures came to be, and AR beside the decoder."""
+  stems = [path.with_suffix("") for path in paths]
+  written = pictures.write_trace(pipe, output, stems, _DECODER.value)
+  if decoder != AR():
+    race = paths[0].with_name("beside_ar.gif")
+    pictures.write_race(
+        pipe, output.prompts[0], decoder, _DECODER.value, race,
+        seed=common.SEED.value, **common.sampling())
+    written.append(race)
+  for path in written:
+    print(path)
 
 
 def _report(output: Output, decoder, paths, sheet) -> None:

@@ -1,9 +1,12 @@
-"""Bodies of train.tokenizer and train.ar.
+"""Bodies of train.tokenizer, train.ar and train.mtp.
 
 All parts of a model are trained in one working directory:
 
-  DIR/tokenizer, DIR/ar   checkpoints and TensorBoard logs of each run
-  DIR/model               what inference loads, written when a run ends
+  DIR/tokenizer, DIR/ar, DIR/mtp   checkpoints and TensorBoard logs of each run
+  DIR/model                        what inference loads, written when a run ends
+
+Heads are trained for a model that is already whole: config.checkpoint, by
+default DIR/model.
 """
 
 import pathlib
@@ -11,14 +14,17 @@ import pathlib
 from absl import flags
 import numpy as np
 
-from ssd_jax import checkpoints
+from ssd_jax import checkpoints, loading
 from ssd_jax.cli import run as cli
 from ssd_jax.config import UserError, from_config_dict
+from ssd_jax.cli.generate import read_prompts
 from ssd_jax.data import sources
+from ssd_jax.data.features import Teacher
 from ssd_jax.families import emoji
 from ssd_jax.models.text import Vocabulary
 from ssd_jax.models.vq import VQ, VQConfig
-from ssd_jax.training import ar as ar_training
+from ssd_jax.pipeline import Pipeline
+from ssd_jax.training import ar as ar_training, mtp as mtp_training
 from ssd_jax.training import tokenizer as tokenizer_training
 
 _WORKDIR = flags.DEFINE_string(
@@ -64,6 +70,53 @@ def ar() -> None:
   print(f"wrote {workdir / 'model'}")
 
 
+def mtp() -> None:
+  """Trains spatial heads into DIR/mtp, exports DIR/model/heads."""
+  config = flags.FLAGS.config
+  workdir = pathlib.Path(_WORKDIR.value or config.workdir)
+  cfg = from_config_dict(mtp_training.MTPConfig, config.mtp)
+  pipe = _model(config, workdir)
+  settings, guided = pipe.sampling()
+  teacher = Teacher(
+      pipe.family.generator, {"trunk": pipe.params["trunk"]},
+      pipe.family.encode_prompts, settings, guided,
+  )
+  state, heads_cfg = mtp_training.run(
+      teacher, _captions(config), cfg, workdir / "mtp"
+  )
+  out = workdir / "model" / "heads"
+  loading.write_extra(out, "heads", heads_cfg, state.eval_params, _STORED)
+  print(f"wrote {out}; held-out acceptance: {workdir / 'mtp' / 'acceptance.md'}")
+
+
+def _model(config, workdir: pathlib.Path) -> Pipeline:
+  """The whole model that heads or a drafter are trained for."""
+  folder = pathlib.Path(config.checkpoint or workdir / "model")
+  if not (folder / "model.json").exists():
+    how = ("train.tokenizer and train.ar, or set --config.checkpoint=emoji for "
+           "the embedded model" if config.family == "emoji" else
+           f"infer.convert --config configs/{config.family}.py --out {folder}")
+    if config.checkpoint == "emoji":
+      return loading.load("emoji")
+    raise UserError(
+        f"got no model at {folder}, expected a whole one; make it with {how}"
+    )
+  return loading.load(folder)
+
+
+def _captions(config) -> dict[str, list[str]]:
+  """Captions to draw, by split."""
+  if config.get("prompts_file"):
+    lines = read_prompts([], config.prompts_file)
+    held_out = max(1, len(lines) // 20)
+    return {"train": lines[held_out:], "validation": lines[:held_out]}
+  return {
+      split: [e.label for e in sources.emoji_records(split, tones=False)]
+      * config.images_per_caption
+      for split in ("train", "validation")
+  }
+
+
 def _settings():
   config = flags.FLAGS.config
   if config.family != "emoji":
@@ -90,6 +143,11 @@ def main(body) -> None:
 def main_tokenizer() -> None:
   """Console entry point."""
   main(tokenizer)
+
+
+def main_mtp() -> None:
+  """Console entry point."""
+  main(mtp)
 
 
 def main_ar() -> None:

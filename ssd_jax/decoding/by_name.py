@@ -7,8 +7,19 @@ from typing import Any
 from ssd_jax.config import UserError
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.engine import Decoder
+from ssd_jax.decoding.gsd import GSD
+from ssd_jax.decoding.jacobi import SJD, Continuation, Coupled
+from ssd_jax.decoding.mtp import MTP
+from ssd_jax.decoding.relaxed import Cascade, Lantern, LanternPP
+from ssd_jax.decoding.ssd import SSD
+from ssd_jax.decoding.stair import Exact, Stair
+from ssd_jax.decoding.tree import Eagle
 
-DECODERS: dict[str, type] = {cls.name: cls for cls in (AR,)}
+DECODERS: dict[str, type] = {
+    cls.name: cls
+    for cls in (AR, MTP, SJD, Coupled, Continuation, GSD, SSD, Stair, Exact,
+                Eagle, Lantern, LanternPP, Cascade)
+}
 
 
 def parse(text: str) -> Decoder:

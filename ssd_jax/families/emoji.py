@@ -60,20 +60,35 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.ar = c(dict(
       optimizer=dict(kind="muon", learning_rate=2e-3, final_learning_rate=2e-5,
                      warmup_steps=100, b2=0.95, weight_decay=0.02, ema=0.998),
-      loop=dict(steps=3600, batch=8, log_every=10, eval_every=300,
+      loop=dict(steps=2100, batch=8, log_every=10, eval_every=300,
                 save_every=100),
       drop_caption=0.1,
   ))
+  config.mtp = c(dict(
+      heads=dict(horizontal=5, vertical=2),
+      draw=dict(batch=16, shard=256),
+      optimizer=dict(learning_rate=1e-3, final_learning_rate=1e-5,
+                     warmup_steps=50, b2=0.95, weight_decay=0.01,
+                     clip=float("inf")),
+      loop=dict(steps=1200, batch=8, log_every=10, eval_every=200,
+                save_every=100),
+      drop_caption=0.1, eval_images=64,
+  ))
+  config.checkpoint = ""  # what heads are trained for; "" is WORKDIR/model
+  config.prompts_file = ""  # captions to draw instead of the vendored ones
+  config.images_per_caption = 1
   config.sampling = c(dict(guidance=3.0, temperature=1.0, top_k=0, top_p=1.0))
   if variant == "smoke":  # seconds on a CPU: what tests train
     config.vq.update(ch=16, n_codes=64, z_channels=16, groups=4)
     config.trunk.update(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2,
                         head_dim=16, d_ff=64)
-    for part in (config.tokenizer, config.ar):
+    for part in (config.tokenizer, config.ar, config.mtp):
       part.loop.update(steps=6, batch=2, log_every=1, eval_every=6,
                        save_every=2)
       part.optimizer.warmup_steps = 2
     config.tokenizer.continuous_steps = 2
+    config.mtp.heads.update(horizontal=2, vertical=1)
+    config.mtp.eval_images = 8
   return config
 
 
