@@ -9,7 +9,6 @@ Images are drawn in groups, so that a decoder whose images disturb each other is
 caught as well.
 """
 
-from collections.abc import Callable, Iterable
 import dataclasses
 
 import jax
@@ -95,8 +94,8 @@ def draw(
         jax.random.key(seed), image_G))(index_KG)
 
   index = jnp.arange(draws // group * group).reshape(-1, group)
-  flatten = lambda x: np.asarray(x).reshape(index.size, *x.shape[2:])
-  return jax.tree.map(flatten, run(index))
+  return jax.tree.map(
+      lambda x: np.asarray(x).reshape(index.size, *x.shape[2:]), run(index))
 
 
 def count(pipe: Pipeline, tokens: np.ndarray) -> np.ndarray:
@@ -162,8 +161,9 @@ def detectable(p_I: np.ndarray, draws: int, power: float = 0.9) -> float:
   """
   freedom = len(pool(p_I, p_I * draws)[1]) - 1
   threshold = stats.chi2.isf(P_VALUE, freedom)
-  miss = lambda shift: stats.ncx2.sf(threshold, freedom, shift) - power
-  shift = optimize.brentq(miss, 1e-3, 1e3 + 10 * threshold)
+  shift = optimize.brentq(
+      lambda shift: stats.ncx2.sf(threshold, freedom, shift) - power,
+      1e-3, 1e3 + 10 * threshold)
   return float(0.5 * np.sqrt(shift / draws))
 
 
@@ -181,21 +181,6 @@ def examine(
       total_variation(found_I, p_I), noise_floor(p_I, size),
       chi_square(found_I, p_I), float(out.passes.mean()),
   )
-
-
-def survey(
-    pipe: Pipeline, decoders: Iterable[tuple[str, engine.Decoder]],
-    draws: int = 20_000, seed: int = 0,
-    on_finding: Callable[[Finding], None] | None = None,
-) -> list[Finding]:
-  """Findings of (label, decoder) pairs, alone and in groups of four."""
-  findings = []
-  for label, decoder in decoders:
-    for group in GROUPS:
-      findings.append(examine(pipe, decoder, label, draws, group, seed))
-      if on_finding:
-        on_finding(findings[-1])
-  return findings
 
 
 def table(findings: list[Finding]) -> str:

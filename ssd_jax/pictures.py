@@ -85,10 +85,11 @@ def compose(
     is_draft_RC: np.ndarray,
 ) -> np.ndarray:
   """uint8 [H, W, 3]: final cells of one picture, dimmed cells of another."""
-  pixels = lambda x_RC: _enlarge(x_RC, image.shape[:2])[..., None]
+  final_HW1, draft_HW1 = (
+      _enlarge(x_RC, image.shape[:2])[..., None]
+      for x_RC in (is_final_RC, is_draft_RC))
   dimmed = (1 - _DIM) * draft + _DIM * _BLANK
-  mixed = np.where(
-      pixels(is_final_RC), image, np.where(pixels(is_draft_RC), dimmed, _BLANK))
+  mixed = np.where(final_HW1, image, np.where(draft_HW1, dimmed, _BLANK))
   return mixed.astype(np.uint8)
 
 

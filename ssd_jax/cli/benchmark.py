@@ -1,0 +1,259 @@
+"""Body of infer.benchmark: decoders compared on the same prompts and seeds.
+
+  --out/results.json   what was measured, a row per decoder
+  --out/details.json   what has no place there, single images included
+  --out/table.md       the same for people
+  --out/pareto.png     speed against likelihood
+  --out/sheet_*.png    a row per prompt, a column per decoder
+  --out/shards         what is finished; a run that is started again goes on
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+import platform
+import re
+import sys
+
+from absl import flags
+import jax
+import numpy as np
+from PIL import Image
+import tqdm
+
+from ssd_jax import (
+    __version__,
+    benchmark,
+    checkpoints,
+    exporters,
+    features,
+    hub_metrics,
+    laboratory,
+    layout,
+    pictures,
+    quality,
+    report,
+    testing,
+)
+from ssd_jax.benchmark import Entry, Job, Run
+from ssd_jax.cli import common, run as cli
+from ssd_jax.config import UserError, check
+from ssd_jax.data.pictures import to_square
+from ssd_jax.decoding import by_name
+from ssd_jax.exporters import Item
+from ssd_jax.pipeline import Pipeline
+
+_DECODERS = flags.DEFINE_string(
+    "decoders", None, "Decoders, separated by commas: NAME or "
+    "NAME:key=value+key=value, where seed= is that run's. Default: "
+    "ar,ar:seed=1,sjd,exact,stair; with --exactness all.")
+_NUM_PROMPTS = flags.DEFINE_integer(
+    "num_prompts", 64, "Prompts taken at most; 0 takes all there are.")
+_SPLIT = flags.DEFINE_enum(
+    "split", None, ["train", "validation"], "Take captions of these emoji "
+    "only; default: the held-out ones first, then the others.")
+_REAL = flags.DEFINE_string(
+    "real_images", None, "Folder of real pictures for fd, kid and fid; "
+    "default: the emoji that the prompts name.")
+_HUB = flags.DEFINE_bool(
+    "hub_metrics", False, "Also FID, CLIPScore and Inception Score, which "
+    "download networks; needs the extra 'metrics'.")
+_EXPORT = flags.DEFINE_enum(
+    "export", None, list(exporters.LAYOUTS), "Also write the pictures as the "
+    "official scorer of this benchmark reads them.")
+_EXACTNESS = flags.DEFINE_bool(
+    "exactness", False, "Instead test on a grid that can be enumerated "
+    "whether decoders keep AR's joint law.")
+_DRAWS = flags.DEFINE_integer("draws", 20_000, "Images drawn by --exactness.")
+
+_DEFAULT = "ar,ar:seed=1,sjd,exact,stair"
+_SHEET_ROWS = 16
+
+
+def body() -> None:
+  """Compares the decoders of the flags."""
+  common.use_compilation_cache()
+  if _EXACTNESS.value:
+    _exactness()
+    return
+  entries = benchmark.parse_entries(
+      _DECODERS.value or _DEFAULT, common.SEED.value)
+  items = _items()
+  job = Job(
+      tuple(item.prompt for item in items), common.NUM_IMAGES.value,
+      1 if common.BATCH.value is None else common.BATCH.value,
+      tuple(common.sampling().items()))
+  if _EXPORT.value:
+    exporters.check_exportable(_EXPORT.value, items, job.num_images)
+  pipe = common.load_pipeline()
+  # Before any work: a decoder that the model cannot run ends here.
+  queries = [benchmark.count_queries(pipe, e.decoder, job) for e in entries]
+  out = common.writable_folder(common.OUT.value or "bench")
+  runs = _run(pipe, entries, job, out)
+  _write_pictures(entries, items, job, runs, out)
+  real = _real_images(runs[0].images.shape[1])
+  qualities = _assess(pipe, entries, job, runs, real)
+  hubs = [
+      hub_metrics.compute(r.images, job.texts, real) if _HUB.value else None
+      for r in runs]
+  first = _index(entries, None)
+  ar = None if first is None else runs[first]
+  each = list(zip(entries, runs, qualities, hubs, strict=True))
+  rows = [report.row(e, r, ar, n, q, h)
+          for n, (e, r, q, h) in zip(queries, each, strict=True)]
+  _write_report(out, job, rows, [report.detail(*x) for x in each])
+
+
+def _items() -> list[Item]:
+  """The prompts of the flags."""
+  check(_NUM_PROMPTS.value >= 0, "num_prompts", _NUM_PROMPTS.value, ">= 0")
+  if common.PROMPTS_FILE.value is not None:
+    items = exporters.read_prompts(common.PROMPTS_FILE.value)
+  else:
+    captions = quality.emoji_captions(_SPLIT.value)
+    items = [Item(text, f"{i:05d}") for i, text in enumerate(captions)]
+  items = items[:_NUM_PROMPTS.value or None]
+  return [Item(common.clean(x.prompt), x.name, x.metadata) for x in items]
+
+
+def _run(
+    pipe: Pipeline, entries: Sequence[Entry], job: Job, out: pathlib.Path
+) -> list[Run]:
+  """What the entries drew, with a progress bar."""
+  with tqdm.tqdm(total=len(job.texts) * len(entries), unit="image",
+                 file=sys.stderr) as bar:
+    def on_step(label, images):
+      bar.set_description(label if images else f"compiling {label}")
+      bar.update(images)
+
+    return benchmark.run(pipe, entries, job, out / "shards", on_step)
+
+
+def _index(entries: Sequence[Entry], other_than: int | None) -> int | None:
+  """The first AR run, or the first whose seed is not that of `other_than`."""
+  seed = None if other_than is None else entries[other_than].seed
+  places = [i for i, e in enumerate(entries)
+            if e.decoder.name == "ar" and e.seed != seed]
+  return places[0] if places else None
+
+
+def _assess(
+    pipe: Pipeline, entries: Sequence[Entry], job: Job, runs: Sequence[Run],
+    real: np.ndarray | None,
+) -> list[quality.Quality]:
+  """Quality figures; without the weights of the features, likelihoods only."""
+  ar = _index(entries, None)
+  rerun = None if ar is None else _index(entries, ar)
+  found = None
+  references = quality.References(None, None, np.full(len(job.texts), -1))
+  if not features.available():
+    print("no FD, KID and R@k: run pip install 'ssd-jax[bench]'")
+  else:
+    references = quality.make_references(
+        pipe, job.texts, lambda text: print(text, flush=True))
+    if real is not None:
+      references = quality.References(
+          features.image_features(real), references.gallery_MF,
+          references.target_N)
+    found = [features.image_features(run.images) for run in runs]
+  return quality.assess(runs, ar, rerun, job.num_images, found, references)
+
+
+def _real_images(pixels: int) -> np.ndarray | None:
+  """The pictures of --real_images, uint8 [M, pixels, pixels, 3]."""
+  if _REAL.value is None:
+    return None
+  kinds = (".png", ".jpg", ".jpeg", ".webp")
+  files = sorted(f for f in pathlib.Path(_REAL.value).glob("*")
+                 if f.suffix.lower() in kinds)
+  if len(files) < 2:
+    raise UserError(
+        f"got {len(files)} pictures in --real_images {_REAL.value}, expected "
+        "two or more .png, .jpg or .webp; check the folder")
+  return np.stack([to_square(Image.open(file), pixels) for file in files])
+
+
+def _write_pictures(
+    entries: Sequence[Entry], items: Sequence[Item], job: Job,
+    runs: Sequence[Run], out: pathlib.Path,
+) -> None:
+  """Writes contact sheets, and the folders of --export."""
+  labels = [entry.label for entry in entries]
+  for page, start in enumerate(range(0, len(items), _SHEET_ROWS)):
+    prompts = job.prompts[start:start + _SHEET_ROWS]
+    firsts = [(start + i) * job.num_images for i in range(len(prompts))]
+    rows = [[run.images[i] for run in runs] for i in firsts]
+    sheet = layout.contact_sheet(rows, prompts, labels)
+    layout.save_picture(sheet, out / f"sheet_{page:03d}.png")
+  if _EXPORT.value is None:
+    return
+  for label, run in zip(labels, runs, strict=True):
+    folder = out / _EXPORT.value / re.sub(r"[^\w=+.-]", "_", label)
+    grouped = run.images.reshape(
+        len(items), job.num_images, *run.images.shape[1:])
+    exporters.export(_EXPORT.value, folder, items, grouped)
+
+
+def _write_report(
+    out: pathlib.Path, job: Job, rows: list[dict], details: list[dict]
+) -> None:
+  """Writes and prints what was found."""
+  device = jax.devices()[0]
+  settings = dict(
+      checkpoint=common.CHECKPOINT.value, prompts=list(job.prompts),
+      num_images=job.num_images, batch=job.batch, **dict(job.sampling))
+  versions = dict(
+      ssd_jax=__version__, jax=jax.__version__, numpy=np.__version__,
+      python=platform.python_version())
+  checkpoints.write_json(out / "results.json", dict(
+      device=f"{device.platform} {device.device_kind}", config=settings,
+      versions=versions, rows=rows))
+  checkpoints.write_json(out / "details.json", dict(rows=details))
+  text = report.table(rows, details)
+  (out / "table.md").write_text(text, "utf-8")
+  print(text)
+  points = report.points(rows, details)
+  try:
+    if points:
+      pictures.pareto(
+          points, "likelihood gap to ar, nats per cell", out / "pareto.png")
+  except UserError as error:
+    print(f"no pareto.png: {error}")
+  print(f"wrote {out / 'results.json'}")
+
+
+def _exactness() -> None:
+  """Prints and writes what the laboratory finds."""
+  check(_DRAWS.value >= 1000, "draws", _DRAWS.value, ">= 1000")
+  text = _DECODERS.value or ",".join(by_name.DECODERS)
+  entries = benchmark.parse_entries(text, common.SEED.value)
+  out = common.writable_folder(common.OUT.value or "bench")
+  pipe = testing.tiny(vocab=3, rows=2, cols=3, guidance=2.0)
+  findings = []
+  with tqdm.tqdm(total=len(entries) * len(laboratory.GROUPS), unit="run",
+                 file=sys.stderr) as bar:
+    for entry in entries:
+      bar.set_description(entry.label)
+      for group in laboratory.GROUPS:
+        findings.append(laboratory.examine(
+            pipe, entry.decoder, entry.label, _DRAWS.value, group, entry.seed))
+        bar.update()
+  _, p_I = laboratory.enumerate_law(pipe)
+  seen = laboratory.detectable(p_I, _DRAWS.value)
+  text = laboratory.table(findings) + (
+      f"\n{_DRAWS.value} draws each, of the {len(p_I)} images of a grid of 2 x "
+      f"3 cells and 3 codes; a bias spread evenly over all images is seen, 9 "
+      f"times in 10, from a total variation distance of {seen:.3f} on.\n")
+  (out / "exactness.md").write_text(text, "utf-8")
+  checkpoints.write_json(out / "exactness.json", dict(rows=[
+      dict(dataclasses.asdict(f), verdict=f.verdict) for f in findings]))
+  print(text)
+  wrong = [f.label for f in findings if not f.is_sound]
+  if wrong:
+    print(f"not what they claim: {', '.join(dict.fromkeys(wrong))}")
+
+
+def main() -> None:
+  """Console entry point."""
+  cli.define_config()
+  cli.main(body)

@@ -1,0 +1,105 @@
+"""Flags and first steps that the commands which draw pictures share."""
+
+import os
+import pathlib
+import unicodedata
+
+from absl import flags
+import jax
+
+from ssd_jax.config import UserError
+from ssd_jax.loading import load
+from ssd_jax.pipeline import Pipeline
+
+PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file", None, "Prompts: UTF-8 text with one per line, or an "
+    "official prompt file (GenEval .jsonl, folder of DPG-Bench, COCO captions "
+    ".json, PartiPrompts .tsv).")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures per prompt.")
+SEED = flags.DEFINE_integer("seed", 0, "Same seed, same pictures.")
+BATCH = flags.DEFINE_integer(
+    "batch", None, "Pictures drawn together; default: 8, in benchmark 1.")
+OUT = flags.DEFINE_string(
+    "out", None, "Folder of what is written; default: out, in benchmark bench.")
+_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale.")
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "Divides the logits.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Codes kept; 0 keeps all.")
+_TOP_P = flags.DEFINE_float("top_p", None, "Probability mass kept.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "emoji", "Model folder; default: the embedded model.")
+_HEADS = flags.DEFINE_string(
+    "heads", None, "Folder of spatial heads; default: the model's own.")
+_DRAFTER = flags.DEFINE_string(
+    "drafter", None, "Folder of a drafter; default: the model's own.")
+_RANDOM_WEIGHTS = flags.DEFINE_bool(
+    "random_weights", False, "Random trunk: for trying sizes and speed.")
+
+_LONGEST_PROMPT = 10_000  # characters
+
+
+def load_pipeline() -> Pipeline:
+  """The pipeline of the flags."""
+  return load(CHECKPOINT.value, random_weights=_RANDOM_WEIGHTS.value,
+              heads=_HEADS.value, drafter=_DRAFTER.value)
+
+
+def sampling() -> dict[str, float | None]:
+  """The flags' settings of the target distribution, None for the model's."""
+  return {
+      "guidance": _GUIDANCE.value, "temperature": _TEMPERATURE.value,
+      "top_k": _TOP_K.value, "top_p": _TOP_P.value,
+  }
+
+
+def clean(prompt: str) -> str:
+  """A prompt without control characters and surplus white space.
+
+  Raises:
+    UserError: when it is empty or too long.
+  """
+  printable = "".join(
+      " " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c
+      for c in prompt
+  )
+  text = " ".join(printable.split())
+  if not text:
+    raise UserError(
+        f"got an empty prompt {prompt[:20]!r}, expected a few words; say what "
+        "to draw"
+    )
+  if len(text) > _LONGEST_PROMPT:
+    raise UserError(
+        f"got a prompt of {len(text)} characters, expected at most "
+        f"{_LONGEST_PROMPT}; shorten it"
+    )
+  return text
+
+
+def writable_folder(path: str) -> pathlib.Path:
+  """The output folder, made and seen to be writable before any work.
+
+  Raises:
+    UserError: when it is not.
+  """
+  folder = pathlib.Path(path)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(
+        f"got --out {path}, expected a folder that can be made "
+        f"({error.strerror}); choose another"
+    ) from error
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise UserError(
+        f"got --out {path}, expected a folder that can be written; change its "
+        "permissions or choose another"
+    )
+  return folder
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs in the user's cache folder between runs."""
+  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  folder = pathlib.Path(root) / "ssd_jax" / "xla"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -1,0 +1,224 @@
+"""How good what decoders drew is, beside what AR drew for the same prompts.
+
+N images, P prompts, F features.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ssd_jax import benchmark, features, metrics
+from ssd_jax.benchmark import Run
+from ssd_jax.data import sources
+from ssd_jax.metrics import Estimate, Gap
+from ssd_jax.pipeline import Pipeline
+
+_Z = 1.96  # of a 95% interval
+
+
+@dataclasses.dataclass(frozen=True)
+class References:
+  """What pictures are compared with beside AR's.
+
+  Attributes:
+    real_MF: Features of real pictures, or None.
+    gallery_MF: Features of the emoji that may be meant, or None.
+    target_N: The emoji that each image's prompt names, -1 for none.
+  """
+
+  real_MF: np.ndarray | None
+  gallery_MF: np.ndarray | None
+  target_N: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+  """Figures of one decoder; None where one could not be computed.
+
+  Attributes:
+    nll: Mean surprisal of the model, in nats per cell.
+    gap: nll minus the first AR's, with its 95% interval.
+    excess: Mean of surprisal minus entropy, with its error.
+    extra: The same minus the first AR's, prompt by prompt.
+    fd_real: Frechet distance in EfficientNet-Lite0's features to real pictures.
+    kid_real: Kernel distance in those features to real pictures.
+    fd_ar: Frechet distance to the first AR's pictures.
+    kid_ar: Kernel distance to them.
+    recall: Share of pictures that lie nearest to the emoji they were asked for.
+    recall_10: Share for which it is among the ten nearest.
+    within_ar: Whether it lies within AR's own spread; see `judge`.
+  """
+
+  nll: float
+  gap: Gap | None
+  excess: Estimate
+  extra: Estimate | None
+  fd_real: float | None = None
+  kid_real: Estimate | None = None
+  fd_ar: float | None = None
+  kid_ar: Estimate | None = None
+  recall: float | None = None
+  recall_10: float | None = None
+  within_ar: bool | None = None
+
+
+def assess(
+    runs: Sequence[Run], ar: int | None, rerun: int | None, num_images: int,
+    features_RNF: Sequence[np.ndarray] | None, references: References,
+) -> list[Quality]:
+  """The quality of each run.
+
+  Args:
+    runs: Of the same prompts.
+    ar: Index of the first AR run, or None.
+    rerun: Index of the first AR run with another seed, or None.
+    num_images: Per prompt.
+    features_RNF: Of each run's images, or None where there are no weights.
+    references: What else they are compared with.
+  """
+  found = []
+  for index, run in enumerate(runs):
+    base = None if ar is None else runs[ar]
+    quality = _likelihoods(run, base, num_images)
+    if features_RNF is not None:
+      own_NF = features_RNF[index]
+      other_NF = None if ar in (None, index) else features_RNF[ar]
+      quality = dataclasses.replace(
+          quality, **_pictures(own_NF, other_NF, references))
+    found.append(quality)
+  if rerun is None:
+    return found
+  return [
+      q if index == ar else dataclasses.replace(
+          q, within_ar=judge(q, found[rerun], index == rerun))
+      for index, q in enumerate(found)]
+
+
+def judge(quality: Quality, rerun: Quality, is_rerun: bool = False) -> bool:
+  """Whether a decoder lies within AR's own spread.
+
+  All of these must hold, with the AR run of another seed as the yardstick:
+    its likelihood gap is no further from 0 than the farther end of the 95%
+      interval of the yardstick's;
+    so is its excess over AR's;
+    its kernel distance to AR's pictures exceeds the yardstick's by no more than
+      1.96 standard errors of the difference, where both are known.
+  The yardstick itself is held to its own intervals: 0 must lie in them.
+  """
+  gap_ends = rerun.gap.interval or (rerun.gap.value,) * 2
+  width = _Z * (rerun.extra.error or 0.0)
+  extra_ends = (rerun.extra.value - width, rerun.extra.value + width)
+  if is_rerun:
+    return all(low <= 0 <= high for low, high in (gap_ends, extra_ends))
+  near = abs(quality.gap.value) <= max(map(abs, gap_ends))
+  near &= abs(quality.extra.value) <= max(map(abs, extra_ends))
+  if quality.kid_ar is not None and rerun.kid_ar is not None:
+    error = np.hypot(quality.kid_ar.error or 0, rerun.kid_ar.error or 0)
+    near &= quality.kid_ar.value - rerun.kid_ar.value <= _Z * error
+  return bool(near)
+
+
+def _likelihoods(run: Run, base: Run | None, num_images: int) -> Quality:
+  """What the model itself says, images of a prompt averaged."""
+  nll_P = _per_prompt(run.nll, num_images)
+  entropy_P = _per_prompt(run.entropy, num_images)
+  gap = extra = None
+  if base is not None:
+    base_P = _per_prompt(base.nll, num_images)
+    gap = metrics.likelihood_gap(nll_P, base_P, seed=0)
+    base_excess_P = base_P - _per_prompt(base.entropy, num_images)
+    # The same mean and error, of one excess minus the other.
+    extra = metrics.excess((nll_P - entropy_P)[:, None], base_excess_P[:, None])
+  return Quality(
+      float(run.nll.mean()), gap,
+      metrics.excess(nll_P[:, None], entropy_P[:, None]), extra)
+
+
+def _per_prompt(x_N: np.ndarray, num_images: int) -> np.ndarray:
+  return x_N.reshape(-1, num_images).mean(1)
+
+
+def _pictures(
+    own_NF: np.ndarray, ar_NF: np.ndarray | None, references: References
+) -> dict:
+  """The figures of `Quality` that come from features."""
+  found = {}
+  for name, other_MF in (("real", references.real_MF), ("ar", ar_NF)):
+    if other_MF is not None and min(len(own_NF), len(other_MF)) >= 2:
+      found[f"fd_{name}"] = metrics.frechet_distance(own_NF, other_MF)
+      found[f"kid_{name}"] = metrics.kernel_distance(own_NF, other_MF)
+  is_named_N = references.target_N >= 0
+  if references.gallery_MF is not None and is_named_N.any():
+    ranks = metrics.retrieval_ranks(
+        own_NF[is_named_N], references.gallery_MF,
+        references.target_N[is_named_N])
+    found["recall"] = metrics.recall_at(ranks, 1)
+    found["recall_10"] = metrics.recall_at(ranks, 10)
+  return found
+
+
+def emoji_targets(texts: Sequence[str]) -> np.ndarray:
+  """int [N]: place of the emoji that each text names in the gallery, or -1."""
+  records = sources.EmojiSource("all").records
+  places = {record.label: i for i, record in reversed([*enumerate(records)])}
+  return np.array([places.get(text, -1) for text in texts])
+
+
+def emoji_captions(split: str | None) -> list[str]:
+  """Captions of the vendored emoji, the held-out ones first.
+
+  Args:
+    split: "train" or "validation" for one of them alone.
+  """
+  splits = [split] if split else ["validation", "train"]
+  labels = [record.label for name in splits
+            for record in sources.EmojiSource(name).records]
+  return list(dict.fromkeys(labels))
+
+
+def make_references(
+    pipe: Pipeline, texts: Sequence[str], on_note: Callable[[str], None]
+) -> References:
+  """Real emoji and the gallery, where prompts name emoji."""
+  target_N = emoji_targets(texts)
+  if not (target_N >= 0).any():
+    return References(None, None, target_N)
+  on_note("features of all emoji, as the tokenizer redraws them (kept on disk)")
+  redraw, key = redraw_of(pipe)
+  gallery_MF = metrics.emoji_gallery(redraw, key)
+  source = sources.EmojiSource("all")
+  places = np.unique(target_N[target_N >= 0])
+  real = np.stack([source[int(i)]["image"] for i in places])
+  return References(features.image_features(real), gallery_MF, target_N)
+
+
+def redraw_of(pipe: Pipeline) -> tuple[Callable | None, str]:
+  """(pictures -> pictures by the tokenizer, what names it and its weights).
+
+  (None, "") for a tokenizer without an encoder.
+  """
+  if "encoder" not in pipe.vq_params:
+    return None, ""
+  vq, grid = pipe.family.vq, pipe.model.grid
+  size = (grid.cols * vq.cfg.downsample, grid.rows * vq.cfg.downsample)
+
+  @jax.jit
+  def encode(params, x):
+    z = vq.apply({"params": params}, x, method="encode")
+    return vq.apply({"params": params}, z, method="quantize")
+
+  def redraw(images_NHWC, batch=8):
+    tokens = []
+    for start in range(0, len(images_NHWC), batch):
+      part = np.arange(start, start + batch).clip(max=len(images_NHWC) - 1)
+      fitted = np.stack([
+          Image.fromarray(x).resize(size) for x in images_NHWC[part]])
+      ids = encode(pipe.vq_params, jnp.float32(fitted) / 127.5 - 1)
+      tokens.append(np.asarray(ids)[:len(images_NHWC) - start])
+    return pipe.draw_tokens(np.concatenate(tokens), batch)
+
+  return redraw, f"{vq.cfg} {size} {benchmark.fingerprint(pipe.vq_params)}"
