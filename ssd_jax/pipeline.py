@@ -20,7 +20,6 @@ from ssd_jax.sampling import Sampling
 from ssd_jax.types import Model, Params, Prompt
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Output:
   """Pictures and how they came to be; B images in the order of the prompts.

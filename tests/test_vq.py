@@ -59,7 +59,7 @@ def test_patches_fold_and_unfold():
 
 
 def test_codebook_starts_and_restarts_where_pixels_are_wrong():
-  """Codes out of use become latents of cells with error, never of blank ones."""
+  """Codes out of use become latents of wrong cells, never of blank ones."""
   cfg = tokenizer.TokenizerConfig()
   z = jnp.concatenate([jnp.zeros((1, 8, 8, 4)), jnp.ones((1, 8, 8, 4))])
   error = jnp.concatenate([jnp.zeros((1, 8, 8)), jnp.ones((1, 8, 8))])

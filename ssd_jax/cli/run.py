@@ -23,7 +23,7 @@ def define_config() -> None:
 
 
 def main(body: Callable[[], None], argv: list[str] | None = None) -> None:
-  """Parses flags and runs `body`; a user's mistake ends in one line, status 2."""
+  """Parses flags and runs `body`; a mistake ends in one line, status 2."""
   try:
     rest = flags.FLAGS(sys.argv if argv is None else argv)
     if len(rest) > 1:

@@ -16,16 +16,19 @@ import numpy as np
 
 from ssd_jax import checkpoints, loading
 from ssd_jax.cli import run as cli
-from ssd_jax.config import UserError, from_config_dict
 from ssd_jax.cli.generate import read_prompts
+from ssd_jax.config import UserError, from_config_dict
 from ssd_jax.data import sources
 from ssd_jax.data.features import Teacher
 from ssd_jax.families import emoji
 from ssd_jax.models.text import Vocabulary
 from ssd_jax.models.vq import VQ, VQConfig
 from ssd_jax.pipeline import Pipeline
-from ssd_jax.training import ar as ar_training, mtp as mtp_training
-from ssd_jax.training import tokenizer as tokenizer_training
+from ssd_jax.training import (
+  ar as ar_training,
+  mtp as mtp_training,
+  tokenizer as tokenizer_training,
+)
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of checkpoints, logs and the model; default: the "
@@ -86,7 +89,7 @@ def mtp() -> None:
   )
   out = workdir / "model" / "heads"
   loading.write_extra(out, "heads", heads_cfg, state.eval_params, _STORED)
-  print(f"wrote {out}; held-out acceptance: {workdir / 'mtp' / 'acceptance.md'}")
+  print(f"wrote {out}; acceptance: {workdir / 'mtp' / 'acceptance.md'}")
 
 
 def _model(config, workdir: pathlib.Path) -> Pipeline:

@@ -194,7 +194,7 @@ def _claim(folder: pathlib.Path, manifest: dict) -> None:
     same = same_trunk if name == "trunk" else lambda a, b: a == b
     if name not in found or not same(found[name], value):
       raise UserError(
-          f"got images in {folder} that were drawn with another {name}, "
+          f"got images in {folder} whose {name} differs, "
           "expected those of this run; use another workdir or remove the folder"
       )
 

@@ -19,7 +19,10 @@ from PIL import Image
 from ssd_jax.config import UserError, check
 from ssd_jax.data.folder import FolderSource
 from ssd_jax.data.pictures import (
-    VALIDATION_SHARE, Source, hash_fraction, to_square,
+  VALIDATION_SHARE,
+  Source,
+  hash_fraction,
+  to_square,
 )
 from ssd_jax.data.tfds import TFDSSource
 

@@ -42,7 +42,7 @@ def neighbour_table(
     normalise: Compare directions, for tokenizers that look up normalised codes.
   """
   codes = np.asarray(codebook_VE, np.float32)
-  check(0 <= count < len(codes), "count", count, f"in [0, {len(codes) - 1}]")
+  check(1 <= count < len(codes), "count", count, f"in [1, {len(codes) - 1}]")
   if normalise:
     codes = codes / np.linalg.norm(codes, axis=-1, keepdims=True)
   squares = np.sum(codes**2, axis=-1)
@@ -51,7 +51,9 @@ def neighbour_table(
     part = codes[start:start + _CHUNK]
     distance = squares - 2 * part @ codes.T
     distance[np.arange(len(part)), start + np.arange(len(part))] = np.inf
-    rows.append(np.argsort(distance, axis=-1, kind="stable")[:, :count])
+    near = np.argpartition(distance, count - 1, axis=-1)[:, :count]
+    order = np.argsort(np.take_along_axis(distance, near, -1), axis=-1)
+    rows.append(np.take_along_axis(near, order, -1))
   return np.concatenate(rows).astype(np.int32)
 
 

@@ -225,23 +225,23 @@ def fit(name: str, length: int, vocab: int) -> Tree:
   Raises:
     UserError: when a tree that was given by its numbers is too large.
   """
-  tree = parse(name)
+  tree, levels = parse(name), max(1, length - 1)
   is_small = (
-      tree.nodes <= length and tree.depth < length and tree.width <= vocab
+      tree.nodes <= length and tree.depth <= levels and tree.width <= vocab
   )
   if is_small:
     return tree
   if name not in _PUBLISHED:
     raise UserError(
         f"got tree={name} of {tree.nodes} nodes, {tree.depth} levels and "
-        f"{tree.width} children, expected at most {length} nodes, {length - 1} "
+        f"{tree.width} children, expected at most {length} nodes, {levels} "
         f"levels and {vocab} children for this image; take a smaller tree"
     )
   if isinstance(tree, Dynamic):
-    depth, width = min(tree.depth, length - 1), min(tree.width, vocab)
+    depth, width = min(tree.depth, levels), min(tree.width, vocab)
     most = Dynamic(1, width, depth).candidates
     return Dynamic(min(tree.nodes, length, most), width, depth)
-  fits = lambda path: len(path) < length and max(path) < vocab
+  fits = lambda path: len(path) <= levels and max(path) < vocab
   return Static(tuple(filter(fits, tree.paths))[:length])
 
 

@@ -239,4 +239,6 @@ def _sees(slots_N: jax.Array, step: int, other: int) -> jax.Array:
   back, and then one slot per step.
   """
   back = slots_N[:, None] - slots_N
-  return back >= step if other == 0 else (back == step - other) & (step >= other)
+  if other == 0:
+    return back >= step
+  return (back == step - other) & (step >= other)

@@ -42,8 +42,8 @@ class Vocabulary:
   ) -> "Vocabulary":
     """The words that occur at least `min_count` times, most frequent first."""
     counts = Counter(word for text in texts for word in words_of(text))
-    known = [w for w, n in sorted(counts.items(), key=lambda x: (-x[1], x[0]))
-             if n >= min_count]
+    ranked = sorted(counts.items(), key=lambda x: (-x[1], x[0]))
+    known = [word for word, count in ranked if count >= min_count]
     return cls(tuple(known), length)
 
   @property
@@ -71,7 +71,7 @@ class Vocabulary:
     return ids[:room], len(ids) > room
 
   def pad(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 [P], bool [P]): START, the ids, padding, IMAGE in the last slot."""
+    """(int32 [P], bool [P]): START, ids, padding, IMAGE in the last slot."""
     tokens = np.full(self.length, PAD, np.int32)
     tokens[0] = START
     tokens[1 : 1 + len(ids)] = ids

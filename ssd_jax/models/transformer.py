@@ -174,7 +174,7 @@ class Trunk(nn.Module):
 
   cfg: TrunkConfig
 
-  def setup(self):
+  def setup(self):  # noqa: D102
     cfg = self.cfg
     self.embedding = self.param(
         "embedding", nn.initializers.normal(0.02), (cfg.vocab_in, cfg.d_model)

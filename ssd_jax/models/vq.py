@@ -248,7 +248,7 @@ class VQ(nn.Module):
 
   cfg: VQConfig
 
-  def setup(self):
+  def setup(self):  # noqa: D102
     cfg = self.cfg
     self.encoder = Encoder(cfg)
     self.decoder = Decoder(cfg)

@@ -1,5 +1,6 @@
 """Trains a trunk on captions and the tokenizer's codes, by cross-entropy."""
 
+from collections.abc import Iterator
 import dataclasses
 import functools
 import os
@@ -43,7 +44,8 @@ class ARConfig:
 
   def __post_init__(self):
     for name in ("drop_caption", "add_tags", "only_tags", "spell"):
-      check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+      value = getattr(self, name)
+      check(0 <= value < 1, name, value, "in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,8 @@ def load_example(
   pictures = source.items[index]
   plain = len(pictures) == 1 or rng.random() < 0.5
   picture = pictures[0] if plain else pictures[rng.integers(len(pictures))]
-  text = random_caption(source.captions[picture], source.tags[picture], rng, cfg)
+  label, tags = source.captions[picture], source.tags[picture]
+  text = random_caption(label, tags, rng, cfg)
   ids = []
   for word in words_of(text):
     ids += words.spell(word) if rng.random() < cfg.spell else words.ids(word)
@@ -115,7 +118,7 @@ def random_caption(
   draw = rng.random()
   if draw < cfg.drop_caption:
     return ""
-  some = [t for t in rng.permutation(tags) if rng.random() < 0.5] if tags else []
+  some = [t for t in rng.permutation(list(tags)) if rng.random() < 0.5]
   if draw < cfg.drop_caption + cfg.only_tags and some:
     return " ".join(some)
   if draw < cfg.drop_caption + cfg.only_tags + cfg.add_tags:
@@ -170,7 +173,9 @@ def run(
   return loop.train(workdir, state, step, data, cfg.loop, evaluate)
 
 
-def plain_batches(source: TokenSource, words: Vocabulary, batch: int, count: int):
+def plain_batches(
+    source: TokenSource, words: Vocabulary, batch: int, count: int
+) -> Iterator[dict[str, np.ndarray]]:
   """Batches of evenly spread items with their plain labels."""
   picks = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
   for start in range(0, len(picks) - batch + 1, batch):

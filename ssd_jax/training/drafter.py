@@ -188,7 +188,8 @@ def stream_states(
 ) -> jax.Array:
   """[G, B, N, D]: states that predict each slot, of every stream."""
   streams = len(prompt.tokens) // len(tokens_BN)
-  hidden = net.generator.hidden(params, prompt, jnp.tile(tokens_BN, (streams, 1)))
+  tokens_SN = jnp.tile(tokens_BN, (streams, 1))
+  hidden = net.generator.hidden(params, prompt, tokens_SN)
   return hidden.reshape(streams, *tokens_BN.shape, -1)
 
 
@@ -233,7 +234,8 @@ def drafter_losses(
   for step, states in enumerate(predicted):
     of_state += jnp.mean(losses.smooth_l1(states, goal[:, :, step:]))
     entropy_BM = -jnp.sum(p_BMV[:, step:] * guided(states), axis=-1)
-    of_token += jnp.average(jnp.mean(entropy_BM, axis=0), weights=is_free[step:])
+    of_token += jnp.average(
+        jnp.mean(entropy_BM, axis=0), weights=is_free[step:])
   return of_state / cfg.unroll, of_token / cfg.unroll
 
 

@@ -102,7 +102,9 @@ def make_step(vq: VQ, cfg: TokenizerConfig, optimizer):
     y = vq.apply({"params": params}, straight, method="decode_latents")
     mse = jnp.mean((y - image) ** 2)
     loss = mse + cfg.l1 * jnp.mean(jnp.abs(y - image))
-    loss += jnp.where(continuous, 1e-3 * jnp.mean(z**2), cfg.commitment * commitment)
+    # A plain autoencoder's latents would grow without bound.
+    small, close = 1e-3 * jnp.mean(z**2), cfg.commitment * commitment
+    loss += jnp.where(continuous, small, close)
     side = y.shape[1] // z.shape[1]
     error = jnp.mean((y - image) ** 2, axis=-1).reshape(
         len(y), z.shape[1], side, z.shape[2], side).mean((2, 4))
@@ -126,7 +128,8 @@ def make_step(vq: VQ, cfg: TokenizerConfig, optimizer):
     metrics = {
         "psnr": 10 * jnp.log10(4.0 / jnp.mean(error)),
         "commitment": commitment,
-        "codes_per_batch": jnp.sum(jnp.bincount(ids.ravel(), length=len(codes)) > 0),
+        "codes_per_batch": jnp.sum(
+            jnp.bincount(ids.ravel(), length=len(codes)) > 0),
     }
     return state.replace(params=params, ema=ema, extra=stats), metrics
 
@@ -155,9 +158,11 @@ def update_codebook(codes_VZ, stats: CodebookStats, batch, key, starts, cfg):
   total = mix(stats.total, one_hot.T @ z)
   pick_key, jitter_key = jax.random.split(key)
   mass = jnp.cumsum(error.ravel())
-  picks = jnp.searchsorted(mass, mass[-1] * jax.random.uniform(pick_key, (vocab,)))
+  u = jax.random.uniform(pick_key, (vocab,))
+  picks = jnp.searchsorted(mass, mass[-1] * u)
   fresh = z[jnp.minimum(picks, len(z) - 1)]
-  fresh += 0.01 * jnp.std(z, axis=0) * jax.random.normal(jitter_key, fresh.shape)
+  jitter = jax.random.normal(jitter_key, fresh.shape)
+  fresh += 0.01 * jnp.std(z, axis=0) * jitter
   restart = starts | (count < cfg.restart_below)
   count = jnp.where(restart, 10 * cfg.restart_below, count)
   total = jnp.where(restart[:, None], fresh * count[:, None], total)
@@ -207,8 +212,8 @@ def run(
   )["params"]
   if cfg.start_from:
     known = checkpoints.restore(cfg.start_from)
-    params = {k: v if k == "codebook" else checkpoints.cast(known[k], jnp.float32)
-              for k, v in params.items()}
+    known["codebook"] = params["codebook"]
+    params = checkpoints.cast(known, jnp.float32)
   stats = CodebookStats(
       jnp.ones(vq_cfg.n_codes), jnp.zeros((vq_cfg.n_codes, vq_cfg.code_dim))
   )
@@ -218,7 +223,8 @@ def run(
   )
   state = TrainState.make(params, optimizer, cfg.optimizer, stats)
   data = pipeline.stream(
-      splits["train"], functools.partial(load_augmented, max_shift=cfg.max_shift),
+      splits["train"],
+      functools.partial(load_augmented, max_shift=cfg.max_shift),
       cfg.loop.batch, cfg.loop.seed,
   )
 
