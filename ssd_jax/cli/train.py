@@ -14,9 +14,8 @@ import pathlib
 from absl import flags
 import numpy as np
 
-from ssd_jax import checkpoints, loading
+from ssd_jax import checkpoints, exporters, loading
 from ssd_jax.cli import run as cli
-from ssd_jax.cli.generate import read_prompts
 from ssd_jax.config import UserError, from_config_dict
 from ssd_jax.data import sources
 from ssd_jax.data.features import Teacher
@@ -109,8 +108,9 @@ def _model(config, workdir: pathlib.Path) -> Pipeline:
 
 def _captions(config) -> dict[str, list[str]]:
   """Captions to draw, by split."""
-  if config.get("prompts_file"):
-    lines = read_prompts([], config.prompts_file)
+  if config.prompts_file:
+    items = exporters.read_prompts(config.prompts_file)
+    lines = [item.prompt for item in items]
     held_out = max(1, len(lines) // 20)
     return {"train": lines[held_out:], "validation": lines[:held_out]}
   return {
