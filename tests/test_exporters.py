@@ -1,0 +1,171 @@
+"""Official prompt files are read, pictures laid out as scorers read them."""
+
+import json
+import re
+import types
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from ssd_jax import exporters, hub_metrics
+from ssd_jax.config import UserError
+from ssd_jax.exporters import Item
+
+GENEVAL = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}],
+     "prompt": "a photo of a bench"},
+    {"tag": "colors", "include": [], "prompt": "a photo of a red cow"},
+]
+
+
+def write(path, text):
+  path.write_text(text, "utf-8")
+  return path
+
+
+def pictures(count, first=0):
+  """`count` pictures of one grey each."""
+  return [np.full((8, 8, 3), first + i, np.uint8) for i in range(count)]
+
+
+def test_reads_every_prompt_file(tmp_path):
+  """Text, GenEval, COCO, PartiPrompts and DPG-Bench's folder, in order."""
+  text = write(tmp_path / "p.txt", "red heart\n\n 漢字 \n")
+  assert [x.prompt for x in exporters.read_prompts(text)] == [
+      "red heart", " 漢字 "]
+  lines = "\n".join(map(json.dumps, GENEVAL)) + "\n"
+  items = exporters.read_prompts(write(tmp_path / "g.jsonl", lines))
+  assert [x.name for x in items] == ["00000", "00001"]
+  assert items[1].metadata == GENEVAL[1]
+  coco = {"images": [], "annotations": [
+      {"image_id": 9, "id": 3, "caption": "second"},
+      {"image_id": 9, "id": 1, "caption": "A dog.\n"},
+      {"image_id": 2, "id": 2, "caption": "A cat."}]}
+  items = exporters.read_prompts(write(tmp_path / "c.json", json.dumps(coco)))
+  assert [x.prompt for x in items] == ["A cat.", "A dog."]
+  parti = 'Prompt\tCategory\tChallenge\tNote\na "STOP" sign\tSigns\tBasic\t\n'
+  items = exporters.read_prompts(write(tmp_path / "P.tsv", parti))
+  assert [x.prompt for x in items] == ['a "STOP" sign']
+  folder = tmp_path / "prompts"
+  folder.mkdir()
+  for name in ("10", "9", "COCOval_1"):
+    write(folder / f"{name}.txt", f"prompt {name}\n")
+  items = exporters.read_prompts(folder)
+  assert [x.name for x in items] == ["9", "10", "COCOval_1"]
+  assert items[0].prompt == "prompt 9"
+
+
+@pytest.mark.parametrize("name,text", [
+    ("a.txt", "\n"), ("a.jsonl", "{"), ("a.jsonl", '{"text": 1}'),
+    ("a.json", "[]"), ("a.json", "{}"), ("a.tsv", "Text\nx\n"),
+])
+def test_other_files_end_in_one_line(tmp_path, name, text):
+  """A file that is not what its name says is the user's mistake."""
+  with pytest.raises(UserError, match="got .*expected") as error:
+    exporters.read_prompts(write(tmp_path / name, text))
+  assert "\n" not in str(error.value)
+  with pytest.raises(UserError, match="unreadable"):
+    exporters.read_prompts(tmp_path / "missing")
+
+
+def test_geneval_layout_is_what_its_scorer_walks(tmp_path):
+  """Folders of digits with metadata.jsonl and numbered samples, no more."""
+  items = [Item(row["prompt"], f"{i:05d}", row)
+           for i, row in enumerate(GENEVAL)]
+  exporters.export("geneval", tmp_path, items, [pictures(4), pictures(4, 10)])
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["00000", "00001"]
+  folder = tmp_path / "00001"
+  assert sorted(p.name for p in folder.iterdir()) == [
+      "metadata.jsonl", "samples"]
+  assert json.loads((folder / "metadata.jsonl").read_text()) == GENEVAL[1]
+  names = sorted(p.name for p in (folder / "samples").iterdir())
+  assert names == ["0000.png", "0001.png", "0002.png", "0003.png"]
+  assert all(re.match(r"\d+\.png", name) for name in names)
+  assert np.asarray(Image.open(folder / "samples" / "0002.png"))[0, 0, 0] == 12
+
+
+def test_dpg_grid_is_cut_apart_without_loss(tmp_path):
+  """Crops of the grid, as the scorer takes them, are the four pictures."""
+  exporters.export("dpg", tmp_path, [Item("x", "256")], [pictures(4)])
+  grid = Image.open(tmp_path / "256.png")
+  side = grid.width // 2
+  corners = [(0, 0), (side, 0), (0, side), (side, side)]
+  for shade, (left, top) in enumerate(corners):
+    crop = np.asarray(grid.crop((left, top, left + side, top + side)))
+    np.testing.assert_array_equal(crop, np.full((8, 8, 3), shade))
+
+
+def test_exports_ask_for_what_the_scorer_needs():
+  """Other prompts or numbers of pictures are refused before any work."""
+  with pytest.raises(UserError, match="evaluation_metadata.jsonl"):
+    exporters.check_exportable("geneval", [Item("a cat", "00000")], 4)
+  with pytest.raises(UserError, match="--num_images 4"):
+    exporters.check_exportable("dpg", [Item("a cat", "1")], 1)
+
+
+def test_hub_metrics_feed_every_picture(monkeypatch):
+  """FID sees both sets as uint8 [N, 3, H, W], CLIPScore each prompt once."""
+  made = {}
+
+  class Metric:
+
+    def __init__(self, *args):
+      made[type(self).__name__] = self
+      self.seen, self.device = [], None
+
+    def to(self, device):
+      self.device = device
+      return self
+
+    def update(self, images, *texts, **kwargs):
+      assert images.dtype == np.uint8 and images.shape[1:] == (3, 8, 8)
+      self.seen.append((len(images), kwargs.get("real"), *texts))
+
+  class FrechetInceptionDistance(Metric):
+
+    def compute(self):
+      return 1.0
+
+  class InceptionScore(Metric):
+
+    def compute(self):
+      return 2.0, 0.1
+
+  class CLIPScore(Metric):
+
+    def compute(self):
+      return 3.0
+
+  class Tensor(np.ndarray):
+
+    def to(self, device):
+      assert device == "cpu"
+      return self
+
+  modules = {
+      "torch": types.SimpleNamespace(
+          cuda=types.SimpleNamespace(is_available=lambda: False),
+          from_numpy=lambda x: x.view(Tensor)),
+      "torchmetrics.image": types.SimpleNamespace(
+          FrechetInceptionDistance=FrechetInceptionDistance,
+          InceptionScore=InceptionScore),
+      "torchmetrics.multimodal": types.SimpleNamespace(CLIPScore=CLIPScore),
+  }
+  monkeypatch.setattr(hub_metrics, "need", lambda name, extra: modules[name])
+  texts = [f"prompt {i}" for i in range(20)]
+  images = np.stack(pictures(20))
+  got = hub_metrics.compute(images, texts, images[:3])
+  assert got == hub_metrics.HubFigures(1.0, 3.0, 2.0)
+  fid = made["FrechetInceptionDistance"].seen
+  assert sum(n for n, real in fid if real) == 3
+  assert sum(n for n, real in fid if not real) == 20
+  assert sum((x[2] for x in made["CLIPScore"].seen), []) == texts
+  assert hub_metrics.compute(images, texts, None).fid is None
+
+
+def test_missing_extra_is_one_line(monkeypatch):
+  """Without torchmetrics the user reads which extra to install."""
+  monkeypatch.setitem(__import__("sys").modules, "torch", None)
+  with pytest.raises(UserError, match=r"ssd-jax\[metrics\]"):
+    hub_metrics.compute(np.stack(pictures(2)), ["a", "b"], None)

@@ -1,0 +1,151 @@
+"""Pictures of decoding: what is final, what is a draft, what is empty."""
+
+import types
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from ssd_jax import layout, pictures
+from ssd_jax.config import UserError
+from ssd_jax.pictures import Filling
+
+COMMIT = np.array([[1, 2], [2, 4]])
+BLANK = pictures._BLANK
+
+
+class Painter:
+  """A stand-in for a pipeline whose code v is painted as v in all pixels."""
+
+  def draw_tokens(self, tokens):
+    cells = np.asarray(tokens, np.uint8).repeat(2, 1).repeat(2, 2)
+    return np.stack([cells] * 3, -1)
+
+
+def traced():
+  """The output of a 2x2 image of passes as in COMMIT; 4 px cells of 2."""
+  history = np.zeros((1, 6, 2, 2), np.int32)
+  history[0, 0] = [[10, 0], [0, 0]]
+  history[0, 1] = [[10, 20], [30, 77]]
+  history[0, 2] = [[10, 20], [30, 0]]  # the draft became code 0
+  history[0, 3] = [[10, 20], [30, 40]]
+  tokens = history[:, 3]
+  return types.SimpleNamespace(
+      history=history, tokens=tokens, images=Painter().draw_tokens(tokens),
+      passes=np.array([4]), commit_pass=COMMIT[None], prompts=("a",),
+      seconds=2.0)
+
+
+def test_final_cells_are_shown_drafts_dimmed_the_rest_grey():
+  """Each frame tells final cells, drafts and empty cells apart."""
+  fill = pictures.filling(Painter(), traced(), 0, "ar")
+  np.testing.assert_array_equal(fill.shown, [1, 2, 3, 4])
+  dim = lambda code: int((code + BLANK) / 2)
+  expected = [
+      [[10, BLANK], [BLANK, BLANK]], [[10, 20], [30, dim(77)]],
+      [[10, 20], [30, dim(0)]], [[10, 20], [30, 40]]]
+  np.testing.assert_array_equal(fill.frames[:, ::2, ::2, 0], expected)
+
+
+def test_nothing_is_painted_where_nothing_is_drafted():
+  """AR's frames come from the finished picture alone."""
+  output = traced()
+  output.history *= output.commit_pass[:, None] <= np.arange(1, 7)[
+      None, :, None, None]
+  fill = pictures.filling(None, output, 0, "ar")
+  np.testing.assert_array_equal(fill.frames[-1], output.images[0])
+
+
+def fillings():
+  """Two fillings of 8 and 2 passes in 4 and 2 seconds."""
+  def make(label, passes, seconds):
+    shades = np.arange(passes, dtype=np.uint8)[:, None, None, None]
+    frames = np.broadcast_to(shades, (passes, 40, 40, 3))
+    return Filling(label, frames, np.arange(passes) + 1, passes, seconds)
+
+  return [make("ar", 8, 4.0), make("ssd", 2, 2.0)]
+
+
+def test_both_race_in_the_same_time():
+  """At each moment both show the passes done by then; both end finished."""
+  frames = [np.asarray(x)[0] for x in pictures.animation(fillings())]
+  left, right = (np.array([f[i, 0] for f in frames]) for i in (0, 50))
+  np.testing.assert_array_equal(left, [BLANK, *range(8)])
+  np.testing.assert_array_equal(
+      right, [BLANK, BLANK, 0, 0, 1, 1, 1, 1, 1])
+
+
+def test_animation_is_a_gif_that_rests_at_the_end(tmp_path):
+  """The file holds all frames and leaves nothing half-written behind."""
+  path = tmp_path / "a.gif"
+  pictures.save_animation(pictures.animation(fillings()), path)
+  with Image.open(path) as gif:
+    assert gif.n_frames >= 8 and gif.info["loop"] == 0
+    gif.seek(gif.n_frames - 1)
+    assert gif.info["duration"] == 2000
+  assert [p.name for p in tmp_path.iterdir()] == ["a.gif"]
+
+
+def test_trace_writes_gif_frames_and_heat_map(tmp_path):
+  """Per image an animation, its frames as PNG and a heat map."""
+  paths = pictures.write_trace(
+      Painter(), traced(), [tmp_path / "0000_a"], "ar")
+  assert all(path.exists() for path in paths)
+  frames = list((tmp_path / "0000_a_filling").glob("*.png"))
+  assert len(frames) == 5
+  assert (tmp_path / "0000_a_passes.png").exists()
+
+
+def test_heat_map_colours_passes():
+  """Equal passes have one colour; first and last are the ends of the scale."""
+  heat = np.asarray(pictures.heat_map(COMMIT, (40, 40)))
+  colours = heat[:40:20, :40:20].reshape(4, 3)
+  np.testing.assert_array_equal(colours[0], pictures._HEAT[0])
+  np.testing.assert_array_equal(colours[3], pictures._HEAT[-1])
+  np.testing.assert_array_equal(colours[1], colours[2])
+  assert np.asarray(pictures.heat_map(np.ones((2, 2), int), (8, 8))).any()
+
+
+def test_contact_sheet_places_pictures_by_row_and_column():
+  """Every picture is on the sheet once, in its row and column."""
+  colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (9, 9, 9)]]
+  images = [[np.full((64, 64, 3), c, np.uint8) for c in row] for row in colours]
+  captions = ["a long caption of many words " * 9, ""]
+  sheet = np.asarray(
+      layout.contact_sheet(images, captions, ["ar", "ssd:rounds=1"]))
+  places = {}
+  for row in colours:
+    for colour in row:
+      rows, cols = np.where((sheet == colour).all(-1))
+      assert len(rows) >= 64 * 64
+      places[colour] = rows.mean(), cols.mean()
+  (a, b), (c, d) = ([places[x] for x in row] for row in colours)
+  assert a[0] == b[0] < c[0] == d[0] and a[1] == c[1] < b[1] == d[1]
+
+
+def test_large_pictures_are_shrunk():
+  """A sheet of large pictures stays of a size one can look at."""
+  images = [[np.zeros((512, 256, 3), np.uint8)]]
+  sheet = layout.contact_sheet(images, ["x" * 100], ["y" * 100], most=100)
+  assert sheet.height < 160 and sheet.width < 240
+
+
+def test_pareto_plot_is_written(tmp_path):
+  """Points with and without intervals are drawn."""
+  points = [pictures.Point("ar", 1.0, (0.9, 1.1), 0.0, (0.0, 0.0)),
+            pictures.Point("ssd", 4.0, (3.0, 5.0), 0.3, None)]
+  pictures.pareto(points, "gap", tmp_path / "p.png")
+  assert Image.open(tmp_path / "p.png").size[0] > 500
+  assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+  """What cannot be written ends in one line and leaves nothing behind."""
+  def fail(self, path, *args, **kwargs):
+    path.write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(Image.Image, "save", fail)
+  with pytest.raises(UserError, match="No space left"):
+    layout.save_picture(Image.new("RGB", (4, 4)), tmp_path / "x.png")
+  assert not list(tmp_path.iterdir())
