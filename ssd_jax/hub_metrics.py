@@ -46,13 +46,15 @@ def compute(
     UserError: when the extra is not installed.
   """
   torch = need("torch", _EXTRA)
-  image_metrics = need("torchmetrics.image", _EXTRA)
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  clip = need("torchmetrics.multimodal", _EXTRA).CLIPScore(CLIP).to(device)
-  inception = image_metrics.InceptionScore().to(device)
+  clip_module = need("torchmetrics.multimodal.clip_score", _EXTRA)
+  clip = clip_module.CLIPScore(CLIP).to(device)
+  inception_module = need("torchmetrics.image.inception", _EXTRA)
+  inception = inception_module.InceptionScore().to(device)
   fid = None
   if real is not None:
-    fid = image_metrics.FrechetInceptionDistance().to(device)
+    fid_module = need("torchmetrics.image.fid", _EXTRA)
+    fid = fid_module.FrechetInceptionDistance().to(device)
     _update(fid, real, real=True)
     _update(fid, images, real=False)
   _update(inception, images)

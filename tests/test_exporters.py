@@ -147,10 +147,12 @@ def test_hub_metrics_feed_every_picture(monkeypatch):
       "torch": types.SimpleNamespace(
           cuda=types.SimpleNamespace(is_available=lambda: False),
           from_numpy=lambda x: x.view(Tensor)),
-      "torchmetrics.image": types.SimpleNamespace(
-          FrechetInceptionDistance=FrechetInceptionDistance,
+      "torchmetrics.image.fid": types.SimpleNamespace(
+          FrechetInceptionDistance=FrechetInceptionDistance),
+      "torchmetrics.image.inception": types.SimpleNamespace(
           InceptionScore=InceptionScore),
-      "torchmetrics.multimodal": types.SimpleNamespace(CLIPScore=CLIPScore),
+      "torchmetrics.multimodal.clip_score": types.SimpleNamespace(
+          CLIPScore=CLIPScore),
   }
   monkeypatch.setattr(hub_metrics, "need", lambda name, extra: modules[name])
   texts = [f"prompt {i}" for i in range(20)]
