@@ -109,6 +109,7 @@ def parse_entries(text: str, seed: int) -> list[Entry]:
   Raises:
     UserError: on a decoder that cannot be or is named twice.
   """
+  check(0 <= seed < 2**32, "seed", seed, "in [0, 2^32)")
   entries = []
   for label in (part.strip() for part in text.split(",")):
     name, _, rest = label.partition(":")
@@ -149,7 +150,7 @@ def run(
     on_step: Called with an entry's label and the number of images it has just
       finished; with 0 before it compiles.
   """
-  weights = fingerprint(pipe.params)
+  weights = fingerprint((pipe.params, pipe.vq_params))
   paths = [[folder / _key(weights, entry, job) / name
             for name in _shard_names(job)] for entry in entries]
   is_warm = set()

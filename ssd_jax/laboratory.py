@@ -24,6 +24,7 @@ PROMPT = "ab"
 LEAST_EXPECTED = 5.0  # of a bin; rarer images are counted together
 P_VALUE = 1e-3  # below it a decoder's law is called another one
 GROUPS = (1, 4)
+_TOGETHER = 5000  # images in one call of a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +80,10 @@ def draw(
     pipe: Pipeline, decoder: engine.Decoder, draws: int, group: int = 1,
     seed: int = 0, prompt: str = PROMPT,
 ) -> engine.Decoded:
-  """`draws` images of one prompt, decoded `group` at a time.
+  """At least `draws` images of one prompt, decoded `group` at a time.
 
-  All groups go through one program, beside each other: thousands of tiny
-  images take seconds. A group sees no other group.
+  Thousands of groups go through one program beside each other, which takes
+  seconds. A group sees no other group.
   """
   settings, guided = pipe.sampling()
   rows, _ = pipe.family.encode_prompts([prompt] * group, guided)
@@ -93,9 +94,12 @@ def draw(
         pipe.model, decoder, pipe.params, rows, settings,
         jax.random.key(seed), image_G))(index_KG)
 
-  index = jnp.arange(draws // group * group).reshape(-1, group)
+  calls = -(-draws // _TOGETHER)
+  size = -(-draws // (calls * group))
+  index = jnp.arange(calls * size * group).reshape(calls, size, group)
+  parts = [jax.tree.map(np.asarray, run(index_KG)) for index_KG in index]
   return jax.tree.map(
-      lambda x: np.asarray(x).reshape(index.size, *x.shape[2:]), run(index))
+      lambda *x: np.concatenate(x).reshape(index.size, *x[0].shape[2:]), *parts)
 
 
 def count(pipe: Pipeline, tokens: np.ndarray) -> np.ndarray:

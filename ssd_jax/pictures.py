@@ -64,15 +64,16 @@ def filling(
   passes, commit_RC = int(output.passes[index]), output.commit_pass[index]
   count = min(passes, _MOST_FRAMES)
   shown = np.unique(np.linspace(1, passes, count).round().astype(int))
-  history = output.history[index, :passes]
+  history = output.history[index]
+  moments = np.minimum(shown, len(history)) - 1
   # Code 0 is what a cell holds before anything was written there.
-  is_written = np.maximum.accumulate(history != 0, axis=0)[shown - 1]
+  is_written = np.maximum.accumulate(history != 0, axis=0)[moments]
   is_final = commit_RC <= shown[:, None, None]
   is_draft = is_written & ~is_final
   image = output.images[index]
   drafts = np.broadcast_to(image, (len(shown), *image.shape))
   if is_draft.any():
-    drafts = pipe.draw_tokens(history[shown - 1])
+    drafts = pipe.draw_tokens(history[moments])
   frames = [
       compose(image, draft, final_RC, draft_RC)
       for draft, final_RC, draft_RC in zip(
