@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ssd_jax.config import UserError
 
 _GAP = 6
-_TEXT = 12
+_TEXT = 12  # pixels
+_LINE = 16
 
 
 def contact_sheet(
@@ -36,7 +37,7 @@ def contact_sheet(
   for caption, row in zip(rows, images, strict=True):
     cells = [padded(Image.fromarray(x).resize(size, Image.Resampling.LANCZOS),
                      max(size[0], 64)) for x in row]
-    fit = max(size[1] // (_TEXT + 2), 1)
+    fit = max(size[1] // _LINE, 1)
     lines.append(abreast([text_box(caption, side, fit)] + cells))
   return padded(stack(lines, _GAP), lines[0].width + 2 * _GAP)
 
@@ -55,10 +56,10 @@ def text_box(text: str, width: int, lines: int) -> Image.Image:
   while fitted and font.getlength(max(fitted, key=font.getlength)) > width:
     fitted = [x if font.getlength(x) <= width else f"{x[:-4]}..."
               for x in fitted]
-  box = Image.new("RGB", (width, (_TEXT + 2) * max(len(fitted), 1)), "white")
+  box = Image.new("RGB", (width, _LINE * max(len(fitted), 1)), "white")
   draw = ImageDraw.Draw(box)
   for number, line in enumerate(fitted):
-    draw.text((0, number * (_TEXT + 2)), line, "black", font)
+    draw.text((0, number * _LINE), line, "black", font)
   return box
 
 
@@ -67,7 +68,7 @@ def caption(width: int, words: Sequence[str]) -> Image.Image:
   font = ImageFont.load_default(_TEXT)
   right = "  ".join(words[1:])
   room = width - int(font.getlength(right)) - 4
-  line = Image.new("RGB", (width, _TEXT + 4), "white")
+  line = Image.new("RGB", (width, _LINE), "white")
   if room > 16:
     line.paste(text_box(words[0], room, 1), (0, 0))
   ImageDraw.Draw(line).text(

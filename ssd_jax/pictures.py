@@ -142,10 +142,11 @@ def animation(fillings: Sequence[Filling]) -> list[Image.Image]:
       # A pass is seen when it has ended; rounding must not lose the last one.
       done = min(np.floor(time / span * f.passes + 1e-6), f.passes)
       panel = Image.fromarray(f.at(done))
-      words = [f.label, f"{done:.0f}/{f.passes}"]
+      words = [f"pass {done:.0f}", f"of {f.passes}"]
       if timed:
         words.append(f"{min(time, span):.1f} s")
-      panels.append(layout.stack([panel, layout.caption(panel.width, words)]))
+      foot = [layout.caption(panel.width, x) for x in ([f.label], words)]
+      panels.append(layout.stack([panel, *foot]))
     frames.append(layout.abreast(panels))
   return frames
 
@@ -242,6 +243,7 @@ def pareto(points: Sequence[Point], name: str, path: pathlib.Path) -> None:
         fmt="o", capsize=2)
     axes.annotate(p.label, (p.speed, p.quality), fontsize=8,
                   xytext=(5, 4), textcoords="offset points")
+  axes.margins(x=0.2, y=0.1)
   axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
   axes.set_xlabel("speed: AR's seconds per image over the decoder's")
   axes.set_ylabel(name)
