@@ -10,6 +10,7 @@ become (h, w, I, O).
 
 from collections.abc import Callable, Iterable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -196,6 +197,7 @@ def image_head(
   return Row("trunk/head", (source,), linear)
 
 
+@functools.cache
 def vq_shapes(cfg: VQConfig) -> dict[str, jax.ShapeDtypeStruct]:
   """The arrays of a tokenizer by path."""
   size = cfg.downsample

@@ -1,5 +1,6 @@
 """Published families: sizes, tables, prompts; no weights needed."""
 
+import functools
 import math
 
 import jax
@@ -20,6 +21,7 @@ _CONFIGS = {
 }
 
 
+@functools.cache
 def recipe_of(name):
   family, variant = _CONFIGS[name]
   config = family.get_config(variant)
