@@ -29,7 +29,8 @@ from ssd_jax.decoding.engine import Context
 from ssd_jax.grid import Grid
 from ssd_jax.types import Queries
 
-_TEST, _REDRAW, _ENTER = range(3)  # purposes of a pass's keys
+# Purposes of a pass's keys.
+TEST, REDRAW, DRAFT, REFRESH = range(4)
 
 
 @flax.struct.dataclass
@@ -157,19 +158,22 @@ def judge(
   )
   is_at = lambda x_N: x_N.at[cells_W].get(mode="fill", fill_value=False)
   is_open_W = fed_W & ~is_at(state.final)
-  had_draft_W = is_open_W & is_at(state.known)
   draft_W = state.tokens.at[cells_W].get(mode="fill", fill_value=0)
+  # A stand-in was not drawn: its q is zero.
+  had_draft_W = (
+      is_open_W & is_at(state.known) & (acceptance.at(state.q, draft_W) > 0)
+  )
   if coupled:
     drawn_W = sampling.sample(p_WV, ctx.token_noise(cells_W))
     passed_W = had_draft_W & (drawn_W == draft_W)
   else:
     drafts = Drafts(draft_W, state.q, jnp.zeros_like(fed_W))
-    u_W = jax.random.uniform(ctx.pass_key(_TEST), cells_W.shape)
+    u_W = jax.random.uniform(ctx.pass_key(TEST), cells_W.shape)
     passed_W = had_draft_W & acceptance.accept_exact(p_WV, drafts, u_W)
     left_WV = jnp.where(
         had_draft_W[:, None], acceptance.residual(p_WV, drafts), p_WV
     )
-    noise_WV = jax.random.gumbel(ctx.pass_key(_REDRAW), p_WV.shape)
+    noise_WV = jax.random.gumbel(ctx.pass_key(REDRAW), p_WV.shape)
     drawn_W = sampling.sample(left_WV, noise_WV)
   return Verdict(
       cells_W, is_open_W, had_draft_W, passed_W,
@@ -227,6 +231,16 @@ def full_lead(grid: Grid, state: Rows) -> jax.Array:
   return jnp.minimum(whole(state.final), whole(state.settled) + 1)
 
 
+def narrow_lead(grid: Grid, state: Rows) -> jax.Array:
+  """int32 []: where a window of single slots begins: nothing above is left."""
+  return jnp.argmin(jnp.all(state.settled[jnp.asarray(grid.slot_of)], axis=1))
+
+
+def fill(grid: Grid, final_N: jax.Array) -> jax.Array:
+  """int32 [grid rows]: final cells of each row."""
+  return jnp.sum(final_N[jnp.asarray(grid.slot_of)], axis=1)
+
+
 def window_index(
     state: Rows, row: jax.Array, col: jax.Array
 ) -> jax.Array:
@@ -237,70 +251,6 @@ def window_index(
   m = col - 1 - state.first.at[r].get(mode="clip")
   inside = (r >= 0) & (r < rows) & (m >= 0) & (m < width)
   return jnp.where(inside, r * width + m, size)
-
-
-def put_drafts(
-    state: Rows, slots_K: jax.Array, index_K: jax.Array, drafts: Drafts,
-    is_new: jax.Array,
-) -> Rows:
-  """State with drafts written where `is_new` (bool [K] or [])."""
-  slots_K = jnp.where(is_new, slots_K, state.tokens.shape[0])
-  index_K = jnp.where(is_new, index_K, state.q.shape[0])
-  return state.replace(
-      tokens=state.tokens.at[slots_K].set(drafts.tokens, mode="drop"),
-      known=state.known.at[slots_K].set(True, mode="drop"),
-      q=state.q.at[index_K].set(drafts.q, mode="drop"),
-  )
-
-
-def draw(
-    ctx: Context, q_KV: jax.Array, slots_K: jax.Array, how: str,
-    purpose: int = 0,
-) -> Drafts:
-  """Drafts from q: "sample", "coupled" (the slots' own noise) or "argmax"."""
-  if how == "argmax":
-    tokens_K = jnp.argmax(q_KV, axis=-1).astype(jnp.int32)
-    q_KV = jax.nn.one_hot(tokens_K, q_KV.shape[-1])
-  elif how == "coupled":
-    tokens_K = sampling.sample(q_KV, ctx.token_noise(slots_K))
-  else:
-    key = jax.random.fold_in(ctx.pass_key(_ENTER), purpose)
-    tokens_K = sampling.sample(q_KV, jax.random.gumbel(key, q_KV.shape))
-  return Drafts(tokens_K, q_KV, jnp.zeros(slots_K.shape, bool))
-
-
-def spread(
-    ctx: Context, state: Rows, direction: str, offset: int,
-    source: tuple[jax.Array, jax.Array],
-) -> jax.Array:
-  """float32 [K, V]: what the heads say about the cells `offset` further.
-
-  Args:
-    ctx: Of the pass.
-    state: After it.
-    direction: "horizontal" or "vertical".
-    offset: In cells.
-    source: (slots [K], states that predicted them [G, K, D]).
-  """
-  slots_K, hidden_GKD = source
-  tokens_GK = jnp.broadcast_to(
-      state.tokens[slots_K], hidden_GKD.shape[:2]
-  )
-  return ctx.target(
-      ctx.model.draft(ctx.params, direction, offset, hidden_GKD, tokens_GK)
-  )
-
-
-def predictors(
-    state: Rows, hidden_GWD: jax.Array, row: jax.Array, cols_K: jax.Array
-) -> jax.Array:
-  """[G, K, D]: states that predicted cells of a row of the (old) window."""
-  index_K = window_index(state, row, cols_K)
-  hidden_GKD = hidden_GWD.at[:, index_K].get(mode="fill", fill_value=0.0)
-  is_origin_K = (row == 0) & (cols_K == 0)
-  return jnp.where(
-      is_origin_K[:, None], state.hidden[:, None], hidden_GKD
-  )
 
 
 def clamp(decoder: Any, field: str, most: int, what: str) -> int:
@@ -315,6 +265,12 @@ def clamp(decoder: Any, field: str, most: int, what: str) -> int:
         f"got {field}={value}, expected at most {most} ({what}); lower {field}"
     )
   return min(value, most)
+
+
+def predicted(state: Rows) -> tuple[jax.Array, jax.Array]:
+  """(row, column) [W] of the cells that the window predicts."""
+  row_W, col_W = _coordinates(state)
+  return row_W, col_W + 1
 
 
 def _coordinates(state: Rows) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ssd_jax.config import UserError, check
-from ssd_jax.decoding import rows as rows_lib
+from ssd_jax.decoding import row_drafts, rows as rows_lib
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.rows import Rows, Verdict
 from ssd_jax.types import Model, Queries
@@ -168,17 +168,17 @@ class SSD:
     cols = ctx.model.grid.cols
     count = jnp.sum(state.final[:cols])
     is_due = (count < cols) & (jnp.sum(state.known[:cols]) == count)
-    source = jnp.reshape(count - 1, 1)
-    hidden_G1D = rows_lib.predictors(state, hidden_GWD, jnp.int32(0), source)
+    last = jnp.reshape(count - 1, 1)
+    hidden_G1D = row_drafts.predictors(state, hidden_GWD, jnp.int32(0), last)
     reach = min(self._heads(ctx.model)[0], cols - 1)
     q_KV = jnp.concatenate([
-        rows_lib.spread(ctx, state, "horizontal", offset, (source, hidden_G1D))
+        row_drafts.spread(ctx, state, "horizontal", offset, (last, hidden_G1D))
         for offset in range(1, reach + 1)
     ])
     slots_K = count + jnp.arange(reach)
-    drafts = rows_lib.draw(ctx, q_KV, slots_K, self.drafts)
+    drafts = row_drafts.draw(ctx, q_KV, slots_K, self.drafts)
     index_K = rows_lib.window_index(moved, jnp.int32(0), slots_K)
-    moved = rows_lib.put_drafts(
+    moved = row_drafts.put_drafts(
         moved, slots_K, index_K, drafts, is_due & (slots_K < cols)
     )
     rounds = jnp.where(is_due, self.horizontal_rounds, 0)
@@ -196,18 +196,18 @@ class SSD:
       is_due |= (moved.lead > 0) & (state.plan.waited >= self._lag())
     source_C = jnp.asarray(grid.slot_of)[entered - 1]
     cols_C = jnp.arange(grid.cols)
-    hidden_GCD = rows_lib.predictors(state, hidden_GWD, entered - 1, cols_C)
+    hidden_GCD = row_drafts.predictors(state, hidden_GWD, entered - 1, cols_C)
     plan = moved.plan
     for offset in range(1, self._heads(ctx.model)[1] + 1):
       row = entered + offset - 1
       is_new = is_due & (row < grid.rows)
-      q_CV = rows_lib.spread(
+      q_CV = row_drafts.spread(
           ctx, state, "vertical", offset, (source_C, hidden_GCD)
       )
       slots_C = source_C + offset * grid.row_slots
-      drafts = rows_lib.draw(ctx, q_CV, slots_C, self.drafts, offset)
+      drafts = row_drafts.draw(ctx, q_CV, slots_C, self.drafts, offset)
       index_C = rows_lib.window_index(moved, row, cols_C)
-      moved = rows_lib.put_drafts(moved, slots_C, index_C, drafts, is_new)
+      moved = row_drafts.put_drafts(moved, slots_C, index_C, drafts, is_new)
       moved = moved.replace(entered=moved.entered + is_new)
       plan = Plan(
           plan.rounds.at[row].max(jnp.where(is_new, self.rounds, 0)),

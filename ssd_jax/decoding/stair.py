@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ssd_jax.config import UserError, check
-from ssd_jax.decoding import rows as rows_lib
+from ssd_jax.decoding import row_drafts, rows as rows_lib
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.rows import Rows, Verdict
 from ssd_jax.grid import Grid
@@ -99,14 +99,16 @@ class _Staircase:
       source = jnp.zeros(1, jnp.int32), state.hidden[:, None]
       reach = min(ctx.model.heads[0], cols_K.shape[0])
       heads = [
-          rows_lib.spread(ctx, state, "horizontal", offset, source)
+          row_drafts.spread(ctx, state, "horizontal", offset, source)
           for offset in range(1, reach + 1)
       ]
       # Beyond the furthest head, its guess is as good as any.
       q_KV = jnp.concatenate(heads)[jnp.minimum(cols_K, reach) - 1]
-    drafts = rows_lib.draw(ctx, q_KV, cols_K, self._how(), _ROW_0)
+    drafts = row_drafts.draw(ctx, q_KV, cols_K, self._how(), _ROW_0)
     index_K = rows_lib.window_index(state, jnp.int32(0), cols_K)
-    return rows_lib.put_drafts(state, cols_K, index_K, drafts, jnp.bool_(True))
+    return row_drafts.put_drafts(
+        state, cols_K, index_K, drafts, jnp.bool_(True)
+    )
 
   def _advance(
       self, ctx: Context, state: Rows, hidden_GWD: jax.Array
@@ -123,14 +125,14 @@ class _Staircase:
         & (jnp.sum(state.final[above_C]) >= entry)
     )
     if self._uses_heads(ctx.model):
-      hidden_GCD = rows_lib.predictors(state, hidden_GWD, row - 1, cols_C)
-      q_CV = rows_lib.spread(ctx, state, "vertical", 1, (above_C, hidden_GCD))
+      hidden_GCD = row_drafts.predictors(state, hidden_GWD, row - 1, cols_C)
+      q_CV = row_drafts.spread(ctx, state, "vertical", 1, (above_C, hidden_GCD))
     else:
       q_CV = state.q[rows_lib.window_index(state, row - 1, cols_C)]
     slots_C = above_C + grid.row_slots
-    drafts = rows_lib.draw(ctx, q_CV, slots_C, self._how(), _ROW_BELOW)
+    drafts = row_drafts.draw(ctx, q_CV, slots_C, self._how(), _ROW_BELOW)
     index_C = rows_lib.window_index(moved, row, cols_C)
-    moved = rows_lib.put_drafts(moved, slots_C, index_C, drafts, is_due)
+    moved = row_drafts.put_drafts(moved, slots_C, index_C, drafts, is_due)
     return moved.replace(entered=row + is_due)
 
   def _how(self) -> str:

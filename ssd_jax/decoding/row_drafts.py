@@ -1,0 +1,98 @@
+"""Drafts of rows that enter: drawn by spatial heads, or put in as stand-ins."""
+
+import jax
+import jax.numpy as jnp
+
+from ssd_jax import sampling
+from ssd_jax.decoding.acceptance import Drafts
+from ssd_jax.decoding.engine import Context
+from ssd_jax.decoding.rows import DRAFT, Rows, window_index
+from ssd_jax.grid import Grid
+
+
+def put_drafts(
+    state: Rows, slots_K: jax.Array, index_K: jax.Array, drafts: Drafts,
+    is_new: jax.Array,
+) -> Rows:
+  """State with drafts written where `is_new` (bool [K] or [])."""
+  slots_K = jnp.where(is_new, slots_K, state.tokens.shape[0])
+  index_K = jnp.where(is_new, index_K, state.q.shape[0])
+  return state.replace(
+      tokens=state.tokens.at[slots_K].set(drafts.tokens, mode="drop"),
+      known=state.known.at[slots_K].set(True, mode="drop"),
+      q=state.q.at[index_K].set(drafts.q, mode="drop"),
+  )
+
+
+def draw(
+    ctx: Context, q_KV: jax.Array, slots_K: jax.Array, how: str,
+    purpose: int = 0,
+) -> Drafts:
+  """Drafts from q: "sample", "coupled" (the slots' own noise) or "argmax"."""
+  if how == "argmax":
+    tokens_K = jnp.argmax(q_KV, axis=-1).astype(jnp.int32)
+    q_KV = jax.nn.one_hot(tokens_K, q_KV.shape[-1])
+  elif how == "coupled":
+    tokens_K = sampling.sample(q_KV, ctx.token_noise(slots_K))
+  else:
+    key = jax.random.fold_in(ctx.pass_key(DRAFT), purpose)
+    tokens_K = sampling.sample(q_KV, jax.random.gumbel(key, q_KV.shape))
+  return Drafts(tokens_K, q_KV, jnp.zeros(slots_K.shape, bool))
+
+
+def spread(
+    ctx: Context, state: Rows, direction: str, offset: int,
+    source: tuple[jax.Array, jax.Array],
+) -> jax.Array:
+  """float32 [K, V]: what the heads say about the cells `offset` further.
+
+  Args:
+    ctx: Of the pass.
+    state: After it.
+    direction: "horizontal" or "vertical".
+    offset: In cells.
+    source: (slots [K], states that predicted them [G, K, D]).
+  """
+  slots_K, hidden_GKD = source
+  tokens_GK = jnp.broadcast_to(
+      state.tokens[slots_K], hidden_GKD.shape[:2]
+  )
+  return ctx.target(
+      ctx.model.draft(ctx.params, direction, offset, hidden_GKD, tokens_GK)
+  )
+
+
+def predictors(
+    state: Rows, hidden_GWD: jax.Array, row: jax.Array, cols_K: jax.Array
+) -> jax.Array:
+  """[G, K, D]: states that predicted cells of a row of the (old) window."""
+  index_K = window_index(state, row, cols_K)
+  hidden_GKD = hidden_GWD.at[:, index_K].get(mode="fill", fill_value=0.0)
+  is_origin_K = (row == 0) & (cols_K == 0)
+  return jnp.where(
+      is_origin_K[:, None], state.hidden[:, None], hidden_GKD
+  )
+
+
+def stand_in(
+    grid: Grid, state: Rows, row: jax.Array, source: jax.Array,
+    is_due: jax.Array,
+) -> Rows:
+  """State with a token in the slot before a row, where it has none.
+
+  Only grids without end-of-row tokens need it, for rows that enter before the
+  row above ends. It has no q: the cell counts as not drafted.
+
+  Args:
+    grid: Of the image.
+    state: Of the image.
+    row: The row that enters.
+    source: Slot whose token stands in.
+    is_due: bool [], whether the row enters.
+  """
+  slot = row * grid.row_slots - 1
+  slot = jnp.where(is_due & ~state.known[slot], slot, grid.length)
+  return state.replace(
+      tokens=state.tokens.at[slot].set(state.tokens[source], mode="drop"),
+      known=state.known.at[slot].set(True, mode="drop"),
+  )

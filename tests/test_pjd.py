@@ -1,0 +1,72 @@
+"""PJD: exact where rows follow each other, masks, progress."""
+
+import numpy as np
+import pytest
+import testkit as kit
+
+from ssd_jax.config import UserError
+from ssd_jax.decoding.pjd import PJD
+
+
+@pytest.mark.parametrize("grid, decoder", [
+    (dict(rows=2, cols=3, vocab=2), PJD(context=3, window=2)),
+    (dict(rows=3, cols=2, vocab=2, end_of_row=True), PJD(context=2)),
+])
+def test_rows_one_after_the_other_are_lossless(grid, decoder):
+  """With the whole row as context only the top row is drafted: exact."""
+  pipe = kit.tiny(**grid)
+  out = kit.assert_lossless(pipe, decoder)
+  assert out.passes.mean() < pipe.model.grid.cells
+
+
+def test_an_early_row_is_told_apart():
+  """The same test sees rows that start before the one above ends."""
+  pipe = kit.tiny(rows=2, cols=3, vocab=2)
+  out = kit.draw(pipe, PJD(context=1))
+  assert kit.p_value(pipe, out.tokens) < 1e-3
+
+
+@pytest.mark.parametrize("decoder", [
+    PJD(context=2, window=4), PJD(context=3, row_causal=False),
+    PJD(context=1, keep=True), PJD(window=1),
+])
+@pytest.mark.parametrize("end_of_row", [False, True])
+def test_rows_advance_and_never_overtake(decoder, end_of_row):
+  """The top row wins a cell in every pass; no row overtakes the one above."""
+  model = kit.chain(6, 7, end_of_row, vocab=9)
+  out = kit.run(model, decoder, 16)
+  kit.assert_well_recorded(out)
+  assert out.passes.max() <= model.grid.cells
+  assert (np.diff(out.commit_pass, axis=2) >= 0).all()
+  assert (np.diff(out.commit_pass, axis=1) >= 0).all()
+
+
+def test_the_context_is_counted_in_cells():
+  """A row's first cell is final only after `context` cells above it."""
+  out = kit.run(kit.chain(6, 7), PJD(context=3), 16)
+  assert (out.commit_pass[:, 1:, 0] > out.commit_pass[:, :-1, 2]).all()
+
+
+@pytest.mark.parametrize("decoder", [PJD(), PJD(keep=True)])
+def test_images_do_not_depend_on_the_batch(decoder):
+  """Batch 1 and batch 4 give the same tokens and passes."""
+  kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), decoder)
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 6), (6, 1), (1, 1)])
+@pytest.mark.parametrize("end_of_row", [False, True])
+def test_single_rows_and_columns(rows, cols, end_of_row):
+  """Grids of one row or one column are drawn in full."""
+  out = kit.run(kit.chain(rows, cols, end_of_row), PJD())
+  kit.assert_well_recorded(out)
+  assert out.passes.max() <= rows * cols
+
+
+def test_impossible_settings_are_one_line():
+  """No window, no context, or one longer than the row is a UserError."""
+  with pytest.raises(UserError, match="window=0"):
+    PJD(window=0)
+  with pytest.raises(UserError, match="context=0"):
+    PJD(context=0)
+  with pytest.raises(UserError, match="context=5, expected at most 4"):
+    kit.run(kit.chain(3, 4), PJD(context=5))

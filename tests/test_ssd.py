@@ -1,0 +1,139 @@
+"""SSD: published counts, equal schedules, and where it is exact."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import testkit as kit
+
+from ssd_jax.config import UserError
+from ssd_jax.decoding.ssd import SSD
+
+_JANUS = (24, 24, False)
+_LUMINA = (48, 48, True)
+_EMU3 = (90, 90, True)
+
+
+def staged(vertical, staged_rounds):
+  """The published settings for 48x48."""
+  return SSD(vertical=vertical, rounds=5, schedule="staged",
+             staged_rounds=staged_rounds)
+
+
+def pipelined(rounds, lag):
+  """Rows that enter every `lag` passes."""
+  return SSD(rounds=rounds, schedule="pipelined", lag=lag)
+
+
+@pytest.mark.parametrize("grid, decoder, published", [
+    (_JANUS, SSD(rounds=0), 34),
+    (_JANUS, SSD(rounds=1), 57),
+    (_JANUS, SSD(), 80),
+    (_JANUS, pipelined(2, 1), 36),
+    (_LUMINA, pipelined(5, 1), 74),
+    *((_LUMINA, staged(k, 4), n)
+      for k, n in ((1, 304), (2, 281), (3, 273), (4, 269), (5, 267))),
+    *((_LUMINA, staged(2, i), n) for i, n in ((1, 212), (2, 235), (3, 258))),
+    (_LUMINA, SSD(vertical=2, rounds=9), 285),
+    pytest.param(_EMU3, SSD(rounds=6), 661, marks=pytest.mark.slow),
+    pytest.param(_EMU3, pipelined(6, 1), 133, marks=pytest.mark.slow),
+])
+def test_passes_are_the_published_ones(grid, decoder, published):
+  """The counts of the paper; with row ends one less, as they ride along."""
+  rows, cols, end_of_row = grid
+  out = kit.run(kit.chain(rows, cols, end_of_row), decoder, 1)
+  assert out.passes.tolist() == [published - int(end_of_row)]
+  kit.assert_well_recorded(out)
+
+
+def test_a_trunk_changes_no_count():
+  """The same count with attention, guidance and forced tokens."""
+  pipe = kit.tiny(rows=6, cols=7, end_of_row=True, guidance=2.0)
+  out = kit.draw(pipe, SSD(rounds=1), 2)
+  assert out.passes.tolist() == [1 + 2 * 2 + 5 * 2] * 2
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_lag_of_a_whole_row_is_joint(rounds):
+  """Pipelined with lag = rounds + 1 is the paper's schedule, token for token.
+  """
+  model = kit.chain(6, 5, True, vocab=9)
+  joint = kit.run(model, SSD(rounds=rounds))
+  late = kit.run(model, pipelined(rounds, rounds + 1))
+  np.testing.assert_array_equal(joint.tokens, late.tokens)
+  np.testing.assert_array_equal(joint.commit_pass, late.commit_pass)
+
+
+def test_a_single_stage_of_no_rounds_is_joint():
+  """Staged with no rounds of its own is the joint schedule."""
+  model = kit.chain(6, 5, vocab=9)
+  joint = kit.run(model, SSD(vertical=3, rounds=5))
+  single = kit.run(model, staged(3, 0))
+  np.testing.assert_array_equal(joint.tokens, single.tokens)
+
+
+@pytest.mark.parametrize("decoder", [SSD(), staged(2, 1), pipelined(2, 1)])
+def test_images_do_not_depend_on_the_batch(decoder):
+  """Batch 1 and batch 4 give the same tokens and passes."""
+  kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), decoder)
+
+
+@pytest.mark.parametrize("grid, decoder", [
+    (dict(rows=1, cols=4), SSD(horizontal=1)),
+    (dict(rows=4, cols=1, end_of_row=True), SSD(rounds=1)),
+])
+def test_blocks_of_one_cell_are_lossless(grid, decoder):
+  """A round corrects a draft whose context is final to the target's law."""
+  kit.assert_lossless(kit.tiny(**grid), decoder)
+
+
+def test_without_rounds_the_law_is_the_heads():
+  """The same test sees drafts that were never corrected."""
+  pipe = kit.tiny(rows=1, cols=4)
+  out = kit.draw(pipe, SSD(horizontal=1, horizontal_rounds=0))
+  assert kit.p_value(pipe, out.tokens) < 1e-3
+
+
+@pytest.mark.parametrize("decoder", [
+    SSD(rounds=4, adaptive=True), SSD(vertical=3, rounds=4, adaptive=True),
+    SSD(rounds=4, schedule="pipelined", adaptive=True),
+])
+def test_adaptive_saves_passes(decoder):
+  """A round that changes nothing is a row's last; never more passes."""
+  model = kit.chain(8, 6)
+  out = kit.run(model, decoder, 16)
+  full = kit.run(model, dataclasses.replace(decoder, adaptive=False), 1)
+  kit.assert_well_recorded(out)
+  assert out.passes.max() <= full.passes[0]
+  assert out.passes.mean() < full.passes[0]
+
+
+def test_argmax_drafts():
+  """Greedy drafts are tested as what they are: their law is exact as well."""
+  kit.assert_lossless(
+      kit.tiny(rows=1, cols=4), SSD(horizontal=1, drafts="argmax")
+  )
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 7), (7, 1), (1, 1)])
+@pytest.mark.parametrize("end_of_row", [False, True])
+def test_single_rows_and_columns(rows, cols, end_of_row):
+  """Grids of one row or one column have only groups, or only blocks."""
+  out = kit.run(kit.chain(rows, cols, end_of_row), SSD())
+  kit.assert_well_recorded(out)
+  assert (out.passes == 1 + 2 * -(-(cols - 1) // 5) + 3 * (rows - 1)).all()
+
+
+def test_impossible_settings_are_one_line():
+  """What cannot be is a UserError, not a crash."""
+  for settings in (
+      dict(lag=0), dict(rounds=-1), dict(vertical=0), dict(schedule="late"),
+      dict(schedule="pipelined", lag=4), dict(schedule="pipelined", vertical=2),
+      dict(drafts="best"),
+  ):
+    with pytest.raises(UserError, match="got .*, expected .*"):
+      SSD(**settings)
+  with pytest.raises(UserError, match="got vertical=3, expected at most 2"):
+    kit.run(kit.chain(3, 4, heads=(5, 2)), SSD(vertical=3))
+  with pytest.raises(UserError, match="spatial heads"):
+    kit.run(kit.chain(3, 4, heads=(0, 0)), SSD())

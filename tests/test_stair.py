@@ -1,0 +1,112 @@
+"""Staircases: the exact one's law and tokens, bounds of both."""
+
+import numpy as np
+import pytest
+import testkit as kit
+
+from ssd_jax.config import UserError
+from ssd_jax.decoding.stair import Exact, Stair
+
+_WIDE = dict(rows=2, cols=3, vocab=2)
+_ENDED = dict(rows=3, cols=2, vocab=2, end_of_row=True)
+
+
+@pytest.mark.parametrize("grid, decoder", [
+    (_WIDE, Exact()),
+    (_ENDED, Exact(drafts="above", entry=2)),
+    (_ENDED, Stair(lookahead=2, rows=2)),
+])
+def test_whole_row_ahead_is_lossless(grid, decoder):
+  """With the row above final, the joint law is AR's, in fewer passes."""
+  pipe = kit.tiny(**grid)
+  out = kit.assert_lossless(pipe, decoder)
+  assert out.passes.mean() < pipe.model.grid.cells
+
+
+def test_the_law_of_a_short_lookahead_is_told_apart():
+  """The same test sees what a lookahead of one cell costs."""
+  pipe = kit.tiny(**_WIDE)
+  out = kit.draw(pipe, Stair(lookahead=1))
+  assert kit.p_value(pipe, out.tokens) < 1e-3
+
+
+@pytest.mark.parametrize("grid, decoder", [
+    (dict(rows=4, cols=3, vocab=7), Stair(lookahead=3, coupled=True)),
+    (dict(rows=4, cols=3, vocab=7, end_of_row=True, guidance=1.5),
+     Exact(coupled=True, drafts="above")),
+])
+def test_coupled_gives_the_tokens_of_ar(grid, decoder):
+  """With each cell's own noise, drafting changes no token."""
+  pipe = kit.tiny(**grid)
+  out = kit.assert_same_as_ar(pipe, decoder)
+  kit.assert_well_recorded(out)
+  assert out.passes.mean() < pipe.model.grid.cells
+
+
+@pytest.mark.parametrize("decoder", [
+    Stair(), Exact(), Stair(lookahead=0, rows=9, row_causal=True),
+])
+@pytest.mark.parametrize("end_of_row", [False, True])
+def test_images_do_not_depend_on_the_batch(decoder, end_of_row):
+  """Batch 1 and batch 4 give the same tokens and passes."""
+  kit.assert_independent_of_batch(kit.chain(5, 4, end_of_row), decoder)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 3, 8])
+@pytest.mark.parametrize("rows, entry", [(1, 1), (3, 2), (6, 8)])
+def test_passes_are_bounded(lookahead, rows, entry):
+  """A cell per row and pass once the rows above are far enough."""
+  model = kit.chain(6, 8, vocab=9)
+  decoder = Stair(lookahead=lookahead, rows=rows, entry=entry)
+  out = kit.run(model, decoder, 16)
+  latest = latest_passes(model.grid, decoder)
+  assert (out.commit_pass <= latest).all()
+  assert out.passes.max() <= latest[-1, -1] <= model.grid.cells
+  kit.assert_well_recorded(out)
+
+
+def latest_passes(grid, decoder):
+  """int [R, C]: the pass at which each cell is final at the latest.
+
+  A cell of the row above counts in the pass after it became final, unless its
+  draft passed; a row starts in the pass after it was drafted.
+  """
+  last = np.zeros((grid.rows, grid.cols), int)
+  for row in range(grid.rows):
+    for col in range(grid.cols):
+      waits = [0]
+      if col:
+        waits.append(last[row, col - 1])
+      if row:
+        ahead = min(grid.cols, col + decoder.lookahead)
+        waits.append(last[row - 1, decoder.entry - 1])
+        waits.append(last[row - 1, ahead - 1] if ahead else 0)
+      if row >= decoder.rows:
+        waits.append(last[row - decoder.rows, -1])
+      last[row, col] = max(waits) + 1
+  return last
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 6), (6, 1), (1, 1)])
+@pytest.mark.parametrize("end_of_row", [False, True])
+def test_single_rows_and_columns(rows, cols, end_of_row):
+  """Grids of one row or one column are drawn in full."""
+  model = kit.chain(rows, cols, end_of_row)
+  for decoder in (Stair(), Exact()):
+    out = kit.run(model, decoder)
+    kit.assert_well_recorded(out)
+    assert out.passes.max() <= rows * cols
+
+
+def test_impossible_settings_are_one_line():
+  """What cannot be is a UserError, not a crash."""
+  with pytest.raises(UserError, match="lookahead"):
+    Stair(lookahead=-1)
+  with pytest.raises(UserError, match="rows"):
+    Stair(rows=0)
+  with pytest.raises(UserError, match="drafts"):
+    Exact(drafts="guess")
+  model = kit.chain(3, 4, heads=(0, 0))
+  for decoder in (Stair(entry=5), Exact(lookahead=2), Stair(drafts="heads")):
+    with pytest.raises(UserError, match="got .*, expected .*"):
+      kit.run(model, decoder)

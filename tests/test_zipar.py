@@ -1,0 +1,74 @@
+"""ZipAR: AR with a whole row, its formula, candidates."""
+
+import pytest
+import testkit as kit
+
+from ssd_jax.config import UserError
+from ssd_jax.decoding.zipar import ZipAR
+
+
+@pytest.mark.parametrize("end_of_row, decoder", [
+    (False, ZipAR(window=4)),
+    (True, ZipAR(window=5, adaptive=True)),
+])
+def test_a_window_of_a_row_gives_the_tokens_of_ar(end_of_row, decoder):
+  """Rows that wait for the whole row above are AR, token for token."""
+  pipe = kit.tiny(rows=3, cols=4, vocab=7, end_of_row=end_of_row, guidance=1.5)
+  out = kit.assert_same_as_ar(pipe, decoder)
+  assert (out.passes == 12).all()
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 16, 24, 30])
+def test_passes_without_row_ends(window):
+  """2W + (R - 2) w, the prefill included; AR's from w = W on."""
+  out = kit.run(kit.chain(24, 24), ZipAR(window=window), 2)
+  assert (out.passes == 2 * 24 + 22 * min(window, 24)).all()
+  kit.assert_well_recorded(out)
+
+
+@pytest.mark.parametrize("window", [2, 11, 16, 49, 60])
+def test_passes_with_row_ends(window):
+  """(R - 1)(w - 1) + W: the token before a row is known in advance."""
+  out = kit.run(kit.chain(12, 48, True), ZipAR(window=window), 2)
+  assert (out.passes == 11 * (min(window, 49) - 1) + 48).all()
+
+
+def test_a_short_window_is_told_apart_from_ar():
+  """A row that has not seen the end of the one above has another law."""
+  pipe = kit.tiny(rows=3, cols=2, vocab=2)
+  out = kit.draw(pipe, ZipAR(window=1))
+  assert kit.p_value(pipe, out.tokens) < 1e-3
+
+
+@pytest.mark.parametrize("end_of_row", [False, True])
+def test_candidates_widen_the_window(end_of_row):
+  """Adaptive rows start a pass later at the earliest; never later than AR."""
+  model = kit.chain(8, 8, end_of_row, vocab=9)
+  fixed = kit.run(model, ZipAR(window=3), 16)
+  out = kit.run(model, ZipAR(window=3, adaptive=True), 16)
+  kit.assert_well_recorded(out)
+  assert (out.passes > fixed.passes).all()
+  assert (out.passes <= 64).all()
+
+
+@pytest.mark.parametrize("decoder", [ZipAR(window=2), ZipAR(3, True)])
+def test_images_do_not_depend_on_the_batch(decoder):
+  """Batch 1 and batch 4 give the same tokens and passes."""
+  kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), decoder)
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 6), (6, 1), (1, 1)])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_single_rows_and_columns(rows, cols, adaptive):
+  """Grids of one row or one column take AR's passes."""
+  out = kit.run(kit.chain(rows, cols), ZipAR(adaptive=adaptive))
+  kit.assert_well_recorded(out)
+  assert (out.passes == rows * cols).all()
+
+
+def test_impossible_windows_are_one_line():
+  """No window, or none beyond the token before the row, is a UserError."""
+  with pytest.raises(UserError, match="window=0"):
+    ZipAR(window=0)
+  with pytest.raises(UserError, match="window=1, expected >= 2"):
+    kit.run(kit.chain(3, 4, True), ZipAR(window=1))
