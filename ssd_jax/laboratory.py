@@ -160,15 +160,18 @@ def noise_floor(p_I: np.ndarray, draws: int) -> float:
 def detectable(p_I: np.ndarray, draws: int, power: float = 0.9) -> float:
   """The total variation distance that the test finds with this power.
 
-  Of a bias that changes every image's probability by the same factor up or
-  down; one that falls on few images is found at less.
+  Of a bias that changes every image's probability by the same share, up or
+  down at random; one that falls on few images is found at less. Among images
+  that are counted together some of it cancels.
   """
-  freedom = len(pool(p_I, p_I * draws)[1]) - 1
+  squares, expected = pool(p_I**2, p_I * draws)
+  left = float((squares / expected).sum() * draws)
+  freedom = len(expected) - 1
   threshold = stats.chi2.isf(P_VALUE, freedom)
   shift = optimize.brentq(
       lambda shift: stats.ncx2.sf(threshold, freedom, shift) - power,
       1e-3, 1e3 + 10 * threshold)
-  return float(0.5 * np.sqrt(shift / draws))
+  return float(0.5 * np.sqrt(shift / draws / left))
 
 
 def examine(

@@ -114,14 +114,16 @@ def test_statistics_of_exact_draws():
 
 
 def test_bias_of_the_stated_size_is_found_as_often_as_stated():
-  """9 in 10 draws with a bias of `detectable` size are called biased."""
+  """About 9 in 10 draws with a bias of `detectable` size are called biased."""
   rng = np.random.default_rng(1)
   size = laboratory.detectable(law(), DRAWS)
-  p_I = law() * (1 + 2 * size * rng.choice([-1, 1], len(law())))
-  counts = rng.multinomial(DRAWS, p_I / p_I.sum(), 200)
-  found = np.mean([
-      laboratory.chi_square(c, law()) < laboratory.P_VALUE for c in counts])
-  assert 0.75 < found < 0.99
+  found = []
+  for _ in range(30):
+    p_I = law() * (1 + 2 * size * rng.choice([-1, 1], len(law())))
+    counts = rng.multinomial(DRAWS, p_I / p_I.sum(), 10)
+    found += [laboratory.chi_square(c, law()) < laboratory.P_VALUE
+              for c in counts]
+  assert 0.75 < np.mean(found) < 0.97
 
 
 def test_an_impossible_image_ends_the_doubt():

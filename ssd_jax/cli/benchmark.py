@@ -242,8 +242,8 @@ def _exactness() -> None:
   seen = laboratory.detectable(p_I, _DRAWS.value)
   text = laboratory.table(findings) + (
       f"\n{_DRAWS.value} draws each, of the {len(p_I)} images of a grid of 2 x "
-      f"3 cells and 3 codes; a bias spread evenly over all images is seen, 9 "
-      f"times in 10, from a total variation distance of {seen:.3f} on.\n")
+      f"3 cells and 3 codes; a bias spread evenly over all images is seen "
+      f"about 9 times in 10 at a total variation distance of {seen:.3f}.\n")
   (out / "exactness.md").write_text(text, "utf-8")
   checkpoints.write_json(out / "exactness.json", dict(rows=[
       dict(dataclasses.asdict(f), verdict=f.verdict) for f in findings]))
