@@ -10,15 +10,17 @@ from ssd_jax.decoding.engine import Decoder
 from ssd_jax.decoding.gsd import GSD
 from ssd_jax.decoding.jacobi import SJD, Continuation, Coupled
 from ssd_jax.decoding.mtp import MTP
+from ssd_jax.decoding.pjd import PJD
 from ssd_jax.decoding.relaxed import Cascade, Lantern, LanternPP
 from ssd_jax.decoding.ssd import SSD
 from ssd_jax.decoding.stair import Exact, Stair
 from ssd_jax.decoding.tree import Eagle
+from ssd_jax.decoding.zipar import ZipAR
 
 DECODERS: dict[str, type] = {
     cls.name: cls
-    for cls in (AR, MTP, SJD, Coupled, Continuation, GSD, SSD, Stair, Exact,
-                Eagle, Lantern, LanternPP, Cascade)
+    for cls in (AR, MTP, SJD, Coupled, Continuation, GSD, ZipAR, PJD, SSD,
+                Stair, Exact, Eagle, Lantern, LanternPP, Cascade)
 }
 
 

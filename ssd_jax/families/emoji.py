@@ -62,7 +62,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                      warmup_steps=100, b2=0.95, weight_decay=0.02, ema=0.998),
       loop=dict(steps=2100, batch=8, log_every=10, eval_every=300,
                 save_every=100),
-      drop_caption=0.1,
+      drop_caption=0.1, corrupt=0.8, start_from="",
   ))
   config.mtp = c(dict(
       heads=dict(horizontal=5, vertical=2),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ssd_jax import checkpoints
 from ssd_jax.config import LoopConfig, OptimizerConfig, check
 from ssd_jax.data import pipeline
 from ssd_jax.models.generator import Generator
@@ -33,6 +34,12 @@ class ARConfig:
     add_tags: Share of captions that carry some of the tags beside the label.
     only_tags: Share of captions made of tags alone.
     spell: Share of words that are spelled in bytes.
+    corrupt: Largest share of a picture's input codes that are replaced by
+      another picture's codes at the same cells; the share is drawn anew for
+      each picture. Without it a small model knows a training picture by the
+      codes that went before, not by its caption, and is lost once a draw
+      leaves that path.
+    start_from: Folder of a trunk to start from; "" starts at random.
   """
 
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -41,9 +48,11 @@ class ARConfig:
   add_tags: float = 0.25
   only_tags: float = 0.1
   spell: float = 0.03
+  corrupt: float = 0.8
+  start_from: str = ""
 
   def __post_init__(self):
-    for name in ("drop_caption", "add_tags", "only_tags", "spell"):
+    for name in ("drop_caption", "add_tags", "only_tags", "spell", "corrupt"):
       value = getattr(self, name)
       check(0 <= value < 1, name, value, "in [0, 1)")
 
@@ -108,7 +117,11 @@ def load_example(
   for word in words_of(text):
     ids += words.spell(word) if rng.random() < cfg.spell else words.ids(word)
   prompt, mask = words.pad(ids[: words.length - 2])
-  return {"tokens": source.tokens[picture], "prompt": prompt, "mask": mask}
+  tokens = source.tokens[picture]
+  other = source.tokens[rng.integers(len(source.tokens))]
+  is_other = rng.random(tokens.shape) < cfg.corrupt * rng.random()
+  return {"tokens": tokens, "inputs": np.where(is_other, other, tokens),
+          "prompt": prompt, "mask": mask}
 
 
 def random_caption(
@@ -127,14 +140,14 @@ def random_caption(
 
 
 def cross_entropy(generator: Generator, params, batch) -> jax.Array:
-  """float32 [B, N]: negative log-likelihood of every token."""
+  """float32 [B, N]: negative log-likelihood of every token, given inputs."""
   rows, slots = batch["prompt"].shape
   places = jnp.arange(slots + generator.grid.length)
   prompt = Prompt(
       batch["prompt"], batch["mask"],
       jnp.broadcast_to(places, (rows, len(places))),
   )
-  hidden = generator.hidden(params, prompt, batch["tokens"])
+  hidden = generator.hidden(params, prompt, batch["inputs"])
   return optax.softmax_cross_entropy_with_integer_labels(
       generator.logits(params, hidden), batch["tokens"]
   )
@@ -146,7 +159,11 @@ def run(
 ) -> TrainState:
   """Trains a trunk on `splits["train"]` into `workdir`."""
   optimizer = make_optimizer(cfg.optimizer, cfg.loop)
-  params = generator.init(jax.random.key(cfg.loop.seed))
+  if cfg.start_from:
+    known = {"trunk": checkpoints.restore(cfg.start_from)}
+    params = checkpoints.cast(known, jnp.float32)
+  else:
+    params = generator.init(jax.random.key(cfg.loop.seed))
   state = TrainState.make(params, optimizer, cfg.optimizer)
   load = functools.partial(load_example, words=words, cfg=cfg)
   data = pipeline.stream(splits["train"], load, cfg.loop.batch, cfg.loop.seed)
@@ -183,6 +200,7 @@ def plain_batches(
     padded = [words.pad(words.encode(source.captions[i])[0]) for i in pictures]
     yield {
         "tokens": source.tokens[pictures],
+        "inputs": source.tokens[pictures],
         "prompt": np.stack([p for p, _ in padded]),
         "mask": np.stack([m for _, m in padded]),
     }
