@@ -1,0 +1,102 @@
+"""Converts a made-up checkpoint of full width; prints memory and time.
+
+    PYTHONPATH=.:tests python tests/full_size.py configs/emu3.py 2 float32
+
+writes a checkpoint of that configuration with that many layers (0 for all) in
+that dtype, shard by shard, runs infer.convert on it and prints the largest
+resident memory of the conversion. Needs disk: twice the checkpoint's size.
+"""
+
+import importlib.util
+import json
+import math
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import ml_dtypes
+import numpy as np
+
+from ssd_jax.cli.convert import RECIPES
+
+_DTYPES = {"float32": (np.float32, "F32"),
+           "bfloat16": (ml_dtypes.bfloat16, "BF16")}
+_SHARD = 2 * 2**30  # bytes
+
+
+def main(config_file: str, layers: int, dtype: str) -> None:
+  """Makes, converts, reports."""
+  spec = importlib.util.spec_from_file_location("config", config_file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  layers = layers or config.trunk.n_layers
+  config.trunk.n_layers = layers
+  recipe = RECIPES[config.family](config)
+  folder = pathlib.Path(tempfile.mkdtemp(dir="."))
+  try:
+    places = {part.flag: folder / part.flag for part in recipe.parts}
+    for part in recipe.parts:
+      write_part(folder / part.flag, part, dtype)
+    for name in recipe.tokenizer:
+      (folder / "source" / name).write_text("{}")
+    start = time.monotonic()
+    subprocess.run([
+        sys.executable, "-m", "infer.convert", "--config", config_file,
+        f"--config.trunk.n_layers={layers}", "--out", folder / "out",
+        *(f"--{flag}={place}" for flag, place in places.items())], check=True)
+    seconds = time.monotonic() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    size = json.loads((folder / "out" / "report.json").read_text())["bytes"]
+    print(f"{config_file}, {layers} layers, from {dtype}: {size / 1e9:.1f} GB "
+          f"written in {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB")
+  finally:
+    shutil.rmtree(folder)
+
+
+def write_part(folder: pathlib.Path, part, dtype: str) -> None:
+  """Shards of random tensors and their index."""
+  shapes = {s.name: s.shape for row in part.table.rows for s in row.sources}
+  shards, size = [[]], 0
+  for name, shape in shapes.items():
+    if size > _SHARD:
+      shards.append([])
+      size = 0
+    shards[-1].append(name)
+    size += 4 * math.prod(shape)
+  folder.mkdir()
+  index = {}
+  for i, names in enumerate(shards):
+    file = f"model-{i:05d}.safetensors"
+    write_shard(folder / file, {n: shapes[n] for n in names}, dtype)
+    index |= dict.fromkeys(names, file)
+  (folder / "model.safetensors.index.json").write_text(
+      json.dumps({"weight_map": index}))
+
+
+def write_shard(file: pathlib.Path, shapes: dict, dtype: str) -> None:
+  """One safetensors file; a block of random numbers, over and over."""
+  kind, name = _DTYPES[dtype]
+  block = np.random.default_rng(0).normal(size=2**22).astype(kind)
+  header, offset = {}, 0
+  for key, shape in shapes.items():
+    size = math.prod(shape) * block.itemsize
+    header[key] = {"dtype": name, "shape": shape,
+                   "data_offsets": [offset, offset + size]}
+    offset += size
+  text = json.dumps(header).encode()
+  with open(file, "wb") as f:
+    f.write(len(text).to_bytes(8, "little") + text)
+    for shape in shapes.values():
+      left = math.prod(shape)
+      while left > 0:
+        f.write(block[:left].tobytes())
+        left -= block.size
+
+
+if __name__ == "__main__":
+  main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
