@@ -103,11 +103,14 @@ class MTP:
     return self._draft(ctx, state, hidden_GD)
 
   def propose(self, ctx: Context, state: MTPState) -> Queries:
-    """The slots from the last settled cell to the last draft."""
+    """The slots from the last settled cell to what predicts the next one.
+
+    That is the last draft, or a forced slot after it.
+    """
     grid = ctx.model.grid
     slots = _slots(grid, state.last) + jnp.arange(self._queries(ctx.model))
-    end = _slots(grid, state.last + state.count)
-    is_active = slots <= end
+    following = _slots(grid, state.last + state.count + 1)
+    is_active = slots < jnp.minimum(following, grid.length)
     slots = jnp.minimum(slots, grid.length - 1)
     return Queries(
         state.tokens[slots], slots, jnp.where(is_active, slots, grid.length),
@@ -259,9 +262,9 @@ class MTP:
     return self.horizontal or min(_DEFAULT_HEADS, heads)
 
   def _queries(self, model: Model) -> int:
-    """Slots from a settled cell to the K-th after it, at most."""
-    size, grid = self._drafts(model), model.grid
-    return size + 1 + int(grid.end_of_row) * -(-size // grid.cols)
+    """Slots from a settled cell to before the one after K drafts, at most."""
+    cells, grid = self._drafts(model) + 1, model.grid
+    return cells + int(grid.end_of_row) * -(-cells // grid.cols)
 
 
 def _slots(grid: Grid, cells: jax.Array) -> jax.Array:

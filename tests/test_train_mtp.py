@@ -1,0 +1,199 @@
+"""Self-distillation: shards, batches, a smoke training and its resumption."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from ssd_jax import testing
+from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
+from ssd_jax.data import features
+from ssd_jax.data.features import DrawConfig, Teacher
+from ssd_jax.decoding.ar import AR
+from ssd_jax.models.spatial_heads import HeadsOptions
+from ssd_jax.training import mtp
+from ssd_jax.training.mtp import MTPConfig
+
+CAPTIONS = tuple("abcdefghijk")
+DRAW = DrawConfig(batch=3, shard=4, seed=5)
+CONFIG = MTPConfig(
+    HeadsOptions(2, 1), DRAW,
+    OptimizerConfig(
+        learning_rate=3e-3, final_learning_rate=1e-3, warmup_steps=2,
+        clip=math.inf,
+    ),
+    LoopConfig(steps=24, batch=4, log_every=1, eval_every=12, save_every=8),
+    eval_images=4,
+)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+  return testing.tiny(vocab=5, rows=3, cols=3, end_of_row=True, guidance=2.0)
+
+
+@pytest.fixture(scope="module")
+def teacher(pipe):
+  settings, guided = pipe.sampling()
+  return Teacher(
+      pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
+      guided,
+  )
+
+
+@pytest.fixture(scope="module")
+def drawn(teacher, tmp_path_factory):
+  return features.draw(teacher, CAPTIONS, DRAW, tmp_path_factory.mktemp("all"))
+
+
+def test_images_are_those_of_ar(pipe, drawn):
+  """Stage one stores what generate() draws for the same seed, in codes."""
+  out = pipe.generate(list(CAPTIONS), AR(), seed=5, batch=11)
+  np.testing.assert_array_equal(drawn.tokens, out.tokens.reshape(11, -1))
+  assert drawn.tokens.dtype == np.uint8
+  np.testing.assert_array_equal(
+      drawn.sequences(np.arange(11)), pipe.sequence(out.tokens)
+  )
+
+
+def test_a_killed_draw_loses_and_repeats_nothing(
+    teacher, drawn, tmp_path, monkeypatch
+):
+  """Killed in the second shard and restarted: the same images, whole files."""
+  real, calls = features._draw_images, []
+
+  def killed(*args):
+    calls.append(args[2])
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return real(*args)
+
+  monkeypatch.setattr(features, "_draw_images", killed)
+  with pytest.raises(KeyboardInterrupt):
+    features.draw(teacher, CAPTIONS, DRAW, tmp_path)
+  assert len(list(tmp_path.glob("*.npy"))) == 1
+  again = features.draw(teacher, CAPTIONS, DRAW, tmp_path)
+  np.testing.assert_array_equal(again.tokens, drawn.tokens)
+  # The first shard was not drawn again.
+  assert [images[0] for images in calls] == [0, 4, 4, 8]
+  assert not list(tmp_path.glob(".*"))
+
+
+def test_a_kill_between_write_and_rename_is_harmless(
+    teacher, drawn, tmp_path, monkeypatch
+):
+  """What was not renamed is not read."""
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(features.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+      features.draw(teacher, CAPTIONS, DRAW, tmp_path)
+  again = features.draw(teacher, CAPTIONS, DRAW, tmp_path)
+  np.testing.assert_array_equal(again.tokens, drawn.tokens)
+
+
+def test_images_of_other_settings_are_refused(teacher, drawn, tmp_path):
+  """Captions, seed and sampling are in the manifest; damage is named."""
+  del drawn
+  features.draw(teacher, CAPTIONS, DRAW, tmp_path)
+  with pytest.raises(UserError, match="whose captions differs"):
+    features.draw(teacher, CAPTIONS[::-1], DRAW, tmp_path)
+  with pytest.raises(UserError, match="whose seed differs"):
+    features.draw(
+        teacher, CAPTIONS, dataclasses.replace(DRAW, seed=6), tmp_path)
+  hotter = dataclasses.replace(teacher, guided=False)
+  with pytest.raises(UserError, match="whose sampling differs"):
+    features.draw(hotter, CAPTIONS, DRAW, tmp_path)
+  next(tmp_path.glob("tokens-00001*")).write_bytes(b"half")
+  with pytest.raises(UserError, match="damaged.*tokens-00001"):
+    features.draw(teacher, CAPTIONS, DRAW, tmp_path)
+
+
+def test_dropped_captions_are_the_unconditional_stream(teacher, drawn):
+  """Rows hold the image's caption or, at the given rate, the empty one."""
+  stream = iter(features.batches(drawn, teacher, 8, 0, drop_caption=0.5))
+  prompt_of = {}
+  for image, text in enumerate(CAPTIONS):
+    both, _ = teacher.encode_prompts([text], True)
+    prompt_of[image] = np.asarray(both.tokens)
+  dropped = total = 0
+  sequences = drawn.sequences(np.arange(len(drawn)))
+  for _ in range(20):
+    batch = next(stream)
+    rows = np.asarray(batch["prompt"].tokens)
+    for row, tokens in zip(rows, batch["tokens"], strict=True):
+      images = np.flatnonzero((sequences == tokens).all(-1))
+      is_cond = any((prompt_of[i][0] == row).all() for i in images)
+      is_uncond = (prompt_of[images[0]][1] == row).all()
+      assert is_cond or is_uncond
+      dropped, total = dropped + is_uncond, total + 1
+  assert abs(dropped / total - 0.5) < 0.15
+
+
+def test_training_lowers_the_loss_and_resumes_bit_for_bit(
+    teacher, tmp_path, monkeypatch
+):
+  """A run killed after a checkpoint ends with the weights of a whole one."""
+  captions = {"train": CAPTIONS, "validation": CAPTIONS[:5]}
+  whole, heads_cfg = mtp.run(teacher, captions, CONFIG, tmp_path / "whole")
+  assert heads_cfg.options == CONFIG.heads
+  assert json.loads((tmp_path / "whole" / "heads.json").read_text())
+
+  real = mtp.make_step
+  history = []
+
+  def killed_at_14(*args):
+    step = real(*args)
+
+    def run(trunk, state, batch):
+      if len(history) == 14:
+        raise KeyboardInterrupt
+      state, metrics = step(trunk, state, batch)
+      history.append(float(metrics["horizontal_loss"]))
+      return state, metrics
+
+    return run
+
+  with monkeypatch.context() as patch:
+    patch.setattr(mtp, "make_step", killed_at_14)
+    with pytest.raises(KeyboardInterrupt):
+      mtp.run(teacher, captions, CONFIG, tmp_path / "killed")
+  assert history[-1] < 0.8 * history[0]
+  again, _ = mtp.run(teacher, captions, CONFIG, tmp_path / "killed")
+  assert int(again.step) == 24
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_training_reports_acceptance(teacher, tmp_path):
+  """A row per direction and offset; another kind of heads is refused."""
+  captions = {"train": CAPTIONS, "validation": CAPTIONS[:5]}
+  short = dataclasses.replace(
+      CONFIG, loop=dataclasses.replace(CONFIG.loop, steps=1, save_every=1)
+  )
+  mtp.run(teacher, captions, short, tmp_path)
+  rows = (tmp_path / mtp.TABLE).read_text().splitlines()
+  assert [row.split(" | ")[:2] for row in rows[2:]] == [
+      ["| horizontal", "1"], ["| horizontal", "2"], ["| vertical", "1"]
+  ]
+  assert all(0 < float(row.split(" | ")[2]) < 1 for row in rows[2:])
+  assert list((tmp_path / "logs").iterdir())
+  other = dataclasses.replace(short, heads=HeadsOptions(1, 1))
+  with pytest.raises(UserError, match="other settings"):
+    mtp.run(teacher, captions, other, tmp_path)
+
+
+def test_an_offset_off_the_grid_is_refused(teacher, tmp_path):
+  """A head that no pair could train is a mistake of the config."""
+  captions = {"train": CAPTIONS, "validation": CAPTIONS}
+  wide = dataclasses.replace(CONFIG, heads=HeadsOptions(3, 1))
+  with pytest.raises(UserError, match="heads.horizontal=3.*below 3"):
+    mtp.run(teacher, captions, wide, tmp_path)
+  tall = dataclasses.replace(CONFIG, heads=HeadsOptions(2, 3))
+  with pytest.raises(UserError, match="heads.vertical=3"):
+    mtp.run(teacher, captions, tall, tmp_path)
