@@ -147,8 +147,9 @@ def test_batch_does_not_matter():
 
 @pytest.mark.parametrize("decoder, end_of_row", [
     (SJD(1), True),
-    (SJD(4, acceptance="equality"), False),
-    (SJD(16, "repeat_above", acceptance="equality"), True),
+    (SJD(4, "repeat_above", acceptance="equality"), True),
+    pytest.param(Coupled(1), False, marks=pytest.mark.slow),
+    pytest.param(SJD(16, acceptance="equality"), False, marks=pytest.mark.slow),
 ], ids=str)
 def test_equals_ar(decoder, end_of_row):
   """A window of one, and equality Jacobi, give AR's tokens cell by cell."""
@@ -159,6 +160,7 @@ def test_equals_ar(decoder, end_of_row):
   assert (passes <= cells).all()
 
 
+@pytest.mark.slow
 def test_continuation_is_maximal_coupling():
   """The rules of two publications are one algorithm, token for token."""
   pipe = pipeline(True, 4, 4, 5)
