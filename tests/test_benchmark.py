@@ -300,6 +300,7 @@ def call(capsys, *args):
   """(exit status, stdout, stderr) of the command with these arguments."""
   if "config" not in flags.FLAGS:
     cli.define_config()
+  flags.FLAGS.unparse_flags()
   for module in (command, common):
     for flag in flags.FLAGS.get_key_flags_for_module(module):
       flag.unparse()

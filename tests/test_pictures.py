@@ -1,12 +1,15 @@
 """Pictures of decoding: what is final, what is a draft, what is empty."""
 
+import json
 import types
 
+from absl import flags
 import numpy as np
 from PIL import Image
 import pytest
 
-from ssd_jax import layout, pictures
+from ssd_jax import layout, pictures, testing
+from ssd_jax.cli import common, generate, run as cli
 from ssd_jax.config import UserError
 from ssd_jax.pictures import Filling
 
@@ -149,3 +152,29 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
   with pytest.raises(UserError, match="No space left"):
     layout.save_picture(Image.new("RGB", (4, 4)), tmp_path / "x.png")
   assert not list(tmp_path.iterdir())
+
+
+def test_generate_writes_traces_and_a_race(monkeypatch, capsys, tmp_path):
+  """--trace adds animations, heat maps and AR beside the decoder."""
+  pipe = testing.tiny(vocab=5, rows=3, cols=4, heads=(0, 0))
+  monkeypatch.setattr(common, "load_pipeline", lambda: pipe)
+  monkeypatch.setattr(common, "use_compilation_cache", lambda: None)
+  if "config" not in flags.FLAGS:
+    cli.define_config()
+  flags.FLAGS.unparse_flags()
+  for module in (generate, common):
+    for flag in flags.FLAGS.get_key_flags_for_module(module):
+      flag.unparse()
+  cli.main(generate.body, [
+      "generate", "--prompt", "a", "--prompt", "b", "--trace", "--json",
+      "--decoder", "sjd:window=4", "--out", str(tmp_path)])
+  said = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert sorted(said["images"]) == [
+      str(tmp_path / "0000_a.png"), str(tmp_path / "0001_b.png")]
+  for stem in ("0000_a", "0001_b"):
+    assert Image.open(tmp_path / f"{stem}_passes.png").size[0] == 8
+    with Image.open(tmp_path / f"{stem}_filling.gif") as gif:
+      assert gif.n_frames > 2
+    assert list((tmp_path / f"{stem}_filling").glob("*.png"))
+  assert Image.open(tmp_path / "beside_ar.gif").size[0] > 16
+  assert not list(tmp_path.rglob("*.partial"))

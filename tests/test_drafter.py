@@ -1,0 +1,159 @@
+"""The drafter: one function with and without its cache, and how it trains."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssd_jax import testing
+from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
+from ssd_jax.data.features import DrawnTokens, Teacher
+from ssd_jax.families.emoji import places
+from ssd_jax.grid import Grid
+from ssd_jax.models import rope
+from ssd_jax.models.drafter import DrafterConfig, DraftNet, bind_drafter
+from ssd_jax.models.generator import Generator
+from ssd_jax.models.transformer import TrunkConfig
+from ssd_jax.sampling import Sampling
+from ssd_jax.training import drafter as training
+from ssd_jax.types import Queries
+
+
+def _generator(**options):
+  """A trunk on a 2x3 grid, its places one- or two-dimensional."""
+  grid, vocab = Grid(2, 3), 5
+  cfg = TrunkConfig(
+      d_model=16, n_layers=1, n_heads=2, n_kv_heads=options["n_kv_heads"],
+      head_dim=8, d_ff=32, vocab_in=vocab + 2, vocab_out=vocab,
+      qk_norm=options["qk_norm"], interleaved=options["flat"],
+  )
+  if options["flat"]:
+    table = rope.table_1d(4 + grid.length, 8, 100.0)
+  else:
+    table = rope.table_2d(places(4, 2, 3), 8, 100.0)
+  return Generator(cfg, grid, table, np.arange(vocab + 1, dtype=np.int32))
+
+
+@pytest.mark.parametrize("options", [
+    dict(n_kv_heads=1, qk_norm=True, flat=False),
+    dict(n_kv_heads=2, qk_norm=False, flat=True),
+])
+def test_a_path_through_the_cache_is_the_unrolled_forward(options):
+  """Drafting step by step equals the uncached forward that training uses."""
+  generator = _generator(**options)
+  net = DraftNet(generator)
+  params = generator.init(jax.random.key(0))
+  params["drafter"] = net.init(jax.random.key(1))
+  length = generator.grid.length
+  hidden_GND = jax.random.normal(jax.random.key(2), (2, length, 16))
+  tokens = jnp.array([1, 4, 0, 2, 3, 1])
+  expected = net.unroll(params, hidden_GND, jnp.stack([tokens] * 2), 3)
+  root = 2
+  slots = jnp.arange(root + 1)
+  hidden, cache = net.forward(
+      params, net.cache(2, 2), hidden_GND[:, :root + 1],
+      Queries(tokens[slots], slots, slots,
+              jnp.arange(length + 2) <= slots[:, None]),
+  )
+  np.testing.assert_allclose(hidden, expected[0][:, :root + 1], atol=1e-5)
+  seen = jnp.arange(length + 2) <= root
+  for step in (1, 2):
+    slot, scratch = jnp.array([root + step]), jnp.array([length + step - 1])
+    seen = seen.at[scratch].set(True)
+    hidden, cache = net.forward(
+        params, cache, hidden[:, -1:],
+        Queries(tokens[slot], slot, scratch, seen[None]),
+    )
+    np.testing.assert_allclose(
+        hidden[:, 0], expected[step][:, root + step], atol=1e-5)
+
+
+def test_a_drafter_of_another_trunk_is_refused():
+  """One line says what does not fit: weights, grid or shapes."""
+  generator = _generator(n_kv_heads=1, qk_norm=True, flat=True)
+  params = generator.init(jax.random.key(0))
+  params["drafter"] = DraftNet(generator).init(jax.random.key(1))
+  model, cfg = generator.model(), DrafterConfig.make(generator, params)
+  bind = functools.partial(bind_drafter, generator, model)
+  assert bind(cfg, params).drafter is not None
+  other = {**params, "trunk": jax.tree.map(lambda x: x + 1, params["trunk"])}
+  with pytest.raises(UserError, match="another trunk's weights"):
+    bind(cfg, other)
+  with pytest.raises(UserError, match="rows=3 instead of 2"):
+    bind(dataclasses.replace(cfg, rows=3), params)
+  with pytest.raises(UserError, match="layers of another shape"):
+    bind(cfg, {**params, "drafter": {}})
+
+
+def test_softening_spreads_over_alike_slots_alone():
+  """Slots with like states share their targets, others keep their own."""
+  p_BMV = jnp.array([[[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]]])
+  hidden_BMD = jnp.array([[[1.0, 0], [2.0, 0.1], [0, 1.0]]])
+  plain = training.DrafterTraining()
+  assert training.soften(p_BMV, hidden_BMD, plain) is p_BMV
+  aware = dataclasses.replace(plain, redundancy=0.5, likeness=0.9)
+  np.testing.assert_allclose(
+      training.soften(p_BMV, hidden_BMD, aware),
+      [[[0.75, 0.25, 0], [0.25, 0.75, 0], [0, 0, 1.0]]], atol=1e-6)
+
+
+def test_training_learns_to_draft_and_resumes(tmp_path):
+  """Better drafts after a few steps; a second run continues the first."""
+  pipe = testing.tiny(2, 2, 2, heads=(0, 0), guidance=2.0)
+  settings, guided = pipe.sampling()
+  teacher = Teacher(
+      pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
+      guided)
+  tokens = np.random.default_rng(0).integers(0, 2, (16, 4))
+  drawn = dict.fromkeys(
+      ("train", "validation"),
+      DrawnTokens(("ab",) * 16, tokens, pipe.model.grid, 2))
+  cfg = training.DrafterTraining(
+      optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+      loop=LoopConfig(steps=20, batch=8, save_every=20, eval_every=20),
+      redundancy=0.1, unroll=2, depth=2, eval_images=8,
+  )
+  net = DraftNet(teacher.generator)
+  batch = next(iter(training.both_streams(drawn["train"], teacher, cfg.loop)))
+
+  def losses(drafter):
+    params = {**pipe.params, "drafter": drafter}
+    hidden = training.stream_states(net, params, **_named(batch))
+    return training.drafter_losses(
+        net, params, hidden, batch["tokens"], jnp.float32(2.0), cfg,
+        jax.random.key(0))
+
+  state, drafter_cfg = training.run(teacher, {}, cfg, tmp_path, drawn)
+  before = losses(net.init(jax.random.key(cfg.loop.seed)))
+  after = losses(state.params)
+  assert after[0] < 0.9 * before[0]
+  assert after[1] < before[1]
+  assert "tokens per pass" in (tmp_path / training.TABLE).read_text()
+  bind_drafter(teacher.generator, pipe.model, drafter_cfg,
+               {**pipe.params, "drafter": state.params})
+  again, _ = training.run(teacher, {}, cfg, tmp_path, drawn)
+  assert int(again.step) == 20
+  jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
+
+
+def _named(batch):
+  return {"prompt": batch["prompt"], "tokens_BN": batch["tokens"]}
+
+
+def test_measured_acceptance_is_that_of_the_drafter():
+  """A drafter's rates per rank are counted along right paths only."""
+  pipe = testing.tiny(2, 2, 2, heads=(0, 0))
+  net = DraftNet(pipe.family.generator)
+  teacher = Teacher(
+      pipe.family.generator, pipe.params, pipe.family.encode_prompts,
+      Sampling.make(), False)
+  prompt, _ = pipe.family.encode_prompts(["ab"] * 8, False)
+  tokens = np.random.default_rng(0).integers(0, 2, (8, 4)).astype(np.int32)
+  held_out = [{"prompt": prompt, "tokens_SN": tokens}]
+  rates = training.make_measure(net, teacher, 2)(
+      pipe.params["drafter"], held_out)
+  # Two codes, two ranks: one of them is always right.
+  np.testing.assert_allclose(rates.sum(-1), 1.0, atol=1e-6)

@@ -1,0 +1,117 @@
+"""LANTERN and LANTERN++: what moves, how much, and when nothing does."""
+
+import dataclasses
+import functools
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssd_jax import laboratory, testing
+from ssd_jax.config import UserError
+from ssd_jax.decoding.relaxed import Lantern, LanternPP, neighbour_table
+from ssd_jax.decoding.tree import Eagle, Family
+
+WIDE = "0/1/2/00/01/000"
+
+
+@functools.cache
+def tiny():
+  """A guided pipeline with a table of neighbouring codes."""
+  pipe = testing.tiny(rows=2, cols=3, heads=(0, 0), guidance=2.0)
+  table = neighbour_table(np.random.default_rng(0).normal(size=(3, 4)), 2)
+  return dataclasses.replace(
+      pipe, params={**pipe.params, "neighbours": jnp.asarray(table)})
+
+
+def draw(decoder, count=64):
+  return tiny().generate(["ab"], decoder, num_images=count, batch=count)
+
+
+def on_a_line(decoder, p, child):
+  """What a child takes of p where the codes 0, 1, 2 .. lie on a line."""
+  codes = np.arange(len(p), dtype=np.float32)[:, None] * 1.01 ** np.arange(2)
+  table = neighbour_table(codes + 1e-3 * codes**2, len(p) - 1)
+  family = Family(
+      jnp.arange(3), jnp.array([child, 0, 0]), jnp.array([True, False, False]),
+      jnp.zeros((3, 1)), jnp.zeros(1), None)
+  ctx = types.SimpleNamespace(params={"neighbours": jnp.asarray(table)})
+  return decoder._relax(ctx, jnp.asarray(p), family)
+
+
+def test_the_table_lists_the_nearest_first():
+  """Neighbours by distance, never the code itself; by angle if asked."""
+  codes = np.array([[0.0, 1.0], [0.0, 3.0], [0.5, 1.0], [9.0, 0.0]])
+  np.testing.assert_array_equal(
+      neighbour_table(codes, 3), [[2, 1, 3], [2, 0, 3], [0, 1, 3], [2, 1, 0]])
+  np.testing.assert_array_equal(
+      neighbour_table(codes, 1, normalise=True)[:2], [[1], [0]])
+
+
+def test_lantern_moves_at_most_delta():
+  """The nearest codes' mass, as long as its sum stays within delta."""
+  p = [0.1, 0.2, 0.3, 0.05, 0.35]
+  # Nearest to 1: 0 (.1), 2 (.3), 3, 4.
+  moved = on_a_line(Lantern(delta=0.15), p, 1)
+  np.testing.assert_allclose(moved, [0, 0.3, 0.3, 0.05, 0.35], atol=1e-6)
+  moved = on_a_line(Lantern(delta=0.46), p, 1)
+  np.testing.assert_allclose(moved, [0, 0.65, 0, 0, 0.35], atol=1e-6)
+  moved = on_a_line(Lantern(neighbours=1, delta=0.46), p, 1)
+  np.testing.assert_allclose(moved, [0, 0.3, 0.3, 0.05, 0.35], atol=1e-6)
+
+
+def test_lanternpp_moves_at_most_a_multiple():
+  """The bound is (multiplier - 1) p; an excluded child takes nothing."""
+  p = [0.1, 0.2, 0.3, 0.05, 0.35]
+  moved = on_a_line(LanternPP(multiplier=1.6), p, 1)
+  np.testing.assert_allclose(moved, [0, 0.3, 0.3, 0.05, 0.35], atol=1e-6)
+  np.testing.assert_allclose(
+      on_a_line(LanternPP(multiplier=1.4), p, 1), p, atol=1e-6)
+  p = [0.5, 0.0, 0.5, 0.0, 0.0]
+  np.testing.assert_allclose(on_a_line(Lantern(delta=0.9), p, 1), p)
+
+
+@pytest.mark.parametrize("relaxed, exact", [
+    (Lantern(delta=1e-30), Eagle("dynamic_lantern")),
+    (LanternPP(WIDE, multiplier=1 + 1e-7), Eagle(WIDE, "sampled")),
+])
+def test_a_bound_that_lets_nothing_move_is_eagle(relaxed, exact):
+  """The relaxed code path itself gives EAGLE's tokens and passes."""
+  assert not relaxed.lossless and exact.lossless
+  one, other = draw(relaxed), draw(exact)
+  np.testing.assert_array_equal(one.tokens, other.tokens)
+  np.testing.assert_array_equal(one.passes, other.passes)
+
+
+@pytest.mark.parametrize("decoder", [
+    Lantern(delta=0.0), Lantern(neighbours=0), LanternPP(neighbours=0),
+    LanternPP(multiplier=1.0),
+])
+def test_nothing_to_move_is_lossless(decoder):
+  """k = 0, delta = 0 and a multiplier of 1 claim EAGLE's law."""
+  assert decoder.lossless
+
+
+def test_relaxing_saves_passes_and_is_told_from_exact():
+  """Fewer passes than EAGLE; the laboratory sees that the law is another."""
+  found = laboratory.examine(
+      tiny(), LanternPP(WIDE, neighbours=2, multiplier=3.0), "lanternpp")
+  exact = draw(Eagle(WIDE, "sampled"))
+  assert not found.lossless and found.p_value < laboratory.P_VALUE
+  assert found.passes < exact.passes.mean()
+
+
+def test_bad_settings_are_one_line():
+  """Thresholds out of range, too many neighbours, a missing table."""
+  with pytest.raises(UserError, match="got delta=2"):
+    Lantern(delta=2.0)
+  with pytest.raises(UserError, match="got multiplier=0.5"):
+    LanternPP(multiplier=0.5)
+  with pytest.raises(UserError, match="got delta=nan"):
+    Lantern(delta=float("nan"))
+  with pytest.raises(UserError, match="below the 3 codes"):
+    Lantern(neighbours=7).scratch(tiny().model)
+  with pytest.raises(UserError, match="without a table"):
+    bare = types.SimpleNamespace(params={})
+    Lantern()._nearest(bare, jnp.ones(3) / 3, jnp.int32(0), 0.1)

@@ -1,0 +1,108 @@
+"""MTP: exact with prefix verification, AR's tokens when coupled, counts."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from ssd_jax import laboratory, testing
+from ssd_jax.config import UserError
+from ssd_jax.decoding.ar import AR
+from ssd_jax.decoding.mtp import MTP
+
+tiny = functools.cache(testing.tiny)
+
+
+@pytest.mark.parametrize("kwargs, decoder, group", [
+    (dict(), MTP(), 1),
+    (dict(rows=3, vocab=2, end_of_row=True), MTP(horizontal=3), 4),
+    (dict(guidance=2.0), MTP(horizontal=2, cross_rows=False), 4),
+])
+def test_exact_verification_is_lossless(kwargs, decoder, group):
+  """The joint law of the output is AR's: chi-square over every image."""
+  finding = laboratory.examine(tiny(**kwargs), decoder, "mtp", group=group)
+  assert finding.lossless and finding.p_value > laboratory.P_VALUE
+  assert finding.passes < tiny(**kwargs).model.grid.cells
+
+
+def test_correction_is_told_from_exact_sampling():
+  """The same test sees the bias of correcting every draft on its own."""
+  finding = laboratory.examine(tiny(), MTP(verify="correct"), "mtp")
+  assert not finding.lossless and finding.p_value < laboratory.P_VALUE
+
+
+@pytest.mark.parametrize("end_of_row", [False, True])
+@pytest.mark.parametrize("cross_rows", [False, True])
+def test_coupled_gives_the_tokens_of_ar(end_of_row, cross_rows):
+  """With each slot's own noise, drafting changes no token."""
+  pipe = tiny(
+      vocab=7, rows=4, cols=3, end_of_row=end_of_row, guidance=1.5
+  )
+  decoder = MTP(verify="coupled", cross_rows=cross_rows)
+  prompts = ["a", "bc", "d"]
+  expected = pipe.generate(prompts, AR(), num_images=4, batch=12)
+  out = pipe.generate(prompts, decoder, num_images=4, batch=12)
+  np.testing.assert_array_equal(out.tokens, expected.tokens)
+  assert out.passes.mean() < expected.passes.mean()
+
+
+@pytest.mark.parametrize("verify", ["exact", "correct"])
+def test_images_do_not_depend_on_the_batch(verify):
+  """Batch 1 and batch 4 give the same tokens and passes."""
+  pipe = tiny(vocab=5, rows=3, cols=4, end_of_row=True)
+  prompts = ["a", "bc", "d", "e"]
+  one = pipe.generate(prompts, MTP(verify=verify), batch=1)
+  four = pipe.generate(prompts, MTP(verify=verify), batch=4)
+  np.testing.assert_array_equal(one.tokens, four.tokens)
+  np.testing.assert_array_equal(one.passes, four.passes)
+  np.testing.assert_array_equal(one.commit_pass, four.commit_pass)
+
+
+@pytest.mark.parametrize("rows, cols, end_of_row, cross_rows, passes", [
+    (24, 24, False, True, 231),
+    (24, 24, False, False, 24 * 11),
+    (6, 48, True, False, 6 * 21),
+    (3, 90, True, False, 3 * 37),
+])
+def test_correction_counts_passes_as_published(
+    rows, cols, end_of_row, cross_rows, passes
+):
+  """Two passes per five cells: 576 / 231 = 2.49 on 24x24 without row ends.
+
+  With row ends the published baseline starts anew in each row and spends a pass
+  on its end (22 a row of 48, 38 a row of 90); ours lets it ride along.
+  """
+  pipe = tiny(rows=rows, cols=cols, end_of_row=end_of_row)
+  decoder = MTP(verify="correct", cross_rows=cross_rows)
+  out = pipe.generate(["a"], decoder)
+  assert out.passes.tolist() == [passes]
+
+
+def test_more_rounds_cost_as_many_passes():
+  """A group of K cells costs rounds + 1 passes."""
+  pipe = tiny(rows=3, cols=4)
+  for rounds in (0, 1, 3):
+    decoder = MTP(horizontal=4, verify="correct", rounds=rounds)
+    out = pipe.generate(["a"], decoder)
+    assert out.passes.tolist() == [1 + 3 * (rounds + 1)]
+
+
+def test_commits_are_recorded_once_and_in_order():
+  """commit_pass grows along the raster from 1 to the number of passes."""
+  pipe = tiny(vocab=5, rows=4, cols=4)
+  out = pipe.generate(["a"], MTP(), num_images=3)
+  commits = out.commit_pass.reshape(3, -1)
+  assert (commits[:, 0] == 1).all()
+  assert (np.diff(commits) >= 0).all()
+  np.testing.assert_array_equal(commits[:, -1], out.passes)
+  assert out.tokens.max() < 5 and out.tokens.min() >= 0
+
+
+def test_impossible_settings_are_one_line():
+  """What heads cannot do is a UserError, not a crash."""
+  with pytest.raises(UserError, match="verify"):
+    MTP(verify="maybe")
+  with pytest.raises(UserError, match="at most the 2"):
+    tiny(heads=(2, 1)).generate(["a"], MTP(horizontal=3))
+  with pytest.raises(UserError, match="without horizontal heads"):
+    tiny(heads=(0, 0)).generate(["a"], MTP())

@@ -1,0 +1,186 @@
+"""Spatial heads: equation 2, which cell predicts which, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssd_jax import testing
+from ssd_jax.config import UserError, from_config_dict
+from ssd_jax.grid import Grid
+from ssd_jax.models.fingerprint import fingerprint, same_trunk
+from ssd_jax.models.spatial_heads import (
+    INPUTS,
+    TARGETS,
+    HeadsConfig,
+    HeadsOptions,
+    SpatialHeads,
+    bind_heads,
+)
+from ssd_jax.sampling import Sampling
+from ssd_jax.training import losses
+
+
+@pytest.fixture(scope="module")
+def pipe():
+  return testing.tiny(vocab=5, rows=3, cols=4, end_of_row=True)
+
+
+def make_heads(pipe, options=HeadsOptions(3, 2)):
+  """(heads, params of trunk and heads)."""
+  generator = pipe.family.generator
+  heads = SpatialHeads(
+      generator, HeadsConfig.make(generator, options, pipe.params)
+  )
+  weights = heads.init(jax.random.key(1))
+  return heads, {**pipe.params, "heads": weights}
+
+
+def some_cells(shape=(2, 6)):
+  """(hidden states, tokens)."""
+  hidden = jax.random.normal(jax.random.key(2), (*shape, 16))
+  return hidden, jax.random.randint(jax.random.key(3), shape, 0, 5)
+
+
+def test_a_head_is_equation_2(pipe):
+  """u + W2 (silu(W1 v) * W3 v), v = norm(u), u = W0 [h; e], inner width 2 d."""
+  heads, params = make_heads(pipe)
+  hidden, tokens = some_cells()
+  weights = {k: np.float64(v) for k, v in params["heads"]["vertical"].items()}
+  assert weights["w1"].shape == (2, 16, 32)
+  embedding = heads.generator.embed(params, tokens)
+  z = np.concatenate([hidden, embedding], -1).astype(np.float64)
+  for offset in (1, 2):
+    w = {k: v[offset - 1] for k, v in weights.items()}
+    u = z @ w["w0"]
+    v = u / np.sqrt(np.mean(u**2, -1, keepdims=True) + 1e-5) * w["scale"]
+    gate = v @ w["w1"]
+    expected = u + (gate / (1 + np.exp(-gate)) * (v @ w["w3"])) @ w["w2"]
+    got = heads.predict(params, "vertical", hidden, tokens, offset)[0]
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    np.testing.assert_allclose(
+        heads.draft(params, "vertical", offset, hidden, tokens),
+        heads.generator.logits(params, jnp.float32(expected)), atol=1e-4,
+    )
+
+
+def test_one_einsum_runs_all_offsets(pipe):
+  """All offsets together are each one alone."""
+  heads, params = make_heads(pipe)
+  hidden, tokens = some_cells()
+  together = heads.draft(params, "horizontal", None, hidden, tokens)
+  assert together.shape == (3, 2, 6, 5) and together.dtype == jnp.float32
+  for offset in (1, 2, 3):
+    alone = heads.draft(params, "horizontal", offset, hidden, tokens)
+    np.testing.assert_allclose(together[offset - 1], alone, atol=1e-5)
+
+
+def test_pairs_are_cells_of_the_same_row_or_column():
+  """No pair leaves its row or column; end-of-row slots are no cells."""
+  grid = Grid(2, 3, end_of_row=True)
+  target, exists = losses.pairs(grid, "horizontal", 2, wrap=False)
+  assert target[exists].tolist() == [1, 2, 4, 5, 2, 5]
+  assert exists.sum(-1).tolist() == [4, 2]
+  target, exists = losses.pairs(grid, "horizontal", 2, wrap=True)
+  assert target[1][exists[1]].tolist() == [2, 3, 4, 5]
+  target, exists = losses.pairs(grid, "vertical", 2, wrap=False)
+  assert target[0][exists[0]].tolist() == [3, 4, 5]
+  assert not exists[1].any()
+
+
+class Oracle(SpatialHeads):
+  """Predicts what a head should, looked up by position in the raster."""
+
+  def predict(self, params, direction, hidden, tokens, offset=None):
+    count, grid = self.cfg.count(direction), self.generator.grid
+    target, _ = losses.pairs(grid, direction, count, self.cfg.options.wrap)
+    goal = self.goal(params, hidden, tokens)
+    return jnp.moveaxis(goal[..., target, :], -3, 0)
+
+
+@pytest.mark.parametrize("target", ["pre", "post"])
+def test_the_right_prediction_is_always_accepted(pipe, target):
+  """Goals are states that predict the target cell, decoded to the trunk's p."""
+  heads, params = make_heads(pipe, HeadsOptions(3, 2, target=target))
+  oracle = Oracle(heads.generator, heads.cfg)
+  tokens = pipe.sequence(np.arange(24).reshape(2, 3, 4) % 5)
+  prompt, _ = pipe.family.encode_prompts(["a", "b"], False)
+  hidden = heads.generator.hidden(params, prompt, tokens)
+  figures = losses.head_acceptance(
+      oracle, params, hidden[None], tokens, Sampling.make()
+  )
+  for name, loss in losses.head_losses(oracle, params, hidden, tokens).items():
+    np.testing.assert_allclose(loss, 0.0, atol=1e-6)
+    np.testing.assert_allclose(figures[name]["accept"], 1.0, atol=1e-5)
+    assert (figures[name]["top1"] > 1 / 5).all()
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_ablation_has_a_loss_and_a_law(pipe, inputs, target):
+  """Each input x target gives finite losses and drafts."""
+  heads, params = make_heads(pipe, HeadsOptions(1, 1, inputs, target))
+  hidden, tokens = some_cells((2, 14))
+  loss = losses.head_losses(heads, params, hidden, tokens)
+  assert loss["horizontal"].shape == (1,)
+  assert all(np.isfinite(x).all() and (x > 0).all() for x in loss.values())
+  logits = heads.draft(params, "vertical", 1, hidden, tokens)
+  assert logits.shape == (2, 14, 5) and np.isfinite(logits).all()
+
+
+def test_smooth_l1_is_pytorch_s():
+  """beta 1: quadratic within 1, linear beyond, mean over the width."""
+  got = losses.smooth_l1(jnp.array([[0.5, 3.0]]), jnp.zeros((1, 2)))
+  np.testing.assert_allclose(got, [(0.125 + 2.5) / 2])
+
+
+def test_bound_model_drafts(pipe):
+  """The model has the heads' counts and function and is otherwise the same."""
+  heads, params = make_heads(pipe)
+  model = bind_heads(heads.generator, heads.cfg, params)
+  assert model.heads == (3, 2)
+  assert model.draft(
+      params, "vertical", 2, jnp.zeros((2, 16)), jnp.zeros(2, jnp.int32)
+  ).shape == (2, 5)
+  assert dataclasses.replace(
+      model, draft=None, heads=(0, 0)
+  ) == heads.generator.model()
+
+
+def test_heads_of_another_model_are_refused(pipe):
+  """Another trunk, grid or offset set: one clear line each."""
+  heads, params = make_heads(pipe)
+  other = testing.tiny(vocab=5, rows=3, cols=4, end_of_row=True, seed=1)
+  mixed = {**other.params, "heads": params["heads"]}
+  with pytest.raises(UserError, match="another trunk's weights"):
+    bind_heads(other.family.generator, heads.cfg, mixed)
+  no_ends = testing.tiny(vocab=5, rows=3, cols=4)
+  with pytest.raises(UserError, match="3x4 grid with end-of-row.*a 3x4 grid;"):
+    bind_heads(no_ends.family.generator, heads.cfg)
+  fewer = dataclasses.replace(heads.cfg, options=HeadsOptions(2, 2))
+  with pytest.raises(UserError, match="other offsets"):
+    bind_heads(heads.generator, fewer, params)
+  with pytest.raises(UserError, match="at least one head"):
+    HeadsOptions(0, 0)
+  with pytest.raises(UserError, match="target"):
+    HeadsOptions(target="pixels")
+
+
+def test_settings_survive_json(pipe):
+  """What is stored beside the weights reads back the same."""
+  heads, _ = make_heads(pipe)
+  stored = dataclasses.asdict(heads.cfg)
+  assert from_config_dict(HeadsConfig, stored) == heads.cfg
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_trunk_is_known_again_after_rounding(pipe, dtype):
+  """Stored in 16 bits it is the same trunk; after a change of 2% it is not."""
+  trunk = pipe.params["trunk"]
+  own = fingerprint(trunk)
+  rounded = jax.tree.map(lambda x: x.astype(dtype), trunk)
+  assert same_trunk(own, fingerprint(rounded))
+  changed = jax.tree.map(lambda x: 1.02 * x, trunk)
+  assert not same_trunk(own, fingerprint(changed))

@@ -1,0 +1,132 @@
+"""Draft trees: shapes, AR's tokens, the exact law, counts, the cut end."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from ssd_jax import laboratory, testing
+from ssd_jax.config import UserError
+from ssd_jax.decoding import trees
+from ssd_jax.decoding.ar import AR
+from ssd_jax.decoding.tree import Eagle
+from ssd_jax.models.drafter import DraftNet
+
+WIDE = "0/1/2/00/01/000"  # six nodes: what a grid of six slots allows
+
+
+@functools.cache
+def tiny(**kwargs):
+  """A pipeline per grid, so that its programs compile once."""
+  return testing.tiny(heads=(0, 0), **kwargs)
+
+
+def draw(pipe, decoder, count=16, **kwargs):
+  return pipe.generate(["ab"], decoder, num_images=count, batch=count,
+                       **kwargs)
+
+
+def test_published_shapes_and_names():
+  """Every way to name a tree gives the tree it says."""
+  mc_sim = trees.parse("mc_sim")
+  assert (mc_sim.nodes, mc_sim.depth) == (25, 5)
+  assert [len(level) for level in mc_sim.inner] == [1, 4, 4, 1, 1]
+  assert trees.parse("medusa").nodes == 63
+  assert trees.parse("2-2-1").nodes == 2 + 4 + 4
+  assert trees.parse("1/0/00") == trees.static([(0, 0), (1,), (0,)])
+  assert trees.parse("dynamic-59-10-8") == trees.parse("dynamic")
+  assert trees.parse(trees.spell(mc_sim)) == mc_sim
+
+
+@pytest.mark.parametrize("name", [
+    "", "oak", "0/2", "00", "0-1", "dynamic-0-1-1", "99-99-99"])
+def test_a_name_that_is_no_tree_is_an_error(name):
+  """Impossible trees are refused in one line."""
+  with pytest.raises(UserError, match="got .*expected"):
+    Eagle(tree=name)
+
+
+def test_trees_are_cut_to_small_images_or_refused():
+  """Published shapes shrink to the image; explicit ones must fit it."""
+  cut = trees.fit("mc_sim", length=4, vocab=3)
+  assert cut.nodes == 4 and cut.depth <= 3 and cut.width <= 3
+  assert trees.fit("dynamic", 4, 3) == trees.Dynamic(4, 3, 3)
+  assert trees.fit("mc_sim", 256, 1024) == trees.parse("mc_sim")
+  with pytest.raises(UserError, match="at most 4 nodes, 3 levels and 3 child"):
+    trees.fit("2-2-1", 4, 3)
+
+
+def test_search_takes_the_best_nodes():
+  """The greedy tree is the best of all, and reports its expected length."""
+  rates = np.array([[0.5, 0.3, 0.1], [0.4, 0.2, 0.0]])
+  tree = trees.search(rates, 4)
+  # Worth: 0 .5, 1 .3, 00 .2, 10 .12, 01 .1, 2 .1
+  assert tree == trees.parse("0/1/00/10")
+  np.testing.assert_allclose(
+      trees.expected_length(tree, rates), 1 + 0.5 + 0.3 + 0.2 + 0.12)
+  # Ranks that disagree count as equals; no node lacks its better sibling.
+  assert trees.search(np.array([[0.1, 0.5]]), 2) == trees.parse("0/1")
+
+
+@pytest.mark.parametrize("grid, decoder, sampling", [
+    (dict(vocab=5, rows=3, cols=3, end_of_row=True), Eagle(), {}),
+    (dict(vocab=5, rows=3, cols=3, end_of_row=True, guidance=2.0),
+     Eagle(drafts="coupled"), dict(top_k=3)),
+    (dict(vocab=5, rows=3, cols=3, end_of_row=True), Eagle("2-1-1"), {}),
+    (dict(vocab=5, rows=2, cols=4), Eagle("dynamic-8-3-4"), {}),
+])
+def test_given_drafts_yield_ars_tokens(grid, decoder, sampling):
+  """Token for token, in fewer passes; the end and forced slots included."""
+  pipe = tiny(**grid)
+  expected = draw(pipe, AR(), **sampling)
+  out = draw(pipe, decoder, **sampling)
+  np.testing.assert_array_equal(out.tokens, expected.tokens)
+  assert out.passes.mean() < 0.9 * expected.passes.mean()
+  assert out.passes.max() <= pipe.model.grid.cells
+  assert (out.commit_pass >= 1).all()
+  np.testing.assert_array_equal(out.commit_pass.max((1, 2)), out.passes)
+
+
+@pytest.mark.parametrize("group", laboratory.GROUPS)
+@pytest.mark.parametrize("grid", [
+    dict(rows=2, cols=2, end_of_row=True),
+    dict(rows=2, cols=3, guidance=2.0),
+])
+def test_sampled_drafts_keep_the_law(grid, group):
+  """Chi-square against the enumerated law, alone and in groups of four."""
+  pipe = tiny(**grid)
+  tree = WIDE if pipe.model.grid.length >= 6 else "0/1/2/00"
+  found = laboratory.examine(
+      pipe, Eagle(tree, "sampled"), "eagle", group=group)
+  assert found.lossless and found.is_sound, found
+  assert found.passes < pipe.model.grid.cells
+
+
+@pytest.mark.parametrize("decoder", [Eagle(), Eagle(WIDE, "sampled")])
+def test_an_image_does_not_depend_on_its_batch(decoder):
+  """Batch 1 and batch 4 give the same images in the same passes."""
+  pipe = tiny(rows=2, cols=3, guidance=2.0)
+  one, four = (pipe.generate(["ab"], decoder, num_images=4, batch=batch)
+               for batch in (1, 4))
+  np.testing.assert_array_equal(one.tokens, four.tokens)
+  np.testing.assert_array_equal(one.commit_pass, four.commit_pass)
+
+
+def test_a_tree_of_every_continuation_is_accepted_whole():
+  """Passes: one, then depth + 1 slots each, the last tree being cut."""
+  pipe = tiny(vocab=2, rows=3, cols=5)
+  out = draw(pipe, Eagle("2-2-2"))
+  assert (out.passes == 1 + np.ceil(14 / 4)).all()
+
+
+def test_what_cannot_work_is_one_line():
+  """No drafter, biased combinations and unknown drafts are refused."""
+  pipe = tiny(rows=2, cols=3, guidance=2.0)
+  bare = pipe.family.generator.model()
+  with pytest.raises(UserError, match="without a drafter"):
+    Eagle().scratch(bare)
+  with pytest.raises(UserError, match="would bias"):
+    Eagle(drafts="sampled")
+  with pytest.raises(UserError, match="one of top, coupled, sampled"):
+    Eagle(drafts="greedy")
+  assert DraftNet(pipe.family.generator).cache(2, 3).k.shape[1:3] == (2, 9)
