@@ -18,7 +18,7 @@ def test_a_window_of_a_row_gives_the_tokens_of_ar(end_of_row, decoder):
   assert (out.passes == 12).all()
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 7, 16, 24, 30])
+@pytest.mark.parametrize("window", [1, 7, 24, 30])
 def test_passes_without_row_ends(window):
   """2W + (R - 2) w, the prefill included; AR's from w = W on."""
   out = kit.run(kit.chain(24, 24), ZipAR(window=window), 2)
@@ -26,13 +26,14 @@ def test_passes_without_row_ends(window):
   kit.assert_well_recorded(out)
 
 
-@pytest.mark.parametrize("window", [2, 11, 16, 49, 60])
+@pytest.mark.parametrize("window", [2, 16, 60])
 def test_passes_with_row_ends(window):
   """(R - 1)(w - 1) + W: the token before a row is known in advance."""
   out = kit.run(kit.chain(12, 48, True), ZipAR(window=window), 2)
   assert (out.passes == 11 * (min(window, 49) - 1) + 48).all()
 
 
+@pytest.mark.slow
 def test_a_short_window_is_told_apart_from_ar():
   """A row that has not seen the end of the one above has another law."""
   pipe = kit.tiny(rows=3, cols=2, vocab=2)
@@ -51,14 +52,14 @@ def test_candidates_widen_the_window(end_of_row):
   assert (out.passes <= 64).all()
 
 
-@pytest.mark.parametrize("decoder", [ZipAR(window=2), ZipAR(3, True)])
-def test_images_do_not_depend_on_the_batch(decoder):
+def test_images_do_not_depend_on_the_batch():
   """Batch 1 and batch 4 give the same tokens and passes."""
-  kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), decoder)
+  kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), ZipAR(2, True))
 
 
-@pytest.mark.parametrize("rows, cols", [(1, 6), (6, 1), (1, 1)])
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("rows, cols, adaptive", [
+    (1, 6, False), (6, 1, True), (1, 1, False),
+])
 def test_single_rows_and_columns(rows, cols, adaptive):
   """Grids of one row or one column take AR's passes."""
   out = kit.run(kit.chain(rows, cols), ZipAR(adaptive=adaptive))
