@@ -44,7 +44,7 @@ def test_the_table_lists_the_nearest_first():
   """Neighbours by distance, never the code itself; by angle if asked."""
   codes = np.array([[0.0, 1.0], [0.0, 3.0], [0.5, 1.0], [9.0, 0.0]])
   np.testing.assert_array_equal(
-      neighbour_table(codes, 3), [[2, 1, 3], [2, 0, 3], [0, 1, 3], [2, 1, 0]])
+      neighbour_table(codes, 3), [[2, 1, 3], [0, 2, 3], [0, 1, 3], [2, 0, 1]])
   np.testing.assert_array_equal(
       neighbour_table(codes, 1, normalise=True)[:2], [[1], [0]])
 
