@@ -19,7 +19,7 @@ def config_flag():
 def call(capsys, *args):
   """(exit status, stdout, stderr) of the command with these arguments."""
   flags.FLAGS.unparse_flags()
-  for name in ("prompt", "out", "decoder", "json", "trace", "checkpoint",
+  for name in ("config", "prompt", "out", "decoder", "json", "trace", "checkpoint",
                "prompts_file", "num_images", "batch", "seed", "guidance",
                "temperature", "top_k", "top_p", "random_weights"):
     flags.FLAGS[name].unparse()
@@ -85,7 +85,7 @@ def test_long_prompt_draws_and_says_that_it_was_cut(capsys, tmp_path):
     (["--prompt", "a", "--checkpoint", "/nowhere"], "/nowhere"),
     (["--prompts_file", "/nowhere"], "/nowhere"),
     (["--prompt", "a", "--colour", "red"], "colour"),
-    (["--prompt", "a", "--config", "/nowhere.py"], "nowhere"),
+    (["--prompt", "a", "--config", "/nowhere.py"], "bad flag"),
     (["--prompt", "a", "stray"], "stray"),
 ])
 def test_mistakes_end_in_one_line(capsys, tmp_path, args, named):

@@ -200,7 +200,7 @@ def _write_report(
   """Writes and prints what was found."""
   device = jax.devices()[0]
   settings = dict(
-      checkpoint=common.CHECKPOINT.value, prompts=list(job.prompts),
+      checkpoint=common.CHECKPOINT.value or "emoji", prompts=list(job.prompts),
       num_images=job.num_images, batch=job.batch, **dict(job.sampling))
   versions = dict(
       ssd_jax=__version__, jax=jax.__version__, numpy=np.__version__,

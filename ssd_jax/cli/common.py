@@ -26,7 +26,8 @@ _TEMPERATURE = flags.DEFINE_float("temperature", None, "Divides the logits.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Codes kept; 0 keeps all.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Probability mass kept.")
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "emoji", "Model folder; default: the embedded model.")
+    "checkpoint", None, "Model folder; default: the config's, else the "
+    "embedded model.")
 _HEADS = flags.DEFINE_string(
     "heads", None, "Folder of spatial heads; default: the model's own.")
 _DRAFTER = flags.DEFINE_string(
@@ -38,9 +39,22 @@ _LONGEST_PROMPT = 10_000  # characters
 
 
 def load_pipeline() -> Pipeline:
-  """The pipeline of the flags."""
-  return load(CHECKPOINT.value, random_weights=_RANDOM_WEIGHTS.value,
+  """The pipeline of the flags: --checkpoint, else the config's, else emoji.
+
+  Raises:
+    UserError: when --config is given and names another family.
+  """
+  config = flags.FLAGS.config
+  checkpoint = CHECKPOINT.value or config.get("checkpoint", "") or "emoji"
+  pipe = load(checkpoint, random_weights=_RANDOM_WEIGHTS.value,
               heads=_HEADS.value, drafter=_DRAFTER.value)
+  if flags.FLAGS["config"].present and config.family != pipe.family.name:
+    raise UserError(
+        f"got --config of family {config.family!r} and a model of "
+        f"{pipe.family.name!r}, expected one family; set --checkpoint to a "
+        "model of it"
+    )
+  return pipe
 
 
 def sampling() -> dict[str, float | None]:

@@ -26,17 +26,17 @@ def main(body: Callable[[], None], argv: list[str] | None = None) -> None:
   """Parses flags and runs `body`; a mistake ends in one line, status 2."""
   try:
     rest = flags.FLAGS(sys.argv if argv is None else argv)
-    if len(rest) > 1:
-      fail(f"got argument {rest[1]!r}, expected flags only; see --help")
+    _ = flags.FLAGS.config.family  # a file that fails says so at first sight
+  except (flags.Error, UserError, AttributeError, KeyError, TypeError,
+          ValueError, OSError) as error:
+    fail(f"got a bad flag: {_first_line(error)}; expected the flags of --help, "
+         "correct it")
+  if len(rest) > 1:
+    fail(f"got argument {rest[1]!r}, expected flags only; see --help")
+  try:
     body()
   except UserError as error:
     fail(str(error))
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError,
-          OSError) as error:
-    if flags.FLAGS.is_parsed():
-      raise
-    fail(f"got a bad flag: {_first_line(error)}; expected the flags of --help, "
-         "correct it")
 
 
 def fail(message: str) -> NoReturn:
