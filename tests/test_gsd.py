@@ -4,9 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from laboratory import tiny
 import numpy as np
 import pytest
+from testkit import tiny
 
 from ssd_jax.config import UserError
 from ssd_jax.decoding import engine

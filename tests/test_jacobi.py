@@ -5,10 +5,10 @@ import types
 
 import jax
 import jax.numpy as jnp
-from laboratory import tiny
 import numpy as np
 import pytest
 from scipy import stats
+from testkit import tiny
 
 from ssd_jax import sampling as sampling_lib, testing
 from ssd_jax.config import UserError
