@@ -19,7 +19,8 @@ def config_flag():
 def call(capsys, *args):
   """(exit status, stdout, stderr) of the command with these arguments."""
   flags.FLAGS.unparse_flags()
-  for name in ("config", "prompt", "out", "decoder", "json", "trace", "checkpoint",
+  for name in ("config", "prompt", "out", "decoder", "json", "trace",
+               "checkpoint",
                "prompts_file", "num_images", "batch", "seed", "guidance",
                "temperature", "top_k", "top_p", "random_weights"):
     flags.FLAGS[name].unparse()
