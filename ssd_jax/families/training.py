@@ -1,0 +1,71 @@
+"""Settings of train.mtp and train.drafter, every key of them spelled out.
+
+What is spelled out can be changed on the command line. The defaults are the
+papers' (SSD, arXiv:2606.20543, table 8; LANTERN, arXiv:2410.03355).
+"""
+
+import math
+
+import ml_collections
+
+_MTP_EPOCHS, _DRAFTER_EPOCHS = 3, 20
+_DRAFTER_BATCH = 16
+
+
+def add(
+    config: ml_collections.ConfigDict, prompts: int, batch: int
+) -> None:
+  """Adds what trains heads and a drafter for a converted checkpoint.
+
+  Args:
+    config: Settings of a published family, `workdir` among them.
+    prompts: Images drawn to learn from.
+    batch: Images per step of the heads, over all devices.
+  """
+  name = config.workdir.removeprefix("runs/")
+  config.checkpoint = f"models/{name}"  # the folder that infer.convert made
+  config.prompts_file = "prompts.txt"
+  config.num_prompts = prompts  # of the file, at most; 0 takes all
+  config.images_per_caption = 1
+  config.mtp = mtp(_MTP_EPOCHS * prompts // batch, batch)
+  config.drafter = drafter(
+      _DRAFTER_EPOCHS * prompts // _DRAFTER_BATCH, _DRAFTER_BATCH)
+
+
+def mtp(
+    steps: int, batch: int, vertical: int = 5
+) -> ml_collections.ConfigDict:
+  """Settings of train.mtp."""
+  return ml_collections.ConfigDict(dict(
+      # inputs: h+e, h, e; target: pre, post, embedding, token (table 3).
+      heads=dict(horizontal=5, vertical=vertical, inputs="h+e", target="pre",
+                 wrap=False),
+      draw=dict(batch=16, shard=256, seed=0),
+      optimizer=_optimizer(
+          learning_rate=1e-4, warmup_steps=20, weight_decay=0.01,
+          clip=math.inf),
+      loop=_loop(steps, batch),
+      drop_caption=0.1, eval_images=64,
+  ))
+
+
+def drafter(steps: int, batch: int) -> ml_collections.ConfigDict:
+  """Settings of train.drafter; `redundancy` 0 is the plain loss."""
+  return ml_collections.ConfigDict(dict(
+      optimizer=_optimizer(
+          learning_rate=1e-4, warmup_steps=100, weight_decay=0.0, clip=0.5),
+      loop=_loop(steps, batch),
+      token_weight=0.1, noise=0.2, unroll=1, redundancy=0.0, likeness=0.95,
+      eval_images=64, depth=5,
+  ))
+
+
+def _optimizer(**changes) -> dict:
+  return dict(
+      kind="adamw", final_learning_rate=1e-5, b1=0.9, b2=0.95, ema=0.0
+  ) | changes
+
+
+def _loop(steps: int, batch: int) -> dict:
+  return dict(steps=steps, batch=batch, log_every=10, eval_every=200,
+              save_every=100, keep=2, seed=0)
