@@ -12,7 +12,7 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from ssd_jax.families import lumina, published
+from ssd_jax.families import lumina, published, training
 from ssd_jax.families.published import Ids, Published
 from ssd_jax.grid import Grid
 from ssd_jax.models.transformer import TrunkConfig
@@ -52,6 +52,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       "text_tokenizer.json" if variant == "native" else "tokenizer.json")
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=3.0, temperature=0.7, top_k=0, top_p=0.9))
+  training.add(config, prompts=20_000, batch=4 * 32)
   return config
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ssd_jax.config import UserError
 from ssd_jax.extras import need
-from ssd_jax.families import published
+from ssd_jax.families import published, training
 from ssd_jax.families.published import Ids, Published
 from ssd_jax.grid import Grid
 from ssd_jax.names import (
@@ -70,6 +70,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       "quality, jpeg artifacts, signature, watermark, username, blurry.")
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=3.0, temperature=1.0, top_k=2048, top_p=1.0))
+  training.add(config, prompts=5_000, batch=4 * 8)
   try:
     cells(config.ratio, config.area, 8)
   except UserError as error:

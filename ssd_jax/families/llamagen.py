@@ -16,7 +16,7 @@ import numpy as np
 
 from ssd_jax import checkpoints
 from ssd_jax.config import UserError, from_config_dict
-from ssd_jax.families import captions, published, t5_names
+from ssd_jax.families import captions, published, t5_names, training
 from ssd_jax.families.janus import vq16
 from ssd_jax.families.published import Published
 from ssd_jax.grid import Grid
@@ -85,6 +85,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=4.0, temperature=1.0, top_k=2000, top_p=1.0) if config.classes
       else dict(guidance=7.5, temperature=1.0, top_k=1000, top_p=1.0))
+  training.add(config, prompts=60_000, batch=4 * 128)
+  if config.classes:  # each drawn as often as makes as many images
+    config.prompts_file, config.num_prompts = "", 0
+    config.images_per_caption = 60_000 // config.classes
   return config
 
 

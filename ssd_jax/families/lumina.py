@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from ssd_jax.config import UserError
-from ssd_jax.families import published
+from ssd_jax.families import published, training
 from ssd_jax.families.published import Ids, Published
 from ssd_jax.grid import Grid
 from ssd_jax.names import (
@@ -64,6 +64,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.tokenizer = "tokenizer.json"
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=4.0, temperature=1.0, top_k=2000, top_p=1.0))
+  training.add(config, prompts=20_000, batch=4 * 32)
   return config
 
 
