@@ -17,6 +17,7 @@ import numpy as np
 
 from ssd_jax import checkpoints
 from ssd_jax.config import from_config_dict
+from ssd_jax.families import training
 from ssd_jax.grid import Grid
 from ssd_jax.models import rope
 from ssd_jax.models.generator import Generator
@@ -64,31 +65,28 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 save_every=100),
       drop_caption=0.1, corrupt=0.8, start_from="",
   ))
-  config.mtp = c(dict(
-      heads=dict(horizontal=5, vertical=2),
-      draw=dict(batch=16, shard=256),
-      optimizer=dict(learning_rate=1e-3, final_learning_rate=1e-5,
-                     warmup_steps=50, b2=0.95, weight_decay=0.01,
-                     clip=float("inf")),
-      loop=dict(steps=1200, batch=8, log_every=10, eval_every=200,
-                save_every=100),
-      drop_caption=0.1, eval_images=64,
-  ))
-  config.checkpoint = ""  # what heads are trained for; "" is WORKDIR/model
+  config.mtp = training.mtp(steps=1200, batch=8, vertical=2)
+  config.mtp.optimizer.update(learning_rate=1e-3, warmup_steps=50)
+  config.drafter = training.drafter(steps=1200, batch=8)
+  config.drafter.optimizer.learning_rate = 1e-3
+  # What heads and drafter are trained for; "" is WORKDIR/model.
+  config.checkpoint = ""
   config.prompts_file = ""  # captions to draw instead of the vendored ones
+  config.num_prompts = 0  # of the file, at most; 0 takes all
   config.images_per_caption = 1
   config.sampling = c(dict(guidance=3.0, temperature=0.7, top_k=0, top_p=1.0))
   if variant == "smoke":  # seconds on a CPU: what tests train
     config.vq.update(ch=16, n_codes=64, z_channels=16, groups=4)
     config.trunk.update(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2,
                         head_dim=16, d_ff=64)
-    for part in (config.tokenizer, config.ar, config.mtp):
+    for part in (config.tokenizer, config.ar, config.mtp, config.drafter):
       part.loop.update(steps=6, batch=2, log_every=1, eval_every=6,
                        save_every=2)
       part.optimizer.warmup_steps = 2
     config.tokenizer.continuous_steps = 2
     config.mtp.heads.update(horizontal=2, vertical=1)
-    config.mtp.eval_images = 8
+    config.mtp.eval_images = config.drafter.eval_images = 8
+    config.drafter.depth = 2
   return config
 
 
