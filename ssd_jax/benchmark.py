@@ -214,7 +214,7 @@ def count_queries(pipe: Pipeline, decoder: engine.Decoder, job: Job) -> int:
       lambda params, prompt: engine.decode(
           model, decoder, params, prompt, settings, jax.random.key(0),
           jnp.arange(1)),
-      pipe.params, prompt)
+      pipe.params_for(decoder), prompt)
   return max(counts)
 
 

@@ -31,13 +31,14 @@ _FAMILIES = {
     "llamagen": llamagen.from_settings,
     "lumina": lumina.from_settings,
 }
+_CONFIGS = {"janus": "janus_pro"}  # where the file has another name
 _KINDS = {"heads": HeadsConfig, "drafter": DrafterConfig}
 
 
 def load(
     name: str | os.PathLike = "emoji", *, random_weights: bool = False,
     heads: str | os.PathLike | None = None,
-    drafter: str | os.PathLike | None = None,
+    drafter: str | os.PathLike | None = None, extras: bool = True,
 ) -> Pipeline:
   """A pipeline from "emoji" (the embedded model) or a model folder.
 
@@ -47,6 +48,7 @@ def load(
       own heads and drafter, which belong to its trunk, are left out.
     heads: Folder of spatial heads, instead of the model's own.
     drafter: Folder of a drafter, instead of the model's own.
+    extras: Whether the model's own heads and drafter are read.
 
   Raises:
     UserError: when the folder is no model, damaged, or its parts do not belong
@@ -65,20 +67,42 @@ def load(
     params = jax.jit(generator.init)(jax.random.key(0))
   else:
     params = {"trunk": checkpoints.restore(folder / "trunk")}
-  extras = {}
+  found = {}
   for kind, given in (("heads", heads), ("drafter", drafter)):
     own = folder / kind
-    if given is not None or (own.is_dir() and not random_weights):
-      extras[kind], params[kind] = read_extra(given or own, kind)
+    if given is not None or (
+        extras and own.is_dir() and not random_weights):
+      found[kind], params[kind] = read_extra(given or own, kind)
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   params = checkpoints.cast(params, dtype)
   model = generator.model()
-  if "heads" in extras:
-    model = bind_heads(generator, extras["heads"], params)
-  if "drafter" in extras:
-    model = bind_drafter(generator, model, extras["drafter"], params)
+  if "heads" in found:
+    model = bind_heads(generator, found["heads"], params)
+  if "drafter" in found:
+    model = bind_drafter(generator, model, found["drafter"], params)
   vq_params = checkpoints.cast(checkpoints.restore(folder / "vq"), jnp.float32)
   return Pipeline(family, params, vq_params, model)
+
+
+def require(
+    name: str | os.PathLike, family: str, workdir: str | os.PathLike
+) -> None:
+  """Raises UserError unless a model is there; says how to make one.
+
+  Args:
+    name: As for `load`.
+    family: Of the config that names it.
+    workdir: Of the config.
+  """
+  if name == "emoji" or (pathlib.Path(name) / "model.json").is_file():
+    return
+  if family == "emoji":
+    how = ("train it with train.tokenizer and train.ar, or take the embedded "
+           "one with --config.checkpoint=emoji")
+  else:
+    how = ("convert one with python -m infer.convert --config configs/"
+           f"{_CONFIGS.get(family, family)}.py --source hf:ORG/NAME --out {name}")
+  raise UserError(f"got no model in {name}, expected a model folder; {how}")
 
 
 def write_extra(
