@@ -39,6 +39,19 @@ def main(body: Callable[[], None], argv: list[str] | None = None) -> None:
     fail(str(error))
 
 
+def refuse_unused(*used: str) -> None:
+  """Raises UserError for a --config.key=value that nothing would read.
+
+  Args:
+    *used: Keys that the command reads, with all that is below them.
+  """
+  for key in config_flags.get_override_values(flags.FLAGS["config"]):
+    if not any(f"{key}.".startswith(f"{name}.") for name in used):
+      raise UserError(
+          f"got --config.{key}, which this command does not read, expected "
+          f"a key of {', '.join(sorted(used))}; leave it out")
+
+
 def fail(message: str) -> NoReturn:
   """Ends the program with one line on stderr and status 2."""
   sys.stdout.flush()

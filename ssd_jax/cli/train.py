@@ -1,30 +1,32 @@
-"""Bodies of train.tokenizer, train.ar and train.mtp.
+"""Bodies of train.tokenizer, train.ar, train.mtp and train.drafter.
 
 All parts of a model are trained in one working directory:
 
-  DIR/tokenizer, DIR/ar, DIR/mtp   checkpoints and TensorBoard logs of each run
+  DIR/tokenizer, ar, mtp, drafter  checkpoints and TensorBoard logs of each run
+  DIR/mtp/tokens                   images that heads and drafter learn from
   DIR/model                        what inference loads, written when a run ends
 
-Heads are trained for a model that is already whole: config.checkpoint, by
-default DIR/model.
+Heads and drafter are trained for a model that is already whole:
+config.checkpoint, else DIR/model.
 """
 
 import pathlib
 
 from absl import flags
+from ml_collections import ConfigDict
 import numpy as np
 
 from ssd_jax import checkpoints, exporters, loading
 from ssd_jax.cli import run as cli
-from ssd_jax.config import UserError, from_config_dict
+from ssd_jax.config import UserError, check, from_config_dict
 from ssd_jax.data import sources
-from ssd_jax.data.features import Teacher
+from ssd_jax.data.features import DrawConfig, Teacher
 from ssd_jax.families import emoji
 from ssd_jax.models.text import Vocabulary
 from ssd_jax.models.vq import VQ, VQConfig
-from ssd_jax.pipeline import Pipeline
 from ssd_jax.training import (
   ar as ar_training,
+  drafter as drafter_training,
   mtp as mtp_training,
   tokenizer as tokenizer_training,
 )
@@ -34,11 +36,12 @@ _WORKDIR = flags.DEFINE_string(
     "config's workdir.",
 )
 _STORED = np.float16
+_HELD_OUT = 256  # captions at most
 
 
 def tokenizer() -> None:
   """Trains the VQ tokenizer into DIR/tokenizer, exports DIR/model/vq."""
-  config, workdir = _settings()
+  config, workdir = _settings("tokenizer")
   vq_cfg = from_config_dict(VQConfig, config.vq)
   cfg = from_config_dict(tokenizer_training.TokenizerConfig, config.tokenizer)
   state = tokenizer_training.run(
@@ -50,7 +53,7 @@ def tokenizer() -> None:
 
 def ar() -> None:
   """Trains the trunk into DIR/ar, exports DIR/model/trunk and model.json."""
-  config, workdir = _settings()
+  config, workdir = _settings("prompt_slots", "trunk", "ar", "sampling")
   vq_cfg = from_config_dict(VQConfig, config.vq)
   cfg = from_config_dict(ar_training.ARConfig, config.ar)
   vq_params = checkpoints.cast(
@@ -74,53 +77,118 @@ def ar() -> None:
 
 def mtp() -> None:
   """Trains spatial heads into DIR/mtp, exports DIR/model/heads."""
-  config = flags.FLAGS.config
-  workdir = pathlib.Path(_WORKDIR.value or config.workdir)
+  config, workdir = _distillation()
   cfg = from_config_dict(mtp_training.MTPConfig, config.mtp)
-  pipe = _model(config, workdir)
-  settings, guided = pipe.sampling()
-  teacher = Teacher(
-      pipe.family.generator, {"trunk": pipe.params["trunk"]},
-      pipe.family.encode_prompts, settings, guided,
-  )
+  captions = _captions(config)
+  teacher = _teacher(config, workdir)
   state, heads_cfg = mtp_training.run(
-      teacher, _captions(config), cfg, workdir / "mtp"
+      teacher, captions, cfg, workdir / "mtp")
+  _export(workdir, "heads", heads_cfg, state)
+  _tell(config, workdir, "heads", "ssd", workdir / "mtp" / mtp_training.TABLE)
+
+
+def drafter() -> None:
+  """Trains a drafter into DIR/drafter, exports DIR/model/drafter."""
+  config, workdir = _distillation("drafter")
+  cfg = from_config_dict(drafter_training.DrafterTraining, config.drafter)
+  draw_cfg = from_config_dict(DrawConfig, config.mtp.draw)
+  captions = _captions(config)
+  teacher = _teacher(config, workdir)
+  # The images that heads are trained on, whoever draws them first.
+  splits = mtp_training.draw_splits(
+      teacher, captions, draw_cfg, workdir / "mtp")
+  state, drafter_cfg = drafter_training.run(
+      teacher, splits, cfg, workdir / "drafter")
+  _export(workdir, "drafter", drafter_cfg, state)
+  table = workdir / "drafter" / drafter_training.TABLE
+  _tell(config, workdir, "drafter", "eagle", table)
+
+
+def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
+  """(config, working directory) of what learns from a whole model."""
+  cli.refuse_unused(
+      "workdir", "checkpoint", "prompts_file", "num_prompts",
+      "images_per_caption", "sampling", "mtp", *more)
+  config = flags.FLAGS.config
+  return config, pathlib.Path(_WORKDIR.value or config.workdir)
+
+
+def _model_folder(config, workdir: pathlib.Path) -> str | pathlib.Path:
+  """Where the model is that heads or a drafter are trained for."""
+  return config.checkpoint or workdir / "model"
+
+
+def _teacher(config, workdir: pathlib.Path) -> Teacher:
+  """The frozen trunk, sampled as the config says."""
+  folder = _model_folder(config, workdir)
+  loading.require(folder, config.family, config.workdir)
+  pipe = loading.load(folder, extras=False)
+  settings, guided = pipe.sampling(**config.sampling)
+  return Teacher(
+      pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
+      guided,
   )
-  out = workdir / "model" / "heads"
-  loading.write_extra(out, "heads", heads_cfg, state.eval_params, _STORED)
-  print(f"wrote {out}; acceptance: {workdir / 'mtp' / 'acceptance.md'}")
 
 
-def _model(config, workdir: pathlib.Path) -> Pipeline:
-  """The whole model that heads or a drafter are trained for."""
-  folder = pathlib.Path(config.checkpoint or workdir / "model")
-  if not (folder / "model.json").exists():
-    how = ("train.tokenizer and train.ar, or set --config.checkpoint=emoji for "
-           "the embedded model" if config.family == "emoji" else
-           f"infer.convert --config configs/{config.family}.py --out {folder}")
-    if config.checkpoint == "emoji":
-      return loading.load("emoji")
-    raise UserError(
-        f"got no model at {folder}, expected a whole one; make it with {how}"
-    )
-  return loading.load(folder)
+def _export(workdir: pathlib.Path, kind: str, cfg, state) -> None:
+  loading.write_extra(
+      workdir / "model" / kind, kind, cfg, state.eval_params, _STORED)
+
+
+def _tell(config, workdir, kind: str, decoder: str, table) -> None:
+  """Prints the figures, and how to draw with what was trained."""
+  print(table.read_text())
+  model = _model_folder(config, workdir)
+  out = workdir / "model" / kind
+  own = "" if pathlib.Path(model) / kind == out else f" --{kind} {out}"
+  print(f"wrote {out}; the table is {table}. To draw with it:\n"
+        f"python -m infer.generate --checkpoint {model}{own} "
+        f"--decoder {decoder} --prompt ...")
 
 
 def _captions(config) -> dict[str, list[str]]:
   """Captions to draw, by split."""
   if config.prompts_file:
-    items = exporters.read_prompts(config.prompts_file)
-    lines = [item.prompt for item in items]
-    held_out = max(1, len(lines) // 20)
-    return {"train": lines[held_out:], "validation": lines[:held_out]}
-  return {
-      split: [e.label for e in sources.emoji_records(split, tones=False)]
-      * config.images_per_caption
-      for split in ("train", "validation")
-  }
+    lines = _lines(config)
+    held_out = min(max(1, len(lines) // 20), _HELD_OUT)
+    splits = {"train": lines[held_out:], "validation": lines[:held_out]}
+  elif "classes" in config and config.classes:
+    names = [str(i) for i in range(config.classes)]
+    splits = {"train": names, "validation": names[::-(-len(names) // _HELD_OUT)]}
+  elif config.family == "emoji":
+    splits = {
+        split: [e.label for e in sources.emoji_records(split, tones=False)]
+        for split in ("train", "validation")
+    }
+  else:
+    raise UserError(
+        "got no prompts_file, expected a file with a prompt per line; name it "
+        "with --config.prompts_file=FILE")
+  count = config.images_per_caption
+  check(count >= 1, "images_per_caption", count, ">= 1")
+  return {split: texts * count for split, texts in splits.items()}
 
 
-def _settings():
+def _lines(config) -> list[str]:
+  """The different prompts of the config's file, as many as it asks for."""
+  file = pathlib.Path(config.prompts_file)
+  if not file.exists():
+    raise UserError(
+        f"got no file {file}, expected the prompts to draw, one per line (the "
+        "papers take Midjourney's); write it or name another with "
+        "--config.prompts_file=FILE")
+  check(config.num_prompts >= 0, "num_prompts", config.num_prompts, ">= 0")
+  texts = (item.prompt.strip() for item in exporters.read_prompts(file))
+  lines = list(dict.fromkeys(filter(None, texts)))
+  if len(lines) < 2:
+    raise UserError(
+        f"got {len(lines)} prompts in {file}, expected two or more, one of "
+        "them held out; add some")
+  return lines[:config.num_prompts or None]
+
+
+def _settings(*used: str):
+  cli.refuse_unused("workdir", "data", "pixels", "vq", *used)
   config = flags.FLAGS.config
   if config.family != "emoji":
     raise UserError(
@@ -151,6 +219,11 @@ def main_tokenizer() -> None:
 def main_mtp() -> None:
   """Console entry point."""
   main(mtp)
+
+
+def main_drafter() -> None:
+  """Console entry point."""
+  main(drafter)
 
 
 def main_ar() -> None:

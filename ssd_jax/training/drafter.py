@@ -20,7 +20,7 @@ CASCADE's redundancy-aware target, whose formula is not at hand; our reading:
 Source: Li et al. 2024, arXiv:2401.15077, section 4.2; 2025, arXiv:2503.01840.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
 import functools
 import os
@@ -41,16 +41,14 @@ from ssd_jax.config import (
   from_config_dict,
 )
 from ssd_jax.data import pipeline
-from ssd_jax.data.features import DrawConfig, DrawnTokens, Teacher
-from ssd_jax.decoding import trees
+from ssd_jax.data.features import DrawnTokens, Teacher
 from ssd_jax.models.drafter import DrafterConfig, DraftNet
 from ssd_jax.training import loop, losses
-from ssd_jax.training.mtp import draw_splits, plain_batches
+from ssd_jax.training.acceptance import WIDTH, Acceptance
+from ssd_jax.training.mtp import plain_batches
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
 
 TABLE = "acceptance.md"
-WIDTH = 10  # ranks told apart when acceptance is measured
-NODES = 59  # of the tree that is built from it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +56,7 @@ class DrafterTraining:
   """How a drafter is trained; the defaults are EAGLE's and LANTERN's.
 
   Attributes:
-    draw: How the images are drawn.
-    optimizer: Of the drafter.
+    optimizer: Of the drafter. Gradients are clipped by their norm.
     loop: Steps, batch, logging.
     token_weight: Of the cross-entropy; smooth L1 has weight 1.
     noise: Width of the uniform noise on input states, in their root mean
@@ -71,7 +68,6 @@ class DrafterTraining:
     depth: Levels of the tree that is built from it.
   """
 
-  draw: DrawConfig = DrawConfig()
   optimizer: OptimizerConfig = OptimizerConfig(
       learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=100,
       b1=0.9, b2=0.95, weight_decay=0.0, clip=0.5,
@@ -95,18 +91,16 @@ class DrafterTraining:
 
 
 def run(
-    teacher: Teacher, captions: Mapping[str, Sequence[str]],
+    teacher: Teacher, splits: Mapping[str, DrawnTokens],
     cfg: DrafterTraining, workdir: str | os.PathLike,
-    drawn: Mapping[str, DrawnTokens] | None = None,
 ) -> tuple[TrainState, DrafterConfig]:
   """(state whose params are the drafter's, its trunk), trained in `workdir`.
 
   Args:
     teacher: The frozen trunk.
-    captions: Of the splits "train" and "validation".
+    splits: Its images, "train" and "validation".
     cfg: Settings.
-    workdir: Holds tokens, checkpoints, logs, drafter.json and acceptance.md.
-    drawn: Images of the splits, where they were drawn before.
+    workdir: Holds checkpoints, logs, drafter.json and acceptance.md.
 
   Raises:
     UserError: when the grid is too short, or `workdir` holds another run.
@@ -118,22 +112,21 @@ def run(
           f"at most {longest} on this grid")
   drafter_cfg = DrafterConfig.make(teacher.generator, teacher.params)
   _claim(workdir / "drafter.json", drafter_cfg)
-  splits = drawn or draw_splits(teacher, captions, cfg.draw, workdir)
   net = DraftNet(teacher.generator)
   optimizer = make_optimizer(cfg.optimizer, cfg.loop)
   params = net.init(jax.random.key(cfg.loop.seed))
   state = TrainState.make(params, optimizer, cfg.optimizer)
   step = make_step(net, teacher, cfg, optimizer)
-  measure = make_measure(net, teacher, cfg.depth)
+  find_ranks = make_ranks(net, teacher, cfg.depth)
 
   def evaluate(state):
-    held_out = plain_batches(
-        splits["validation"], teacher, cfg.loop.batch, cfg.eval_images)
-    rates_DK = measure(state.eval_params, held_out)
-    _write_table(workdir / TABLE, rates_DK)
-    tree = trees.search(rates_DK, NODES)
-    return {"first_rank": rates_DK[0, 0], "any_rank": rates_DK[0].sum(),
-            "tokens_per_pass": trees.expected_length(tree, rates_DK)}
+    found = Acceptance.of(find_ranks(state.eval_params, plain_batches(
+        splits["validation"], teacher, cfg.loop.batch, cfg.eval_images)),
+        teacher.generator.cfg.vocab_out)
+    found.write(workdir / TABLE)
+    return {"first_rank": found.rates_DK[0, 0],
+            "any_rank": found.rates_DK[0].sum(),
+            "accepted_length": found.length(found.tree)}
 
   state = loop.train(
       str(workdir), state, functools.partial(step, teacher.params),
@@ -260,61 +253,34 @@ def soften(
   return (1.0 - cfg.redundancy) * p_BMV + cfg.redundancy * mean_BMV
 
 
-def make_measure(net: DraftNet, teacher: Teacher, depth: int):
-  """(drafter params, batches) -> [depth, WIDTH]: how often a child is right.
+def make_ranks(net: DraftNet, teacher: Teacher, depth: int):
+  """(drafter params, batches) -> ranks of the right tokens.
 
-  Entry (d, k) is the share of paths of d right tokens, all among the WIDTH best
-  drafts of their slots, that the draft of rank k continues: the acceptance of a
-  tree of best drafts, taken from images that the trunk drew.
+  int [images, N - 1, depth], what `Acceptance` is made of.
   """
-  width = min(WIDTH, teacher.generator.cfg.vocab_out)
   is_forced_N = jnp.asarray(teacher.generator.grid.is_forced)
 
   @jax.jit
-  def count(drafter_params, trunk_params, prompt, tokens_SN):
+  def find(drafter_params, trunk_params, prompt, tokens_SN):
     params = {**trunk_params, "drafter": drafter_params}
     hidden = stream_states(net, params, prompt, tokens_SN)
-    paths = tokens_SN.shape[1] - depth  # roots whose path ends in the image
-    is_open = jnp.ones((len(tokens_SN), paths), bool)
-    right, tried = [], []
-    predicted = predicted_states(net, params, hidden, tokens_SN, depth)
-    for step, states in enumerate(predicted):
-      slots = step + 1 + jnp.arange(paths)
+    ranks = []
+    for step, states in enumerate(
+        predicted_states(net, params, hidden, tokens_SN, depth)):
       q = sampling_lib.target(
-          net.generator.logits(params, states[:, :, :paths]), teacher.sampling)
-      own = jnp.take_along_axis(q, tokens_SN[:, slots, None], axis=-1)
-      rank = jnp.where(is_forced_N[slots], 0, jnp.sum(q > own, axis=-1))
-      tried.append(jnp.sum(is_open))
-      is_right = is_open[..., None] & (rank[..., None] == jnp.arange(width))
-      right.append(jnp.sum(is_right, axis=(0, 1)))
-      is_open &= rank < width
-    return jnp.stack(right), jnp.stack(tried)
+          net.generator.logits(params, states), teacher.sampling)
+      own = jnp.take_along_axis(q, tokens_SN[:, step + 1:, None], axis=-1)
+      rank = jnp.sum(q > own, axis=-1)
+      rank = jnp.where(is_forced_N[step + 1:], 0, rank)
+      ranks.append(jnp.pad(
+          rank, ((0, 0), (0, step)), constant_values=WIDTH))
+    return jnp.stack(ranks, axis=-1)
 
-  def measure(drafter_params, held_out) -> np.ndarray:
-    each = [count(drafter_params, teacher.params, **b) for b in held_out]
-    right_DK, tried_D = (np.sum(x, axis=0) for x in zip(*each, strict=True))
-    return right_DK / np.maximum(tried_D, 1)[:, None]
+  def find_all(drafter_params, held_out) -> np.ndarray:
+    return np.concatenate([
+        find(drafter_params, teacher.params, **batch) for batch in held_out])
 
-  return measure
-
-
-def _write_table(path: pathlib.Path, rates_DK: np.ndarray) -> None:
-  """Writes acceptance and the tree built from it, by one rename."""
-  depth, width = rates_DK.shape
-  tree = trees.search(rates_DK, NODES)
-  lines = [
-      "| level | " + " | ".join(f"rank {k}" for k in range(width)) + " |",
-      "|---" * (width + 1) + "|",
-      *(f"| {d + 1} | " + " | ".join(f"{x:.4f}" for x in rates_DK[d]) + " |"
-        for d in range(depth)),
-      "",
-      f"Best tree of {tree.nodes} nodes, "
-      f"{trees.expected_length(tree, rates_DK):.3f} tokens per pass:",
-      f"`eagle:tree={trees.spell(tree)}`",
-  ]
-  partial = path.with_name(f".{path.name}")
-  partial.write_text("\n".join(lines) + "\n")
-  os.replace(partial, path)
+  return find_all
 
 
 def _claim(path: pathlib.Path, cfg: DrafterConfig) -> None:
