@@ -15,6 +15,7 @@ from ssd_jax import likelihood, sampling as sampling_lib
 from ssd_jax.config import UserError, check
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
+from ssd_jax.decoding.relaxed import neighbour_table
 from ssd_jax.models.vq import to_uint8
 from ssd_jax.sampling import Sampling
 from ssd_jax.types import Model, Params, Prompt
@@ -60,7 +61,7 @@ class Pipeline:
   Attributes:
     family: Builds prompts; has `generator`, `vq` and default `sampling`.
     params: {"trunk": ..., and where at hand "heads": ..., "drafter": ...}.
-    vq_params: Of the tokenizer.
+    vq_params: Of the tokenizer, None where pictures are not painted.
     model: The network's functions.
   """
 
@@ -112,7 +113,8 @@ class Pipeline:
       padded = part + [part[-1]] * (batch - len(part))
       prompt, said = self.family.encode_prompts(padded, guided)
       index = first_image + jnp.arange(start, start + batch)
-      args = (self.params, prompt, settings, jax.random.key(seed), index)
+      args = (self.params_for(decoder), prompt, settings,
+              jax.random.key(seed), index)
       run = clock.compile(self._compiled, decoder, trace, args)
       decoded = jax.block_until_ready(run(*args))
       decode_images = clock.compile(self._compiled_images, decoded.tokens)
@@ -131,6 +133,32 @@ class Pipeline:
         images, tokens, passes, commit_pass, tuple(texts), history,
         tuple(notes), clock.compiling, clock.rest(),
     )
+
+  def params_for(self, decoder: engine.Decoder) -> Params:
+    """Parameters, with the table of neighbouring codes for who reads one.
+
+    It is made of the tokenizer's codebook, without one of the trunk's input
+    table, when a decoder that has `neighbours` first asks.
+    """
+    count = min(getattr(decoder, "neighbours", 0), self.model.vocab - 1)
+    if count < 1 or "neighbours" in self.params:
+      return self.params
+    if count not in self._neighbours:
+      table_VK = neighbour_table(self._codes_VE(), count)
+      self._neighbours[count] = jnp.asarray(table_VK)
+    return {**self.params, "neighbours": self._neighbours[count]}
+
+  @functools.cached_property
+  def _neighbours(self) -> dict[int, jax.Array]:
+    return {}
+
+  def _codes_VE(self) -> np.ndarray:
+    """Image codes as vectors whose distances mean something."""
+    if self.vq_params is not None:
+      return np.asarray(
+          self.family.vq.apply({"params": self.vq_params}, method="codes"))
+    codes_V = jnp.arange(self.model.vocab)
+    return np.asarray(self.model.embed(self.params, codes_V), np.float32)
 
   def sampling(self, **overrides: float | None) -> tuple[Sampling, bool]:
     """(settings of the target distribution, whether two streams are run)."""

@@ -12,17 +12,15 @@ from ssd_jax import laboratory, testing
 from ssd_jax.config import UserError
 from ssd_jax.decoding.relaxed import Lantern, LanternPP, neighbour_table
 from ssd_jax.decoding.tree import Eagle, Family
+from ssd_jax.models.vq import unit
 
 WIDE = "0/1/2/00/01/000"
 
 
 @functools.cache
 def tiny():
-  """A guided pipeline with a table of neighbouring codes."""
-  pipe = testing.tiny(rows=2, cols=3, heads=(0, 0), guidance=2.0)
-  table = neighbour_table(np.random.default_rng(0).normal(size=(3, 4)), 2)
-  return dataclasses.replace(
-      pipe, params={**pipe.params, "neighbours": jnp.asarray(table)})
+  """A guided pipeline."""
+  return testing.tiny(rows=2, cols=3, heads=(0, 0), guidance=2.0)
 
 
 def draw(decoder, count=64):
@@ -41,12 +39,25 @@ def on_a_line(decoder, p, child):
 
 
 def test_the_table_lists_the_nearest_first():
-  """Neighbours by distance, never the code itself; by angle if asked."""
+  """Neighbours by distance, never the code itself."""
   codes = np.array([[0.0, 1.0], [0.0, 3.0], [0.5, 1.0], [9.0, 0.0]])
   np.testing.assert_array_equal(
       neighbour_table(codes, 3), [[2, 1, 3], [0, 2, 3], [0, 1, 3], [2, 0, 1]])
-  np.testing.assert_array_equal(
-      neighbour_table(codes, 1, normalise=True)[:2], [[1], [0]])
+
+
+@pytest.mark.parametrize("has_codebook", [True, False])
+def test_a_pipeline_makes_the_table_when_it_is_asked_for(has_codebook):
+  """Of the codebook, else of the input table; only for who reads it, once."""
+  pipe = tiny()
+  codes = unit(pipe.vq_params["codebook"])  # its tokenizer compares directions
+  if not has_codebook:
+    pipe = dataclasses.replace(pipe, vq_params=None)
+    codes = pipe.model.embed(pipe.params, jnp.arange(3))
+  assert pipe.params_for(Eagle()) is pipe.params
+  assert pipe.params_for(Lantern(neighbours=0)) is pipe.params
+  table = pipe.params_for(Lantern())["neighbours"]
+  np.testing.assert_array_equal(table, neighbour_table(codes, 2))
+  assert pipe.params_for(LanternPP())["neighbours"] is table
 
 
 def test_lantern_moves_at_most_delta():

@@ -29,22 +29,18 @@ from ssd_jax.types import Model
 _CHUNK = 1024  # codes whose distances are held at once
 
 
-def neighbour_table(
-    codebook_VE: np.ndarray, count: int, normalise: bool = False
-) -> np.ndarray:
+def neighbour_table(codebook_VE: np.ndarray, count: int) -> np.ndarray:
   """int32 [V, count]: each code's nearest others, the nearest first.
 
-  It belongs in params["neighbours"]; LANTERN reads as many columns as it needs.
+  It belongs in params["neighbours"], where a pipeline puts it by itself.
 
   Args:
-    codebook_VE: The tokenizer's codes in the order of image tokens.
+    codebook_VE: The tokenizer's codes in the order of image tokens, as they are
+      looked up (of length one where the tokenizer normalises them).
     count: Neighbours per code, below V.
-    normalise: Compare directions, for tokenizers that look up normalised codes.
   """
   codes = np.asarray(codebook_VE, np.float32)
   check(1 <= count < len(codes), "count", count, f"in [1, {len(codes) - 1}]")
-  if normalise:
-    codes = codes / np.linalg.norm(codes, axis=-1, keepdims=True)
   squares = np.sum(codes**2, axis=-1)
   rows = []
   for start in range(0, len(codes), _CHUNK):
@@ -81,8 +77,8 @@ class _Neighbourly(Eagle):
     if "neighbours" not in ctx.params:
       raise UserError(
           f"got decoder {self.name} and a model without a table of "
-          "neighbouring codes, expected params['neighbours']; build it from "
-          "the codebook with neighbour_table"
+          "neighbouring codes, expected params['neighbours']; take the params "
+          "from Pipeline.params_for"
       )
     near_K = ctx.params["neighbours"][token][:self.neighbours]
     mass_K = p_V[near_K]
