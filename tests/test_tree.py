@@ -102,6 +102,14 @@ def test_sampled_drafts_keep_the_law(grid, group):
   assert found.passes < pipe.model.grid.cells
 
 
+@pytest.mark.parametrize("decoder", [Eagle(), Eagle("0/1/00/01/000")])
+def test_best_drafts_keep_the_law(decoder):
+  """Dynamic and static trees of best drafts pass the laboratory too."""
+  found = laboratory.examine(
+      tiny(rows=2, cols=3, guidance=2.0), decoder, "eagle", group=4)
+  assert found.lossless and found.is_sound, found
+
+
 @pytest.mark.parametrize("decoder", [Eagle(), Eagle(WIDE, "sampled")])
 def test_an_image_does_not_depend_on_its_batch(decoder):
   """Batch 1 and batch 4 give the same images in the same passes."""
