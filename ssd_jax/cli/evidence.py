@@ -1,0 +1,109 @@
+"""Body of infer.evidence: is what a model draws as redundant as CASCADE says?
+
+  --out/evidence.json   every figure
+  --out/evidence.png    the same as maps and curves
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+import numpy as np
+import tqdm
+
+from ssd_jax import checkpoints, evidence, exporters, layout, quality
+from ssd_jax.cli import common, run as cli
+from ssd_jax.config import check
+from ssd_jax.evidence import THRESHOLDS, Evidence
+from ssd_jax.extras import need
+
+
+def define_flags() -> None:
+  """Defines the command's own flag."""
+  flags.DEFINE_integer("num_prompts", 64, "Prompts taken at most.")
+
+
+def body() -> None:
+  """Draws the prompts of the flags, looks at states and predictions."""
+  number = flags.FLAGS.num_prompts
+  check(number >= 1, "num_prompts", number, ">= 1")
+  matplotlib = need("matplotlib.figure", "bench")
+  common.use_compilation_cache()
+  prompts = _prompts()[:number]
+  out = common.writable_folder(common.OUT.value or "evidence")
+  pipe = common.load_pipeline()
+  batch = 4 if common.BATCH.value is None else common.BATCH.value
+  with tqdm.tqdm(total=2 * len(prompts), unit="image", file=sys.stderr) as bar:
+    drawn = pipe.generate(
+        prompts, seed=common.SEED.value, batch=batch, on_batch=bar.update,
+        **common.sampling())
+    found = evidence.collect(
+        pipe, drawn.tokens, prompts, batch, bar.update, **common.sampling())
+  checkpoints.write_json(out / "evidence.json", _numbers(found, len(prompts)))
+  plot(found, matplotlib.Figure((13, 8), layout="tight"), out / "evidence.png")
+  print(summary(found))
+  print(f"wrote {out / 'evidence.json'} and evidence.png")
+
+
+def _prompts() -> list[str]:
+  if common.PROMPTS_FILE.value is None:
+    return quality.emoji_captions("validation")
+  items = exporters.read_prompts(common.PROMPTS_FILE.value)
+  return [common.clean(item.prompt) for item in items]
+
+
+def _numbers(found: Evidence, count: int) -> dict:
+  """JSON of all but the single entropies, of which the quantiles stay."""
+  def rounded(x):
+    return [None if np.isnan(v) else round(float(v), 4) for v in x] if (
+        x.ndim == 1) else [rounded(row) for row in x]
+
+  values = {name: rounded(x) for name, x in vars(found).items()
+            if name != "entropies"}
+  quantiles = np.quantile(found.entropies, np.linspace(0, 1, 21))
+  return {"pictures": count, "thresholds": rounded(np.array(THRESHOLDS)),
+          "entropy_quantiles": rounded(quantiles), **values}
+
+
+def summary(found: Evidence) -> str:
+  """A table of the shares that each threshold of CASCADE would relax."""
+  lines = ["| threshold | pairs of alternatives at or above | "
+           "alternatives like the slot before |", "|---|---|---|"]
+  rows = zip(THRESHOLDS, found.alike_T, found.converged_T, strict=True)
+  lines += [f"| {t:.2f} | {a:.3f} | {c:.3f} |" for t, a, c in rows]
+  return "\n".join(lines)
+
+
+def plot(found: Evidence, figure, path: pathlib.Path) -> None:
+  """Draws everything into a matplotlib figure and writes it."""
+  (equal, different, slots), (siblings, entropy, spread) = figure.subplots(2, 3)
+  reach = found.equal_UW.shape[1] // 2
+  extent = (-reach - 0.5, reach + 0.5, found.equal_UW.shape[0] - 0.5, -0.5)
+  maps = (
+      (equal, found.equal_UW, "cells of equal code", extent),
+      (different, found.different_UW, "cells of different codes", extent),
+      (slots, found.slots_MM, "slots of the first picture", None),
+  )
+  for axes, values, title, place in maps:
+    image = axes.imshow(values, extent=place)
+    axes.set_title(f"cosine of states: {title}")
+    figure.colorbar(image, ax=axes, shrink=0.7)
+  ranks = np.arange(len(found.siblings_E))
+  siblings.plot(ranks, found.siblings_E, "o-", label="with the likeliest")
+  siblings.plot(ranks, found.parents_E, "o-", label="with the slot before")
+  siblings.set_title("cosine of alternatives at a slot, by rank")
+  siblings.legend()
+  image = entropy.imshow(found.entropy_RC)
+  entropy.set_title("mean entropy of predictions, nats")
+  figure.colorbar(image, ax=entropy, shrink=0.7)
+  spread.hist(found.entropies, bins=40)
+  spread.set_title("entropy of single predictions, nats")
+  with layout.replacing(path) as partial:
+    figure.savefig(partial, format="png", dpi=150)
+
+
+def main() -> None:
+  """Console entry point."""
+  cli.define_config()
+  define_flags()
+  cli.main(body)
