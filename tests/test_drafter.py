@@ -11,14 +11,18 @@ import pytest
 from ssd_jax import testing
 from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
 from ssd_jax.data.features import DrawnTokens, Teacher
+from ssd_jax.decoding import trees
+from ssd_jax.decoding.ar import AR
+from ssd_jax.decoding.tree import Eagle
 from ssd_jax.families.emoji import places
 from ssd_jax.grid import Grid
 from ssd_jax.models import rope
 from ssd_jax.models.drafter import DrafterConfig, DraftNet, bind_drafter
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.transformer import TrunkConfig
-from ssd_jax.sampling import Sampling
 from ssd_jax.training import drafter as training
+from ssd_jax.training.acceptance import Acceptance
+from ssd_jax.training.mtp import plain_batches
 from ssd_jax.types import Queries
 
 
@@ -126,15 +130,15 @@ def test_training_learns_to_draft_and_resumes(tmp_path):
         net, params, hidden, batch["tokens"], jnp.float32(2.0), cfg,
         jax.random.key(0))
 
-  state, drafter_cfg = training.run(teacher, {}, cfg, tmp_path, drawn)
+  state, drafter_cfg = training.run(teacher, drawn, cfg, tmp_path)
   before = losses(net.init(jax.random.key(cfg.loop.seed)))
   after = losses(state.params)
   assert after[0] < 0.9 * before[0]
   assert after[1] < before[1]
-  assert "tokens per pass" in (tmp_path / training.TABLE).read_text()
+  assert "Mean accepted length" in (tmp_path / training.TABLE).read_text()
   bind_drafter(teacher.generator, pipe.model, drafter_cfg,
                {**pipe.params, "drafter": state.params})
-  again, _ = training.run(teacher, {}, cfg, tmp_path, drawn)
+  again, _ = training.run(teacher, drawn, cfg, tmp_path)
   assert int(again.step) == 20
   jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
 
@@ -143,17 +147,24 @@ def _named(batch):
   return {"prompt": batch["prompt"], "tokens_BN": batch["tokens"]}
 
 
-def test_measured_acceptance_is_that_of_the_drafter():
-  """A drafter's rates per rank are counted along right paths only."""
-  pipe = testing.tiny(2, 2, 2, heads=(0, 0))
-  net = DraftNet(pipe.family.generator)
+def test_accepted_length_is_that_of_decoding():
+  """The figure is what `eagle` reaches with that tree, to the pass."""
+  pipe = testing.tiny(3, 2, 3, end_of_row=True, heads=(0, 0), guidance=2.0)
+  settings, guided = pipe.sampling()
   teacher = Teacher(
-      pipe.family.generator, pipe.params, pipe.family.encode_prompts,
-      Sampling.make(), False)
-  prompt, _ = pipe.family.encode_prompts(["ab"] * 8, False)
-  tokens = np.random.default_rng(0).integers(0, 2, (8, 4)).astype(np.int32)
-  held_out = [{"prompt": prompt, "tokens_SN": tokens}]
-  rates = training.make_measure(net, teacher, 2)(
-      pipe.params["drafter"], held_out)
-  # Two codes, two ranks: one of them is always right.
-  np.testing.assert_allclose(rates.sum(-1), 1.0, atol=1e-6)
+      pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
+      guided)
+  images, grid = 32, pipe.model.grid
+  draw = functools.partial(
+      pipe.generate, ["ab"], num_images=images, batch=images)
+  drawn = DrawnTokens(
+      ("ab",) * images, draw(AR()).tokens.reshape(images, -1), grid, 3)
+  find = training.make_ranks(DraftNet(teacher.generator), teacher, 3)
+  found = Acceptance.of(
+      find(pipe.params["drafter"], plain_batches(drawn, teacher, 8, images)), 3)
+  # Three codes, three ranks: one of them is always right.
+  np.testing.assert_allclose(found.rates_DK.sum(-1), 1.0, atol=1e-6)
+  for tree in (trees.parse("0/1/00/10/000"), found.tree):
+    verifying = draw(Eagle(trees.spell(tree))).passes - 1
+    expected = images * (grid.length - 1) / verifying.sum()
+    np.testing.assert_allclose(found.length(tree), expected)

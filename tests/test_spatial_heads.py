@@ -1,13 +1,14 @@
 """Spatial heads: equation 2, which cell predicts which, and what is refused."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssd_jax import testing
+from ssd_jax import loading, testing
 from ssd_jax.config import UserError, from_config_dict
 from ssd_jax.grid import Grid
 from ssd_jax.models.fingerprint import fingerprint, same_trunk
@@ -128,6 +129,28 @@ def test_every_ablation_has_a_loss_and_a_law(pipe, inputs, target):
   assert all(np.isfinite(x).all() and (x > 0).all() for x in loss.values())
   logits = heads.draft(params, "vertical", 1, hidden, tokens)
   assert logits.shape == (2, 14, 5) and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("inputs, target", [
+    ("h", "pre"), ("h+e", "post"), ("e", "embedding"), ("h+e", "token")])
+def test_stored_heads_draft_as_they_were_trained(
+    pipe, tmp_path, inputs, target
+):
+  """heads.json brings back inputs and target; the loaded model obeys it."""
+  heads, params = make_heads(pipe, HeadsOptions(1, 1, inputs, target))
+  loading.write_extra(
+      tmp_path / "heads", "heads", heads.cfg, params["heads"], np.float32)
+  cfg, weights = loading.read_extra(tmp_path / "heads", "heads")
+  assert cfg == heads.cfg
+  model = bind_heads(heads.generator, cfg, {**params, "heads": weights})
+  hidden, tokens = some_cells()
+  draft = functools.partial(
+      model.draft, direction="vertical", offset=1, hidden=hidden,
+      tokens=tokens)
+  np.testing.assert_allclose(
+      draft({**params, "heads": weights}),
+      heads.logits(params, heads.predict(
+          params, "vertical", hidden, tokens))[0], rtol=1e-5)
 
 
 def test_smooth_l1_is_pytorch_s():

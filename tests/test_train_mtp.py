@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -30,18 +35,26 @@ CONFIG = MTPConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def pipe():
+def make_pipe():
   return testing.tiny(vocab=5, rows=3, cols=3, end_of_row=True, guidance=2.0)
 
 
-@pytest.fixture(scope="module")
-def teacher(pipe):
+def make_teacher(pipe):
   settings, guided = pipe.sampling()
   return Teacher(
       pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
       guided,
   )
+
+
+@pytest.fixture(scope="module")
+def pipe():
+  return make_pipe()
+
+
+@pytest.fixture(scope="module")
+def teacher(pipe):
+  return make_teacher(pipe)
 
 
 @pytest.fixture(scope="module")
@@ -59,26 +72,39 @@ def test_images_are_those_of_ar(pipe, drawn):
   )
 
 
+def draw_until_killed(folder):
+  """Draws into a folder; dies by SIGKILL while it writes the second shard."""
+  real, calls = features.os.replace, []
+
+  def replace(partial, path):
+    if path.name.startswith("tokens-00001"):
+      os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(real(partial, path))
+
+  features.os.replace = replace
+  features.draw(make_teacher(make_pipe()), CAPTIONS, DRAW, folder)
+
+
 def test_a_killed_draw_loses_and_repeats_nothing(
     teacher, drawn, tmp_path, monkeypatch
 ):
-  """Killed in the second shard and restarted: the same images, whole files."""
+  """Killed before the second shard's rename and restarted: the same images."""
+  here = pathlib.Path(__file__)
+  child = subprocess.run(
+      [sys.executable, "-c", f"import {here.stem} as test; "
+       f"test.draw_until_killed({str(tmp_path)!r})"],
+      env=os.environ | {"PYTHONPATH": f"{here.parent}:{here.parent.parent}"},
+      capture_output=True)
+  assert child.returncode == -signal.SIGKILL, child.stderr
+  assert [f.name for f in tmp_path.glob("*.npy")] == [
+      "tokens-00000-of-00003.npy"]
   real, calls = features._draw_images, []
-
-  def killed(*args):
-    calls.append(args[2])
-    if len(calls) == 2:
-      raise KeyboardInterrupt
-    return real(*args)
-
-  monkeypatch.setattr(features, "_draw_images", killed)
-  with pytest.raises(KeyboardInterrupt):
-    features.draw(teacher, CAPTIONS, DRAW, tmp_path)
-  assert len(list(tmp_path.glob("*.npy"))) == 1
+  monkeypatch.setattr(
+      features, "_draw_images",
+      lambda *args: (calls.append(args[2][0]), real(*args))[1])
   again = features.draw(teacher, CAPTIONS, DRAW, tmp_path)
   np.testing.assert_array_equal(again.tokens, drawn.tokens)
-  # The first shard was not drawn again.
-  assert [images[0] for images in calls] == [0, 4, 4, 8]
+  assert calls == [4, 8]  # the first shard was not drawn again
   assert not list(tmp_path.glob(".*"))
 
 

@@ -110,7 +110,9 @@ def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
       "workdir", "checkpoint", "prompts_file", "num_prompts",
       "images_per_caption", "sampling", "mtp", *more)
   config = flags.FLAGS.config
-  return config, pathlib.Path(_WORKDIR.value or config.workdir)
+  workdir = pathlib.Path(_WORKDIR.value or config.workdir)
+  loading.require(_model_folder(config, workdir), config.family)
+  return config, workdir
 
 
 def _model_folder(config, workdir: pathlib.Path) -> str | pathlib.Path:
@@ -120,9 +122,7 @@ def _model_folder(config, workdir: pathlib.Path) -> str | pathlib.Path:
 
 def _teacher(config, workdir: pathlib.Path) -> Teacher:
   """The frozen trunk, sampled as the config says."""
-  folder = _model_folder(config, workdir)
-  loading.require(folder, config.family, config.workdir)
-  pipe = loading.load(folder, extras=False)
+  pipe = loading.load(_model_folder(config, workdir), extras=False)
   settings, guided = pipe.sampling(**config.sampling)
   return Teacher(
       pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
@@ -154,7 +154,7 @@ def _captions(config) -> dict[str, list[str]]:
     splits = {"train": lines[held_out:], "validation": lines[:held_out]}
   elif "classes" in config and config.classes:
     names = [str(i) for i in range(config.classes)]
-    splits = {"train": names, "validation": names[::-(-len(names) // _HELD_OUT)]}
+    splits = {"train": names, "validation": names[:_HELD_OUT]}
   elif config.family == "emoji":
     splits = {
         split: [e.label for e in sources.emoji_records(split, tones=False)]

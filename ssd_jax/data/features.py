@@ -233,7 +233,8 @@ def _write_whole(path: pathlib.Path, tokens: np.ndarray) -> None:
 
 def _replace(path: pathlib.Path, write: Callable) -> None:
   """Writes a file that appears whole, by one rename."""
-  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  # What a killed run leaves behind, its successor writes over and renames.
+  partial = path.with_name(f".{path.name}.{jax.process_index()}")
   with open(partial, "wb") as file:
     write(file)
     file.flush()
