@@ -84,15 +84,12 @@ def load(
   return Pipeline(family, params, vq_params, model)
 
 
-def require(
-    name: str | os.PathLike, family: str, workdir: str | os.PathLike
-) -> None:
+def require(name: str | os.PathLike, family: str) -> None:
   """Raises UserError unless a model is there; says how to make one.
 
   Args:
     name: As for `load`.
-    family: Of the config that names it.
-    workdir: Of the config.
+    family: Of the model that is wanted.
   """
   if name == "emoji" or (pathlib.Path(name) / "model.json").is_file():
     return
@@ -100,8 +97,9 @@ def require(
     how = ("train it with train.tokenizer and train.ar, or take the embedded "
            "one with --config.checkpoint=emoji")
   else:
-    how = ("convert one with python -m infer.convert --config configs/"
-           f"{_CONFIGS.get(family, family)}.py --source hf:ORG/NAME --out {name}")
+    file = f"configs/{_CONFIGS.get(family, family)}.py"
+    how = (f"convert one with python -m infer.convert --config {file} "
+           f"--source hf:ORG/NAME --out {name} (the names are in {file})")
   raise UserError(f"got no model in {name}, expected a model folder; {how}")
 
 
