@@ -6,13 +6,17 @@
   DIR/drafter           a drafter: drafter.json and weights, if any
 """
 
+from collections.abc import Mapping
 import dataclasses
+import math
 import os
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
+import numpy as np
 
 from ssd_jax import checkpoints
 from ssd_jax.config import UserError, from_config_dict
@@ -23,7 +27,7 @@ from ssd_jax.pipeline import Pipeline
 from ssd_jax.types import Params
 
 EMBEDDED = pathlib.Path(__file__).parent / "assets" / "emoji"
-_FAMILIES = {
+FAMILIES = {
     "anole": anole.from_settings,
     "emoji": lambda settings, folder: emoji.from_settings(settings),
     "emu3": emu3.from_settings,
@@ -32,13 +36,15 @@ _FAMILIES = {
     "lumina": lumina.from_settings,
 }
 _CONFIGS = {"janus": "janus_pro"}  # where the file has another name
+CHOICES = {"emu3": emu3.CHOICES, "lumina": lumina.CHOICES}
 _KINDS = {"heads": HeadsConfig, "drafter": DrafterConfig}
 
 
 def load(
     name: str | os.PathLike = "emoji", *, random_weights: bool = False,
     heads: str | os.PathLike | None = None,
-    drafter: str | os.PathLike | None = None, extras: bool = True,
+    drafter: str | os.PathLike | None = None,
+    choices: Mapping[str, Any] | None = None, extras: bool = True,
 ) -> Pipeline:
   """A pipeline from "emoji" (the embedded model) or a model folder.
 
@@ -48,40 +54,128 @@ def load(
       own heads and drafter, which belong to its trunk, are left out.
     heads: Folder of spatial heads, instead of the model's own.
     drafter: Folder of a drafter, instead of the model's own.
+    choices: What a family leaves open until it draws: the default sampling
+      ("sampling.guidance" ...), lumina's size, emu3's ratio, suffix, negative.
     extras: Whether the model's own heads and drafter are read.
 
   Raises:
     UserError: when the folder is no model, damaged, or its parts do not belong
-      together.
+      together, or memory is too small.
   """
   folder = EMBEDDED if name == "emoji" else pathlib.Path(name)
   settings = checkpoints.read_json(folder / "model.json")
-  if not isinstance(settings, dict) or settings.get("family") not in _FAMILIES:
+  if not isinstance(settings, dict) or settings.get("family") not in FAMILIES:
     raise UserError(
         f"got {folder / 'model.json'} without a known family, expected one of "
-        f"{sorted(_FAMILIES)}; check the folder"
+        f"{sorted(FAMILIES)}; check the folder"
     )
-  family = _FAMILIES[settings["family"]](settings, folder)
-  generator = family.generator
+  choose(settings, choices or {})
+  family = FAMILIES[settings["family"]](settings, folder)
+  _check_memory(family)
   if random_weights:
-    params = jax.jit(generator.init)(jax.random.key(0))
+    params = random_params(family)
   else:
     params = {"trunk": checkpoints.restore(folder / "trunk")}
-  found = {}
-  for kind, given in (("heads", heads), ("drafter", drafter)):
-    own = folder / kind
-    if given is not None or (
-        extras and own.is_dir() and not random_weights):
-      found[kind], params[kind] = read_extra(given or own, kind)
-  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-  params = checkpoints.cast(params, dtype)
+  found = {"heads": heads, "drafter": drafter}
+  for kind in found:
+    if extras and (folder / kind).is_dir() and not random_weights:
+      found[kind] = found[kind] or folder / kind
+  vq_params = checkpoints.restore(folder / "vq")
+  return _pipeline(family, params, vq_params, found)
+
+
+def from_config(
+    config: ml_collections.ConfigDict,
+    heads: str | os.PathLike | None = None,
+    drafter: str | os.PathLike | None = None,
+) -> Pipeline:
+  """A pipeline of a published family at random weights; it reads no model.
+
+  Args:
+    config: Of configs/NAME.py.
+    heads: Folder of spatial heads, if any.
+    drafter: Folder of a drafter, if any.
+
+  Raises:
+    UserError: when a setting is wrong or memory is too small.
+  """
+  family = FAMILIES[config.family]({"config": config.to_dict()}, None)
+  _check_memory(family)
+  size = family.vq.cfg.downsample
+  picture = jnp.zeros((1, size, size, 3))
+  vq_params = jax.jit(family.vq.init)(jax.random.key(1), picture)["params"]
+  return _pipeline(family, random_params(family), vq_params,
+                   {"heads": heads, "drafter": drafter})
+
+
+def random_params(family: Any) -> Params:
+  """{"trunk": random parameters}, in the dtype they are used in."""
+  generator = family.generator
+  make = lambda key: checkpoints.cast(generator.init(key), _dtype())
+  return jax.jit(make)(jax.random.key(0))
+
+
+def _pipeline(
+    family: Any, params: Params, vq_params: Params, found: dict[str, Any]
+) -> Pipeline:
+  """The parts put together; `found` holds folders by kind, or None."""
+  generator, extras = family.generator, {}
+  for kind, folder in found.items():
+    if folder is not None:
+      extras[kind], params[kind] = read_extra(folder, kind)
+  params = checkpoints.cast(params, _dtype())
   model = generator.model()
-  if "heads" in found:
-    model = bind_heads(generator, found["heads"], params)
-  if "drafter" in found:
-    model = bind_drafter(generator, model, found["drafter"], params)
-  vq_params = checkpoints.cast(checkpoints.restore(folder / "vq"), jnp.float32)
+  if "heads" in extras:
+    model = bind_heads(generator, extras["heads"], params)
+  if "drafter" in extras:
+    model = bind_drafter(generator, model, extras["drafter"], params)
+  vq_params = checkpoints.cast(vq_params, jnp.float32)
   return Pipeline(family, params, vq_params, model)
+
+
+def _dtype() -> Any:
+  return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def choose(settings: dict[str, Any], choices: Mapping[str, Any]) -> None:
+  """Puts choices into the settings of a model.json."""
+  family, config = settings["family"], settings["config"]
+  open_ = ("sampling", *CHOICES.get(family, ()))
+  for key, value in choices.items():
+    top, *rest = key.split(".")
+    if top not in open_ and top in config:
+      raise UserError(
+          f"got --config.{key} for a made model of {family}, expected only "
+          f"{', '.join(open_)}; leave it out, or make the model anew")
+    if top in open_ and rest:
+      config[top][rest[0]] = value
+    elif top in open_:
+      config[top] = value
+
+
+def _check_memory(family: Any) -> None:
+  """Raises UserError when the trunk does not fit into memory."""
+  shapes = jax.eval_shape(family.generator.init, jax.random.key(0))
+  count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+  needed, free = count * np.dtype(_dtype()).itemsize, _free_memory()
+  if free is not None and needed > free:
+    raise UserError(
+        f"got a trunk of {count / 1e9:.1f} billion parameters, "
+        f"{needed / 1e9:.1f} GB in {np.dtype(_dtype())}, expected at most the "
+        f"{free / 1e9:.1f} GB of free memory; choose a smaller model or a "
+        "larger machine")
+
+
+def _free_memory() -> int | None:
+  """Bytes free on the device, or None where nobody tells."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  table = pathlib.Path("/proc/meminfo")
+  if not table.is_file():
+    return None
+  lines = dict(line.split(":") for line in table.read_text().splitlines())
+  return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def require(name: str | os.PathLike, family: str) -> None:

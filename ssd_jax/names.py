@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ssd_jax.config import UserError
 from ssd_jax.models.transformer import TrunkConfig
 from ssd_jax.models.vq import VQ, VQConfig
 
@@ -248,3 +249,12 @@ class Recipe:
   settings: dict[str, Any]
   parts: tuple[Part, ...]
   tokenizer: tuple[str, ...] = ()
+
+  def without_text_encoder(self) -> "Recipe":
+    """The recipe of a folder whose prompts are features, not words."""
+    parts = tuple(p for p in self.parts if p.flag != "text_encoder")
+    if parts == self.parts:
+      raise UserError(
+          f"got --text_encoder none, expected it for captions of llamagen, not "
+          f"for {self.family}; leave it out")
+    return dataclasses.replace(self, parts=parts, tokenizer=())

@@ -16,7 +16,6 @@ from ssd_jax.config import UserError, check
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.relaxed import neighbour_table
-from ssd_jax.models.vq import to_uint8
 from ssd_jax.sampling import Sampling
 from ssd_jax.types import Model, Params, Prompt
 
@@ -59,7 +58,8 @@ class Pipeline:
   """A family with its parameters.
 
   Attributes:
-    family: Builds prompts; has `generator`, `vq` and default `sampling`.
+    family: Builds prompts and turns codes into pictures; has `generator`, `vq`
+      and default `sampling`.
     params: {"trunk": ..., and where at hand "heads": ..., "drafter": ...}.
     vq_params: Of the tokenizer, None where pictures are not painted.
     model: The network's functions.
@@ -294,8 +294,7 @@ class Pipeline:
   def _compiled_images(self, tokens):
     key = ("images", tokens.shape)
     if key not in self._executables:
-      decode = jax.jit(lambda params, ids: to_uint8(
-          self.family.vq.apply({"params": params}, ids, method="decode")))
+      decode = jax.jit(self.family.decode)
       self._executables[key] = decode.lower(self.vq_params, tokens).compile()
     return self._executables[key]
 

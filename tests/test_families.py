@@ -2,11 +2,14 @@
 
 import functools
 import math
+import types
 
 import jax
 import numpy as np
 import pytest
+from toy_families import CONFIGS
 
+from ssd_jax import loading
 from ssd_jax.cli.convert import RECIPES
 from ssd_jax.config import UserError
 from ssd_jax.families import anole, emu3, janus, llamagen, lumina, published
@@ -108,7 +111,8 @@ def test_emu3_ratios():
   """Ratios give the published grids; others are refused."""
   assert emu3.cells("1:1", 720 * 720, 8) == (90, 90)
   assert emu3.cells("16:9", 720 * 720, 8) == (68, 120)
-  for ratio in ("wide", "0:1", "100:1", "1"):
+  assert emu3.cells("1:100", 720 * 720, 8) == (900, 9)
+  for ratio in ("wide", "0:1", "1000:1", "1", "1:9000000"):
     with pytest.raises(UserError, match="got ratio"):
       emu3.cells(ratio, 720 * 720, 8)
 
@@ -173,6 +177,103 @@ def test_llamagen_classes():
   for bad in ("1000", "-1", "cat"):
     with pytest.raises(UserError, match="got class"):
       family.encode_prompts([bad], guided=False)
+
+
+def test_llamagen_reads_features(tmp_path):
+  """Prompts may be files of features; what is none is an error of one line."""
+  family = llamagen.LlamaGen(llamagen.get_config("t2i_XL_256"))
+  np.save(tmp_path / "cat.npy", np.ones((1, 3, 2048), np.float16))
+  prompt, notes = family.encode_prompts([str(tmp_path / "cat.npy")], True)
+  assert prompt.mask.sum() == 6 and notes == []
+  assert float(prompt.features[0].sum()) == 3 * 2048
+  np.save(tmp_path / "narrow.npy", np.ones((1, 3, 8)))
+  (tmp_path / "torn.npy").write_bytes(b"")
+  for name, said in (("narrow", "shape"), ("torn", "readable"),
+                     ("lost", "readable")):
+    with pytest.raises(UserError, match=said) as error:
+      family.encode_prompts([str(tmp_path / f"{name}.npy")], False)
+    assert "\n" not in str(error.value)
+  with pytest.raises(UserError, match="one kind"):
+    family.encode_prompts([str(tmp_path / "cat.npy"), "a dog"], False)
+
+
+@pytest.mark.parametrize("name", ["lumina", "janus", "llamagen_class"])
+def test_pixels_as_the_originals_store_them(name):
+  """LlamaGen rounds to whole numbers, the others cut."""
+  config = CONFIGS[name]()
+  family = loading.FAMILIES[config.family]({"config": config.to_dict()}, None)
+  x = np.linspace(-1.2, 1.2, 99, dtype=np.float32)
+  family.__dict__["vq"] = types.SimpleNamespace(apply=lambda *a, **k: x)
+  scaled = np.clip((x.astype(np.float64) + 1) / 2 * 255, 0, 255)
+  whole = np.floor(scaled + 0.5) if name == "llamagen_class" else scaled
+  np.testing.assert_allclose(
+      family.decode({}, None), whole.astype(np.uint8), atol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_random_weights_need_no_files(name):
+  """Settings alone make a pipeline, whose prompts are told to be stand-ins."""
+  pipe = loading.from_config(CONFIGS[name]())
+  prompt, notes = pipe.family.encode_prompts(["3"], guided=True)
+  assert prompt.tokens.shape[0] == 2
+  assert bool(notes) == (name != "llamagen_class")
+  pipe.family.decode(pipe.vq_params, np.zeros(
+      (1, pipe.model.grid.rows, pipe.model.grid.cols), np.int32))
+
+
+def test_memory_is_looked_at_first(monkeypatch):
+  """A trunk that cannot fit is an error before it is made."""
+  monkeypatch.setattr(loading, "_free_memory", lambda: 10**10)
+  with pytest.raises(UserError, match="got a trunk of 7.0 billion"):
+    loading.from_config(lumina.get_config())
+
+
+def test_choices_of_a_made_model():
+  """Size and ratio are open until drawing; what weights fix is not."""
+  settings = {"family": "lumina", "config": lumina.get_config().to_dict()}
+  loading.choose(settings, {
+      "size": "1024x512", "sampling.top_k": 7, "workdir": "elsewhere"})
+  family = lumina.from_settings(settings, None)
+  assert (family.grid.rows, family.grid.cols) == (32, 64)
+  assert family.sampling["top_k"] == 7
+  for key, said in (("trunk.n_layers", "made model"), ("theta", "made model")):
+    with pytest.raises(UserError, match=said):
+      loading.choose(settings, {key: 3})
+
+
+class Words:
+  """A tokenizer that has a vocabulary only."""
+
+  def __init__(self, vocabulary):
+    self.get_vocab = lambda: vocabulary
+
+
+def test_chameleon_ids_are_checked(monkeypatch):
+  """A tokenizer whose ids are others' is refused by the name of one."""
+  digits = str.maketrans("0123456789", "ABCDEFGHIJ")
+  good = {"<s>": 0, "<racm3:break>": 8197, "<reserved08706>": 8710,
+          "<reserved08799>": 8803, "<reserved08800>": 8804}
+  good |= {f"IMGIMG{str(c).translate(digits)}Z": 4 + c for c in range(8192)}
+  for change, said in (({}, None), ({"<s>": 1}, "'?<s>"),
+                       ({"IMGIMGBZ": 9}, "image codes")):
+    monkeypatch.setattr(
+        published.Published, "text_tokenizer", Words(good | change))
+    family = lumina.Lumina(lumina.get_config())
+    if said is None:
+      assert family.text_tokenizer.get_vocab()["IMGIMGBZ"] == 5
+      continue
+    with pytest.raises(UserError, match=said):
+      _ = family.text_tokenizer
+
+
+def test_emu3_ids_are_checked(tmp_path):
+  """A file of vision tokens in another order is refused."""
+  family = emu3.Emu3(emu3.get_config(), tmp_path)
+  names = ["image token", "image start", "image end"] + [
+      f"visual token {code:06d}" for code in range(32_768)]
+  family.check_ids([f"<|{name}|>" for name in names])
+  with pytest.raises(UserError, match="image start"):
+    family.check_ids([f"<|{name}|>" for name in names[::-1]])
 
 
 def test_llamagen_features_end_at_the_last_slot():

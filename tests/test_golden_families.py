@@ -12,7 +12,7 @@ from toy_weights import toy
 from ssd_jax import checkpoints, convert
 from ssd_jax.cli.convert import RECIPES
 from ssd_jax.families.published import left_padded
-from ssd_jax.loading import _FAMILIES
+from ssd_jax.loading import FAMILIES
 from ssd_jax.models.t5 import T5Config, T5Encoder
 from ssd_jax.tensors import Checkpoint
 
@@ -43,7 +43,7 @@ def case(request, tmp_path_factory):
                   for s in row.sources}, ()) for part in recipe.parts)
   out = tmp_path_factory.mktemp(request.param) / "model"
   convert.convert(convert.Job(recipe, found, (), "float32"), out)
-  family = _FAMILIES[config.family](
+  family = FAMILIES[config.family](
       checkpoints.read_json(out / "model.json"), out)
   return request.param, family, out
 

@@ -2,13 +2,16 @@
 
 import os
 import pathlib
+from typing import Any
 import unicodedata
 
 from absl import flags
 import jax
+from ml_collections import config_flags
 
+from ssd_jax import loading
+from ssd_jax.cli import run as cli
 from ssd_jax.config import UserError
-from ssd_jax.loading import load
 from ssd_jax.pipeline import Pipeline
 
 PROMPTS_FILE = flags.DEFINE_string(
@@ -41,13 +44,23 @@ _LONGEST_PROMPT = 10_000  # characters
 def load_pipeline() -> Pipeline:
   """The pipeline of the flags: --checkpoint, else the config's, else emoji.
 
+  With --random_weights a published family needs no --checkpoint.
+
   Raises:
     UserError: when --config is given and names another family.
   """
   config = flags.FLAGS.config
-  checkpoint = CHECKPOINT.value or config.get("checkpoint", "") or "emoji"
-  pipe = load(checkpoint, random_weights=_RANDOM_WEIGHTS.value,
-              heads=_HEADS.value, drafter=_DRAFTER.value)
+  checkpoint = CHECKPOINT.value or config.get("checkpoint", "")
+  extras = {"heads": _HEADS.value, "drafter": _DRAFTER.value}
+  if config.family != "emoji" and not CHECKPOINT.value:
+    if _RANDOM_WEIGHTS.value:
+      return loading.from_config(config, **extras)
+    loading.require(checkpoint, config.family)
+  cli.refuse_unused(
+      "checkpoint", "sampling", *loading.CHOICES.get(config.family, ()))
+  pipe = loading.load(
+      checkpoint or "emoji", random_weights=_RANDOM_WEIGHTS.value,
+      choices=_choices(config), **extras)
   if flags.FLAGS["config"].present and config.family != pipe.family.name:
     raise UserError(
         f"got --config of family {config.family!r} and a model of "
@@ -55,6 +68,16 @@ def load_pipeline() -> Pipeline:
         "model of it"
     )
   return pipe
+
+
+def _choices(config) -> dict[str, Any]:
+  """What the command line says of settings: a file's, and overrides."""
+  flag = flags.FLAGS["config"]
+  chosen = {"sampling": config.sampling.to_dict()} if flag.present else {}
+  if flag.present and ":" in config_flags.get_config_filename(flag):
+    open_ = loading.CHOICES.get(config.family, ())
+    chosen |= {key: config[key] for key in open_}
+  return chosen | config_flags.get_override_values(flag)
 
 
 def sampling() -> dict[str, float | None]:

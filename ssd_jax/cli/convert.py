@@ -26,7 +26,9 @@ def define_flags() -> None:
   for name, what in (("vq", "image tokenizer"), ("text_encoder", "T5 encoder"),
                      ("tokenizer", "tokenizer of texts")):
     flags.DEFINE_string(
-        name, None, f"The {what}'s files: {where}; default: in --source.")
+        name, None, f"The {what}'s files: {where}; default: in --source."
+        + (" `none` leaves it out: prompts are then files of its features."
+           if name == "text_encoder" else ""))
   flags.DEFINE_enum(
       "dtype", "bfloat16", sorted(convert.DTYPES),
       "Of the stored trunk; image tokenizers stay in float32.")
@@ -41,6 +43,10 @@ def body() -> None:
       raise UserError(f"got no --{name}, expected a folder; give one")
   given = {name: getattr(values, name) for name in _PLACES
            if getattr(values, name)}
+  if given.get("text_encoder") == "none":
+    del given["text_encoder"]
+    recipe = recipe.without_text_encoder()
+  _check_places(recipe, given)
   folders = {name: hub.folder_of(source, _wanted(recipe, name, given))
              for name, source in given.items()}
   job = convert.open_job(recipe, folders, values.dtype)
@@ -69,6 +75,18 @@ def recipe_of(config) -> Recipe:
         f"got family {config.family!r}, expected one of {sorted(RECIPES)}; "
         "choose --config configs/NAME.py of a published family")
   return RECIPES[config.family](config)
+
+
+def _check_places(recipe: Recipe, given: dict[str, str]) -> None:
+  """Raises UserError on a flag that this family has no use for."""
+  known = {"source", *(part.flag for part in recipe.parts)}
+  known |= {"tokenizer"} if recipe.tokenizer else set()
+  for name in given:
+    if name not in known:
+      raise UserError(
+          f"got --{name} {given[name]}, expected only "
+          f"{', '.join(sorted('--' + flag for flag in known))} for "
+          f"{recipe.family}; leave it out")
 
 
 def _wanted(recipe: Recipe, flag: str, given: dict) -> list[tuple[str, ...]]:

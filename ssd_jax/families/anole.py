@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from ssd_jax.families import lumina, published, training
-from ssd_jax.families.published import Ids, Published
+from ssd_jax.families.published import Ids
 from ssd_jax.grid import Grid
 from ssd_jax.models.transformer import TrunkConfig
 from ssd_jax.names import (
@@ -56,7 +56,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   return config
 
 
-class Anole(Published):
+class Anole(lumina.Chameleon):
   """The family as a pipeline holds it."""
 
   @functools.cached_property

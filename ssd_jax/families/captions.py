@@ -1,13 +1,18 @@
-"""The cleaning of captions that LlamaGen's text model was trained with.
+"""Captions of LlamaGen's text model: their cleaning, and ready features.
 
-The rules are those of DeepFloyd IF and PixArt, in their order: what they remove
-or replace decides which tokens the model sees. They are applied twice.
+The rules of cleaning are those of DeepFloyd IF and PixArt, in their order: what
+they remove or replace decides which tokens the model sees. They are applied
+twice.
 """
 
+from collections.abc import Sequence
 import html
 import re
 import urllib.parse
 
+import numpy as np
+
+from ssd_jax.config import UserError
 from ssd_jax.extras import need
 
 _DOMAIN = r"[a-z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
@@ -81,3 +86,45 @@ def _replace(text: str, rules: tuple[tuple[str, str], ...]) -> str:
   for pattern, replacement in rules:
     text = re.sub(pattern, replacement, text)
   return text
+
+
+Features = tuple[np.ndarray, np.ndarray, list[str]]
+
+
+def read_features(files: Sequence[str], shape: tuple[int, ...]) -> Features:
+  """(features [B, T, E], which exist [B, T], notes) of .npy files.
+
+  Args:
+    files: Of arrays [L, E] or [1, L, E]; what is beyond T is cut.
+    shape: [B, T, E].
+
+  Raises:
+    UserError: when one is no such file.
+  """
+  _, slots, width = shape
+  features, mask = np.zeros(shape, np.float32), np.zeros(shape[:2], bool)
+  for i, file in enumerate(files):
+    try:
+      x = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+      raise UserError(f"got prompt {file!r}, no readable .npy file, expected "
+                      "features of a caption; correct it") from error
+    if x.ndim not in (2, 3) or not x.size or x.shape[-1] != width or (
+        x.ndim == 3 and len(x) != 1):
+      raise UserError(f"got features of shape {x.shape} in {file}, expected "
+                      f"(1, LENGTH, {width}); write them with flan-t5-xl")
+    x = x.reshape(-1, width)[:slots]
+    features[i, :len(x)] = x
+    mask[i, :len(x)] = True
+  return features, mask, []
+
+
+def random_features(
+    prompts: Sequence[str], shape: tuple[int, ...]
+) -> Features:
+  """As `read_features`, at random: one for each word, and one for the end."""
+  counts = np.array([[len(str(prompt).split()) + 1] for prompt in prompts])
+  features = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  return features, np.arange(shape[1]) < counts, [
+      "random weights come without a text encoder: its features are random "
+      "too; a prompt FILE.npy brings its own"]

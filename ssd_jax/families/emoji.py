@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -23,8 +24,8 @@ from ssd_jax.models import rope
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.text import Vocabulary
 from ssd_jax.models.transformer import TrunkConfig
-from ssd_jax.models.vq import VQ, VQConfig
-from ssd_jax.types import Prompt
+from ssd_jax.models.vq import VQ, VQConfig, to_uint8
+from ssd_jax.types import Params, Prompt
 
 _THETA = 10_000.0
 
@@ -147,6 +148,11 @@ class Emoji:
   def sampling(self) -> dict[str, float]:
     """Default guidance, temperature, top_k and top_p."""
     return self.config.sampling.to_dict()
+
+  def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, 3], the pictures of codes."""
+    return to_uint8(
+        self.vq.apply({"params": vq_params}, tokens_BRC, method="decode"))
 
   def encode_prompts(
       self, prompts: Sequence[str], guided: bool

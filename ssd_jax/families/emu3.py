@@ -34,6 +34,8 @@ from ssd_jax.vq_names import vq_rows
 _RANKS, _VISION = "emu3.tiktoken", "emu3_vision_tokens.txt"
 _KEEP = ("trunk", "vq", "theta", "ids", "area", "ratio", "suffix", "negative",
          "sampling")
+CHOICES = ("ratio", "area", "suffix", "negative")  # at every drawing
+_MOST_SLOTS = 9216  # positions that the trunk was trained on
 _VQ_FILES = tuple(
     f"{folder}{name}" for folder in ("**/Emu3-VisionTokenizer/",
                                      "**/vision_tokenizer/")
@@ -91,9 +93,9 @@ def cells(ratio: str, area: int, cell: int) -> tuple[int, int]:
   width, height = map(int, parts)
   side = (area / (width * height)) ** 0.5
   rows, cols = round(height * side / cell), round(width * side / cell)
-  if min(rows, cols) < 1 or max(width, height) > 8 * min(width, height):
-    raise UserError(f"got ratio {ratio!r}, expected one from 1:8 to 8:1; "
-                    "change ratio")
+  if min(rows, cols) < 1 or rows * (cols + 1) > _MOST_SLOTS:
+    raise UserError(f"got ratio {ratio!r}, a grid of {rows} x {cols}, expected "
+                    f"rows and at most {_MOST_SLOTS} tokens; change ratio")
   return rows, cols
 
 
@@ -128,14 +130,33 @@ class Emu3(Published):
   def text_tokenizer(self):
     """Byte pairs of the checkpoint's own table (`tiktoken.Encoding`)."""
     tiktoken = need("tiktoken", "text")
+    self.check_ids(self.tokenizer_file(_VISION).read_text("utf-8").split("\n"))
     lines = self.tokenizer_file(_RANKS).read_bytes().splitlines()
     pairs = (line.split() for line in lines if line)
     ranks = {base64.b64decode(word): int(rank) for word, rank in pairs}
     return tiktoken.Encoding("emu3", pat_str=_WORDS, mergeable_ranks=ranks,
                              special_tokens={})
 
+  def check_ids(self, names: list[str]) -> None:
+    """Raises UserError unless the vision tokens' names are where ids say."""
+    ids = self.config.ids
+    codes = [f"<|visual token {code:06d}|>"
+             for code in (0, self.trunk.vocab_out - 1)]
+    expected = {"<|image token|>": ids.image,
+                "<|image start|>": ids.begin_of_image, codes[0]: ids.first_code,
+                codes[1]: ids.first_code + self.trunk.vocab_out - 1}
+    place = {name.strip(): line for line, name in enumerate(names)}
+    first = ids.image - place.get("<|image token|>", 0)
+    for name, index in expected.items():
+      if place.get(name, -1) + first != index:
+        raise UserError(
+            f"got {_VISION} without {name!r} at id {index}, expected "
+            "Emu3-Gen's; convert again with its own tokenizer files")
+
   def text_ids(self, text: str) -> list[int]:
     """Ids of a text in NFC, no special tokens recognised."""
+    if self.folder is None:
+      return published.spelled(text)
     return self.text_tokenizer.encode_ordinary(
         unicodedata.normalize("NFC", text))
 

@@ -13,6 +13,7 @@ import pathlib
 
 import ml_collections
 import numpy as np
+from scipy.special import erf
 
 from ssd_jax.config import UserError
 from ssd_jax.families import published, training
@@ -34,6 +35,7 @@ from ssd_jax.vq_names import vq_rows
 
 VARIANTS = ("1b", "7b")
 _CODE_DIM = 8  # of the input table of codes
+_PIECE = 1024  # rows
 _KEEP = ("trunk", "vq", "theta", "side", "sampling", "tokenizer")
 _START, _PAD, _IMAGE = (
     "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>")
@@ -105,6 +107,8 @@ class Janus(Published):
     return prompt, (start, *[pad] * (len(prompt) - 2), image)
 
   def _id(self, token: str) -> int:
+    if self.folder is None:
+      return self.text_rows - 1 - (_START, _PAD, _IMAGE).index(token)
     found = self.text_tokenizer.token_to_id(token)
     if found is None:
       raise UserError(
@@ -147,16 +151,14 @@ def _trunk_rows(family: Janus) -> Iterable[Row]:
 
 
 def aligned_codes(table, weight_0, bias_0, weight_2, bias_2) -> np.ndarray:
-  """float32 [V, D]: the codes' table through both linear maps."""
+  """float32 [V, D]: the codes' table through both linear maps, GELU between."""
   x, w0, b0, w2, b2 = (
       a.astype(np.float32) for a in (table, weight_0, bias_0, weight_2, bias_2))
-  return _gelu(x @ w0.T + b0) @ w2.T + b2
-
-
-def _gelu(x: np.ndarray) -> np.ndarray:
-  """The exact one, in float64 inside, some rows at a time."""
-  erf = np.vectorize(math.erf, otypes=[np.float64])
-  return (x * 0.5 * (1.0 + erf(x / math.sqrt(2.0)))).astype(np.float32)
+  y = x @ w0.T + b0
+  for start in range(0, len(y), _PIECE):  # float64 is needed for few at a time
+    part = y[start:start + _PIECE].astype(np.float64)
+    y[start:start + _PIECE] = part * 0.5 * (1.0 + erf(part / math.sqrt(2.0)))
+  return y @ w2.T + b2
 
 
 def from_settings(settings: dict, folder: pathlib.Path | None) -> Janus:

@@ -44,14 +44,10 @@ _SIZES = {  # layers, heads, width
     "B": (12, 12, 768), "L": (24, 16, 1024), "XL": (36, 20, 1280),
     "XXL": (48, 24, 1536), "3B": (24, 32, 3200),
 }
-_FILES = {
-    "c2i_B_256": "c2i_B_256.pt", "c2i_L_256": "c2i_L_256.pt",
-    "c2i_B_384": "c2i_B_384.pt", "c2i_L_384": "c2i_L_384.pt",
-    "c2i_XL_384": "c2i_XL_384.pt", "c2i_XXL_384": "c2i_XXL_384.pt",
-    "c2i_3B_384": "c2i_3B_384.pt",
-    "t2i_XL_256": "t2i_XL_stage1_256.pt", "t2i_XL_512": "t2i_XL_stage2_512.pt",
-}
-VARIANTS = tuple(_FILES)
+_STAGES = {"t2i_XL_256": "t2i_XL_stage1_256", "t2i_XL_512": "t2i_XL_stage2_512"}
+VARIANTS = (
+    *(f"c2i_{size}_{pixels}" for pixels in (256, 384) for size in _SIZES),
+    *_STAGES)
 _CODES = 16_384
 _KEEP = ("trunk", "vq", "t5", "theta", "classes", "side", "sampling",
          "tokenizer")
@@ -68,7 +64,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.family = "llamagen"
   config.workdir = f"runs/llamagen_{variant}"
-  config.file = _FILES[variant]
+  config.file = f"{_STAGES.get(variant, variant)}.pt"
   config.classes = 1000 if kind == "c2i" else 0
   conditions = config.classes + 1 if config.classes else 0
   config.trunk = ml_collections.ConfigDict(dict(
@@ -120,19 +116,35 @@ class LlamaGen(Published):
     zeros = np.zeros((self.condition_slots, *cells.shape[1:]), np.float32)
     return np.concatenate([zeros, cells])
 
+  def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, 3], the pictures of codes; pixels are rounded here."""
+    x = self.vq.apply({"params": vq_params}, tokens_BRC, method="decode")
+    return jnp.clip(127.5 * x + 128.0, 0.0, 255.0).astype(jnp.uint8)
+
   def encode_prompts(
       self, prompts: Sequence[str | int], guided: bool
   ) -> tuple[Prompt, list[str]]:
     """(prompts as the trunk takes them, what a user should know).
 
     Args:
-      prompts: Class numbers, or captions.
+      prompts: Class numbers; or captions, or .npy files of their features.
       guided: Whether there are unconditional rows, after the others.
     """
     if self.config.classes:
       return self._classes(prompts, guided), []
-    ids, mask, notes = self._caption_ids(prompts)
-    features = self.features(ids, mask)
+    given = [str(prompt).endswith(".npy") for prompt in prompts]
+    if any(given) and not all(given):
+      raise UserError("got files of features and captions, expected one kind; "
+                      "draw them in two calls")
+    shape = (len(prompts), self.condition_slots, self.trunk.caption_dim)
+    if all(given):
+      features, mask, notes = captions.read_features(prompts, shape)
+    elif self.folder is None:
+      features, mask, notes = captions.random_features(prompts, shape)
+    else:
+      encode = functools.partial(self._encode_text, self._text_params)
+      ids, mask, notes = self._caption_ids(prompts)
+      features = np.asarray(encode(ids, mask))
     return self.from_features(features, mask, guided), notes
 
   def _classes(self, prompts: Sequence[str | int], guided: bool) -> Prompt:
@@ -200,21 +212,19 @@ class LlamaGen(Published):
       ids[i, :len(words)] = words
     return ids, ids != 0, notes
 
-  def features(self, ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
-    """[B, T, E], the text encoder's features."""
-    return np.asarray(self._encode_text(self._text_params, ids_BT, mask_BT))
-
   @functools.cached_property
   def _encode_text(self):
+    """Jitted: (params, ids [B, T], mask [B, T]) -> features [B, T, E]."""
     encoder = T5Encoder(from_config_dict(T5Config, self.config.t5))
     return jax.jit(lambda params, ids, mask: encoder.apply(
         {"params": params}, ids, mask))
 
   @functools.cached_property
   def _text_params(self) -> Params:
-    if self.folder is None:
-      raise UserError("got no model folder, expected one with a text encoder; "
-                      "convert a checkpoint with infer.convert")
+    if not (self.folder / "text").is_dir():
+      raise UserError(
+          f"got {self.folder} without a text encoder, expected one; give "
+          "prompts FILE.npy with features, or convert with --text_encoder")
     params = checkpoints.restore(self.folder / "text")
     return checkpoints.cast(params, self.generator.dtype)
 

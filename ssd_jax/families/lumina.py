@@ -8,6 +8,7 @@ at the begin-of-image token, and so do its positions.
 from collections.abc import Iterable
 import functools
 import pathlib
+import re
 
 import ml_collections
 import numpy as np
@@ -28,6 +29,8 @@ from ssd_jax.names import (
 from ssd_jax.vq_names import vq_rows
 
 VARIANTS = ("512", "768", "1024")
+CHOICES = ("size", "target_size")  # at every drawing
+_LETTERS = str.maketrans("ABCDEFGHIJ", "0123456789")  # of codes' names
 _PATCH = 32  # pixels per unit of the size tokens
 _MAX_RATIO = 4.0
 _KEEP = ("trunk", "vq", "theta", "ids", "size", "target_size", "sampling",
@@ -83,7 +86,32 @@ def sizes(target: int) -> list[tuple[int, int]]:
   return found
 
 
-class Lumina(Published):
+class Chameleon(Published):
+  """What reads Chameleon's words and writes its codes."""
+
+  @functools.cached_property
+  def text_tokenizer(self):
+    """The checkpoint's own, its ids looked at."""
+    tokenizer = super().text_tokenizer
+    vocabulary, ids = tokenizer.get_vocab(), self.config.ids
+    codes = {ids.first_code + int(name[6:-1].translate(_LETTERS)): index
+             for name, index in vocabulary.items()
+             if re.fullmatch(r"IMGIMG[A-J]+Z", name)}
+    names = {"<s>": ids.start, "<racm3:break>": ids.image,
+             "<reserved08706>": ids.end_of_turn,
+             "<reserved08799>": ids.end_of_row, "<reserved08800>": ids.size}
+    wrong = [name for name, i in names.items() if vocabulary.get(name) != i]
+    if len(codes) != self.trunk.vocab_out or any(
+        expected != index for expected, index in codes.items()):
+      wrong.append("image codes")
+    if wrong:
+      raise UserError(
+          f"got a tokenizer without {wrong[0]} in its place, expected "
+          "Chameleon's; convert again with the checkpoint's own tokenizer")
+    return tokenizer
+
+
+class Lumina(Chameleon):
   """The family as a pipeline holds it."""
 
   @functools.cached_property

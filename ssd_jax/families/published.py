@@ -25,6 +25,9 @@ _BUCKETS = (32, 64, 128, 256, 512, 1024)  # prompt slots; one compile each
 SAFETENSORS = ("model.safetensors.index.json", "*.safetensors")
 ANY_FORMAT = (*SAFETENSORS, "pytorch_model.bin.index.json", "*.bin")
 Ids = tuple[int, ...]
+SPELLED = (
+    "random weights come without a tokenizer: the prompt is spelled in bytes; "
+    "--checkpoint DIR of a converted model brings its own")
 CHAMELEON_VQ = ("**/vqgan.ckpt", "**/vqgan.safetensors")
 
 
@@ -34,7 +37,8 @@ class Published:
 
   Attributes:
     config: What model.json holds.
-    folder: Of the model, for its tokenizer; None if there is none.
+    folder: Of the model, for its tokenizer; None with random weights that no
+      folder belongs to: words are then spelled in bytes.
   """
 
   config: ml_collections.ConfigDict
@@ -104,7 +108,8 @@ class Published:
     rows = [pair[0] for pair in pairs]
     if guided:
       rows += [pair[1] for pair in pairs]
-    return left_padded(rows, self.grid.length), []
+    notes = [SPELLED] if self.folder is None else []
+    return left_padded(rows, self.grid.length), notes
 
   def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
     """uint8 [B, H, W, 3], the pictures of codes."""
@@ -119,10 +124,6 @@ class Published:
 
   def tokenizer_file(self, name: str) -> pathlib.Path:
     """A file of the model's tokenizer."""
-    if self.folder is None:
-      raise UserError(
-          f"got no model folder, expected one with tokenizer/{name}; convert "
-          "a checkpoint with infer.convert and load its folder")
     file = self.folder / "tokenizer" / name
     if not file.is_file():
       raise UserError(f"got a model folder without {file}, expected the "
@@ -131,7 +132,14 @@ class Published:
 
   def text_ids(self, text: str) -> list[int]:
     """Ids of a text, no special tokens added."""
+    if self.folder is None:
+      return spelled(text)
     return self.text_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def spelled(text: str) -> list[int]:
+  """A text in bytes: what stands for its ids where there is no tokenizer."""
+  return list(text.encode())
 
 
 def left_padded(rows: Sequence[Sequence[int]], slots: int) -> Prompt:

@@ -13,8 +13,8 @@ from references import FAMILIES, TEXTS
 import torch
 from toy_weights import CODES
 
+from ssd_jax import loading
 from ssd_jax.families.published import Published
-from ssd_jax.loading import _FAMILIES
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
 def compute(name: str, reference) -> dict[str, np.ndarray]:
   """Prompts, logits, pixels and codes of a family."""
   config = reference.config
-  made: Published = _FAMILIES[config.family](
+  made: Published = loading.FAMILIES[config.family](
       {"config": config.to_dict()}, None)
   grid = made.grid
   rng = np.random.default_rng(0)

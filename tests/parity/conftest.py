@@ -5,11 +5,13 @@ import pathlib
 import sys
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
-_HAS_TORCH = importlib.util.find_spec("torch") is not None
-collect_ignore = [] if _HAS_TORCH else ["test_parity.py"]
+_NEEDED = ("torch", "transformers", "tokenizers", "tiktoken", "bs4", "ftfy")
+_MISSING = [name for name in _NEEDED if not importlib.util.find_spec(name)]
+collect_ignore_glob = ["test_*.py"] if _MISSING else []
 
 
-def pytest_report_header(config):
-  del config
-  return None if _HAS_TORCH else (
-      "parity tests are left out: pip install 'ssd-jax[parity]'")
+def pytest_terminal_summary(terminalreporter):
+  if _MISSING:
+    terminalreporter.write_line(
+        f"tests/parity left out, no {', '.join(_MISSING)}: "
+        "pip install -e '.[parity]' runs it", yellow=True)

@@ -8,6 +8,7 @@ without a cache, one row at a time, with prompts of its own making.
 import argparse
 import base64
 import json
+import re
 
 import safetensors.torch
 import tokenizers
@@ -22,6 +23,7 @@ from transformers.models.emu3 import modeling_emu3
 
 WORDS = ("a", "red", "blue", "cat", "dog", "in", "the", "rain")
 TEXTS = ("a red cat", "the dog in the blue rain")
+_PIECES = [bytes([i]) for i in range(256)] + [b"ca", b"cat", b"re", b"red"]
 
 
 def fill(tensors):
@@ -153,8 +155,13 @@ class Lumina(Reference):
     write_shards(folder, self.trunk, "model", "safetensors")
 
   def _save_words(self, file):
-    special = {"<s>": 0} | {f"<{i}>": i for i in range(1, 60)}
-    write_tokenizer(file, special)
+    digits = str.maketrans("0123456789", "ABCDEFGHIJ")
+    special = {"<s>": 0, "<racm3:break>": 37, "<reserved08799>": 40,
+               "<reserved08706>": 41, "<reserved08800>": 42}
+    special |= {f"IMGIMG{str(code).translate(digits)}Z": 4 + code
+                for code in range(CODES)}
+    others = set(range(60)) - set(special.values())
+    write_tokenizer(file, special | {f"<{i}>": i for i in others})
 
   def prompt(self, text, conditional):
     grid = [37, 42 + 1, 42 + 3]  # 32 and 96 px
@@ -316,21 +323,21 @@ class Emu3(Reference):
     return self.model.state_dict()
 
   def save(self, folder):
-    words = [bytes([i]) for i in range(256)] + [b"ca", b"cat", b"re", b"red"]
     (folder / "emu3.tiktoken").write_bytes(b"".join(
-        base64.b64encode(word) + f" {i}\n".encode()
-        for i, word in enumerate(words)))
-    (folder / "emu3_vision_tokens.txt").write_text("<|visual token 000000|>\n")
+        base64.b64encode(piece) + f" {i}\n".encode()
+        for i, piece in enumerate(_PIECES)))
+    names = ["image token", "image start"] + [
+        f"visual token {code:06d}" for code in range(CODES)]
+    (folder / "emu3_vision_tokens.txt").write_text(
+        "".join(f"<|{name}|>\n" for name in names))
     write_shards(folder, self.trunk, "model", "safetensors")
     write_safetensors(folder / "vision_tokenizer" / "model.safetensors",
                       self.vq_tensors())
 
   def ids(self, text):
-    """Bytes, but for "cat" and "red" at the start of a text."""
-    for word, index in (("cat", 257), ("red", 259)):
-      if text.startswith(word):
-        return [index, *text.encode()[3:]]
-    return list(text.encode())
+    """Bytes, but for the four pieces that have ids of their own."""
+    pieces = re.findall(rb"cat|red|ca|re|.", text.encode(), re.DOTALL)
+    return [_PIECES.index(piece) for piece in pieces]
 
   def prompt(self, text, conditional):
     words = text + " in the rain" if conditional else "blue dog"
