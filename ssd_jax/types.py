@@ -83,10 +83,13 @@ class Drafter:
     cache: (streams, scratch) -> empty cache of N + scratch slots.
     forward: (params, cache, hidden [G, Q, D], queries [Q]) -> (hidden
       [G, Q, D], cache).
+    width: D. The trunk's states are wider where the drafter reads the outputs
+      of more layers; they come after the first D entries.
   """
 
   cache: Callable[[int, int], KVCache]
   forward: Callable[..., tuple[jax.Array, KVCache]]
+  width: int
 
 
 @dataclasses.dataclass(frozen=True)

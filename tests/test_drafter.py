@@ -13,6 +13,7 @@ from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
 from ssd_jax.data.features import DrawnTokens, Teacher
 from ssd_jax.decoding import trees
 from ssd_jax.decoding.ar import AR
+from ssd_jax.decoding.relaxed import Cascade
 from ssd_jax.decoding.tree import Eagle
 from ssd_jax.families.emoji import places
 from ssd_jax.grid import Grid
@@ -38,12 +39,13 @@ def _generator(**options):
     table = rope.table_1d(4 + grid.length, 8, 100.0)
   else:
     table = rope.table_2d(places(4, 2, 3), 8, 100.0)
-  return Generator(cfg, grid, table, np.arange(vocab + 1, dtype=np.int32))
+  return Generator(cfg, grid, table, np.arange(vocab + 1, dtype=np.int32),
+                   taps=options.get("taps", ()))
 
 
 @pytest.mark.parametrize("options", [
     dict(n_kv_heads=1, qk_norm=True, flat=False),
-    dict(n_kv_heads=2, qk_norm=False, flat=True),
+    dict(n_kv_heads=2, qk_norm=False, flat=True, taps=(0,)),
 ])
 def test_a_path_through_the_cache_is_the_unrolled_forward(options):
   """Drafting step by step equals the uncached forward that training uses."""
@@ -52,7 +54,8 @@ def test_a_path_through_the_cache_is_the_unrolled_forward(options):
   params = generator.init(jax.random.key(0))
   params["drafter"] = net.init(jax.random.key(1))
   length = generator.grid.length
-  hidden_GND = jax.random.normal(jax.random.key(2), (2, length, 16))
+  width = 16 * (1 + len(generator.taps))
+  hidden_GND = jax.random.normal(jax.random.key(2), (2, length, width))
   tokens = jnp.array([1, 4, 0, 2, 3, 1])
   expected = net.unroll(params, hidden_GND, jnp.stack([tokens] * 2), 3)
   root = 2
@@ -92,6 +95,36 @@ def test_a_drafter_of_another_trunk_is_refused():
     bind(cfg, {**params, "drafter": {}})
 
 
+def test_a_drafter_of_several_layers_drafts_for_the_same_trunk():
+  """EAGLE-3's: the trunk's states are followed by the layers it taps; trees
+  of its drafts yield AR's tokens."""
+  pipe = testing.tiny(rows=2, cols=3, end_of_row=True, guidance=2.0)
+  plain = pipe.family.generator
+  generator = dataclasses.replace(plain, taps=(0, 1))
+  prompt, _ = pipe.family.encode_prompts(["ab"], False)
+  sequence = pipe.sequence(np.zeros((1, 2, 3), int))
+  wide = generator.hidden(pipe.params, prompt, sequence)
+  hidden = plain.hidden(pipe.params, prompt, sequence)
+  np.testing.assert_allclose(wide[..., :16], hidden, atol=1e-5)
+  np.testing.assert_allclose(wide[..., 32:], hidden, atol=1e-5)  # the last one
+  np.testing.assert_allclose(
+      generator.logits(pipe.params, wide), plain.logits(pipe.params, hidden),
+      atol=1e-5)
+  params = {**pipe.params, "drafter": DraftNet(generator).init(
+      jax.random.key(3))}
+  model = bind_drafter(
+      plain, pipe.model, DrafterConfig.make(generator, params), params)
+  tapped = dataclasses.replace(pipe, model=model, params=params)
+  draw = lambda pipe, decoder: pipe.generate(["ab"] * 8, decoder, batch=8)
+  expected = draw(pipe, AR())
+  for decoder in (Eagle(), Cascade(tau_position=1.01, tau_sequence=1.01)):
+    out = draw(tapped, decoder)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+  with pytest.raises(UserError, match="more layers than 2"):
+    bind_drafter(plain, pipe.model, dataclasses.replace(
+        DrafterConfig.make(generator), taps=(2,)))
+
+
 def test_softening_spreads_over_alike_slots_alone():
   """Slots with like states share their targets, others keep their own."""
   p_BMV = jnp.array([[[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]]])
@@ -118,9 +151,9 @@ def test_training_learns_to_draft_and_resumes(tmp_path):
   cfg = training.DrafterTraining(
       optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
       loop=LoopConfig(steps=20, batch=8, save_every=20, eval_every=20),
-      redundancy=0.1, unroll=2, depth=2, eval_images=8,
+      redundancy=0.1, unroll=2, taps=(0,), depth=2, eval_images=8,
   )
-  net = DraftNet(teacher.generator)
+  net = DraftNet(dataclasses.replace(teacher.generator, taps=cfg.taps))
   batch = next(iter(training.both_streams(drawn["train"], teacher, cfg.loop)))
 
   def losses(drafter):
@@ -141,6 +174,9 @@ def test_training_learns_to_draft_and_resumes(tmp_path):
   again, _ = training.run(teacher, drawn, cfg, tmp_path)
   assert int(again.step) == 20
   jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
+  plain = dataclasses.replace(cfg, redundancy=0.0)
+  with pytest.raises(UserError, match="another loss"):
+    training.run(teacher, drawn, plain, tmp_path)
 
 
 def _named(batch):

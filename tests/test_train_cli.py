@@ -5,6 +5,7 @@ import json
 
 from absl import flags
 import ml_collections
+from PIL import Image
 import pytest
 from test_golden_families import InMemory
 from toy_families import llamagen_class_config
@@ -35,7 +36,7 @@ def call(capsys, body, *args):
   """(exit status, stdout, stderr) of a command with these arguments."""
   flags.FLAGS.unparse_flags()
   for name in ("config", "workdir", "prompt", "out", "decoder", "json",
-               "checkpoint", "heads", "drafter"):
+               "checkpoint", "heads", "drafter", "temperature"):
     flags.FLAGS[name].unparse()
   try:
     run.main(body, ["command", *map(str, args)])
@@ -97,6 +98,20 @@ def test_converted_trained_drawn(capsys, model, tmp_path, monkeypatch):
         decoder, "--prompt", "3", "--json", "--out", tmp_path / "out")
     assert status == 0, err
     assert json.loads(out.splitlines()[-1])["passes"][0] <= 16
+
+
+def test_a_configs_sampling_reaches_the_pictures(capsys, model, tmp_path):
+  """The file's settings and model are used; flags go before them."""
+  config = write_config(
+      tmp_path / "toy.py", checkpoint=str(model), sampling=dict(
+          guidance=2.0, temperature=1.0, top_k=5, top_p=1.0))
+  status, out, err = call(
+      capsys, generate.body, config, "--temperature", 0.5, "--prompt", "3",
+      "--json", "--out", tmp_path / "out")
+  assert status == 0, err
+  said = Image.open(json.loads(out.splitlines()[-1])["images"][0]).text
+  assert (said["guidance"], said["temperature"], said["top_k"]) == (
+      "2.0", "0.5", "5")
 
 
 @pytest.mark.parametrize("decoder", ["eagle", "lantern", "ssd"])

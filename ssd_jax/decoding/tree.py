@@ -188,7 +188,8 @@ class Eagle:
   ) -> TreeState:
     """State with the accepted path final and a new tree below its end."""
     del queries
-    walk = self._walk(ctx, state, p_QV, hidden_GQD[0])
+    own_QD = hidden_GQD[0, :, :ctx.model.drafter.width]
+    walk = self._walk(ctx, state, p_QV, own_QD)
     return self._advance(
         ctx, state.tokens, state.final, state.next, state.cache, walk,
         hidden_GQD,

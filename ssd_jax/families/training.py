@@ -50,13 +50,15 @@ def mtp(
 
 
 def drafter(steps: int, batch: int) -> ml_collections.ConfigDict:
-  """Settings of train.drafter; `redundancy` 0 is the plain loss."""
+  """Settings of train.drafter: EAGLE's, with the plain loss."""
   return ml_collections.ConfigDict(dict(
       optimizer=_optimizer(
           learning_rate=1e-4, warmup_steps=100, weight_decay=0.0, clip=0.5),
       loop=_loop(steps, batch),
-      token_weight=0.1, noise=0.2, unroll=1, redundancy=0.0, likeness=0.95,
-      eval_images=64, depth=5,
+      # EAGLE-3: taps=(2, 4) or so, state_weight=0, token_weight=1, unroll=3.
+      taps=(), state_weight=1.0, token_weight=0.1, noise=0.2, unroll=1,
+      # CASCADE: redundancy above 0.
+      redundancy=0.0, likeness=0.95, eval_images=64, depth=5,
   ))
 
 

@@ -3,6 +3,10 @@
 Fed the state that predicted a slot and the slot's token, it predicts the slot's
 own hidden state, which the trunk's frozen head turns into a draft of the next
 slot. Trunk and drafter share embedding, head, width and rotary scheme.
+
+With taps it is EAGLE-3's (Li et al. 2025, arXiv:2503.01840): the outputs of
+several of the trunk's layers, brought to its width, stand for the state; its
+own predictions stand for themselves.
 """
 
 import dataclasses
@@ -59,6 +63,7 @@ class DrafterConfig:
     end_of_row: Whether the grid has end-of-row tokens.
     trunk: Some of the trunk's weights, by which it is known again; empty for
       any trunk.
+    taps: Layers of the trunk that are read; none for its hidden state alone.
   """
 
   d_model: int
@@ -67,6 +72,7 @@ class DrafterConfig:
   cols: int
   end_of_row: bool
   trunk: tuple[float, ...] = ()
+  taps: tuple[int, ...] = ()
 
   @classmethod
   def make(
@@ -76,7 +82,7 @@ class DrafterConfig:
     grid = generator.grid
     trunk = () if params is None else fingerprint(params["trunk"])
     return cls(generator.cfg.d_model, generator.cfg.vocab_out, grid.rows,
-               grid.cols, grid.end_of_row, trunk)
+               grid.cols, grid.end_of_row, trunk, generator.taps)
 
   def is_same(self, other: "DrafterConfig") -> bool:
     """Whether both belong to one trunk, up to rounding."""
@@ -92,7 +98,7 @@ class DraftNet:
   table: rotations are relative, so prompts of any length agree with them.
 
   Attributes:
-    generator: Trunk, grid and places.
+    generator: Trunk, grid and places; its taps are what is read.
   """
 
   generator: Generator
@@ -107,8 +113,12 @@ class DraftNet:
     cfg = self.generator.cfg
     x = jnp.zeros((1, 1, cfg.d_model))
     cos_sin = jnp.zeros((1, 1, cfg.head_dim // 2, 2))
-    init = jax.jit(self.layer.init)
-    return init(key, x, x, cos_sin, jnp.ones((1, 1, 1), bool))["params"]
+    keys, init = jax.random.split(key), jax.jit(self.layer.init)
+    params = init(keys[0], x, x, cos_sin, jnp.ones((1, 1, 1), bool))["params"]
+    if self.generator.taps:
+      shape = (len(self.generator.taps) * cfg.d_model, cfg.d_model)
+      params["narrow"] = nn.initializers.lecun_normal()(keys[1], shape)
+    return params
 
   def cache(self, streams: int, scratch: int) -> KVCache:
     """Empty keys and values [1, G, N + scratch, K, H] of one image."""
@@ -153,7 +163,7 @@ class DraftNet:
     """
     length = tokens_SN.shape[1]
     slots = jnp.arange(length)
-    inputs, predicted = [hidden_SND], []
+    inputs, predicted = [self._narrow(params, hidden_SND)], []
     for step in range(steps):
       rows = [
           jnp.concatenate([_sees(slots, t, u) for u in range(step + 1)], -1)
@@ -168,6 +178,14 @@ class DraftNet:
       inputs.append(jnp.roll(predicted[-1], 1, axis=1))
     return predicted
 
+  def _narrow(self, params: Params, hidden: jax.Array) -> jax.Array:
+    """[..., D]: tapped layers as one state; predictions as they are."""
+    width = self.generator.cfg.d_model
+    if hidden.shape[-1] == width:
+      return hidden
+    return hidden[..., width:] @ params["drafter"]["narrow"].astype(
+        hidden.dtype)
+
   def _apply(
       self, params, tokens, hidden_SQD, positions_Q, visible_QX, cache=None,
       slots_Q=None,
@@ -178,7 +196,8 @@ class DraftNet:
     embedded = self.generator.embed(params, tokens)
     return self.layer.apply(
         {"params": params["drafter"]},
-        embedded if tokens.ndim > 1 else over_rows(embedded), hidden_SQD,
+        embedded if tokens.ndim > 1 else over_rows(embedded),
+        self._narrow(params, hidden_SQD),
         over_rows(jnp.asarray(rope)[positions_Q]), over_rows(visible_QX),
         cache, None if slots_Q is None else over_rows(slots_Q),
     )
@@ -199,8 +218,14 @@ def bind_drafter(
   Raises:
     UserError: when the drafter is another trunk's.
   """
-  net = DraftNet(generator)
-  own = DrafterConfig.make(generator, params)
+  tapped = generator
+  if cfg is not None and cfg.taps:
+    tapped = dataclasses.replace(generator, taps=cfg.taps)
+    model = dataclasses.replace(
+        model, prefill=tapped.prefill, forward=tapped.forward)
+  if any(not 0 <= layer < generator.cfg.n_layers for layer in tapped.taps):
+    _refuse(f"a trunk with more layers than {generator.cfg.n_layers}")
+  net, own = DraftNet(tapped), DrafterConfig.make(tapped, params)
   if cfg is not None and not cfg.is_same(own):
     what = "another trunk's weights"
     for name in ("d_model", "vocab", "rows", "cols", "end_of_row"):
@@ -211,7 +236,8 @@ def bind_drafter(
     wanted = jax.eval_shape(net.init, jax.random.key(0))
     if _shapes(params["drafter"]) != _shapes(wanted):
       _refuse("layers of another shape")
-  return dataclasses.replace(model, drafter=Drafter(net.cache, net.forward))
+  return dataclasses.replace(
+      model, drafter=Drafter(net.cache, net.forward, generator.cfg.d_model))
 
 
 def _refuse(what: str) -> None:

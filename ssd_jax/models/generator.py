@@ -24,6 +24,8 @@ class Generator:
     input_ids: int32 [V + forced kinds], row of the input table of each image
       code and forced token.
     dtype: Of activations and cache.
+    taps: Layers whose outputs are appended to all hidden states, which are then
+      [..., (1 + taps) * D]; what takes hidden states takes these too.
   """
 
   cfg: TrunkConfig
@@ -31,11 +33,12 @@ class Generator:
   rope: np.ndarray
   input_ids: np.ndarray
   dtype: jnp.dtype = jnp.float32
+  taps: tuple[int, ...] = ()
 
   @functools.cached_property
   def trunk(self) -> Trunk:
     """The module whose parameters the functions take."""
-    return Trunk(self.cfg)
+    return Trunk(self.cfg, self.taps)
 
   def init(self, key: jax.Array) -> Params:
     """{"trunk": random float32 parameters}."""

@@ -230,7 +230,7 @@ class SpatialHeads:
   def _normalized(self, params: Params, hidden: jax.Array) -> jax.Array:
     if self.cfg.options.target == "post":
       return self.generator.normalize(params, hidden)
-    return hidden
+    return hidden[..., :self.cfg.d_model]  # without what a drafter tapped
 
   def _nearness(self, params: Params, predicted: jax.Array) -> jax.Array:
     """Log-density of each code's embedding around a predicted one.

@@ -151,14 +151,16 @@ class Layer(nn.Module):
   Attributes:
     cfg: Of the trunk.
     input_norm: Whether attention's input is normalised.
+    emit: Whether the output is also given to the scan.
   """
 
   cfg: TrunkConfig
   input_norm: bool = True
+  emit: bool = False
 
   @nn.compact
   def __call__(self, carry, layer, cos_sin, visible, slots):
-    """Returns ((x, cache), None)."""
+    """Returns ((x, cache), x or None)."""
     x, cache = carry
     cfg = self.cfg
     y = RMSNorm(cfg.norm_eps, name="attn_norm")(x) if self.input_norm else x
@@ -166,13 +168,19 @@ class Layer(nn.Module):
         y, cos_sin, visible, cache, layer, slots)
     x += y
     x += SwiGLU(cfg.d_ff, name="mlp")(RMSNorm(cfg.norm_eps, name="mlp_norm")(x))
-    return (x, cache), None
+    return (x, cache), x if self.emit else None
 
 
 class Trunk(nn.Module):
-  """Tokens -> hidden states before the final norm -> image logits."""
+  """Tokens -> hidden states before the final norm -> image logits.
+
+  Attributes:
+    cfg: Sizes and options.
+    taps: Layers whose outputs are appended to the hidden states.
+  """
 
   cfg: TrunkConfig
+  taps: tuple[int, ...] = ()
 
   def setup(self):  # noqa: D102
     cfg = self.cfg
@@ -187,7 +195,7 @@ class Trunk(nn.Module):
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=cfg.n_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
-    )(cfg)
+    )(cfg, emit=bool(self.taps))
     self.final_norm = RMSNorm(cfg.norm_eps)
     width = cfg.head_hidden or cfg.d_model
     self.head = self.param("head", _dense, (width, cfg.vocab_out))
@@ -219,9 +227,12 @@ class Trunk(nn.Module):
       slots_SQ: Where the queries are written; out of range is dropped.
     """
     layers = jnp.arange(self.cfg.n_layers)
-    (x_SQD, cache), _ = self.layers(
+    (x_SQD, cache), every_LSQD = self.layers(
         (x_SQD, cache), layers, cos_sin_SQh2, visible_SQX, slots_SQ
     )
+    if self.taps:
+      tapped = [every_LSQD[layer] for layer in self.taps]
+      x_SQD = jnp.concatenate([x_SQD, *tapped], axis=-1)
     return x_SQD, cache
 
   def init_all(self, x_SQD, cos_sin_SQh2, visible_SQX):
@@ -251,8 +262,8 @@ class Trunk(nn.Module):
     return self.project(self.normalize(hidden))
 
   def normalize(self, hidden: jax.Array) -> jax.Array:
-    """Hidden states after the final norm."""
-    return self.final_norm(hidden)
+    """Hidden states after the final norm, without what was tapped."""
+    return self.final_norm(hidden[..., :self.cfg.d_model])
 
   def project(self, y: jax.Array) -> jax.Array:
     """float32 [..., V], image logits of normalised hidden states."""

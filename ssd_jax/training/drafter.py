@@ -5,9 +5,10 @@ recomputes both streams' hidden states on them and fits the drafter: smooth L1
 on the state, and the soft cross-entropy of the guided distribution that its
 drafts are tested against.
 
-Two options beyond EAGLE. `unroll` trains on the drafter's own predictions, as
-deep paths of a tree need them (EAGLE-3's training-time test). `redundancy` is
-CASCADE's redundancy-aware target, whose formula is not at hand; our reading:
+Options beyond EAGLE. `unroll` trains on the drafter's own predictions, as deep
+paths of a tree need them (EAGLE-3's training-time test); with `taps`, and
+`state_weight` 0, it is EAGLE-3. `redundancy` is CASCADE's redundancy-aware
+target, whose formula is not at hand; our reading:
 
   Two slots of an image whose target hidden states have a cosine of `likeness`
   or more are interchangeable: the target would as well continue one as the
@@ -49,6 +50,8 @@ from ssd_jax.training.mtp import plain_batches
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
 
 TABLE = "acceptance.md"
+_AIMS = ("state_weight", "token_weight", "noise", "unroll", "redundancy",
+         "likeness")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,10 @@ class DrafterTraining:
   Attributes:
     optimizer: Of the drafter. Gradients are clipped by their norm.
     loop: Steps, batch, logging.
-    token_weight: Of the cross-entropy; smooth L1 has weight 1.
+    taps: Layers of the trunk that the drafter reads (EAGLE-3); none for the
+      trunk's last state alone.
+    state_weight: Of smooth L1; EAGLE-3 has none.
+    token_weight: Of the cross-entropy.
     noise: Width of the uniform noise on input states, in their root mean
       square.
     unroll: Steps of own predictions; 1 is EAGLE's.
@@ -73,6 +79,8 @@ class DrafterTraining:
       b1=0.9, b2=0.95, weight_decay=0.0, clip=0.5,
   )
   loop: LoopConfig = LoopConfig()
+  taps: tuple[int, ...] = ()
+  state_weight: float = 1.0
   token_weight: float = 0.1
   noise: float = 0.2
   unroll: int = 1
@@ -82,8 +90,8 @@ class DrafterTraining:
   depth: int = 5
 
   def __post_init__(self):
-    check(self.token_weight >= 0, "token_weight", self.token_weight, ">= 0")
-    check(self.noise >= 0, "noise", self.noise, ">= 0")
+    for name in ("state_weight", "token_weight", "noise"):
+      check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
     check(0 <= self.redundancy <= 1, "redundancy", self.redundancy,
           "in [0, 1]")
     for name in ("unroll", "eval_images", "depth"):
@@ -110,9 +118,13 @@ def run(
   for name in ("unroll", "depth"):
     check(getattr(cfg, name) <= longest, name, getattr(cfg, name),
           f"at most {longest} on this grid")
-  drafter_cfg = DrafterConfig.make(teacher.generator, teacher.params)
-  _claim(workdir / "drafter.json", drafter_cfg)
-  net = DraftNet(teacher.generator)
+  layers = teacher.generator.cfg.n_layers
+  check(all(0 <= layer < layers for layer in cfg.taps), "taps", cfg.taps,
+        f"layers in [0, {layers})")
+  generator = dataclasses.replace(teacher.generator, taps=cfg.taps)
+  drafter_cfg = DrafterConfig.make(generator, teacher.params)
+  _claim(workdir, drafter_cfg, cfg)
+  net = DraftNet(generator)
   optimizer = make_optimizer(cfg.optimizer, cfg.loop)
   params = net.init(jax.random.key(cfg.loop.seed))
   state = TrainState.make(params, optimizer, cfg.optimizer)
@@ -162,7 +174,8 @@ def make_step(
     of_state, of_token = drafter_losses(
         net, params, hidden_GBND, batch["tokens"], teacher.sampling.guidance,
         cfg, key)
-    return of_state + cfg.token_weight * of_token, (of_state, of_token)
+    loss = cfg.state_weight * of_state + cfg.token_weight * of_token
+    return loss, (of_state, of_token)
 
   @functools.partial(jax.jit, donate_argnums=1)
   def step(trunk_params, state: TrainState, batch):
@@ -179,7 +192,8 @@ def make_step(
 def stream_states(
     net: DraftNet, params, prompt, tokens_BN: jax.Array
 ) -> jax.Array:
-  """[G, B, N, D]: states that predict each slot, of every stream."""
+  """[G, B, N, D]: states that predict each slot, of every stream; what the
+  drafter taps comes after the first D entries."""
   streams = len(prompt.tokens) // len(tokens_BN)
   tokens_SN = jnp.tile(tokens_BN, (streams, 1))
   hidden = net.generator.hidden(params, prompt, tokens_SN)
@@ -192,9 +206,9 @@ def predicted_states(
 ) -> list[jax.Array]:
   """[G, B, N - 1 - t, D] of each step t: predicted states of slots t to N - 2,
   whose logits are drafts of slots t + 1 to N - 1."""
-  shape = hidden_GBND.shape
+  shape = (*hidden_GBND.shape[:-1], net.generator.cfg.d_model)
   tokens_SN = jnp.tile(tokens_BN, (shape[0], 1))
-  hidden_SND = hidden_GBND.reshape(-1, *shape[2:])
+  hidden_SND = hidden_GBND.reshape(-1, *hidden_GBND.shape[2:])
   unrolled = net.unroll(params, hidden_SND, tokens_SN, steps)
   return [x.reshape(shape)[:, :, t:-1] for t, x in enumerate(unrolled)]
 
@@ -217,7 +231,7 @@ def drafter_losses(
   scale = jnp.sqrt(jnp.mean(hidden_GBND.astype(jnp.float32) ** 2))
   noise = jax.random.uniform(key, hidden_GBND.shape, minval=-0.5, maxval=0.5)
   noisy = hidden_GBND + (cfg.noise * scale * noise).astype(hidden_GBND.dtype)
-  goal = hidden_GBND[:, :, 1:]
+  goal = hidden_GBND[:, :, 1:, :net.generator.cfg.d_model]
   guided = lambda states: jax.nn.log_softmax(
       sampling_lib.guide(net.generator.logits(params, states), guidance))
   p_BMV = soften(jnp.exp(guided(goal)), goal[0], cfg)
@@ -283,13 +297,19 @@ def make_ranks(net: DraftNet, teacher: Teacher, depth: int):
   return find_all
 
 
-def _claim(path: pathlib.Path, cfg: DrafterConfig) -> None:
-  """Writes whose drafter a working directory trains, or checks it."""
+def _claim(
+    workdir: pathlib.Path, drafter_cfg: DrafterConfig, cfg: DrafterTraining
+) -> None:
+  """Writes what a working directory trains, or checks that it is the same."""
+  path, goal = workdir / "drafter.json", workdir / "goal.json"
+  aims = {name: getattr(cfg, name) for name in _AIMS}
   if not path.exists():
-    checkpoints.write_json(path, dataclasses.asdict(cfg))
+    checkpoints.write_json(goal, aims)
+    checkpoints.write_json(path, dataclasses.asdict(drafter_cfg))
   found = from_config_dict(DrafterConfig, checkpoints.read_json(path))
-  if not found.is_same(cfg):
-    raise UserError(
-        f"got {path.parent} with a drafter of another trunk, expected one of "
-        "this trunk; use another workdir"
-    )
+  if found.is_same(drafter_cfg) and checkpoints.read_json(goal) == aims:
+    return
+  raise UserError(
+      f"got {workdir} with a drafter of another trunk, other taps or another "
+      "loss, expected those of this run; use another workdir"
+  )
