@@ -1,4 +1,4 @@
-"""LlamaGen. Variants: c2i_{B,L}_256, c2i_{B,L,XL,XXL,3B}_384, t2i_XL_{256,512}.
+"""LlamaGen. Variants: c2i_{B,L,XL,XXL,3B}_{256,384}, t2i_XL_{256,512}.
 
     python -m infer.convert --config configs/llamagen.py:c2i_XL_384 \
         --source hf:FoundationVision/LlamaGen --out models/llamagen_c2i_XL_384

@@ -178,7 +178,7 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
       (length,) = struct.unpack("<Q", f.read(8))
       if length > size:
         raise ValueError("header longer than the file")
-      header = json.loads(f.read(length))
+      header = json.loads(f.read(length), object_pairs_hook=_once)
     header.pop("__metadata__", None)
     tensors, end = {}, 0
     for name, entry in header.items():
@@ -197,6 +197,16 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
     raise UserError(f"got a truncated {file} of {size} bytes, expected "
                     f"{8 + length + end}; {_AGAIN}")
   return tensors
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A dictionary of pairs whose keys differ."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    raise ValueError(f"{', '.join(twice)} twice")
+  return found
 
 
 def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:

@@ -254,8 +254,19 @@ def _duplicate(folder):
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _twice(folder):
+  file = folder / "model-0.safetensors"
+  data = file.read_bytes()
+  size = int.from_bytes(data[:8], "little")
+  entry = b'"x": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, '
+  header = b"{" + entry + entry + data[9:8 + size]
+  file.write_bytes(
+      len(header).to_bytes(8, "little") + header + data[8 + size:])
+
+
 @pytest.mark.parametrize("damage, said", [
     (_truncate, "truncated"),
+    (_twice, "x twice"),
     (lambda f: (f / "model-1.safetensors").unlink(), "model-1.safetensors"),
     (lambda f: (f / "tokenizer.json").unlink(), "--tokenizer"),
     (lambda f: (f / "model.safetensors.index.json").write_text("{"),
