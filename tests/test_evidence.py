@@ -30,14 +30,15 @@ def test_states_are_those_of_the_uncached_forward():
       pipe.params, prompt, sequence, settings))
   hidden = np.asarray(pipe.family.generator.hidden(
       pipe.params, prompt, np.concatenate([sequence] * 2)))[:2, 1:]
-  hidden /= np.linalg.norm(hidden, axis=-1, keepdims=True)
+  hidden = hidden / np.linalg.norm(hidden, axis=-1, keepdims=True)
   np.testing.assert_allclose(states[:, :-1], hidden, atol=1e-4)
   assert siblings.shape == (2, 5, 3, 3) and parents.shape == (2, 5, 3)
   np.testing.assert_allclose(
       np.diagonal(siblings, axis1=-2, axis2=-1), 1.0, atol=1e-5)
   # One of all three codes is the drawn one: its cosine with the slot before.
   cells = [1, 2, 4, 5, 6]
-  own = np.einsum("bnd,bnd->bn", states[:, cells], states[:, np.array(cells) - 1])
+  before = np.array(cells) - 1
+  own = np.einsum("bnd,bnd->bn", states[:, cells], states[:, before])
   nearest = np.abs(parents - own[..., None]).min(-1)
   np.testing.assert_allclose(nearest, 0, atol=1e-4)
   found = evidence.collect(pipe, drawn, ["ab", "c"], batch=2)

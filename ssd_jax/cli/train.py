@@ -106,13 +106,18 @@ def drafter() -> None:
 
 def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
   """(config, working directory) of what learns from a whole model."""
+  config = flags.FLAGS.config
   cli.refuse_unused(
       "workdir", "checkpoint", "prompts_file", "num_prompts",
-      "images_per_caption", "sampling", "mtp", *more)
-  config = flags.FLAGS.config
+      "images_per_caption", "sampling", "mtp", *_choices(config), *more)
   workdir = pathlib.Path(_WORKDIR.value or config.workdir)
   loading.require(_model_folder(config, workdir), config.family)
   return config, workdir
+
+
+def _choices(config) -> tuple[str, ...]:
+  """Settings that the family leaves open until it draws."""
+  return loading.CHOICES.get(config.family, ())
 
 
 def _model_folder(config, workdir: pathlib.Path) -> str | pathlib.Path:
@@ -122,7 +127,8 @@ def _model_folder(config, workdir: pathlib.Path) -> str | pathlib.Path:
 
 def _teacher(config, workdir: pathlib.Path) -> Teacher:
   """The frozen trunk, sampled as the config says."""
-  pipe = loading.load(_model_folder(config, workdir), extras=False)
+  pipe = loading.load(_model_folder(config, workdir), extras=False,
+                      choices={key: config[key] for key in _choices(config)})
   settings, guided = pipe.sampling(**config.sampling)
   return Teacher(
       pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
