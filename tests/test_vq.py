@@ -81,3 +81,12 @@ def test_codebook_follows_its_latents():
         codes, stats, (z, jnp.zeros((1, 4, 4), int), jnp.ones((1, 4, 4))),
         jax.random.key(0), False, cfg)
   np.testing.assert_allclose(codes[0], 3.0, atol=1e-3)
+
+
+def test_a_price_decides_between_codes_that_serve_alike():
+  """Of two codes about as near, the cheaper one is looked up."""
+  codes = jnp.array([[0.0, 0.0], [1.0, 0.0]])
+  z = jnp.array([[[[0.6, 0.0], [0.9, 0.0]]]])
+  assert vq_lib.nearest_code(z, codes).tolist() == [[[1, 1]]]
+  price = jnp.array([0.0, 0.5])
+  assert vq_lib.nearest_code(z, codes, price).tolist() == [[[0, 1]]]

@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.prompt_slots = 24
   config.vq = c(dict(
       ch=64, ch_mult=(1, 2), num_res_blocks=1, z_channels=64, n_codes=1024,
-      code_dim=16, l2_norm=False, attn_levels=(), patch=4, groups=16,
+      code_dim=16, l2_norm=False, attn_levels=(), patch=4, groups=16, priced=True,
   ))
   config.trunk = c(dict(
       d_model=256, n_layers=6, n_heads=4, n_kv_heads=4, head_dim=64, d_ff=768,
@@ -57,7 +57,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                      warmup_steps=150, b2=0.99, weight_decay=1e-4, ema=0.995),
       loop=dict(steps=2600, batch=8, log_every=10, eval_every=300,
                 save_every=150),
-      continuous_steps=200, start_from="",
+      rate=0.1, continuous_steps=200, start_from="",
   ))
   config.ar = c(dict(
       optimizer=dict(kind="muon", learning_rate=2e-3, final_learning_rate=2e-5,

@@ -34,6 +34,8 @@ class VQConfig:
     patch: Side of the pixel blocks folded into channels at the input, and
       unfolded at the output; 1 in all published tokenizers.
     groups: Groups of the group norm.
+    priced: Every code has a price, added to its squared distance when it is
+      looked up; training sets it by how rare the code is (our own tokenizer).
     video: The latents of a single image pass through a video tokenizer's
       temporal layers, and the decoder's norms are modulated by the code vectors
       (Emu3).
@@ -49,6 +51,7 @@ class VQConfig:
   attn_levels: tuple[int, ...] = (4,)
   patch: int = 1
   groups: int = 32
+  priced: bool = False
   video: bool = False
 
   @property
@@ -257,6 +260,8 @@ class VQ(nn.Module):
     self.codebook = self.param(
         "codebook", nn.initializers.normal(1.0), (cfg.n_codes, cfg.code_dim)
     )
+    if cfg.priced:
+      self.price = self.param("price", nn.initializers.zeros, (cfg.n_codes,))
 
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     """Reconstructs images in [-1, 1]; initialises every parameter."""
@@ -268,7 +273,8 @@ class VQ(nn.Module):
 
   def quantize(self, z_BRCZ: jax.Array) -> jax.Array:
     """Latents -> int32 [B, R, C], the id of the nearest code."""
-    return nearest_code(z_BRCZ, self.codes())
+    price = self.price if self.cfg.priced else 0.0
+    return nearest_code(z_BRCZ, self.codes(), price)
 
   def decode(self, ids_BRC: jax.Array) -> jax.Array:
     """Codebook ids -> images [B, H, W, 3], about [-1, 1]."""
@@ -289,14 +295,16 @@ def unit(x: jax.Array) -> jax.Array:
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def nearest_code(z_BRCZ: jax.Array, codes_VZ: jax.Array) -> jax.Array:
-  """int32 [B, R, C]: for each latent the code at the least L2 distance.
+def nearest_code(
+    z_BRCZ: jax.Array, codes_VZ: jax.Array, price_V: jax.Array | float = 0.0
+) -> jax.Array:
+  """int32 [B, R, C]: for each latent the code of least L2 distance and price.
 
   On a unit-norm codebook this is the code of the largest cosine, whatever the
   latent's length: the latents need no normalisation.
   """
   dots = jnp.einsum("brcz,vz->brcv", z_BRCZ, codes_VZ)
-  distance = jnp.sum(codes_VZ**2, axis=-1) - 2.0 * dots
+  distance = jnp.sum(codes_VZ**2, axis=-1) + price_V - 2.0 * dots
   return jnp.argmin(distance, axis=-1).astype(jnp.int32)
 
 

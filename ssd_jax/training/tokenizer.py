@@ -6,7 +6,11 @@ The codebook follows the encoder's outputs by exponential moving averages
 encoder outputs, and codes that fall out of use are set to others again. That
 keeps the whole codebook in use. Outputs are picked in proportion to the pixel
 error of their cells: drawn evenly, a third of the codes would settle on blank
-background, whose cells then get tokens that nothing can predict.
+background. And a code has a price, `rate` times its negative log frequency, so
+that of two codes which serve a cell about equally the common one is taken
+(entropy-constrained quantisation: Chou, Lookabaugh and Gray 1989). Otherwise
+blank cells get tokens that no caption predicts but that give away the picture,
+and a trunk learns to read those instead of the caption.
 """
 
 import dataclasses
@@ -19,7 +23,7 @@ import numpy as np
 import optax
 
 from ssd_jax import checkpoints
-from ssd_jax.config import LoopConfig, OptimizerConfig
+from ssd_jax.config import LoopConfig, OptimizerConfig, check
 from ssd_jax.data import pipeline
 from ssd_jax.models.vq import VQ, VQConfig, nearest_code
 from ssd_jax.training import loop
@@ -38,10 +42,13 @@ class TokenizerConfig:
     decay: Of the codebook's moving averages.
     restart_below: A code whose average count per step falls below this is set
       to a random encoder output.
+    rate: Price of a code per nat of its negative log frequency, in units of
+      squared distance; needs a tokenizer with prices.
     continuous_steps: Steps before anything is quantised.
     max_shift: Pixels by which a picture is moved at random.
-    start_from: Folder of a tokenizer whose encoder and decoder to start from
-      (its codebook may have another size); "" starts at random.
+    start_from: Folder of a tokenizer to start from; "" starts at random. A
+      codebook of another size is not taken over: then `continuous_steps` must
+      be 1 or more, so that a new one is set.
   """
 
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -50,9 +57,13 @@ class TokenizerConfig:
   l1: float = 0.25
   decay: float = 0.98
   restart_below: float = 0.03
+  rate: float = 0.0
   continuous_steps: int = 200
   max_shift: int = 6
   start_from: str = ""
+
+  def __post_init__(self):
+    check(self.rate >= 0, "rate", self.rate, "0 or more")
 
 
 @flax.struct.dataclass
@@ -95,7 +106,8 @@ def make_step(vq: VQ, cfg: TokenizerConfig, optimizer):
   def loss_fn(params, image, continuous):
     z = vq.apply({"params": params}, image, method="encode")
     codes = vq.apply({"params": params}, method="codes")
-    ids = nearest_code(jax.lax.stop_gradient(z), codes)
+    price = params["price"] if vq.cfg.priced else 0.0
+    ids = nearest_code(jax.lax.stop_gradient(z), codes, price)
     code = jax.lax.stop_gradient(codes[ids])
     commitment = jnp.mean((z - code) ** 2)
     straight = jnp.where(continuous, z, z + jax.lax.stop_gradient(code - z))
@@ -123,8 +135,12 @@ def make_step(vq: VQ, cfg: TokenizerConfig, optimizer):
     codes, stats = update_codebook(
         state.params["codebook"], state.extra, (z, ids, error), key, starts, cfg
     )
-    params = {**state.params, "codebook": codes}
-    ema = state.ema and {**state.ema, "codebook": codes}
+    book = {"codebook": codes}
+    if vq.cfg.priced:
+      share = stats.count / jnp.sum(stats.count)
+      book["price"] = -cfg.rate * jnp.log(share)
+    params = {**state.params, **book}
+    ema = state.ema and {**state.ema, **book}
     metrics = {
         "psnr": 10 * jnp.log10(4.0 / jnp.mean(error)),
         "commitment": commitment,
@@ -194,6 +210,16 @@ def psnr(pixels: np.ndarray, images: np.ndarray) -> np.ndarray:
   return 10 * np.log10(255.0**2 / np.maximum(mse, 1e-10))
 
 
+def _start_from(cfg: TokenizerConfig, params):
+  """Parameters of another tokenizer, where they fit."""
+  known = checkpoints.cast(checkpoints.restore(cfg.start_from), jnp.float32)
+  if known["codebook"].shape != params["codebook"].shape:
+    check(cfg.continuous_steps > 0, "continuous_steps", cfg.continuous_steps,
+          "1 or more, because start_from has another codebook")
+    del known["codebook"]
+  return {**params, **{k: v for k, v in known.items() if k in params}}
+
+
 def run(
     vq_cfg: VQConfig, cfg: TokenizerConfig, splits: dict, workdir: str
 ) -> TrainState:
@@ -211,15 +237,12 @@ def run(
       jax.random.key(cfg.loop.seed), jnp.zeros((1, side, side, 3))
   )["params"]
   if cfg.start_from:
-    known = checkpoints.restore(cfg.start_from)
-    known["codebook"] = params["codebook"]
-    params = checkpoints.cast(known, jnp.float32)
+    params = _start_from(cfg, params)
   stats = CodebookStats(
-      jnp.ones(vq_cfg.n_codes), jnp.zeros((vq_cfg.n_codes, vq_cfg.code_dim))
-  )
+      jnp.ones(vq_cfg.n_codes), jnp.copy(params["codebook"]))
   optimizer = make_optimizer(cfg.optimizer, cfg.loop)
   optimizer = optax.masked(
-      optimizer, {k: k != "codebook" for k in params}
+      optimizer, {k: k not in ("codebook", "price") for k in params}
   )
   state = TrainState.make(params, optimizer, cfg.optimizer, stats)
   data = pipeline.stream(
