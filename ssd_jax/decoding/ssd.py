@@ -233,6 +233,7 @@ class SSD:
     if (grid.cols > 1 and not used[0]) or (grid.rows > 1 and not used[1]):
       raise UserError(
           f"got spatial heads {model.heads} (horizontal, vertical), expected "
-          "at least one of each for ssd; train them, or use stair"
+          "at least one of each for ssd; train them with train.mtp, or use "
+          "stair"
       )
     return used
