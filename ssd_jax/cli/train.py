@@ -109,7 +109,8 @@ def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
   config = flags.FLAGS.config
   cli.refuse_unused(
       "workdir", "checkpoint", "prompts_file", "num_prompts",
-      "images_per_caption", "sampling", "mtp", *_choices(config), *more)
+      "images_per_caption", "sampling", "data", "pixels", "mtp",
+      *_choices(config), *more)
   workdir = pathlib.Path(_WORKDIR.value or config.workdir)
   loading.require(_model_folder(config, workdir), config.family)
   return config, workdir
@@ -162,10 +163,8 @@ def _captions(config) -> dict[str, list[str]]:
     names = [str(i) for i in range(config.classes)]
     splits = {"train": names, "validation": names[:_HELD_OUT]}
   elif config.family == "emoji":
-    splits = {
-        split: [e.label for e in sources.emoji_records(split, tones=False)]
-        for split in ("train", "validation")
-    }
+    splits = {split: _data_captions(config, split)
+              for split in ("train", "validation")}
   else:
     raise UserError(
         "got no prompts_file, expected a file with a prompt per line; name it "
@@ -173,6 +172,15 @@ def _captions(config) -> dict[str, list[str]]:
   count = config.images_per_caption
   check(count >= 1, "images_per_caption", count, ">= 1")
   return {split: texts * count for split, texts in splits.items()}
+
+
+def _data_captions(config, split: str) -> list[str]:
+  """The captions that the model was trained with."""
+  if config.data == "emoji":
+    return [e.label for e in sources.emoji_records(split, tones=False)]
+  source = sources.open_source(config.data, split, config.pixels)
+  texts = (source[index]["caption"] for index in range(len(source)))
+  return list(dict.fromkeys(texts))
 
 
 def _lines(config) -> list[str]:
