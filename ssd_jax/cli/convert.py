@@ -2,7 +2,7 @@
 
 import pathlib
 
-from absl import flags
+from absl import flags, logging
 from tqdm import tqdm
 
 from ssd_jax import convert, hub
@@ -36,6 +36,7 @@ def define_flags() -> None:
 
 def body() -> None:
   """Converts as the flags say."""
+  logging.set_verbosity(logging.ERROR)  # orbax warns of empty checkpoints
   values = flags.FLAGS
   recipe = recipe_of(values.config)
   for name in ("source", "out"):
