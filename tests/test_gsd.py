@@ -2,33 +2,22 @@
 
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from testkit import tiny
+import testkit as kit
 
 from ssd_jax.config import UserError
-from ssd_jax.decoding import engine
 from ssd_jax.decoding.gsd import GSD
 from ssd_jax.decoding.jacobi import SJD
-from ssd_jax.sampling import Sampling
-
-BATCH = 64
 
 
 @functools.cache
 def draw(decoder):
-  """(tokens, passes) of 64 guided images of 4 x 4 cells and 12 codes."""
-  pipe = tiny(4, 4, 12, end_of_row=True, heads=(0, 0))
-  prompt, _ = pipe.family.encode_prompts(["a"] * BATCH, True)
-  arguments = (
-      pipe.params, prompt, Sampling.make(guidance=2.0, top_k=8),
-      jax.random.key(2), jnp.arange(BATCH))
-  run = engine.decode.lower(pipe.model, decoder, *arguments).compile(
-      compiler_options={"xla_backend_optimization_level": 0})
-  out = run(*arguments)
-  return np.asarray(out.tokens), np.asarray(out.passes)
+  """(tokens, passes) of 32 guided images of 4 x 4 cells and 12 codes."""
+  pipe = kit.tiny(
+      4, 4, 12, end_of_row=True, heads=(0, 0), guidance=2.0, top_k=8)
+  out = kit.draw(pipe, decoder, 32)
+  return out.tokens, out.passes
 
 
 def test_cluster_of_one_is_sjd():

@@ -1,148 +1,64 @@
 """SJD and its successors: their law, their counts, what they reduce to."""
 
-import functools
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
-from testkit import tiny
+import testkit as kit
 
-from ssd_jax import sampling as sampling_lib, testing
 from ssd_jax.config import UserError
 from ssd_jax.decoding import engine, first_drafts
-from ssd_jax.decoding.ar import AR
+from ssd_jax.decoding.gsd import GSD
 from ssd_jax.decoding.jacobi import SJD, Continuation, Coupled
 from ssd_jax.grid import Grid
 from ssd_jax.sampling import Sampling
 
-DRAWS = 20_000
-PLAIN = (("guidance", 1.0),)
-FILTERED = (("guidance", 2.0), ("top_k", 2))
+FILTERED = dict(guidance=2.0, top_k=2, top_p=0.95)
 
 
-def pipeline(end_of_row, rows=2, cols=3, vocab=3):
-  """A trunk without heads, made once per grid."""
-  return tiny(rows, cols, vocab, end_of_row, heads=(0, 0))
+def small(end_of_row, **sampling):
+  """Grids whose images can be enumerated."""
+  return kit.tiny(2, 3, 3, end_of_row, (0, 0), **sampling)
 
 
-def prompt_of(pipe, rows, settings):
-  """A prompt of `rows` images, guided where the settings say so."""
-  guided = dict(settings)["guidance"] != 1.0
-  return pipe.family.encode_prompts(["a"] * rows, guided)[0]
+def larger(rows=4, end_of_row=True, **sampling):
+  """Grids on which windows move on at different speeds."""
+  return kit.tiny(rows, 4, 5, end_of_row, (0, 0), **sampling)
 
 
-@functools.cache
-def law(pipe, settings):
-  """float64 [images]: the probability of every image of the grid."""
-  images, generator = testing.every_image(pipe), pipe.family.generator
-  prompt = prompt_of(pipe, len(images), settings)
-  streams = prompt.tokens.shape[0] // len(images)
-  sequence_SN = jnp.concatenate([pipe.sequence(images)] * streams)
-  hidden = jax.jit(generator.hidden)(pipe.params, prompt, sequence_SN)
-  logits = generator.logits(pipe.params, hidden)
-  p = sampling_lib.target(
-      logits.reshape(streams, -1, *logits.shape[1:]),
-      Sampling.make(**dict(settings)))
-  p = np.asarray(p, np.float64)[:, pipe.model.grid.slot_of.ravel()]
-  taken = images.reshape(len(images), -1, 1)
-  return np.take_along_axis(p, taken, -1)[..., 0].prod(-1)
-
-
-@functools.cache
-def draw(pipe, decoder, count, batch=None, settings=PLAIN):
-  """(tokens [count, R, C], passes, commit passes), in batches of `batch`."""
-  batch = batch or count
-
-  def arguments(image_B):
-    return (pipe.params, prompt_of(pipe, batch, settings),
-            Sampling.make(**dict(settings)), jax.random.key(5), image_B)
-
-  images = jnp.arange(count).reshape(-1, batch)
-  # Compiling is what these tests spend their time on.
-  run = engine.decode.lower(
-      pipe.model, decoder, *arguments(images[0])
-  ).compile(compiler_options={"xla_backend_optimization_level": 0})
-  outs = [run(*arguments(image_B)) for image_B in images]
-  return [np.concatenate([getattr(out, name) for out in outs])
-          for name in ("tokens", "passes", "commit_pass")]
-
-
-def p_value(pipe, tokens, settings):
-  """Chi-square of drawn images against their exact law."""
-  expected = law(pipe, settings) * len(tokens)
-  cells = tokens.reshape(len(tokens), -1)
-  code = cells @ pipe.model.vocab ** np.arange(cells.shape[1])[::-1]
-  counts = np.bincount(code, minlength=len(expected))
-  assert counts[expected == 0].sum() == 0
-  rare = expected < 5
-  counts, expected = (
-      np.append(x[~rare], x[rare].sum()) for x in (counts, expected))
-  if expected[-1] < 5:
-    counts[-2] += counts[-1]
-    expected[-2] += expected[-1]
-    counts, expected = counts[:-1], expected[:-1]
-  return stats.chisquare(counts, expected / expected.sum() * len(tokens)).pvalue
-
-
-def assert_lossless(decoder, end_of_row, settings):
-  """Every image there is comes as often as AR draws it (chi-square)."""
-  pipe = pipeline(end_of_row)
-  tokens, passes, _ = draw(pipe, decoder, DRAWS, None, settings)
-  p = p_value(pipe, tokens, settings)
-  print(decoder, end_of_row, settings, "p", p, "passes", passes.mean())
-  assert decoder.lossless
-  assert p > 1e-3
-
-
-@pytest.mark.parametrize("decoder, end_of_row, settings", [
-    (SJD(4), False, PLAIN),
-    (Coupled(4, "repeat_above"), True, PLAIN),
-    (Continuation(4, "sample_above"), True, FILTERED),
+@pytest.mark.parametrize("decoder, end_of_row, sampling, group", [
+    (SJD(4), False, {}, 1),
+    (Coupled(4, "repeat_above"), True, {}, 4),
+    (Continuation(4, "sample_above"), True, FILTERED, 4),
 ], ids=str)
-def test_lossless(decoder, end_of_row, settings):
-  """The law of whole images is AR's."""
-  assert_lossless(decoder, end_of_row, settings)
+def test_lossless(decoder, end_of_row, sampling, group):
+  """The law of whole images is AR's, drawn one by one or four at a time."""
+  kit.assert_lossless(small(end_of_row, **sampling), decoder, group)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end_of_row", [False, True])
-@pytest.mark.parametrize("settings", [PLAIN, FILTERED])
-@pytest.mark.parametrize("decoder", [
-    *(SJD(4, init) for init in first_drafts.INITS),
-    SJD(2, tail="reference"),
-    SJD(7),
-    SJD(4, "repeat_left", acceptance="equality"),
-    *(Coupled(4, init) for init in first_drafts.INITS),
-    Coupled(4, coupling="maximal"),
-    *(Continuation(4, init) for init in first_drafts.INITS),
-    Continuation(2, "sample_above", tail="reference"),
+@pytest.mark.parametrize("decoder, end_of_row, sampling, group", [
+    (SJD(4, "repeat_left"), True, FILTERED, 4),
+    (SJD(4, "sample_left"), False, FILTERED, 1),
+    (SJD(4, "repeat_above"), False, {}, 4),
+    (SJD(4, "sample_above"), True, {}, 1),
+    (SJD(2, tail="reference"), True, {}, 4),
+    (SJD(8), True, FILTERED, 1),
+    (Coupled(4), False, FILTERED, 1),
+    (Continuation(2, tail="reference"), False, {}, 4),
+    (GSD(4, group=1), True, {}, 1),
 ], ids=str)
-def test_lossless_everywhere(decoder, end_of_row, settings):
+def test_lossless_everywhere(decoder, end_of_row, sampling, group):
   """Every initialisation, coupling and tail keeps AR's law."""
-  assert_lossless(decoder, end_of_row, settings)
+  kit.assert_lossless(small(end_of_row, **sampling), decoder, group)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("decoder", [SJD(4), Coupled(4), Continuation(4)])
-def test_lossless_in_small_batches(decoder, batch):
-  """Drawn one by one or four at a time, the law of images is AR's."""
-  pipe = pipeline(True)
-  tokens, _, _ = draw(pipe, decoder, DRAWS, batch, FILTERED)
-  assert p_value(pipe, tokens, FILTERED) > 1e-3
-
-
-def test_batch_does_not_matter():
+def test_images_do_not_depend_on_the_batch():
   """Each image goes at its own speed: batches of 1 and 4 give the same."""
-  pipe, decoder = pipeline(True, 3, 3, 5), Coupled(4, "sample_above")
-  alone = draw(pipe, decoder, 32, 1, FILTERED)
-  together = draw(pipe, decoder, 32, 4, FILTERED)
-  assert len(set(alone[1])) > 1
-  for one, four in zip(alone, together, strict=True):
-    np.testing.assert_array_equal(one, four)
+  decoder = Coupled(4, "sample_above")
+  kit.assert_independent_of_batch(kit.chain(5, 4, True, vocab=9), decoder)
 
 
 @pytest.mark.parametrize("decoder, end_of_row", [
@@ -153,42 +69,39 @@ def test_batch_does_not_matter():
 ], ids=str)
 def test_equals_ar(decoder, end_of_row):
   """A window of one, and equality Jacobi, give AR's tokens cell by cell."""
-  pipe = pipeline(end_of_row, 3, 3, 5)
-  expected, cells, _ = draw(pipe, AR(), 32, None, FILTERED)
-  tokens, passes, _ = draw(pipe, decoder, 32, None, FILTERED)
-  np.testing.assert_array_equal(tokens, expected)
-  assert (passes <= cells).all()
+  pipe = larger(3, end_of_row, **FILTERED)
+  out = kit.assert_same_as_ar(pipe, decoder, 16)
+  assert (out.passes <= pipe.model.grid.cells).all()
+  assert decoder.window == 1 or out.passes.mean() < pipe.model.grid.cells
 
 
-@pytest.mark.slow
 def test_continuation_is_maximal_coupling():
   """The rules of two publications are one algorithm, token for token."""
-  pipe = pipeline(True, 4, 4, 5)
-  ours = draw(pipe, Continuation(5), 32)
-  theirs = draw(pipe, Coupled(5, coupling="maximal"), 32)
-  for a, b in zip(ours, theirs, strict=True):
-    np.testing.assert_array_equal(a, b)
+  model = kit.chain(4, 4, True, vocab=5)
+  ours = kit.run(model, Continuation(5), 16)
+  theirs = kit.run(model, Coupled(5, coupling="maximal"), 16)
+  np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+  np.testing.assert_array_equal(ours.commit_pass, theirs.commit_pass)
 
 
 def test_reference_tail_goes_one_by_one():
   """The published tail gives each of the last W + 2 slots its own pass."""
-  pipe, window = pipeline(True, 4, 4, 5), 3
-  _, _, commit = draw(pipe, SJD(window, tail="reference"), 32)
-  grid = pipe.model.grid
+  model, window = kit.chain(4, 4, True), 3
+  out = kit.run(model, SJD(window, tail="reference"), 32)
+  grid = model.grid
   in_tail = grid.slot_of.ravel() >= grid.length - window - 2
-  commit = commit.reshape(32, -1)
+  commit = out.commit_pass.reshape(32, -1)
   assert (np.diff(commit[:, in_tail], axis=1) == 1).all()
   assert (np.diff(commit[:, ~in_tail], axis=1) == 0).any()
 
 
 def test_passes_are_bounded():
   """A pass ends at least one cell and at most W; forced slots cost none."""
-  pipe = pipeline(True, 4, 4, 5)
-  tokens, passes, commit = draw(pipe, Continuation(5), 32)
-  assert tokens.min() >= 0 and tokens.max() < 5
-  assert (np.diff(commit.reshape(32, -1), axis=1) <= 1).all()
-  assert (passes == commit.max((1, 2))).all()
-  assert passes.mean() < 16 and (passes >= 1 + 15 / 5).all()
+  out = kit.run(kit.chain(4, 4, True, vocab=5), Continuation(5), 32)
+  assert out.tokens.min() >= 0 and out.tokens.max() < 5
+  assert (np.diff(out.commit_pass.reshape(32, -1), axis=1) <= 1).all()
+  assert out.passes.mean() < 16 and (out.passes >= 1 + 15 / 5).all()
+  kit.assert_well_recorded(out)
 
 
 def first(init, last, slots, end_of_row=True):

@@ -5,17 +5,21 @@ import pytest
 import testkit as kit
 
 from ssd_jax.config import UserError
+from ssd_jax.decoding.engine import is_lossless
 from ssd_jax.decoding.pjd import PJD
 
 
-@pytest.mark.parametrize("grid, decoder", [
-    (dict(rows=2, cols=3, vocab=2), PJD(context=3, window=2)),
-    (dict(rows=3, cols=2, vocab=2, end_of_row=True), PJD(context=2)),
+@pytest.mark.parametrize("grid, decoder, group", [
+    (dict(rows=2, cols=3, vocab=2), PJD(context=3, window=2), 1),
+    pytest.param(
+        dict(rows=2, cols=2, end_of_row=True, guidance=2.0, top_k=2),
+        PJD(context=2), 4, marks=pytest.mark.slow),
 ])
-def test_rows_one_after_the_other_are_lossless(grid, decoder):
+def test_rows_one_after_the_other_are_lossless(grid, decoder, group):
   """With the whole row as context only the top row is drafted: exact."""
   pipe = kit.tiny(**grid)
-  out = kit.assert_lossless(pipe, decoder)
+  out = kit.assert_lossless(pipe, decoder, group)
+  assert not is_lossless(PJD(context=1), pipe.model.grid)
   assert out.passes.mean() < pipe.model.grid.cells
 
 

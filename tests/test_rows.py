@@ -7,7 +7,7 @@ import pytest
 import testkit as kit
 
 from ssd_jax.config import UserError
-from ssd_jax.decoding import rows as rows_lib
+from ssd_jax.decoding import row_queries, rows as rows_lib
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.stair import Stair
 from ssd_jax.sampling import Sampling
@@ -20,49 +20,82 @@ def context(model):
   )
 
 
-def full(model, rows, drafted=()):
-  """The state of a full window after the prefill, with rows drafted."""
-  first_R, width = rows_lib.full_window(model.grid, rows)
+def drafted(model, rows):
+  """The state after the prefill, with `rows` rows drafted."""
   state = rows_lib.start(
       context(model), jnp.ones(model.vocab) / model.vocab, jnp.ones((1, 1)),
-      first_R, width,
+      rows, model.grid.cols,
   )
-  slots = model.grid.slot_of[list(drafted)].ravel()
+  slots = model.grid.slot_of[:rows].ravel()
   return state.replace(
-      known=state.known.at[slots].set(True), entered=jnp.int32(len(drafted))
+      known=state.known.at[slots].set(True), entered=jnp.int32(rows)
   )
 
 
-def fed(model, state, **kwargs):
-  """(slots fed, slots each of them sees)."""
-  queries = rows_lib.propose(context(model), state, **kwargs)
+def queries_of(
+    model, state, needed=row_queries.whole_rows, size=None, **kwargs
+):
+  """The queries of a pass; enough of them unless told otherwise."""
+  return row_queries.propose(
+      context(model), state, needed(model.grid, state),
+      size or model.grid.length, **kwargs
+  )
+
+
+def fed(*args, **kwargs):
+  """{slot fed: slots it sees}."""
+  queries = queries_of(*args, **kwargs)
   return {
       int(slot): set(np.flatnonzero(seen).tolist())
       for slot, seen in zip(queries.slots, queries.visible)
-      if slot < model.grid.length
+      if slot < args[0].grid.length
   }
 
 
 @pytest.mark.parametrize("end_of_row", [False, True])
-def test_a_full_window_predicts_each_cell_once(end_of_row):
+def test_rows_in_flight_predict_each_cell_once(end_of_row):
   """R x row slots queries predict every open cell of R rows."""
   model = kit.chain(5, 4, end_of_row)
-  state = full(model, 3, drafted=range(3))
-  queries = rows_lib.propose(context(model), state)
-  assert queries.slots.shape == (3 * model.grid.row_slots,)
+  state = drafted(model, 3)
+  queries = queries_of(model, state, size=3 * model.grid.row_slots)
   p = jnp.full((len(queries.slots), model.vocab), 0.5)
   verdict = rows_lib.judge(context(model), state, queries, p)
   cells = np.asarray(verdict.cells)[np.asarray(verdict.is_open)]
   np.testing.assert_array_equal(cells, model.grid.slot_of[:3].ravel()[1:])
 
 
+def test_what_has_nothing_to_say_is_left_out():
+  """A final token is fed once, and again while the next cell is open."""
+  model = kit.chain(3, 4)
+  state = drafted(model, 2)
+  state = state.replace(
+      final=state.final.at[:3].set(True), settled=state.settled.at[:2].set(True)
+  )
+  assert list(fed(model, state, row_queries.open_rows)) == [2, 3, 4, 5, 6]
+  assert list(fed(model, state)) == [0, 1, 2, 3, 4, 5, 6]
+  assert list(fed(model, state, row_queries.open_rows, size=3)) == [2, 3, 4]
+
+
+def test_the_frontier_of_rows():
+  """The last final cell of each row, its next ones, and what was not fed."""
+  model = kit.chain(3, 4, True)  # slots 0 1 2 3 | 4 forced | 5 ...
+  state = drafted(model, 2)
+  state = state.replace(
+      final=state.final.at[jnp.arange(3)].set(True),
+      settled=state.settled.at[jnp.array([1])].set(True),
+  )
+  needed = lambda grid, state: row_queries.frontier(
+      grid, state, jnp.array([1, 3, 0])
+  )
+  assert list(fed(model, state, needed)) == [0, 2, 4, 5, 6]
+
+
 def test_what_was_never_fed_is_not_seen():
   """Only fed slots before a query are visible, itself included."""
   model = kit.chain(3, 3)
-  state = full(model, 3, drafted=range(3))
+  state = drafted(model, 3)
   state = state.replace(known=state.known.at[4].set(False))
-  seen = fed(model, state)
-  assert seen[5] == {0, 1, 2, 3, 5}
+  assert fed(model, state)[5] == {0, 1, 2, 3, 5}
   state = state.replace(written=state.written.at[4].set(True))
   assert fed(model, state)[5] == {0, 1, 2, 3, 4, 5}
 
@@ -70,8 +103,7 @@ def test_what_was_never_fed_is_not_seen():
 def test_row_causal_hides_drafts_of_other_rows():
   """A query sees final cells, its own row and the slot before it."""
   model = kit.chain(3, 3)
-  state = full(model, 2, drafted=range(2))
-  seen = fed(model, state, row_causal=True)
+  seen = fed(model, drafted(model, 2), row_causal=True)
   assert seen[1] == {0, 1}
   assert seen[2] == {0, 2}  # it predicts row 1
   assert seen[4] == {0, 2, 3, 4}
@@ -80,7 +112,7 @@ def test_row_causal_hides_drafts_of_other_rows():
 def test_the_distributions_move_with_their_cells():
   """A cell keeps its q when the window begins elsewhere."""
   model = kit.chain(5, 3)
-  state = full(model, 2)
+  state = drafted(model, 2)
   state = state.replace(q=jnp.arange(6.0)[:, None] * jnp.ones(model.vocab))
   moved = rows_lib.move(state, jnp.int32(1), state.first)
   np.testing.assert_array_equal(moved.q[:, 0], [3, 4, 5, 0, 0, 0])
@@ -91,28 +123,31 @@ def test_the_distributions_move_with_their_cells():
     assert index == 3 * row + col
 
 
-def test_a_row_stays_until_its_end_was_fed():
-  """A window may not leave a row whose end the row below has yet to feed."""
-  model = kit.chain(4, 2)
-  grid, state = model.grid, full(model, 2)
-  state = state.replace(
-      final=state.final.at[:4].set(True), settled=state.settled.at[0].set(True)
+def test_a_token_is_settled_once_it_was_fed():
+  """A draft that passed has been fed, one that was redrawn has not."""
+  model = kit.chain(2, 3, vocab=4)
+  state = drafted(model, 1)
+  state = state.replace(q=jnp.full_like(state.q, 0.25))
+  queries = queries_of(model, state)
+  p = jnp.full((len(queries.slots), 4), 0.25).at[1].set(jnp.eye(4)[3])
+  verdict = rows_lib.judge(context(model), state, queries, p)
+  state = rows_lib.commit(
+      state, queries, verdict, verdict.had_draft, verdict.had_draft
   )
-  assert rows_lib.full_lead(grid, state) == 1
-  assert rows_lib.narrow_lead(grid, state) == 0
-  state = state.replace(settled=state.settled.at[:2].set(True))
-  assert rows_lib.full_lead(grid, state) == 2
+  assert state.final[:3].all()
+  np.testing.assert_array_equal(state.settled[:3], [True, True, False])
+  np.testing.assert_array_equal(state.q[2], jnp.eye(4)[3])
 
 
 def test_a_token_without_a_distribution_is_no_draft():
   """What stands in for a token is drawn like a cell that holds none."""
   model = kit.chain(2, 3, vocab=4)
-  state = full(model, 1, drafted=range(1))
-  queries = rows_lib.propose(context(model), state)
-  p = jnp.eye(4)[jnp.array([1, 3, 2])]
+  state = drafted(model, 1)
+  queries = queries_of(model, state, size=2)
+  p = jnp.eye(4)[jnp.array([3, 2])]
   verdict = rows_lib.judge(context(model), state, queries, p)
   assert not verdict.had_draft.any()
-  np.testing.assert_array_equal(verdict.tokens[1:], [3, 2])
+  np.testing.assert_array_equal(verdict.tokens, [3, 2])
 
 
 def test_defaults_are_cut_and_other_values_are_not():

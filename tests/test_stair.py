@@ -1,26 +1,48 @@
 """Staircases: the exact one's law and tokens, bounds of both."""
 
+import functools
+
 import numpy as np
 import pytest
 import testkit as kit
 
 from ssd_jax.config import UserError
+from ssd_jax.decoding.engine import is_lossless
 from ssd_jax.decoding.stair import Exact, Stair
+from ssd_jax.grid import Grid
 
 _WIDE = dict(rows=2, cols=3, vocab=2)
 _ENDED = dict(rows=3, cols=2, vocab=2, end_of_row=True)
+_FILTERED = dict(guidance=1.5, top_k=5, top_p=0.9)
+_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("grid, decoder", [
-    (_WIDE, Exact()),
-    (_ENDED, Exact(drafts="above", entry=2)),
-    pytest.param(_ENDED, Stair(lookahead=2, rows=2), marks=pytest.mark.slow),
+@pytest.mark.parametrize("grid, decoder, group", [
+    (_WIDE, Exact(), 1),
+    (_ENDED, Stair(lookahead=2, drafts="above", queries=5), 4),
+    _slow(_ENDED, Exact(drafts="both", entry=2), 1),
+    _slow(_WIDE, Exact(drafts="copy", queries=2), 4),
+    _slow(_WIDE, Exact(drafts="around", entry=0), 4),
+    _slow(_ENDED, Stair(lookahead=2, row_causal=True, rows=2), 4),
+    _slow(dict(_ENDED, vocab=3, rows=2, guidance=2.0, top_k=2),
+          Exact(drafts="above"), 4),
 ])
-def test_whole_row_ahead_is_lossless(grid, decoder):
+def test_whole_row_ahead_is_lossless(grid, decoder, group):
   """With the row above final, the joint law is AR's, in fewer passes."""
   pipe = kit.tiny(**grid)
-  out = kit.assert_lossless(pipe, decoder)
+  out = kit.assert_lossless(pipe, decoder, group)
   assert out.passes.mean() < pipe.model.grid.cells
+
+
+def test_what_is_lossless_is_known_for_a_grid():
+  """A lookahead of a row's length is exact; a shorter one is on one row."""
+  wide, row = Grid(4, 6), Grid(1, 6)
+  for decoder, expected in (
+      (Exact(), True), (Stair(), False), (Stair(lookahead=6), True),
+      (Stair(lookahead=5), False), (Stair(lookahead=6, sure=0.1), False),
+  ):
+    assert is_lossless(decoder, wide) is expected
+  assert is_lossless(Stair(), row)
 
 
 @pytest.mark.slow
@@ -32,8 +54,9 @@ def test_the_law_of_a_short_lookahead_is_told_apart():
 
 
 @pytest.mark.parametrize("grid, decoder", [
-    (dict(rows=4, cols=3, vocab=7), Stair(lookahead=3, coupled=True)),
-    (dict(rows=4, cols=3, vocab=7, end_of_row=True, guidance=1.5),
+    (dict(rows=4, cols=3, vocab=7),
+     Stair(lookahead=3, coupled=True, queries=7)),
+    (dict(rows=4, cols=3, vocab=7, end_of_row=True, **_FILTERED),
      Exact(coupled=True, drafts="above")),
 ])
 def test_coupled_gives_the_tokens_of_ar(grid, decoder):
@@ -45,16 +68,36 @@ def test_coupled_gives_the_tokens_of_ar(grid, decoder):
 
 
 @pytest.mark.parametrize("end_of_row, decoder", [
-    (False, Stair()), (True, Exact()),
-    (True, Stair(lookahead=0, rows=9, row_causal=True)),
+    (False, Stair(sure=0.3, queries=9)), (True, Exact()),
+    (True, Stair(lookahead=0, rows=9, row_causal=True, entry=0)),
 ])
 def test_images_do_not_depend_on_the_batch(end_of_row, decoder):
   """Batch 1 and batch 4 give the same tokens and passes."""
   kit.assert_independent_of_batch(kit.chain(5, 4, end_of_row), decoder)
 
 
+def test_sure_cells_wait_less():
+  """Cells of no entropy need no lookahead, and the bound is shorter by it."""
+  model = kit.chain(6, 8, vocab=9)
+  steady = kit.run(model, Stair(lookahead=6, rows=6), 16)
+  hasty = kit.run(model, Stair(lookahead=6, rows=6, sure=9.0), 16)
+  bound = latest_passes(model.grid, Stair(lookahead=0, rows=6))
+  assert hasty.passes.mean() < steady.passes.mean()
+  assert (hasty.commit_pass <= bound).all()
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_few_queries_cost_passes(queries):
+  """However few slots a pass may feed, a cell is won in each."""
+  model = kit.chain(6, 8, vocab=9)
+  out = kit.run(model, Stair(queries=queries), 16)
+  kit.assert_well_recorded(out)
+  assert out.passes.max() <= model.grid.cells
+  assert queries > 1 or out.passes.min() == model.grid.cells
+
+
 @pytest.mark.parametrize("lookahead, rows, entry", [
-    (0, 6, 1), (0, 3, 2), (1, 6, 8), (3, 6, 1), (8, 3, 1), (8, 1, 2),
+    (0, 6, 0), (0, 3, 2), (1, 6, 8), (3, 6, 1), (8, 3, 1), (8, 1, 2),
 ])
 def test_passes_are_bounded(lookahead, rows, entry):
   """A cell per row and pass once the rows above are far enough."""
@@ -81,7 +124,7 @@ def latest_passes(grid, decoder):
         waits.append(last[row, col - 1])
       if row:
         ahead = min(grid.cols, col + decoder.lookahead)
-        waits.append(last[row - 1, decoder.entry - 1])
+        waits.append(last[row - 1, max(decoder.entry, 1) - 1])
         waits.append(last[row - 1, ahead - 1] if ahead else 0)
       if row >= decoder.rows:
         waits.append(last[row - decoder.rows, -1])
@@ -93,8 +136,8 @@ def latest_passes(grid, decoder):
     (1, 6, False), (6, 1, True), (1, 1, False),
 ])
 def test_single_rows_and_columns(rows, cols, end_of_row):
-  """Grids of one row or one column are drawn in full."""
-  model = kit.chain(rows, cols, end_of_row)
+  """Grids of one row or one column are drawn in full, without heads too."""
+  model = kit.chain(rows, cols, end_of_row, heads=(0, 0))
   out = kit.run(model, Stair())
   kit.assert_well_recorded(out)
   assert out.passes.max() <= rows * cols
@@ -102,13 +145,16 @@ def test_single_rows_and_columns(rows, cols, end_of_row):
 
 def test_impossible_settings_are_one_line():
   """What cannot be is a UserError, not a crash."""
-  with pytest.raises(UserError, match="lookahead"):
-    Stair(lookahead=-1)
-  with pytest.raises(UserError, match="rows"):
-    Stair(rows=0)
-  with pytest.raises(UserError, match="drafts"):
-    Exact(drafts="guess")
+  for settings in (
+      dict(lookahead=-1), dict(rows=0), dict(entry=-1), dict(queries=0),
+      dict(sure=-0.1), dict(drafts="guess"),
+  ):
+    with pytest.raises(UserError, match="^got .*, expected .*$"):
+      Stair(**settings)
   model = kit.chain(3, 4, heads=(0, 0))
-  for decoder in (Stair(entry=5), Exact(lookahead=2), Stair(drafts="heads")):
-    with pytest.raises(UserError, match="got .*, expected .*"):
+  for decoder in (
+      Stair(entry=5), Exact(lookahead=2), Stair(drafts="heads"),
+      Stair(drafts="both"),
+  ):
+    with pytest.raises(UserError, match="^got .*, expected .*$"):
       kit.run(model, decoder)

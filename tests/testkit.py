@@ -25,10 +25,12 @@ _PROMPT = "ab"
 
 @functools.cache
 def tiny(
-    rows=2, cols=2, vocab=3, end_of_row=False, heads=(5, 5), guidance=1.0
+    rows=2, cols=2, vocab=3, end_of_row=False, heads=(5, 5), guidance=1.0,
+    top_k=0, top_p=1.0,
 ):
   """A pipeline without tokenizer; heads know nothing but their inputs."""
-  sampling = dict(guidance=guidance, temperature=1.0, top_k=0, top_p=1.0)
+  sampling = dict(
+      guidance=guidance, temperature=1.0, top_k=top_k, top_p=top_p)
   family = testing.TinyFamily(
       ml_collections.ConfigDict(dict(sampling=sampling)), Vocabulary((), 8),
       Grid(rows, cols, end_of_row), vocab,
@@ -95,10 +97,10 @@ def run(model, decoder, count=4, batch=None):
 def draw(pipe, decoder, count=20_000, seed=3, batch=None):
   """`count` grids of one prompt, in one batch unless told otherwise."""
   batch = batch or count
-  guidance = pipe.family.sampling["guidance"]
-  prompt, _ = pipe.family.encode_prompts([_PROMPT] * batch, guidance != 1.0)
+  settings, guided = pipe.sampling()
+  prompt, _ = pipe.family.encode_prompts([_PROMPT] * batch, guided)
   return _cut(count, batch, lambda index: engine.decode(
-      pipe.model, decoder, pipe.params, prompt, Sampling.make(guidance),
+      pipe.model, decoder, pipe.params, prompt, settings,
       jax.random.key(seed), index,
   ))
 
@@ -110,19 +112,25 @@ def _cut(count, batch, decode):
 
 def p_value(pipe, tokens):
   """Of the chi-square test against the exact joint law."""
-  _, p_I = laboratory.enumerate_law(pipe, _PROMPT)
-  return laboratory.chi_square(laboratory.count(pipe, tokens), p_I)
+  return laboratory.chi_square(laboratory.count(pipe, tokens), _law(pipe))
 
 
-def assert_lossless(pipe, decoder):
+@functools.cache
+def _law(pipe):
+  return laboratory.enumerate_law(pipe, _PROMPT)[1]
+
+
+def assert_lossless(pipe, decoder, group=4):
   """The law of 20,000 grids is AR's: p above 1e-3; returns what was drawn.
 
-  A bias of 3 % in the probability of one grid in ten would be seen.
+  A bias of 3 % in the probability of one grid in ten would be seen. Grids are
+  decoded `group` at a time.
   """
-  out = draw(pipe, decoder)
+  assert engine.is_lossless(decoder, pipe.model.grid)
+  out = laboratory.draw(pipe, decoder, 20_000, group)
   p = p_value(pipe, out.tokens)
   print(decoder, "p", p, "passes", out.passes.mean())
-  assert p > 1e-3
+  assert p > laboratory.P_VALUE
   return out
 
 

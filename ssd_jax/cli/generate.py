@@ -14,7 +14,7 @@ import tqdm
 from ssd_jax import exporters, pictures
 from ssd_jax.cli import common, run as cli
 from ssd_jax.config import UserError, check
-from ssd_jax.decoding import by_name
+from ssd_jax.decoding import by_name, engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.layout import save_picture
 from ssd_jax.pipeline import Output, Pipeline
@@ -50,7 +50,8 @@ def body() -> None:
     print(f"note: {note}")
   if _TRACE.value:
     _write_trace(pipe, output, decoder, paths)
-  _report(output, decoder, paths, sheet)
+  is_lossless = engine.is_lossless(decoder, pipe.model.grid)
+  _report(output, decoder, is_lossless, paths, sheet)
 
 
 def read_prompts(given: list[str], file: str | None) -> list[str]:
@@ -141,11 +142,11 @@ def _write_trace(pipe: Pipeline, output: Output, decoder, paths) -> None:
     print(path)
 
 
-def _report(output: Output, decoder, paths, sheet) -> None:
+def _report(output: Output, decoder, is_lossless, paths, sheet) -> None:
   cells = output.tokens[0].size
   passes = [int(p) for p in output.passes]
   mean = float(np.mean([cells / p for p in passes]))
-  law = "the law of AR sampling" if decoder.lossless else "relaxed"
+  law = "the law of AR sampling" if is_lossless else "relaxed"
   print(
       f"{len(paths)} pictures by {_DECODER.value} ({law}): {cells} cells in "
       f"{np.mean(passes):.1f} passes each, {output.seconds:.1f} s, after "
@@ -156,7 +157,7 @@ def _report(output: Output, decoder, paths, sheet) -> None:
   if _JSON.value:
     print(json.dumps({
         "decoder": decoder.name, "settings": by_name.settings(decoder),
-        "lossless": bool(decoder.lossless), "prompts": list(output.prompts),
+        "lossless": is_lossless, "prompts": list(output.prompts),
         "images": [str(p) for p in paths],
         "contact_sheet": str(sheet) if sheet else None,
         "cells": cells, "passes": passes, "tokens_per_pass": mean,

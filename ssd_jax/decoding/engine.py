@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from ssd_jax import sampling as sampling_lib
+from ssd_jax.grid import Grid
 from ssd_jax.sampling import Sampling
 from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
 
@@ -72,14 +73,14 @@ class Decoder(Protocol):
 
   Attributes:
     name: On the command line.
-    lossless: Whether the joint law of the output equals AR's.
+    lossless: Whether the joint law of the output equals AR's on every grid.
   """
 
   name: str
 
   @property
   def lossless(self) -> bool:
-    """Whether the joint law of the output equals AR's."""
+    """Whether the joint law of the output equals AR's on every grid."""
 
   def scratch(self, model: Model) -> int:
     """Cache slots beyond the sequence."""
@@ -103,6 +104,16 @@ class Decoder(Protocol):
   #
   # int32 slots of one image: after `resolve`, what pass t wrote to source[i] is
   # copied to target[i]; target X is nowhere. M rows are touched, not the cache.
+  #
+  # One that is lossless on some grids alone says so by `lossless_on(grid)`; see
+  # `is_lossless`.
+
+
+def is_lossless(decoder: Decoder, grid: Grid) -> bool:
+  """Whether the joint law of what a decoder draws on this grid is AR's."""
+  if hasattr(decoder, "lossless_on"):
+    return bool(decoder.lossless_on(grid))
+  return bool(decoder.lossless)
 
 
 @flax.struct.dataclass

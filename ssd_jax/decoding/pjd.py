@@ -16,7 +16,12 @@ import jax.numpy as jnp
 
 from ssd_jax import sampling
 from ssd_jax.config import check
-from ssd_jax.decoding import acceptance, row_drafts, rows as rows_lib
+from ssd_jax.decoding import (
+    acceptance,
+    row_drafts,
+    row_queries,
+    rows as rows_lib,
+)
 from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.rows import Rows, Verdict
@@ -56,19 +61,35 @@ class PJD:
     """None."""
     return 0
 
+  def lossless_on(self, grid: Grid) -> bool:
+    """Whether rows follow each other: then only the top row is drafted."""
+    is_alone = grid.rows == 1 or self._context(grid) == grid.cols
+    return is_alone and not self.keep
+
   def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Rows:
     """State with row 0 active."""
     grid = ctx.model.grid
-    # A row that is done stays for the pass that feeds its last cell.
     rows = min(grid.rows, -(-grid.cols // self._context(grid)) + 1)
-    first_R = jnp.full(rows, -1).at[0].set(0)
     width = min(self.window, grid.cols)
-    state = rows_lib.start(ctx, p_V, hidden_GD, first_R, width)
-    return self._advance(ctx, state)
+    return self._advance(ctx, rows_lib.start(ctx, p_V, hidden_GD, rows, width))
 
   def propose(self, ctx: Context, state: Rows) -> Queries:
-    """Each active row's last final cell and its drafts."""
-    return rows_lib.propose(ctx, state, self.row_causal)
+    """Each active row's last final cell and its drafts.
+
+    A row's window ends where the final cells above it do, so that all windows
+    together are no longer than a row; a row's last cell may be to feed besides.
+    """
+    grid = ctx.model.grid
+    fill_H = rows_lib.prefix(grid, state.final)
+    count_H = self._window(grid, fill_H)
+    row_H = jnp.arange(grid.rows)
+    # A window of one cell has no draft; only the top row draws without.
+    is_idle_H = (count_H == 1) & (row_H != state.lead)
+    is_idle_H |= row_H >= state.entered
+    count_H = jnp.where(is_idle_H, 0, count_H)
+    needed_N = row_queries.frontier(grid, state, count_H)
+    size = 1 + min(len(state.q), grid.cols)
+    return row_queries.propose(ctx, state, needed_N, size, self.row_causal)
 
   def resolve(
       self, ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
@@ -78,53 +99,40 @@ class PJD:
     del hidden_GQD
     grid = ctx.model.grid
     verdict = rows_lib.judge(ctx, state, queries, p_QV)
-    final_W = verdict.is_open & self._accept(grid, state, verdict)
+    row_Q, col_Q = rows_lib.place(grid, verdict.cells)
+    run_H = rows_lib.run(grid, state, verdict)
+    is_top_H = jnp.arange(grid.rows) == state.lead
+    final_Q = verdict.is_open & (col_Q < (run_H + is_top_H)[row_Q])
     noise_QV = jax.random.gumbel(ctx.pass_key(rows_lib.REFRESH), p_QV.shape)
     verdict = verdict.replace(tokens=jnp.where(
-        final_W, verdict.tokens, sampling.sample(p_QV, noise_QV)
+        final_Q, verdict.tokens, sampling.sample(p_QV, noise_QV)
     ))
-    at = jnp.where(final_W, verdict.cells, grid.length)
-    fill_H = rows_lib.fill(grid, state.final.at[at].set(True, mode="drop"))
-    row_W, col_W = _place(grid, verdict.cells)
+    at_Q = jnp.where(final_Q, verdict.cells, grid.length)
+    fill_H = rows_lib.prefix(grid, state.final.at[at_Q].set(True, mode="drop"))
     # The cell after the last draft is one itself, if there is room for it.
-    redrawn_W = verdict.is_open & (
-        final_W | (col_W < fill_H[row_W] + self._drafts(grid, fill_H)[row_W])
-    )
+    end_H = fill_H + self._drafts(grid, fill_H)
+    redrawn_Q = verdict.is_open & (final_Q | (col_Q < end_H[row_Q]))
     if self.keep:
-      redrawn_W &= final_W | ~self._is_likely(state, verdict)
-    state = rows_lib.commit(state, queries, verdict, redrawn_W, final_W)
+      # The rejected draft itself is never kept.
+      is_behind_Q = col_Q > run_H[row_Q]
+      redrawn_Q &= final_Q | ~(is_behind_Q & self._is_likely(state, verdict))
+    state = rows_lib.commit(state, queries, verdict, redrawn_Q, final_Q)
     return self._advance(ctx, state)
 
-  def _accept(self, grid: Grid, state: Rows, verdict: Verdict) -> jax.Array:
-    """bool [W]: drafts before a row's first rejection; in the top row, that."""
-    rows = state.first.shape[0]
-    passed_RM = (verdict.had_draft & verdict.passed).reshape(rows, -1)
-    run_R = jnp.sum(jnp.cumprod(passed_RM, axis=1), axis=1)
-    is_whole_H = rows_lib.fill(grid, state.final) == grid.cols
-    is_top_R = state.lead + jnp.arange(rows) == jnp.argmin(is_whole_H)
-    count_R = run_R + is_top_R
-    place_M = jnp.arange(passed_RM.shape[1])
-    return (place_M < count_R[:, None]).reshape(-1)
-
   def _is_likely(self, state: Rows, verdict: Verdict) -> jax.Array:
-    """bool [W]: drafts behind a row's first rejection that are worth keeping.
-
-    The rejected one itself is never kept.
-    """
-    rows = state.first.shape[0]
-    failed_RM = (~verdict.passed).reshape(rows, -1)
-    earlier_RM = jnp.cumsum(failed_RM, axis=1) - failed_RM
-    drafts_W = state.tokens.at[verdict.cells].get(mode="fill", fill_value=0)
-    ratio = acceptance.at(verdict.p, drafts_W) > _KEEP * acceptance.at(
-        state.q, drafts_W
+    """bool [Q]: drafts that would pass more often than not."""
+    drafts_Q = state.tokens.at[verdict.cells].get(mode="fill", fill_value=0)
+    q_QV = state.q.at[verdict.index].get(mode="fill", fill_value=0.0)
+    return verdict.had_draft & (
+        acceptance.at(verdict.p, drafts_Q)
+        > _KEEP * acceptance.at(q_QV, drafts_Q)
     )
-    return verdict.had_draft & ratio & (earlier_RM.reshape(-1) > 0)
 
   def _advance(self, ctx: Context, state: Rows) -> Rows:
     """State with the next row active if it is due, and windows topped up."""
     grid, row = ctx.model.grid, state.entered
-    fill_H = rows_lib.fill(grid, state.final)
-    lead = rows_lib.narrow_lead(grid, state)
+    fill_H = rows_lib.prefix(grid, state.final)
+    lead = rows_lib.first_open(grid, state.final)
     rows = state.first.shape[0]
     is_due = (
         (row < jnp.minimum(grid.rows, lead + rows))
@@ -134,22 +142,21 @@ class PJD:
     state = row_drafts.stand_in(grid, state, row, last, is_due)
     state = state.replace(entered=row + is_due)
     fill_R = fill_H.at[lead + jnp.arange(rows)].get(mode="clip")
-    state = rows_lib.move(state, lead, fill_R - 1)
+    state = rows_lib.move(state, lead, fill_R)
     return self._top_up(ctx, state, fill_H)
 
   def _top_up(self, ctx: Context, state: Rows, fill_H: jax.Array) -> Rows:
     """State with random drafts where a row has fewer than it may."""
     grid, vocab = ctx.model.grid, ctx.model.vocab
-    row_W, col_W = rows_lib.predicted(state)
-    inside_W = (row_W < state.entered) & (col_W < grid.cols)
-    slots_W = jnp.where(inside_W, row_W * grid.row_slots + col_W, grid.length)
+    row_W, col_W = rows_lib.window(state)
     end_H = fill_H + self._drafts(grid, fill_H)
+    is_draft_W = (
+        (row_W < state.entered) & (col_W < end_H.at[row_W].get(mode="clip"))
+    )
+    slots_W = jnp.where(is_draft_W, row_W * grid.row_slots + col_W, grid.length)
     token_W = state.tokens.at[slots_W].get(mode="fill", fill_value=0)
     known_W = state.known.at[slots_W].get(mode="fill", fill_value=False)
-    is_new_W = (
-        inside_W & (col_W < end_H.at[row_W].get(mode="clip"))
-        & ~(known_W & (acceptance.at(state.q, token_W) > 0))
-    )
+    is_new_W = is_draft_W & ~(known_W & (acceptance.at(state.q, token_W) > 0))
     random_W = jax.random.randint(
         ctx.pass_key(rows_lib.DRAFT), slots_W.shape, 0, vocab
     )
@@ -164,19 +171,17 @@ class PJD:
         state, slots_W, jnp.arange(len(slots_W)), drafts, is_new_W
     )
 
-  def _drafts(self, grid: Grid, fill_H: jax.Array) -> jax.Array:
-    """int32 [grid rows]: drafts that each row may hold.
+  def _window(self, grid: Grid, fill_H: jax.Array) -> jax.Array:
+    """int32 [H]: cells of each row that a pass may look at.
 
-    A pass looks at one cell more than that, up to the last final cell above.
+    They end at the last final cell above.
     """
     above_H = jnp.concatenate([jnp.full(1, grid.cols), fill_H[:-1]])
-    return jnp.clip(above_H - fill_H, 1, min(self.window, grid.cols)) - 1
+    return jnp.clip(above_H - fill_H, 0, min(self.window, grid.cols))
+
+  def _drafts(self, grid: Grid, fill_H: jax.Array) -> jax.Array:
+    """int32 [H]: drafts that each row may hold, one less than it looks at."""
+    return jnp.maximum(self._window(grid, fill_H) - 1, 0)
 
   def _context(self, grid: Grid) -> int:
     return rows_lib.clamp(self, "context", grid.cols, "the columns")
-
-
-def _place(grid: Grid, slots_W: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(row, column) of slots; of the last row beyond the image."""
-  row_W = jnp.minimum(slots_W // grid.row_slots, grid.rows - 1)
-  return row_W, slots_W - row_W * grid.row_slots

@@ -6,8 +6,11 @@ import jax.numpy as jnp
 from ssd_jax import sampling
 from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.engine import Context
-from ssd_jax.decoding.rows import DRAFT, Rows, window_index
+from ssd_jax.decoding.rows import DRAFT, Rows
 from ssd_jax.grid import Grid
+
+# (slots [Q] that a pass fed, N where none; hidden states [G, Q, D] there).
+Fed = tuple[jax.Array, jax.Array]
 
 
 def put_drafts(
@@ -62,15 +65,26 @@ def spread(
   )
 
 
+def no_pass(grid: Grid, hidden_GD: jax.Array) -> Fed:
+  """What the passes before the first have fed."""
+  return jnp.full(1, grid.length), jnp.zeros_like(hidden_GD)[:, None]
+
+
 def predictors(
-    state: Rows, hidden_GWD: jax.Array, row: jax.Array, cols_K: jax.Array
-) -> jax.Array:
-  """[G, K, D]: states that predicted cells of a row of the (old) window."""
-  index_K = window_index(state, row, cols_K)
-  hidden_GKD = hidden_GWD.at[:, index_K].get(mode="fill", fill_value=0.0)
-  is_origin_K = (row == 0) & (cols_K == 0)
-  return jnp.where(
-      is_origin_K[:, None], state.hidden[:, None], hidden_GKD
+    state: Rows, fed: Fed, cells_K: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """([G, K, D], bool [K]): states that predicted cells in a pass, which did."""
+  slots_Q, hidden_GQD = fed
+  size, length = slots_Q.shape[0], state.tokens.shape[0]
+  query_N = jnp.full(length, size).at[slots_Q].set(
+      jnp.arange(size), mode="drop"
+  )
+  query_K = query_N[jnp.maximum(cells_K - 1, 0)]
+  hidden_GKD = hidden_GQD.at[:, query_K].get(mode="fill", fill_value=0.0)
+  is_origin_K = cells_K == 0
+  return (
+      jnp.where(is_origin_K[:, None], state.hidden[:, None], hidden_GKD),
+      is_origin_K | (query_K < size),
   )
 
 

@@ -1,18 +1,14 @@
 """Rows in flight: what all decoders that work on several rows share.
 
-A window of R rows looks at M cells of each: row `lead + r` feeds the columns
-first[r] .. first[r] + M - 1 and so predicts those one further right. Column -1
-is the slot before the row: the forced end of the row above or, where there is
-none, its last cell, which may still be a draft. A *full* window feeds whole
-rows, their last slots as the first queries of the rows below.
+A pass feeds slots of the rows that have entered; the query at a slot yields the
+target of the next one. Drafts are tested by the distribution q they were last
+drawn from, and redrawn at once if they fail. Which slots are fed, which tokens
+become final and when rows enter is each decoder's schedule.
 
-Each pass feeds every slot of the window that holds a token, tests drafts by the
-distribution q they were last drawn from, and redraws rejected ones at once.
-Which tokens become final, and when rows enter, is each decoder's schedule.
+The q of R x M cells are kept: of M columns in each of R rows, from `lead` on,
+the first row that is not final.
 
-Invariants: a slot that was never fed is never visible; a final token never
-changes; above `lead` everything is final, and fed as such unless the window
-still feeds it.
+A final token never changes.
 """
 
 from typing import Any
@@ -44,9 +40,9 @@ class Rows:
     written: bool [N], slots that were ever fed.
     settled: bool [N], slots whose final token has been fed.
     lead: int32 [], first row of the window.
-    entered: int32 [], rows that were drafted; the window feeds no others.
-    first: int32 [R], first column that each row of the window feeds.
-    q: float32 [W, V], distribution each predicted cell was last drawn from.
+    entered: int32 [], rows that were drafted; no others are fed.
+    first: int32 [R], first column of each row of the window.
+    q: float32 [W, V], distribution each cell was last drawn from.
     hidden: [G, D], state that predicted cell 0.
     plan: The schedule's own counters, or None.
   """
@@ -66,18 +62,20 @@ class Rows:
 
 @flax.struct.dataclass
 class Verdict:
-  """What a pass says about the cell that each query of the window predicts.
+  """What a pass says about the cell that each query predicts.
 
   Attributes:
-    cells: int32 [W], their slots; N where there is none.
-    is_open: bool [W], predicted and not final.
-    had_draft: bool [W], open and drafted before.
-    passed: bool [W], the draft passed its test.
-    tokens: int32 [W], the draft if it passed, else a new draw.
-    p: float32 [W, V], targets.
+    cells: int32 [Q], their slots; N where there is none.
+    index: int32 [Q], their places in the window; W outside.
+    is_open: bool [Q], predicted and not final.
+    had_draft: bool [Q], open and drafted before.
+    passed: bool [Q], the draft passed its test.
+    tokens: int32 [Q], the draft if it passed, else a new draw.
+    p: float32 [Q, V], targets.
   """
 
   cells: jax.Array
+  index: jax.Array
   is_open: jax.Array
   had_draft: jax.Array
   passed: jax.Array
@@ -86,104 +84,72 @@ class Verdict:
 
 
 def start(
-    ctx: Context, p_V: jax.Array, hidden_GD: jax.Array, first_R: jax.Array,
-    width: int,
+    ctx: Context, p_V: jax.Array, hidden_GD: jax.Array, rows: int, width: int
 ) -> Rows:
   """State after the prefill: cell 0 is final, and row 0 has entered."""
   grid, vocab = ctx.model.grid, ctx.model.vocab
-  forced_N = jnp.asarray(grid.is_forced)
   token = sampling.sample(p_V[None], ctx.token_noise(jnp.zeros(1, jnp.int32)))
-  final_N = forced_N.at[0].set(True)
+  final_N = jnp.asarray(grid.is_forced).at[0].set(True)
   none_N = jnp.zeros(grid.length, bool)
-  state = Rows(
+  return Rows(
       jnp.maximum(grid.forced_tokens(vocab), 0).at[0].set(token[0]),
-      final_N, final_N, none_N, none_N, jnp.int32(0), jnp.int32(1), first_R,
-      jnp.zeros((first_R.shape[0] * width, vocab)), hidden_GD,
+      final_N, final_N, none_N, none_N, jnp.int32(0), jnp.int32(1),
+      jnp.zeros(rows, jnp.int32),
+      jnp.zeros((rows * width, vocab)).at[0].set(p_V), hidden_GD,
   )
-  origin = window_index(state, jnp.int32(0), jnp.int32(0))
-  return state.replace(q=state.q.at[origin].set(p_V, mode="drop"))
-
-
-def full_window(grid: Grid, rows: int) -> tuple[jax.Array, int]:
-  """(first [R], width) of a window that feeds whole rows."""
-  return jnp.full(rows, grid.cols - grid.row_slots - 1), grid.row_slots
-
-
-def propose(ctx: Context, state: Rows, row_causal: bool = False) -> Queries:
-  """The window's slots that hold tokens, each seeing what stands before it.
-
-  Args:
-    ctx: Of the pass.
-    state: Of the image.
-    row_causal: Hide drafts of other rows (PJD, section 3.3). The slot before
-      a row counts as that row's.
-  """
-  grid = ctx.model.grid
-  row_W, col_W = _coordinates(state)
-  slots_W = row_W * grid.row_slots + col_W
-  inside_W = (slots_W >= 0) & (col_W < grid.cols) & (row_W < state.entered)
-  slots_W = jnp.where(inside_W, slots_W, grid.length)
-  known_W = state.known.at[slots_W].get(mode="fill", fill_value=False)
-  slots_W = jnp.where(known_W, slots_W, grid.length)
-  written_N = state.written.at[slots_W].set(True, mode="drop")
-  all_N = jnp.arange(grid.length)
-  visible_WN = (all_N <= slots_W[:, None]) & written_N
-  if row_causal:
-    owner = lambda slots: (slots + 1) // grid.row_slots
-    visible_WN &= state.final | (owner(all_N) == owner(slots_W)[:, None])
-  positions_W = jnp.minimum(slots_W, grid.length - 1)
-  return Queries(state.tokens[positions_W], positions_W, slots_W, visible_WN)
 
 
 def judge(
-    ctx: Context, state: Rows, queries: Queries, p_WV: jax.Array,
+    ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
     coupled: bool = False,
 ) -> Verdict:
-  """Tests the drafts of the window and redraws those that fail.
+  """Tests the drafts that were looked at and redraws those that fail.
 
   Args:
     ctx: Of the pass.
     state: Before the pass.
     queries: Of the pass.
-    p_WV: Target of the slot after each query.
+    p_QV: Target of the slot after each query.
     coupled: Draw every cell with its own noise, the same in every pass; a draft
       passes if it is drawn again. Else drafts pass with min(1, p / q) and are
       redrawn from the residual, with the pass's noise.
   """
   grid = ctx.model.grid
-  row_W, col_W = _coordinates(state)
-  fed_W = (queries.slots < grid.length) & (col_W + 1 < grid.cols)
-  cells_W = jnp.where(
-      fed_W, row_W * grid.row_slots + col_W + 1, grid.length
+  is_forced_N = jnp.asarray(grid.is_forced)
+  is_none_Q = is_forced_N.at[queries.slots + 1].get(
+      mode="fill", fill_value=True
   )
-  is_at = lambda x_N: x_N.at[cells_W].get(mode="fill", fill_value=False)
-  is_open_W = fed_W & ~is_at(state.final)
-  draft_W = state.tokens.at[cells_W].get(mode="fill", fill_value=0)
+  cells_Q = jnp.where(is_none_Q, grid.length, queries.slots + 1)
+  index_Q = window_index(state, *place(grid, cells_Q))
+  q_QV = state.q.at[index_Q].get(mode="fill", fill_value=0.0)
+  is_at = lambda x_N: x_N.at[cells_Q].get(mode="fill", fill_value=False)
+  is_open_Q = ~is_none_Q & ~is_at(state.final)
+  draft_Q = state.tokens.at[cells_Q].get(mode="fill", fill_value=0)
   # A stand-in was not drawn: its q is zero.
-  had_draft_W = (
-      is_open_W & is_at(state.known) & (acceptance.at(state.q, draft_W) > 0)
+  had_draft_Q = (
+      is_open_Q & is_at(state.known) & (acceptance.at(q_QV, draft_Q) > 0)
   )
   if coupled:
-    drawn_W = sampling.sample(p_WV, ctx.token_noise(cells_W))
-    passed_W = had_draft_W & (drawn_W == draft_W)
+    drawn_Q = sampling.sample(p_QV, ctx.token_noise(cells_Q))
+    passed_Q = had_draft_Q & (drawn_Q == draft_Q)
   else:
-    drafts = Drafts(draft_W, state.q, jnp.zeros_like(fed_W))
-    u_W = jax.random.uniform(ctx.pass_key(TEST), cells_W.shape)
-    passed_W = had_draft_W & acceptance.accept_exact(p_WV, drafts, u_W)
-    left_WV = jnp.where(
-        had_draft_W[:, None], acceptance.residual(p_WV, drafts), p_WV
+    drafts = Drafts(draft_Q, q_QV, jnp.zeros_like(is_open_Q))
+    u_Q = jax.random.uniform(ctx.pass_key(TEST), cells_Q.shape)
+    passed_Q = had_draft_Q & acceptance.accept_exact(p_QV, drafts, u_Q)
+    left_QV = jnp.where(
+        had_draft_Q[:, None], acceptance.residual(p_QV, drafts), p_QV
     )
-    noise_WV = jax.random.gumbel(ctx.pass_key(REDRAW), p_WV.shape)
-    drawn_W = sampling.sample(left_WV, noise_WV)
+    noise_QV = jax.random.gumbel(ctx.pass_key(REDRAW), p_QV.shape)
+    drawn_Q = sampling.sample(left_QV, noise_QV)
   return Verdict(
-      cells_W, is_open_W, had_draft_W, passed_W,
-      jnp.where(passed_W, draft_W, drawn_W), p_WV,
+      cells_Q, index_Q, is_open_Q, had_draft_Q, passed_Q,
+      jnp.where(passed_Q, draft_Q, drawn_Q), p_QV,
   )
 
 
 def commit(
-    state: Rows, queries: Queries, verdict: Verdict, redrawn_W: jax.Array,
-    final_W: jax.Array,
+    state: Rows, queries: Queries, verdict: Verdict, redrawn_Q: jax.Array,
+    final_Q: jax.Array,
 ) -> Rows:
   """State with a verdict carried out.
 
@@ -191,64 +157,78 @@ def commit(
     state: Before the pass.
     queries: Of the pass.
     verdict: On it.
-    redrawn_W: bool, cells that take the verdict's token and target.
-    final_W: bool, cells that become final.
+    redrawn_Q: bool, cells that take the verdict's token and target.
+    final_Q: bool, cells that become final.
   """
-  nowhere = state.tokens.shape[0]
-  pick = lambda is_W: jnp.where(is_W, verdict.cells, nowhere)
-  tokens_N = state.tokens.at[pick(redrawn_W)].set(verdict.tokens, mode="drop")
-  final_N = state.final.at[pick(final_W)].set(True, mode="drop")
-  same_W = tokens_N[queries.positions] == queries.tokens
-  fed_N = jnp.zeros_like(final_N).at[queries.slots].set(same_W, mode="drop")
+  nowhere, outside = state.tokens.shape[0], state.q.shape[0]
+  pick = lambda is_Q: jnp.where(is_Q, verdict.cells, nowhere)
+  tokens_N = state.tokens.at[pick(redrawn_Q)].set(verdict.tokens, mode="drop")
+  final_N = state.final.at[pick(final_Q)].set(True, mode="drop")
+  same_Q = tokens_N[queries.positions] == queries.tokens
+  fed_N = jnp.zeros_like(final_N).at[queries.slots].set(same_Q, mode="drop")
+  index_Q = jnp.where(redrawn_Q, verdict.index, outside)
   return state.replace(
       tokens=tokens_N,
       final=final_N,
-      known=state.known.at[pick(redrawn_W)].set(True, mode="drop"),
+      known=state.known.at[pick(redrawn_Q)].set(True, mode="drop"),
       written=state.written.at[queries.slots].set(True, mode="drop"),
       settled=state.settled | (fed_N & final_N),
-      q=jnp.where(redrawn_W[:, None], verdict.p, state.q),
+      q=state.q.at[index_Q].set(verdict.p, mode="drop"),
   )
 
 
 def move(state: Rows, lead: jax.Array, first_R: jax.Array) -> Rows:
   """State whose window begins elsewhere; q moves along with its cells."""
   moved = state.replace(lead=lead, first=first_R)
-  row_W, col_W = _coordinates(moved)
-  source_W = window_index(state, row_W, col_W + 1)
+  source_W = window_index(state, *window(moved))
   return moved.replace(
       q=state.q.at[source_W].get(mode="fill", fill_value=0.0)
   )
 
 
-def full_lead(grid: Grid, state: Rows) -> jax.Array:
-  """int32 []: where a full window begins.
-
-  A row leaves once it is final. Its last slots are fed once more by the row
-  below, so that row must still be there.
-  """
-  cells = jnp.asarray(grid.slot_of)
-  whole = lambda x_N: jnp.argmin(jnp.all(x_N[cells], axis=1))
-  return jnp.minimum(whole(state.final), whole(state.settled) + 1)
+def first_open(grid: Grid, final_N: jax.Array) -> jax.Array:
+  """int32 []: the first row that is not final."""
+  whole_H = jnp.all(final_N[jnp.asarray(grid.slot_of)], axis=1)
+  return jnp.argmin(whole_H).astype(jnp.int32)
 
 
-def narrow_lead(grid: Grid, state: Rows) -> jax.Array:
-  """int32 []: where a window of single slots begins: nothing above is left."""
-  return jnp.argmin(jnp.all(state.settled[jnp.asarray(grid.slot_of)], axis=1))
+def prefix(grid: Grid, is_N: jax.Array) -> jax.Array:
+  """int32 [grid rows]: the leading cells of each row that are so."""
+  is_HC = is_N[jnp.asarray(grid.slot_of)].astype(jnp.int32)
+  return jnp.sum(jnp.cumprod(is_HC, axis=1), axis=1)
 
 
-def fill(grid: Grid, final_N: jax.Array) -> jax.Array:
-  """int32 [grid rows]: final cells of each row."""
-  return jnp.sum(final_N[jnp.asarray(grid.slot_of)], axis=1)
+def run(grid: Grid, state: Rows, verdict: Verdict) -> jax.Array:
+  """int32 [grid rows]: leading cells of each row that are final or passed."""
+  at_Q = jnp.where(verdict.passed, verdict.cells, grid.length)
+  return prefix(grid, state.final.at[at_Q].set(True, mode="drop"))
+
+
+def place(grid: Grid, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(row, column) of slots; a column of the last row beyond the image."""
+  row = jnp.minimum(slots // grid.row_slots, grid.rows - 1)
+  return row, slots - row * grid.row_slots
+
+
+def window(state: Rows) -> tuple[jax.Array, jax.Array]:
+  """(row, column) [W] of the cells of the window, beyond the image too."""
+  rows = state.first.shape[0]
+  width = state.q.shape[0] // rows
+  row_RM = jnp.broadcast_to(
+      state.lead + jnp.arange(rows)[:, None], (rows, width)
+  )
+  col_RM = state.first[:, None] + jnp.arange(width)
+  return row_RM.reshape(-1), col_RM.reshape(-1)
 
 
 def window_index(
     state: Rows, row: jax.Array, col: jax.Array
 ) -> jax.Array:
-  """int32 [...]: index of cells among those predicted; W for cells outside."""
+  """int32 [...]: index of cells in the window; W for cells outside."""
   rows, size = state.first.shape[0], state.q.shape[0]
   width = size // rows
   r = row - state.lead
-  m = col - 1 - state.first.at[r].get(mode="clip")
+  m = col - state.first.at[r].get(mode="clip")
   inside = (r >= 0) & (r < rows) & (m >= 0) & (m < width)
   return jnp.where(inside, r * width + m, size)
 
@@ -265,20 +245,3 @@ def clamp(decoder: Any, field: str, most: int, what: str) -> int:
         f"got {field}={value}, expected at most {most} ({what}); lower {field}"
     )
   return min(value, most)
-
-
-def predicted(state: Rows) -> tuple[jax.Array, jax.Array]:
-  """(row, column) [W] of the cells that the window predicts."""
-  row_W, col_W = _coordinates(state)
-  return row_W, col_W + 1
-
-
-def _coordinates(state: Rows) -> tuple[jax.Array, jax.Array]:
-  """(row, column) [W] of the slots that the window feeds."""
-  rows = state.first.shape[0]
-  width = state.q.shape[0] // rows
-  row_RM = jnp.broadcast_to(
-      state.lead + jnp.arange(rows)[:, None], (rows, width)
-  )
-  col_RM = state.first[:, None] + jnp.arange(width)
-  return row_RM.reshape(-1), col_RM.reshape(-1)

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from ssd_jax.config import UserError, check
-from ssd_jax.decoding import row_drafts, rows as rows_lib
+from ssd_jax.decoding import row_drafts, row_queries, rows as rows_lib
 from ssd_jax.decoding.engine import Context
+from ssd_jax.decoding.row_drafts import Fed
 from ssd_jax.decoding.rows import Rows, Verdict
+from ssd_jax.grid import Grid
 from ssd_jax.types import Model, Queries
 
 SCHEDULES = ("joint", "staged", "pipelined")
@@ -31,7 +33,7 @@ class Plan:
   """Where the schedule stands.
 
   Attributes:
-    rounds: int32 [grid rows], rounds that each row has ahead of it.
+    rounds: int32 [H], rounds that each row of the grid has ahead of it.
     waited: int32 [], passes since a row entered.
   """
 
@@ -94,82 +96,86 @@ class SSD:
   def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Rows:
     """State with the first group of row 0 drafted."""
     grid = ctx.model.grid
-    rows = min(self._rows_in_flight(ctx.model), grid.rows)
-    first_R, width = rows_lib.full_window(grid, rows)
-    state = rows_lib.start(ctx, p_V, hidden_GD, first_R, width)
-    rounds_N = jnp.zeros(grid.rows, jnp.int32)
-    state = state.replace(plan=Plan(rounds_N, jnp.int32(0)))
-    shape = (hidden_GD.shape[0], len(state.q), hidden_GD.shape[1])
-    return self._advance(ctx, state, jnp.zeros(shape, hidden_GD.dtype))
+    rows = self._rows_in_flight(ctx.model)
+    state = rows_lib.start(ctx, p_V, hidden_GD, rows, grid.cols)
+    rounds_H = jnp.zeros(grid.rows, jnp.int32)
+    state = state.replace(plan=Plan(rounds_H, jnp.int32(0)))
+    return self._advance(ctx, state, row_drafts.no_pass(grid, hidden_GD))
 
   def propose(self, ctx: Context, state: Rows) -> Queries:
     """The rows in flight."""
-    return rows_lib.propose(ctx, state)
+    grid = ctx.model.grid
+    size = self._rows_in_flight(ctx.model) * grid.row_slots
+    needed_N = row_queries.whole_rows(grid, state)
+    return row_queries.propose(ctx, state, needed_N, size)
 
   def resolve(
       self, ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
       hidden_GQD: jax.Array,
   ) -> Rows:
     """State with rows corrected or committed, and the next ones drafted."""
+    grid = ctx.model.grid
     verdict = rows_lib.judge(ctx, state, queries, p_QV)
-    row_R = state.lead + jnp.arange(state.first.shape[0])
-    rounds_R = state.plan.rounds.at[row_R].get(mode="fill", fill_value=0)
-    is_round_R = (rounds_R > 0) & (row_R < state.entered)
-    is_done_R = self._done(verdict, is_round_R)
-    over = lambda x_R: jnp.repeat(x_R, state.q.shape[0] // len(x_R))
+    row_Q, _ = rows_lib.place(grid, verdict.cells)
+    is_round_H = (state.plan.rounds > 0) & _in_flight(grid, state)
+    is_done_H = self._done(state, verdict, row_Q, is_round_H)
     state = rows_lib.commit(
-        state, queries, verdict, verdict.had_draft & over(is_round_R),
-        verdict.had_draft & over(is_done_R),
+        state, queries, verdict, verdict.had_draft & is_round_H[row_Q],
+        verdict.had_draft & is_done_H[row_Q],
     )
-    plan = Plan(
-        state.plan.rounds.at[row_R].add(-1 * is_round_R, mode="drop"),
-        state.plan.waited + 1,
-    )
-    return self._advance(ctx, state.replace(plan=plan), hidden_GQD)
+    plan = Plan(state.plan.rounds - is_round_H, state.plan.waited + 1)
+    fed = queries.slots, hidden_GQD
+    return self._advance(ctx, state.replace(plan=plan), fed)
 
-  def _done(self, verdict: Verdict, is_round_R: jax.Array) -> jax.Array:
-    """bool [R]: rows that are final after the pass.
+  def _done(
+      self, state: Rows, verdict: Verdict, row_Q: jax.Array,
+      is_round_H: jax.Array,
+  ) -> jax.Array:
+    """bool [H]: rows that are final after the pass.
 
     The first row after the pass that commits it; and, if adaptive, rows that a
     round left as they are, where those above are final.
     """
-    rejected_W = verdict.had_draft & ~verdict.passed
-    is_clean_R = is_round_R & self.adaptive & ~jnp.any(
-        rejected_W.reshape(len(is_round_R), -1), axis=1
+    rejected_Q = verdict.had_draft & ~verdict.passed
+    changed_Q = jnp.where(rejected_Q, row_Q, is_round_H.shape[0])
+    is_changed_H = jnp.zeros_like(is_round_H).at[changed_Q].set(
+        True, mode="drop"
     )
-    is_done_R = is_clean_R.at[0].set(is_clean_R[0] | ~is_round_R[0])
-    return jnp.cumprod(is_done_R).astype(bool)
+    is_clean_H = is_round_H & self.adaptive & ~is_changed_H
+    row_H = jnp.arange(is_round_H.shape[0])
+    is_first_H = (row_H == state.lead) & ~is_round_H
+    is_done_H = (row_H < state.lead) | is_first_H | is_clean_H
+    return jnp.cumprod(is_done_H).astype(bool)
 
-  def _advance(
-      self, ctx: Context, state: Rows, hidden_GWD: jax.Array
-  ) -> Rows:
+  def _advance(self, ctx: Context, state: Rows, fed: Fed) -> Rows:
     """State with the window moved on and what is due drafted."""
     grid, entered = ctx.model.grid, state.entered
-    moved = rows_lib.move(state, rows_lib.full_lead(grid, state), state.first)
+    lead = rows_lib.first_open(grid, state.final)
+    moved = rows_lib.move(state, lead, state.first)
     plan = state.plan
     if self.schedule != "pipelined":
       # A block's next row begins its own rounds.
       more = self.staged_rounds if self.schedule == "staged" else 0
-      is_next = (moved.lead > state.lead) & (moved.lead < entered)
+      is_next = (lead > state.lead) & (lead < entered)
       plan = plan.replace(
-          rounds=plan.rounds.at[moved.lead].max(jnp.where(is_next, more, 0))
+          rounds=plan.rounds.at[lead].max(jnp.where(is_next, more, 0))
       )
     moved = moved.replace(plan=plan)
     if grid.cols > 1:
-      moved = self._draft_group(ctx, state, moved, hidden_GWD)
+      moved = self._draft_group(ctx, state, moved, fed)
     if grid.rows > 1:
-      moved = self._draft_block(ctx, state, moved, hidden_GWD)
+      moved = self._draft_block(ctx, state, moved, fed)
     return moved
 
   def _draft_group(
-      self, ctx: Context, state: Rows, moved: Rows, hidden_GWD: jax.Array
+      self, ctx: Context, state: Rows, moved: Rows, fed: Fed
   ) -> Rows:
     """State with the next group of row 0 drafted, if the last is final."""
     cols = ctx.model.grid.cols
     count = jnp.sum(state.final[:cols])
     is_due = (count < cols) & (jnp.sum(state.known[:cols]) == count)
     last = jnp.reshape(count - 1, 1)
-    hidden_G1D = row_drafts.predictors(state, hidden_GWD, jnp.int32(0), last)
+    hidden_G1D, _ = row_drafts.predictors(state, fed, last)
     reach = min(self._heads(ctx.model)[0], cols - 1)
     q_KV = jnp.concatenate([
         row_drafts.spread(ctx, state, "horizontal", offset, (last, hidden_G1D))
@@ -187,7 +193,7 @@ class SSD:
     ))
 
   def _draft_block(
-      self, ctx: Context, state: Rows, moved: Rows, hidden_GWD: jax.Array
+      self, ctx: Context, state: Rows, moved: Rows, fed: Fed
   ) -> Rows:
     """State with the next rows drafted from the last one, if they are due."""
     grid, entered = ctx.model.grid, state.entered
@@ -196,7 +202,7 @@ class SSD:
       is_due |= (moved.lead > 0) & (state.plan.waited >= self._lag())
     source_C = jnp.asarray(grid.slot_of)[entered - 1]
     cols_C = jnp.arange(grid.cols)
-    hidden_GCD = row_drafts.predictors(state, hidden_GWD, entered - 1, cols_C)
+    hidden_GCD, _ = row_drafts.predictors(state, fed, source_C)
     plan = moved.plan
     for offset in range(1, self._heads(ctx.model)[1] + 1):
       row = entered + offset - 1
@@ -216,9 +222,10 @@ class SSD:
     return moved.replace(plan=plan)
 
   def _rows_in_flight(self, model: Model) -> int:
+    rows = max(self._heads(model)[1], 1)
     if self.schedule == "pipelined":
-      return -(-(self.rounds + 1) // self._lag())
-    return max(self._heads(model)[1], 1)
+      rows = -(-(self.rounds + 1) // self._lag())
+    return min(rows, model.grid.rows)
 
   def _lag(self) -> int:
     return min(self.lag, self.rounds + 1)
@@ -237,3 +244,9 @@ class SSD:
           "stair"
       )
     return used
+
+
+def _in_flight(grid: Grid, state: Rows) -> jax.Array:
+  """bool [H]: rows that have entered and are not final."""
+  row_H = jnp.arange(grid.rows)
+  return (row_H >= state.lead) & (row_H < state.entered)

@@ -11,15 +11,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jax.scipy.special
 
 from ssd_jax.config import UserError, check
-from ssd_jax.decoding import row_drafts, rows as rows_lib
+from ssd_jax.decoding import row_drafts, row_queries, rows as rows_lib
 from ssd_jax.decoding.engine import Context
+from ssd_jax.decoding.row_drafts import Fed
 from ssd_jax.decoding.rows import Rows, Verdict
 from ssd_jax.grid import Grid
 from ssd_jax.types import Model, Queries
 
-DRAFTS = ("auto", "heads", "above")
+DRAFTS = ("auto", "heads", "above", "around", "copy", "both")
+_NEED_HEADS = ("heads", "both")
 _ROW_0, _ROW_BELOW = range(2)  # purposes of drafting
 
 
@@ -28,23 +31,34 @@ class _Staircase:
   """What both staircases share.
 
   Attributes:
-    entry: Final cells of a row at which the row below is drafted.
+    entry: Final cells of a row at which the row below is drafted; 0 is as soon
+      as it is drafted itself.
     rows: Rows in flight.
+    queries: Slots fed in a pass, the first of those that have something to say;
+      None is enough for all of them.
     drafts: Where a row's first drafts come from: "heads" (horizontal in row 0,
-      vertical below), "above" (the distributions of the cells above, and of
-      cell 0 in row 0) or "auto" (heads where there are any).
+      vertical below), "above" (the distribution of the cell above; in row 0 of
+      cell 0), "around" (those of the three cells above, blurred), "copy" (the
+      token above), "both" (heads and above, averaged) or "auto" (heads where
+      there are any, else above).
     coupled: Draw each cell with its own noise in every pass, AR's, instead of
       testing by min(1, p / q) with the noise of the pass.
   """
 
   entry: int = 1
   rows: int = 4
+  queries: int | None = None
   drafts: str = "auto"
   coupled: bool = False
 
+  row_causal = False
+  sure = 0.0
+
   def __post_init__(self):
-    check(self.entry >= 1, "entry", self.entry, ">= 1")
+    check(self.entry >= 0, "entry", self.entry, ">= 0")
     check(self.rows >= 1, "rows", self.rows, ">= 1")
+    check(self.queries is None or self.queries >= 1, "queries", self.queries,
+          ">= 1")
     check(self.drafts in DRAFTS, "drafts", self.drafts,
           f"one of {', '.join(DRAFTS)}")
 
@@ -55,41 +69,83 @@ class _Staircase:
   def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Rows:
     """State with row 0 drafted."""
     grid = ctx.model.grid
-    if self.drafts == "heads" and min(ctx.model.heads) < 1:
+    if self.drafts in _NEED_HEADS and min(ctx.model.heads) < 1:
       raise UserError(
-          "got drafts=heads for a model without spatial heads, expected them "
-          "at hand; train them, or use drafts=above"
+          f"got drafts={self.drafts} for a model without spatial heads, "
+          "expected them at hand; train them, or use drafts=above"
       )
-    first_R, width = rows_lib.full_window(grid, min(self.rows, grid.rows))
-    state = rows_lib.start(ctx, p_V, hidden_GD, first_R, width)
+    rows = min(self.rows, grid.rows)
+    state = rows_lib.start(ctx, p_V, hidden_GD, rows, grid.cols)
     state = self._draft_row_0(ctx, state, p_V)
     if grid.cols > 1:
       return state
-    shape = (hidden_GD.shape[0], len(state.q), hidden_GD.shape[1])
-    return self._advance(ctx, state, jnp.zeros(shape, hidden_GD.dtype))
+    return self._advance(ctx, state, row_drafts.no_pass(grid, hidden_GD))
 
   def propose(self, ctx: Context, state: Rows) -> Queries:
-    """Every token of the rows in flight."""
-    return rows_lib.propose(ctx, state, getattr(self, "row_causal", False))
+    """What is open in the rows in flight."""
+    grid = ctx.model.grid
+    needed_N = self._needed(ctx.model, state)
+    return row_queries.propose(
+        ctx, state, needed_N, self._size(grid), self.row_causal
+    )
 
   def resolve(
       self, ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
       hidden_GQD: jax.Array,
   ) -> Rows:
     """State with every draft tested and each row's next cells final."""
+    grid = ctx.model.grid
     verdict = rows_lib.judge(ctx, state, queries, p_QV, self.coupled)
-    above = self._lookahead(ctx.model.grid.cols)
-    final_W = verdict.is_open & climb(verdict, ctx.model.grid, above)
+    final_Q = self._climb(grid, state, verdict)
     state = rows_lib.commit(
-        state, queries, verdict, verdict.had_draft, final_W
+        state, queries, verdict, verdict.had_draft, final_Q
     )
-    return self._advance(ctx, state, hidden_GQD)
+    return self._advance(ctx, state, (queries.slots, hidden_GQD))
 
   def _lookahead(self, cols: int) -> int:
     raise NotImplementedError
 
+  def _size(self, grid: Grid) -> int:
+    most = min(self.rows, grid.rows) * grid.row_slots
+    wanted = most if self.queries is None else self.queries
+    return min(max(wanted, 1 + int(grid.end_of_row)), most)
+
+  def _needed(self, model: Model, state: Rows) -> jax.Array:
+    """bool [N]: slots to feed; heads want the whole of the row they look at."""
+    grid = model.grid
+    needed_N = row_queries.open_rows(grid, state)
+    if self._uses_heads(model):
+      row_N, _ = rows_lib.place(grid, jnp.arange(grid.length) + 1)
+      is_source_N = (row_N == state.entered - 1) & (state.entered < grid.rows)
+      needed_N |= is_source_N & row_queries.whole_rows(grid, state)
+    return needed_N
+
+  def _climb(self, grid: Grid, state: Rows, verdict: Verdict) -> jax.Array:
+    """bool [Q]: cells that become final.
+
+    In a row whose first n cells are final or passed, cell n was redrawn in
+    their company, so n + 1 may become final, but only n were fed as such: only
+    those count for the row below.
+    """
+    row_Q, col_Q = rows_lib.place(grid, verdict.cells)
+    rows = state.first.shape[0]
+    row_R = jnp.minimum(state.lead + jnp.arange(rows), grid.rows - 1)
+    fill_R = rows_lib.prefix(grid, state.final)[row_R]
+    run_R = rows_lib.run(grid, state, verdict)[row_R]
+    ahead_RC = jnp.full((rows, grid.cols), self._lookahead(grid.cols))
+    if self.sure:
+      entropy_Q = jnp.sum(jax.scipy.special.entr(verdict.p), axis=-1)
+      is_sure_Q = verdict.is_open & (entropy_Q <= self.sure)
+      at_Q = jnp.where(is_sure_Q, row_Q - state.lead, rows)
+      ahead_RC = ahead_RC.at[at_Q, col_Q].set(0, mode="drop")
+    # Cells that were drafts in the pass are hidden from other rows, or not.
+    fed_R = fill_R if self.row_causal else run_R
+    count_R = allow(fill_R, run_R, fed_R, ahead_RC)
+    at_Q = jnp.clip(row_Q - state.lead, 0, rows - 1)
+    return verdict.is_open & (col_Q < count_R[at_Q])
+
   def _uses_heads(self, model: Model) -> bool:
-    return self.drafts != "above" and min(model.heads) >= 1
+    return self.drafts in ("auto", *_NEED_HEADS) and min(model.heads) >= 1
 
   def _draft_row_0(self, ctx: Context, state: Rows, p_V: jax.Array) -> Rows:
     """State with the cells right of cell 0 drafted from what predicted it."""
@@ -110,30 +166,47 @@ class _Staircase:
         state, cols_K, index_K, drafts, jnp.bool_(True)
     )
 
-  def _advance(
-      self, ctx: Context, state: Rows, hidden_GWD: jax.Array
-  ) -> Rows:
+  def _advance(self, ctx: Context, state: Rows, fed: Fed) -> Rows:
     """State with the window moved on and the next row drafted if it is due."""
     grid = ctx.model.grid
     entry = rows_lib.clamp(self, "entry", grid.cols, "the columns")
-    cells_RC = jnp.asarray(grid.slot_of)
     row, cols_C = state.entered, jnp.arange(grid.cols)
-    above_C = cells_RC[row - 1]
-    moved = rows_lib.move(state, rows_lib.full_lead(grid, state), state.first)
+    above_C = jnp.asarray(grid.slot_of)[row - 1]
+    lead = rows_lib.first_open(grid, state.final)
+    moved = rows_lib.move(state, lead, state.first)
+    needed = jnp.sum(self._needed(ctx.model, moved))
     is_due = (
-        (row < grid.rows) & (row < moved.lead + state.first.shape[0])
+        (row < grid.rows) & (row < lead + state.first.shape[0])
         & (jnp.sum(state.final[above_C]) >= entry)
+        & (needed < self._size(grid))
     )
-    if self._uses_heads(ctx.model):
-      hidden_GCD = row_drafts.predictors(state, hidden_GWD, row - 1, cols_C)
-      q_CV = row_drafts.spread(ctx, state, "vertical", 1, (above_C, hidden_GCD))
-    else:
-      q_CV = state.q[rows_lib.window_index(state, row - 1, cols_C)]
+    q_CV = self._guess(ctx, state, fed, above_C)
     slots_C = above_C + grid.row_slots
     drafts = row_drafts.draw(ctx, q_CV, slots_C, self._how(), _ROW_BELOW)
     index_C = rows_lib.window_index(moved, row, cols_C)
     moved = row_drafts.put_drafts(moved, slots_C, index_C, drafts, is_due)
     return moved.replace(entered=row + is_due)
+
+  def _guess(
+      self, ctx: Context, state: Rows, fed: Fed, above_C: jax.Array
+  ) -> jax.Array:
+    """float32 [C, V]: what the row below a row is drafted from."""
+    place = rows_lib.place(ctx.model.grid, above_C)
+    q_CV = state.q[rows_lib.window_index(state, *place)]
+    if self.drafts == "copy":
+      return jax.nn.one_hot(state.tokens[above_C], ctx.model.vocab)
+    if self.drafts == "around":
+      padded = jnp.concatenate([q_CV[:1], q_CV, q_CV[-1:]])
+      return (padded[:-2] + 2 * q_CV + padded[2:]) / 4
+    if not self._uses_heads(ctx.model):
+      return q_CV
+    hidden_GCD, is_fed_C = row_drafts.predictors(state, fed, above_C)
+    heads_CV = row_drafts.spread(
+        ctx, state, "vertical", 1, (above_C, hidden_GCD)
+    )
+    if self.drafts == "both":
+      heads_CV = (heads_CV + q_CV) / 2
+    return jnp.where(is_fed_C[:, None], heads_CV, q_CV)
 
   def _how(self) -> str:
     return "coupled" if self.coupled else "sample"
@@ -146,10 +219,13 @@ class Stair(_Staircase):
   Attributes:
     lookahead: Final cells of the row above right of, and including, the one
       above; from the number of columns on, the output's law is AR's.
+    sure: Entropy in nats up to which a cell needs none of these, but only those
+      to the left of the one above.
     row_causal: Hide the drafts of other rows (PJD's mask).
   """
 
   lookahead: int = 2
+  sure: float = 0.0
   row_causal: bool = False
   name = "stair"
   lossless = False
@@ -157,9 +233,14 @@ class Stair(_Staircase):
   def __post_init__(self):
     super().__post_init__()
     check(self.lookahead >= 0, "lookahead", self.lookahead, ">= 0")
+    check(self.sure >= 0, "sure", self.sure, ">= 0")
+
+  def lossless_on(self, grid: Grid) -> bool:
+    """Whether rows wait for the whole of the row above."""
+    return grid.rows == 1 or (self.lookahead >= grid.cols and not self.sure)
 
   def _lookahead(self, cols: int) -> int:
-    return self.lookahead
+    return min(self.lookahead, cols)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,23 +266,29 @@ class Exact(_Staircase):
     return cols
 
 
-def climb(verdict: Verdict, grid: Grid, lookahead: int) -> jax.Array:
-  """bool [W]: cells that the rows above them allow to become final.
+def allow(
+    fill_R: jax.Array, run_R: jax.Array, fed_R: jax.Array, ahead_RC: jax.Array
+) -> jax.Array:
+  """int32 [R]: cells of each row that are final after a pass.
 
-  In a row whose first n cells are final or passed, cell n was redrawn in their
-  company, so n + 1 may become final, but only n were fed as such: only those
-  count for the row below.
+  Args:
+    fill_R: int32, cells that were final before it.
+    run_R: int32, leading cells that are final or passed.
+    fed_R: int32, those of them that the rows below saw.
+    ahead_RC: int32, cells that the row above has to be ahead of each cell.
   """
-  cols = grid.cols
-  good_RM = (~verdict.is_open | verdict.passed).reshape(-1, grid.row_slots)
-  run_R = jnp.sum(jnp.cumprod(good_RM[:, -cols:], axis=1), axis=1)
+  cols = ahead_RC.shape[1]
+  col_C = jnp.arange(cols)
 
-  def step(above, run):
-    allowed = jnp.where(
-        above >= cols, cols, jnp.clip(above - lookahead + 1, 0, cols)
+  def step(above, row):
+    fill, run, fed, ahead_C = row
+    is_allowed_C = (
+        (above >= jnp.minimum(col_C + ahead_C, cols)) | (col_C < fill)
     )
-    return jnp.minimum(run, allowed), jnp.minimum(run + 1, allowed)
+    allowed = jnp.sum(jnp.cumprod(is_allowed_C.astype(jnp.int32)))
+    return jnp.minimum(fed, allowed), jnp.minimum(run + 1, allowed)
 
-  _, count_R = jax.lax.scan(step, jnp.asarray(cols, run_R.dtype), run_R)
-  col_M = jnp.arange(grid.row_slots) - (grid.row_slots - cols)
-  return (col_M < count_R[:, None]).reshape(-1)
+  _, count_R = jax.lax.scan(
+      step, jnp.int32(cols), (fill_R, run_R, fed_R, ahead_RC)
+  )
+  return count_R

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ssd_jax.config import check
-from ssd_jax.decoding import row_drafts, rows as rows_lib
+from ssd_jax.decoding import row_drafts, row_queries, rows as rows_lib
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.rows import Rows, Verdict
 from ssd_jax.grid import Grid
@@ -46,6 +46,10 @@ class ZipAR:
   def __post_init__(self):
     check(self.window >= 1, "window", self.window, ">= 1")
 
+  def lossless_on(self, grid: Grid) -> bool:
+    """Whether rows wait for the whole of the row above: AR, token for token."""
+    return grid.rows == 1 or self._lag(grid) == grid.cols
+
   def scratch(self, model: Model) -> int:
     """None."""
     return 0
@@ -53,15 +57,21 @@ class ZipAR:
   def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Rows:
     """State with the first cell final."""
     grid = ctx.model.grid
-    # A row that is done stays for the pass that feeds its last cell.
-    rows = -(-(grid.cols + 1) // self._lag(grid)) + 1
-    first_R = jnp.full(min(rows, grid.rows), -1).at[0].set(0)
-    state = rows_lib.start(ctx, p_V, hidden_GD, first_R, 1)
+    rows = min(-(-grid.cols // self._lag(grid)), grid.rows)
+    state = rows_lib.start(ctx, p_V, hidden_GD, rows, 1)
     return self._advance(grid, state)
 
   def propose(self, ctx: Context, state: Rows) -> Queries:
-    """The last token of every row."""
-    return rows_lib.propose(ctx, state)
+    """The last token of every row.
+
+    A row's very last is fed beside the rows below it, which are a whole lag
+    behind each other.
+    """
+    grid = ctx.model.grid
+    count_H = jnp.where(jnp.arange(grid.rows) < state.entered, 1, 0)
+    needed_N = row_queries.frontier(grid, state, count_H)
+    size = min(1 + grid.cols // self._lag(grid), grid.rows + 1)
+    return row_queries.propose(ctx, state, needed_N, size)
 
   def resolve(
       self, ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
@@ -70,41 +80,40 @@ class ZipAR:
     """State with one more cell in every row."""
     del hidden_GQD
     verdict = rows_lib.judge(ctx, state, queries, p_QV, coupled=True)
-    final_W = verdict.is_open
+    final_Q = verdict.is_open
     if self.adaptive:
-      verdict, is_final_W = self._judge_candidates(ctx, state, queries, verdict)
-      final_W &= is_final_W
+      verdict, is_final_Q = self._judge_candidates(ctx, state, queries, verdict)
+      final_Q &= is_final_Q
     state = rows_lib.commit(
-        state, queries, verdict, verdict.is_open, final_W
+        state, queries, verdict, verdict.is_open, final_Q
     )
     return self._advance(ctx.model.grid, state)
 
   def _judge_candidates(
       self, ctx: Context, state: Rows, queries: Queries, verdict: Verdict
   ) -> tuple[Verdict, jax.Array]:
-    """(verdict, bool [W] which cells are no mere candidates).
+    """(verdict, bool [Q] which cells are no mere candidates).
 
     Source: ZipAR, section 3.3.
     """
     grid = ctx.model.grid
     tested = rows_lib.judge(ctx, state, queries, verdict.p)
-    row_W = state.lead + jnp.arange(len(verdict.cells))
-    is_whole_H = rows_lib.fill(grid, state.final) == grid.cols
-    is_free_W = (row_W == 0) | is_whole_H.at[row_W - 1].get(mode="clip")
-    is_first_W = verdict.cells == row_W * grid.row_slots
-    tokens_W = jnp.where(
-        is_first_W & tested.had_draft, tested.tokens, verdict.tokens
+    row_Q, col_Q = rows_lib.place(grid, verdict.cells)
+    is_first_Q = col_Q == 0
+    is_free_Q = row_Q <= state.lead
+    tokens_Q = jnp.where(
+        is_first_Q & tested.had_draft, tested.tokens, verdict.tokens
     )
     return (
-        verdict.replace(tokens=tokens_W),
-        ~is_first_W | is_free_W | tested.passed,
+        verdict.replace(tokens=tokens_Q),
+        ~is_first_Q | is_free_Q | tested.passed,
     )
 
   def _advance(self, grid: Grid, state: Rows) -> Rows:
     """State with the next row begun if it is due."""
     row, rows = state.entered, state.first.shape[0]
-    fill_H = rows_lib.fill(grid, state.final)
-    lead = rows_lib.narrow_lead(grid, state)
+    fill_H = rows_lib.prefix(grid, state.final)
+    lead = rows_lib.first_open(grid, state.final)
     is_row_1 = (row == 1) & (not grid.end_of_row)
     needed = jnp.where(is_row_1, grid.cols, self._lag(grid))
     is_due = (
@@ -115,7 +124,7 @@ class ZipAR:
     source = (row - 2) * grid.row_slots + fill_H[row - 2] - 1
     state = row_drafts.stand_in(grid, state, row, source, is_due)
     fill_R = fill_H.at[lead + jnp.arange(rows)].get(mode="clip")
-    state = rows_lib.move(state, lead, fill_R - 1)
+    state = rows_lib.move(state, lead, fill_R)
     return state.replace(entered=row + is_due)
 
   def _lag(self, grid: Grid) -> int:
