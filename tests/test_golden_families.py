@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,9 +68,10 @@ def test_logits_of_both_streams(case):
     prompt = left_padded([golden["cond"], golden["uncond"]],
                          family.grid.length)
   params = {"trunk": checkpoints.restore(out / "trunk")}
-  hidden = family.generator.hidden(
-      params, prompt, jnp.asarray(np.stack([golden["tokens"]] * 2)))
-  ours = family.generator.logits(params, hidden)
+  generator = family.generator
+  logits = jax.jit(lambda params, *args: generator.logits(
+      params, generator.hidden(params, *args)))
+  ours = logits(params, prompt, jnp.asarray(np.stack([golden["tokens"]] * 2)))
   theirs = np.stack([golden["cond_logits"], golden["uncond_logits"]])
   assert _spread_error(ours, theirs) < 1e-4
 
@@ -84,10 +86,11 @@ def test_pixels_and_codes(case):
   rng = np.random.default_rng(0)
   rng.integers(0, 32, family.grid.length)
   ids = rng.integers(0, 32, (1, family.grid.rows, family.grid.cols))
-  ours = family.vq.apply(params, jnp.asarray(ids), method="decode")
+  apply = jax.jit(family.vq.apply, static_argnames="method")
+  ours = apply(params, jnp.asarray(ids), method="decode")
   assert _spread_error(ours, theirs) < 1e-4
-  latents = family.vq.apply(params, jnp.tanh(theirs), method="encode")
-  codes = family.vq.apply(params, latents, method="quantize")
+  latents = apply(params, jnp.tanh(theirs), method="encode")
+  codes = apply(params, latents, method="quantize")
   assert np.array_equal(codes, _GOLDEN[f"{name}/codes"])
 
 

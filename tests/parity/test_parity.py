@@ -52,9 +52,11 @@ def test_logits(case):
   family = case.family
   prompt, _ = family.encode_prompts(case.texts, True)
   sequences = _sequences(family.grid)
-  hidden = family.generator.hidden(
-      case.params, prompt, jnp.asarray(np.concatenate([sequences] * 2)))
-  ours = np.asarray(family.generator.logits(case.params, hidden))
+  generator = family.generator
+  logits = jax.jit(lambda params, *args: generator.logits(
+      params, generator.hidden(params, *args)))
+  ours = np.asarray(logits(
+      case.params, prompt, jnp.asarray(np.concatenate([sequences] * 2))))
   theirs = np.stack([
       case.reference.logits(text, conditional, list(tokens[:-1]))
       for conditional in (True, False)
@@ -94,8 +96,9 @@ def test_pictures(case):
   family = case.family
   codes = np.random.default_rng(1).integers(
       0, CODES, (2, family.grid.rows, family.grid.cols))
-  vq = lambda x, method: np.asarray(family.vq.apply(
-      {"params": case.vq_params}, jnp.asarray(x), method=method))
+  apply = jax.jit(family.vq.apply, static_argnames="method")
+  vq = lambda x, method: np.asarray(
+      apply({"params": case.vq_params}, jnp.asarray(x), method=method))
   ours = vq(codes, "decode")
   theirs = case.reference.decode(torch.tensor(codes)).permute(0, 2, 3, 1)
   error = np.abs(ours - theirs.numpy()).max() / theirs.std().item()
