@@ -68,7 +68,7 @@ def collect(
     **sampling: As for `Pipeline.generate`.
   """
   settings, guided = pipe.sampling(**sampling)
-  look = make_look(pipe.model)
+  look = make_look(pipe.family.generator.model())
   states, siblings, parents = [], [], []
   for start in range(0, len(tokens_BRC), batch):
     part = np.arange(start, start + batch).clip(max=len(tokens_BRC) - 1)

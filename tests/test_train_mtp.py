@@ -77,7 +77,7 @@ def draw_until_killed(folder):
   real, calls = features.os.replace, []
 
   def replace(partial, path):
-    if path.name.startswith("tokens-00001"):
+    if pathlib.Path(path).name.startswith("tokens-00001"):
       os.kill(os.getpid(), signal.SIGKILL)
     calls.append(real(partial, path))
 
