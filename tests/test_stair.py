@@ -124,7 +124,8 @@ def latest_passes(grid, decoder):
         waits.append(last[row, col - 1])
       if row:
         ahead = min(grid.cols, col + decoder.lookahead)
-        waits.append(last[row - 1, max(decoder.entry, 1) - 1])
+        # The first pass that may draft a row is the one after the prefill.
+        waits.append(max(2, last[row - 1, max(decoder.entry, 1) - 1]))
         waits.append(last[row - 1, ahead - 1] if ahead else 0)
       if row >= decoder.rows:
         waits.append(last[row - decoder.rows, -1])

@@ -111,14 +111,20 @@ class _Staircase:
     return min(max(wanted, 1 + int(grid.end_of_row)), most)
 
   def _needed(self, model: Model, state: Rows) -> jax.Array:
-    """bool [N]: slots to feed; heads want the whole of the row they look at."""
+    """bool [N]: slots to feed.
+
+    Heads want the whole of the row that they look at, if there is room: what is
+    open goes first, or rows would stand still.
+    """
     grid = model.grid
-    needed_N = row_queries.open_rows(grid, state)
-    if self._uses_heads(model):
-      row_N, _ = rows_lib.place(grid, jnp.arange(grid.length) + 1)
-      is_source_N = (row_N == state.entered - 1) & (state.entered < grid.rows)
-      needed_N |= is_source_N & row_queries.whole_rows(grid, state)
-    return needed_N
+    open_N = row_queries.open_rows(grid, state)
+    if not self._uses_heads(model):
+      return open_N
+    row_N, _ = rows_lib.place(grid, jnp.arange(grid.length) + 1)
+    is_source_N = (row_N == state.entered - 1) & (state.entered < grid.rows)
+    wanted_N = open_N | (is_source_N & row_queries.whole_rows(grid, state))
+    has_room = jnp.sum(wanted_N) <= self._size(grid)
+    return jnp.where(has_room, wanted_N, open_N)
 
   def _climb(self, grid: Grid, state: Rows, verdict: Verdict) -> jax.Array:
     """bool [Q]: cells that become final.
@@ -174,7 +180,7 @@ class _Staircase:
     above_C = jnp.asarray(grid.slot_of)[row - 1]
     lead = rows_lib.first_open(grid, state.final)
     moved = rows_lib.move(state, lead, state.first)
-    needed = jnp.sum(self._needed(ctx.model, moved))
+    needed = jnp.sum(row_queries.open_rows(grid, moved))
     is_due = (
         (row < grid.rows) & (row < lead + state.first.shape[0])
         & (jnp.sum(state.final[above_C]) >= entry)
