@@ -10,13 +10,14 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ssd_jax.config import UserError, check
-from ssd_jax.layout import save_picture
+from ssd_jax.layout import replacing, save_picture
 
 LAYOUTS = ("geneval", "dpg")
 _DPG_PICTURES = 4  # of a prompt, in a grid of two by two
@@ -109,29 +110,47 @@ def _parti(path: pathlib.Path) -> list[Item]:
 
 def export(
     layout: str, folder: pathlib.Path, items: Sequence[Item],
-    images: Sequence[Sequence[np.ndarray]],
+    images: Sequence[np.ndarray],
 ) -> None:
   """Writes pictures as an official scorer reads them.
+
+  What an earlier export left for other prompts is removed: the scorers take all
+  that they find.
 
   Args:
     layout: "geneval": 00000/metadata.jsonl, 00000/samples/0000.png and so on;
       "dpg": one PNG per prompt, named by its id, of four pictures in a grid.
     folder: Made where it is missing.
     items: Prompts with what the benchmark says of them.
-    images: Per prompt its pictures, uint8 [H, W, 3].
+    images: uint8 [H, W, 3] each, equally many for each prompt, in its order.
 
   Raises:
     UserError: when the prompts are not that benchmark's, or pictures are
       missing.
   """
   check(layout in LAYOUTS, "export", layout, f"one of {', '.join(LAYOUTS)}")
-  check_exportable(layout, items, min(map(len, images)))
-  for item, pictures in zip(items, images, strict=True):
+  count = len(images) // len(items)
+  check_exportable(layout, items, count)
+  _remove_others(layout, folder, [item.name for item in items])
+  for number, item in enumerate(items):
+    pictures = images[number * count:(number + 1) * count]
     if layout == "geneval":
       _export_geneval(folder / item.name, item, pictures)
     else:
-      folder.mkdir(parents=True, exist_ok=True)
       save_picture(_grid(pictures), folder / f"{item.name}.png")
+
+
+def _remove_others(
+    layout: str, folder: pathlib.Path, names: Sequence[str]
+) -> None:
+  """Removes exported prompts, and samples of GenEval's, of an older export."""
+  if layout == "geneval":
+    for path in folder.glob("[0-9]" * 5):
+      shutil.rmtree(path)
+  else:
+    for path in folder.glob("*.png"):
+      if path.stem not in names:
+        path.unlink()
 
 
 def check_exportable(layout: str, items: Sequence[Item], pictures: int) -> None:
@@ -151,13 +170,11 @@ def check_exportable(layout: str, items: Sequence[Item], pictures: int) -> None:
 
 
 def _export_geneval(folder: pathlib.Path, item: Item, pictures) -> None:
-  (folder / "samples").mkdir(parents=True, exist_ok=True)
   for number, image in enumerate(pictures):
     save_picture(
         Image.fromarray(image), folder / "samples" / f"{number:04d}.png")
-  partial = folder / ".metadata.partial"
-  partial.write_text(json.dumps(item.metadata), "utf-8")
-  os.replace(partial, folder / "metadata.jsonl")
+  with replacing(folder / "metadata.jsonl") as partial:
+    partial.write_text(json.dumps(item.metadata), "utf-8")
 
 
 def _grid(pictures: Sequence[np.ndarray]) -> Image.Image:

@@ -6,15 +6,19 @@ from types import ModuleType
 from ssd_jax.config import UserError
 
 
+class MissingExtra(UserError):
+  """Packages of an extra are not installed."""
+
+
 def need(module: str, extra: str) -> ModuleType:
   """The imported module of an extra.
 
   Raises:
-    UserError: when the extra is not installed.
+    MissingExtra: when the extra is not installed.
   """
   try:
     return importlib.import_module(module)
   except ImportError as error:
-    raise UserError(
+    raise MissingExtra(
         f"got no module {module!r}, expected the packages of the extra "
         f"{extra!r}; run pip install 'ssd-jax[{extra}]'") from error

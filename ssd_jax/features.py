@@ -6,6 +6,7 @@ package is never imported and its pickle can build nothing but arrays.
 """
 
 import collections
+from collections.abc import Sequence
 import functools
 import hashlib
 import importlib.util
@@ -231,11 +232,12 @@ def _forward(params: dict, images_NHWC: jax.Array) -> jax.Array:
   return x_NHWC.mean((1, 2))
 
 
-def image_features(images_NHWC: np.ndarray) -> np.ndarray:
+def image_features(images_NHWC: Sequence[np.ndarray]) -> np.ndarray:
   """EfficientNet-Lite0's pooled features, float32 [N, 1280].
 
   Args:
-    images_NHWC: uint8 pictures of one size, RGB.
+    images_NHWC: RGB pictures of one size, as an array or as a sequence whose
+      slices are uint8 [n, H, W, 3].
 
   Raises:
     UserError: if the weights' package is not installed.

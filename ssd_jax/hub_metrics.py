@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 
+from ssd_jax.config import UserError
 from ssd_jax.extras import need
 
 _EXTRA = "metrics"
@@ -32,41 +33,61 @@ class HubFigures:
 
 
 def compute(
-    images: np.ndarray, texts: Sequence[str], real: np.ndarray | None
+    images: Sequence[np.ndarray], texts: Sequence[str],
+    real: Sequence[np.ndarray] | None,
 ) -> HubFigures:
   """The figures of pictures.
 
   Args:
-    images: uint8 [N, H, W, 3].
+    images: N pictures whose slices are uint8 [n, H, W, 3].
     texts: The prompt of each.
-    real: uint8 [M, H, W, 3], pictures of the world, or None. FID depends on how
-      many there are: the literature takes 30,000 of each.
+    real: Pictures of the world, or None. FID depends on how many there are: the
+      literature takes 30,000 of each.
 
   Raises:
     UserError: when the extra is not installed.
   """
-  torch = need("torch", _EXTRA)
-  device = "cuda" if torch.cuda.is_available() else "cpu"
-  clip_module = need("torchmetrics.multimodal.clip_score", _EXTRA)
-  clip = clip_module.CLIPScore(CLIP).to(device)
-  inception_module = need("torchmetrics.image.inception", _EXTRA)
-  inception = inception_module.InceptionScore().to(device)
+  clip = _make("torchmetrics.multimodal.clip_score", "CLIPScore", CLIP)
+  inception = _make("torchmetrics.image.inception", "InceptionScore")
   fid = None
   if real is not None:
-    fid_module = need("torchmetrics.image.fid", _EXTRA)
-    fid = fid_module.FrechetInceptionDistance().to(device)
+    fid = _make("torchmetrics.image.fid", "FrechetInceptionDistance")
     _update(fid, real, real=True)
     _update(fid, images, real=False)
   _update(inception, images)
   for start in range(0, len(images), _BATCH):
     part = slice(start, start + _BATCH)
-    clip.update(_tensor(images[part], device), list(texts[part]))
+    clip.update(_tensor(images[part], clip.device), list(texts[part]))
   return HubFigures(
       None if fid is None else float(fid.compute()), float(clip.compute()),
       float(inception.compute()[0]))
 
 
-def _update(metric, images: np.ndarray, **kwargs) -> None:
+def check_installed() -> None:
+  """Raises UserError unless the extra is installed."""
+  for module in ("torch", "torch_fidelity", "torchmetrics", "transformers"):
+    need(module, _EXTRA)
+
+
+def _make(module: str, name: str, *args):
+  """A metric with its network, on the device.
+
+  Raises:
+    UserError: when the extra is not installed or the hub is out of reach.
+  """
+  torch = need("torch", _EXTRA)
+  try:
+    metric = getattr(need(module, _EXTRA), name)(*args)
+  except OSError as error:  # of the hub's and of urllib's downloads alike
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise UserError(
+        f"got no network for {name} ({reason[:160]}), expected a machine that "
+        "reaches the model hub; what was drawn is kept: start again where it "
+        "does, or without --hub_metrics") from error
+  return metric.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _update(metric, images: Sequence[np.ndarray], **kwargs) -> None:
   for start in range(0, len(images), _BATCH):
     part = _tensor(images[start:start + _BATCH], metric.device)
     metric.update(part, **kwargs)

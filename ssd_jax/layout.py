@@ -1,6 +1,7 @@
 """Pictures and words laid out beside and below each other, and written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import os
 import pathlib
 from typing import Any
@@ -112,13 +113,26 @@ def save_picture(
   Raises:
     UserError: when the folder is full or cannot be written.
   """
+  with replacing(path) as partial:
+    image.save(partial, kind, **kwargs)
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A name to write to, beside `path`, which it replaces when written whole.
+
+  Raises:
+    UserError: when the folder is full or cannot be written.
+  """
   partial = path.with_name(f".{path.name}.partial")
   try:
-    image.save(partial, kind, **kwargs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield partial
     os.replace(partial, path)
   except OSError as error:
-    partial.unlink(missing_ok=True)
+    if partial.is_file():
+      partial.unlink()
     raise UserError(
-        f"got {error.strerror} while writing {path}, expected a folder with "
-        "room that can be written; choose another --out"
+        f"got {error.strerror or error} while writing {path}, expected a "
+        "folder with room that can be written; choose another --out"
     ) from error

@@ -145,37 +145,42 @@ def kernel_distance(
   """
   fewest = min(len(a_NF), len(b_MF))
   check(fewest >= 2, "images", fewest, "at least 2 for a kernel distance")
-  a_NF, b_MF = np.asarray(a_NF, np.float64), np.asarray(b_MF, np.float64)
-  kernels = (_cubic(a_NF, a_NF), _cubic(b_MF, b_MF), _cubic(a_NF, b_MF))
-  value = _mmd(*kernels, np.ones(len(a_NF)), np.ones(len(b_MF)))
-  count = min(subsets, fewest // 2)
+  count = max(min(subsets, fewest // 2), 1)
+  a, b = (np.array_split(np.asarray(x, np.float64), count)
+          for x in (a_NF, b_MF))
+  size_aK, size_bK = ([len(x) for x in parts] for parts in (a, b))
+  same_aKK, same_bKK, cross_KK = (
+      _kernel_sums(a, a), _kernel_sums(b, b), _kernel_sums(a, b))
+
+  def distance(keep_K):
+    n, m = keep_K @ size_aK, keep_K @ size_bK
+    return float(
+        keep_K @ same_aKK @ keep_K / (n * (n - 1))
+        + keep_K @ same_bKK @ keep_K / (m * (m - 1))
+        - 2 * (keep_K @ cross_KK @ keep_K) / (n * m))
+
+  value = distance(np.ones(count))
   if count < 2:
     return Estimate(value, None)
-  part_N = np.arange(len(a_NF)) * count // len(a_NF)
-  part_M = np.arange(len(b_MF)) * count // len(b_MF)
-  left_out = [
-      _mmd(*kernels, 1.0 * (part_N != i), 1.0 * (part_M != i))
-      for i in range(count)
-  ]
+  left_out = [distance(1.0 - part_K) for part_K in np.eye(count)]
   return Estimate(value, float(np.sqrt((count - 1) * np.var(left_out))))
 
 
-def _cubic(a_NF: np.ndarray, b_MF: np.ndarray) -> np.ndarray:
-  return (a_NF @ b_MF.T / a_NF.shape[1] + 1) ** 3
+def _kernel_sums(
+    a: list[np.ndarray], b: list[np.ndarray]
+) -> np.ndarray:
+  """Sums of the cubic kernel over each pair of parts, [K, K].
 
-
-def _mmd(
-    k_NN: np.ndarray,
-    k_MM: np.ndarray,
-    k_NM: np.ndarray,
-    keep_N: np.ndarray,
-    keep_M: np.ndarray,
-) -> float:
-  """The unbiased squared MMD of the kept rows, without the diagonals."""
-  n, m = keep_N.sum(), keep_M.sum()
-  same_a = (keep_N @ k_NN @ keep_N - keep_N @ np.diag(k_NN)) / (n * (n - 1))
-  same_b = (keep_M @ k_MM @ keep_M - keep_M @ np.diag(k_MM)) / (m * (m - 1))
-  return float(same_a + same_b - 2 * (keep_N @ k_NM @ keep_M) / (n * m))
+  Part by part: the kernel of all pairs of pictures may not fit. Within one set
+  (a is b) the kernel of a picture with itself is left out.
+  """
+  sums_KK = np.zeros((len(a), len(b)))
+  for i, a_NF in enumerate(a):
+    for j, b_MF in enumerate(b):
+      kernel_NM = (a_NF @ b_MF.T / a_NF.shape[1] + 1) ** 3
+      own = np.trace(kernel_NM) if a is b and i == j else 0.0
+      sums_KK[i, j] = kernel_NM.sum() - own
+  return sums_KK
 
 
 def retrieval_ranks(

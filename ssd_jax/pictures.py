@@ -7,7 +7,6 @@ T frames; R rows and C columns of the grid; H, W pixels.
 
 from collections.abc import Sequence
 import dataclasses
-import os
 import pathlib
 from typing import Any
 
@@ -24,6 +23,7 @@ _BLANK = 236  # grey of cells that hold nothing yet
 _DIM = 0.5  # share of that grey in drafts
 _MOST_FRAMES = 96
 _SECONDS = 6.0  # of an animation
+_MARKERS = "os^Dv*P"
 # Dark blue through green to yellow, evenly bright steps (after viridis).
 _HEAT = np.array([
     (68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
@@ -173,7 +173,8 @@ def write_trace(
     gif = stem.with_name(f"{stem.name}_filling.gif")
     save_animation(frames, gif)
     folder = gif.with_suffix("")
-    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):  # of a longer animation
+      old.unlink()
     for number, frame in enumerate(frames):
       layout.save_picture(frame, folder / f"{number:03d}.png")
     heat = stem.with_name(f"{stem.name}_passes.png")
@@ -210,46 +211,78 @@ class Point:
 
   Attributes:
     label: Of the decoder.
+    is_lossless: Whether it claims AR's law.
     speed: AR's time over the decoder's.
     speeds: Quartiles of it.
-    quality: Zero for AR.
+    quality: What is lost.
     qualities: Its 95% interval, or None.
   """
 
   label: str
+  is_lossless: bool
   speed: float
-  speeds: tuple[float, float]
+  speeds: Sequence[float]
   quality: float
-  qualities: tuple[float, float] | None
+  qualities: Sequence[float] | None
 
 
-def pareto(points: Sequence[Point], name: str, path: pathlib.Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """A plot of speed against one quality.
+
+  Attributes:
+    name: Of the quality.
+    points: One per decoder.
+    spread: The interval of a second AR run, or None.
+  """
+
+  name: str
+  points: Sequence[Point]
+  spread: Sequence[float] | None
+
+
+def pareto(panels: Sequence[Panel], path: pathlib.Path) -> None:
   """Writes speed against what is lost, with error bars.
 
   Args:
-    points: One per decoder.
-    name: Of the quality.
+    panels: Beside each other, the first with all decoders; no file where none.
     path: Of the PNG.
 
   Raises:
-    UserError: when matplotlib is not installed.
+    MissingExtra: when matplotlib is not installed.
   """
-  figure = need("matplotlib.figure", "bench").Figure((7, 5), layout="tight")
-  axes = figure.add_subplot()
-  for p in points:
+  if not panels:
+    return
+  figure = need("matplotlib.figure", "bench").Figure(
+      (1.5 + 5.5 * len(panels), 5), layout="constrained")
+  styles = {
+      p.label: dict(color=f"C{i % 10}", fmt=_MARKERS[i % len(_MARKERS)])
+      for i, p in enumerate(panels[0].points)}
+  for number, panel in enumerate(panels, 1):
+    _plot(figure.add_subplot(1, len(panels), number), panel, styles)
+  handles, labels = figure.axes[0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+  with layout.replacing(path) as partial:
+    figure.savefig(partial, format="png", dpi=150)
+
+
+def _plot(axes: Any, panel: Panel, styles: dict[str, dict]) -> None:
+  """Draws the points of a panel, exact ones filled, and AR's own spread."""
+  for p in panel.points:
     lo, hi = p.qualities or (p.quality, p.quality)
     axes.errorbar(
         p.speed, p.quality, _bar(p.quality, lo, hi), _bar(p.speed, *p.speeds),
-        fmt="o", capsize=2)
-    axes.annotate(p.label, (p.speed, p.quality), fontsize=8,
-                  xytext=(5, 4), textcoords="offset points")
-  axes.margins(x=0.2, y=0.1)
+        **styles[p.label], capsize=2, elinewidth=0.8,
+        markerfacecolor=None if p.is_lossless else "white",
+        label=p.label if p.is_lossless else f"{p.label} (relaxed)")
+  if panel.spread:
+    farthest = max(map(abs, panel.spread))
+    axes.axhspan(-farthest, farthest, color="grey", alpha=0.15, linewidth=0,
+                 label="AR's own spread")
+  axes.margins(x=0.1, y=0.1)
   axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
   axes.set_xlabel("speed: AR's seconds per image over the decoder's")
-  axes.set_ylabel(name)
-  figure_file = path.with_name(f".{path.name}.partial")
-  figure.savefig(figure_file, format="png", dpi=150)
-  os.replace(figure_file, path)
+  axes.set_ylabel(f"{panel.name} (0: as good as ar)")
 
 
 def _bar(value: float, low: float, high: float) -> list[list[float]]:

@@ -5,18 +5,20 @@ N images, P prompts, F features.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ssd_jax import benchmark, features, metrics
-from ssd_jax.benchmark import Run
+from ssd_jax import features, metrics, shards
+from ssd_jax.config import UserError
 from ssd_jax.data import sources
-from ssd_jax.data.pictures import hash_fraction
+from ssd_jax.data.pictures import hash_fraction, to_square
 from ssd_jax.metrics import Estimate, Gap
 from ssd_jax.pipeline import Pipeline
+from ssd_jax.shards import Run
 
 _Z = 1.96  # of a 95% interval
 
@@ -91,8 +93,8 @@ def assess(
       quality = dataclasses.replace(
           quality, **_pictures(own_NF, other_NF, references))
     found.append(quality)
-  if rerun is None:
-    return found
+  if rerun is None or found[rerun].gap.interval is None:
+    return found  # no spread is known
   return [
       q if index == ar else dataclasses.replace(
           q, within_ar=judge(q, found[rerun], index == rerun))
@@ -110,8 +112,8 @@ def judge(quality: Quality, rerun: Quality, is_rerun: bool = False) -> bool:
       1.96 standard errors of the difference, where both are known.
   The yardstick itself is held to its own intervals: 0 must lie in them.
   """
-  gap_ends = rerun.gap.interval or (rerun.gap.value,) * 2
-  width = _Z * (rerun.extra.error or 0.0)
+  gap_ends = rerun.gap.interval
+  width = _Z * rerun.extra.error
   extra_ends = (rerun.extra.value - width, rerun.extra.value + width)
   if is_rerun:
     return all(low <= 0 <= high for low, high in (gap_ends, extra_ends))
@@ -186,26 +188,72 @@ def emoji_captions(split: str | None) -> list[str]:
   return list(dict.fromkeys(labels))
 
 
+class FolderPictures(Sequence):
+  """The real pictures of a folder, square, read when asked for.
+
+  Raises:
+    UserError: when there are fewer than two, or one cannot be read.
+  """
+
+  def __init__(self, folder: str, pixels: int = features.INPUT_SIZE):
+    kinds = (".png", ".jpg", ".jpeg", ".webp")
+    self._files = sorted(
+        f for f in pathlib.Path(folder).glob("*") if f.suffix.lower() in kinds)
+    self._pixels = pixels
+    if len(self._files) < 2:
+      raise UserError(
+          f"got {len(self._files)} pictures in --real_images {folder}, "
+          "expected two or more .png, .jpg or .webp; check the folder")
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int | slice) -> np.ndarray:
+    if isinstance(index, slice):
+      return np.stack([self._read(file) for file in self._files[index]])
+    return self._read(self._files[index])
+
+  def _read(self, file: pathlib.Path) -> np.ndarray:
+    try:
+      return to_square(Image.open(file), self._pixels)
+    except OSError as error:
+      raise UserError(
+          f"got an unreadable picture {file}, expected .png, .jpg or .webp; "
+          "remove or replace it") from error
+
+
 def make_references(
-    pipe: Pipeline, texts: Sequence[str], on_note: Callable[[str], None]
+    pipe: Pipeline, texts: Sequence[str], real: Sequence[np.ndarray] | None,
+    on_note: Callable[[str], None],
 ) -> References:
-  """Real emoji and the gallery, where prompts name emoji."""
+  """What pictures are compared with: real ones, and the gallery of emoji.
+
+  Args:
+    pipe: Whose tokenizer redraws the gallery.
+    texts: The prompt of each image.
+    real: Pictures of the world; None for the emoji that prompts name.
+    on_note: Told what takes its time.
+  """
   target_N = emoji_targets(texts)
-  if not (target_N >= 0).any():
-    return References(None, None, target_N)
-  on_note("features of all emoji, as the tokenizer redraws them (kept on disk)")
-  redraw, key = redraw_of(pipe)
-  gallery_MF = metrics.emoji_gallery(redraw, key)
-  source = sources.EmojiSource("all")
-  places = np.unique(target_N[target_N >= 0])
-  real = np.stack([source[int(i)]["image"] for i in places])
-  return References(features.image_features(real), gallery_MF, target_N)
+  gallery_MF = None
+  if (target_N >= 0).any():
+    redraw, key = redraw_of(pipe, on_note)
+    gallery_MF = metrics.emoji_gallery(redraw, key)
+    if real is None:
+      source = sources.EmojiSource("all")
+      places = np.unique(target_N[target_N >= 0])
+      real = np.stack([source[int(i)]["image"] for i in places])
+  real_MF = None if real is None else features.image_features(real)
+  return References(real_MF, gallery_MF, target_N)
 
 
-def redraw_of(pipe: Pipeline) -> tuple[Callable | None, str]:
+def redraw_of(
+    pipe: Pipeline, on_note: Callable[[str], None] = lambda text: None
+) -> tuple[Callable | None, str]:
   """(pictures -> pictures by the tokenizer, what names it and its weights).
 
-  (None, "") for a tokenizer without an encoder.
+  (None, "") for a tokenizer without an encoder. `on_note` is told when pictures
+  are redrawn.
   """
   if "encoder" not in pipe.vq_params:
     return None, ""
@@ -218,6 +266,8 @@ def redraw_of(pipe: Pipeline) -> tuple[Callable | None, str]:
     return vq.apply({"params": params}, z, method="quantize")
 
   def redraw(images_NHWC, batch=8):
+    on_note(f"features of {len(images_NHWC)} emoji as the tokenizer redraws "
+            "them, once: they are kept")
     tokens = []
     for start in range(0, len(images_NHWC), batch):
       part = np.arange(start, start + batch).clip(max=len(images_NHWC) - 1)
@@ -227,4 +277,4 @@ def redraw_of(pipe: Pipeline) -> tuple[Callable | None, str]:
       tokens.append(np.asarray(ids)[:len(images_NHWC) - start])
     return pipe.draw_tokens(np.concatenate(tokens), batch)
 
-  return redraw, f"{vq.cfg} {size} {benchmark.fingerprint(pipe.vq_params)}"
+  return redraw, f"{vq.cfg} {size} {shards.fingerprint(pipe.vq_params)}"

@@ -5,32 +5,47 @@ from typing import Any
 
 import numpy as np
 
-from ssd_jax.benchmark import Entry, Run
+from ssd_jax.benchmark import Entry, Run, Traits
 from ssd_jax.decoding import by_name
 from ssd_jax.hub_metrics import HubFigures
 from ssd_jax.metrics import Estimate
-from ssd_jax.pictures import Point
+from ssd_jax.pictures import Panel, Point
 from ssd_jax.quality import Quality
 
-_NOTES = """
+_SPEED = """
 *pass ratio*, *latency ratio*: the first ar's over the decoder's, above 1 is \
-faster. *queries*: slots fed per pass and image, idle ones included. *gap*: \
-mean surprisal of the base model per cell (guided, before top-k and top-p) \
-minus ar's for the same prompts, nats, with a 95% bootstrap interval over \
-prompts: above 0 damaged, below 0 collapsed. *excess*: mean over cells of \
-surprisal minus entropy, minus ar's. *FD*, *KID*: distances in \
-EfficientNet-Lite0's features, not the FID of the literature; FD is biased by \
-the number of images, KID is not. *R@k*: the emoji asked for is among the k \
-nearest of all. *in ar's spread*: gap and excess lie no further from 0 than \
-the farther end of the 95% interval of the second ar run, and KID to ar \
-exceeds that run's by no more than 1.96 standard errors; the second run is \
-held to its own intervals; "?" without a second ar run (such as ar:seed=1). \
-*peak memory*: of the compiled program, weights included.
+faster. *cells/pass*: mean over images. *queries*: slots fed per pass and \
+image, idle ones included. *s/image*: median and quartiles over images, \
+compiling not counted; all decoders draw a batch before the next begins. *peak \
+memory*: of the compiled program, weights included.
 """
+_QUALITY = """
+*nll*: mean surprisal of the base model per cell, guided, at the temperature, \
+before top-k and top-p, in nats. *gap*: minus ar's for the same prompts, with \
+a 95% bootstrap interval over prompts: above 0 damaged, below 0 collapsed. \
+*excess*: mean over cells of surprisal minus entropy, 0 in expectation for an \
+exact sampler that filters nothing; *over ar*: minus ar's, prompt by prompt. \
+*FD*, *KID*: distances in EfficientNet-Lite0's features to real pictures and \
+to ar's, not the FID of the literature; FD is biased upwards by few images, \
+KID is not. *R@k*: the emoji asked for is among the k nearest of all. ± one \
+standard error.
+"""
+_YARDSTICK = """
+**AR's own spread**, {label} against ar: gap {gap}, excess {extra}, FD {fd}, \
+KID {kid}. A decoder is *within* it when its gap and its excess over ar lie no \
+further from 0 than the farther end of the 95% intervals of these, and its KID \
+to ar exceeds this one by no more than 1.96 standard errors; {label} itself \
+when 0 lies in its own intervals.
+"""
+_NO_YARDSTICK = """
+AR's own spread is not known: add a second ar run, such as ar:seed=1, and \
+take two prompts or more.
+"""
+_VERDICTS = {None: "-", True: "yes", False: "no"}
 
 
 def row(
-    entry: Entry, run: Run, ar: Run | None, queries: int, quality: Quality,
+    entry: Entry, run: Run, ar: Run | None, traits: Traits, quality: Quality,
     hub: HubFigures | None,
 ) -> dict[str, Any]:
   """The decoder's row of results.json; null for what was not computed."""
@@ -40,12 +55,12 @@ def row(
       "decoder": entry.decoder.name,
       "settings": by_name.settings(entry.decoder),
       "seed": entry.seed,
-      "lossless": bool(entry.decoder.lossless),
+      "lossless": traits.is_lossless,
       "passes": {
           "mean": float(run.passes.mean()), "min": int(run.passes.min()),
           "max": int(run.passes.max())},
       "pass_ratio": ratio(ar and ar.passes.mean(), run.passes.mean()),
-      "queries": queries,
+      "queries": traits.queries,
       "seconds": {
           "median": float(median), "q25": float(q25), "q75": float(q75)},
       "latency_ratio": ratio(ar and np.median(ar.seconds), median),
@@ -96,43 +111,74 @@ def ratio(ar: float | None, own: float) -> float | None:
 
 
 def table(rows: Sequence[dict], details: Sequence[dict]) -> str:
-  """A markdown table of rows and their details, with what the words mean."""
-  heads = (
+  """Two markdown tables of rows and their details, and what the words mean."""
+  pairs = list(zip(rows, details, strict=True))
+  zero = next((r for r in rows if r["decoder"] == "ar"), None)
+  speed = _table((
       "decoder", "lossless", "passes (min-max)", "pass ratio", "cells/pass",
-      "queries", "s/image [quartiles]", "latency ratio", "nll", "gap [95%]",
-      "excess", "FD real", "FD ar", "KID real", "KID ar", "R@1", "R@10",
-      "in ar's spread", "peak memory")
-  lines = [_line(heads), _line(["---"] * len(heads))]
-  lines += [_line(_cells(r, d)) for r, d in zip(rows, details, strict=True)]
-  return "\n".join(lines) + "\n" + _NOTES
+      "queries", "s/image [quartiles]", "latency ratio", "peak memory"),
+      [_speed_cells(r, d) for r, d in pairs])
+  found = _table((
+      "decoder", "nll", "gap [95%]", "excess", "over ar", "FD real", "KID real",
+      "FD ar", "KID ar", "R@1", "R@10", "within ar's spread"),
+      [_quality_cells(r, d, r is zero) for r, d in pairs])
+  return "\n".join([speed + _SPEED, found + _QUALITY + _spread(pairs)])
 
 
-def _line(cells: Sequence[str]) -> str:
-  return f"| {' | '.join(cells)} |"
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+  whole = [heads, ["---"] * len(heads), *lines]
+  return "".join(f"| {' | '.join(cells)} |\n" for cells in whole)
 
 
-def _cells(r: dict, d: dict) -> list[str]:
-  """The texts of one line of the table."""
-  passes, seconds = r["passes"], r["seconds"]
-  interval = r["nll_gap_interval"]
-  gap = _number(r["nll_gap"], "+.3f")
-  if interval:
-    gap += f" [{interval[0]:+.3f}, {interval[1]:+.3f}]"
-  verdict = {None: "?", True: "yes", False: "no"}[r["within_ar_spread"]]
-  memory = d["peak_memory"]
+def _speed_cells(r: dict, d: dict) -> list[str]:
+  passes, seconds, memory = r["passes"], r["seconds"], d["peak_memory"]
   return [
       d["label"], "yes" if r["lossless"] else "no",
       f"{passes['mean']:.1f} ({passes['min']}-{passes['max']})",
       _number(r["pass_ratio"], ".2f"), f"{d['tokens_per_pass']:.2f}",
       str(r["queries"]),
       f"{seconds['median']:.3g} [{seconds['q25']:.3g}, {seconds['q75']:.3g}]",
-      _number(r["latency_ratio"], ".2f"), f"{r['nll']:.3f}", gap,
-      _estimate(d["excess_over_ar"], "+.3f"), _number(r["fd"], ".1f"),
-      _number(d["fd_to_ar"], ".1f"), _estimate(d["kid_to_real"], ".3f"),
-      _estimate(d["kid_to_ar"], ".3f"), _number(r["recall_at_1"], ".0%"),
-      _number(r["recall_at_10"], ".0%"), verdict,
+      _number(r["latency_ratio"], ".2f"),
       "-" if memory is None else f"{memory / 2**20:.0f} MiB",
   ]
+
+
+def _quality_cells(r: dict, d: dict, is_zero: bool) -> list[str]:
+  return [
+      d["label"], f"{r['nll']:.3f}", "0" if is_zero else _gap(r),
+      _estimate([r["excess"], r["excess_error"]], "+.3f"),
+      "0" if is_zero else _estimate(d["excess_over_ar"], "+.3f"),
+      _number(r["fd"], ".1f"), _estimate(d["kid_to_real"], ".3f"),
+      _number(d["fd_to_ar"], ".1f"), _estimate(d["kid_to_ar"], ".3f"),
+      _number(r["recall_at_1"], ".0%"), _number(r["recall_at_10"], ".0%"),
+      _VERDICTS[r["within_ar_spread"]],
+  ]
+
+
+def _spread(pairs: Sequence[tuple[dict, dict]]) -> str:
+  """How far two AR runs lie apart, in words."""
+  again = _rerun(pairs)
+  if again is None or again[0]["nll_gap_interval"] is None:
+    return _NO_YARDSTICK
+  r, d = again
+  return _YARDSTICK.format(
+      label=d["label"], gap=_gap(r),
+      extra=_estimate(d["excess_over_ar"], "+.3f"),
+      fd=_number(d["fd_to_ar"], ".1f"), kid=_estimate(d["kid_to_ar"], ".3f"))
+
+
+def _rerun(pairs: Sequence[tuple[dict, dict]]) -> tuple[dict, dict] | None:
+  """The first AR run whose seed is not that of the first AR run."""
+  ar = [(r, d) for r, d in pairs if r["decoder"] == "ar"]
+  others = [(r, d) for r, d in ar if r["seed"] != ar[0][0]["seed"]]
+  return others[0] if others else None
+
+
+def _gap(r: dict) -> str:
+  text, interval = _number(r["nll_gap"], "+.3f"), r["nll_gap_interval"]
+  if interval is None:
+    return text
+  return f"{text} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -144,17 +190,47 @@ def _estimate(pair: Sequence[float | None] | None, form: str) -> str:
     return "-"
   value, error = pair
   text = format(value, form)
-  return text if error is None else f"{text} +-{error:.3f}"
+  return text if error is None else f"{text} ±{error:.3f}"
 
 
-def points(rows: Sequence[dict], details: Sequence[dict]) -> list[Point]:
-  """Speed and likelihood gap of each decoder; none without an AR run."""
+def panels(rows: Sequence[dict], details: Sequence[dict]) -> list[Panel]:
+  """Speed against likelihood and, if computed, against the pictures of AR.
+
+  None without an AR run.
+  """
+  pairs = list(zip(rows, details, strict=True))
   ar = next((r for r in rows if r["decoder"] == "ar"), None)
   if ar is None:
     return []
-  time = ar["seconds"]["median"]
-  return [
-      Point(d["label"], r["latency_ratio"],
-            (time / r["seconds"]["q75"], time / r["seconds"]["q25"]),
-            r["nll_gap"], tuple(r["nll_gap_interval"] or ()) or None)
-      for r, d in zip(rows, details, strict=True)]
+  again = _rerun(pairs)
+  gaps, kids = [], []
+  for r, d in pairs:
+    speed = _speed(ar, r, d)
+    interval = r["nll_gap_interval"]
+    gaps.append(Point(**speed, quality=r["nll_gap"], qualities=interval))
+    if d["kid_to_ar"] is not None:
+      kid, interval = d["kid_to_ar"][0], _interval(d["kid_to_ar"])
+      kids.append(Point(**speed, quality=kid, qualities=interval))
+  found = [Panel(
+      "likelihood gap to ar, nats per cell", gaps,
+      again and again[0]["nll_gap_interval"])]
+  if kids:
+    found.append(Panel(
+        "KID to ar's pictures", kids,
+        again and _interval(again[1]["kid_to_ar"])))
+  return found
+
+
+def _interval(pair: Sequence[float | None] | None) -> list[float] | None:
+  """The 95% interval of a value and its error."""
+  if pair is None or pair[1] is None:
+    return None
+  return [pair[0] - 1.96 * pair[1], pair[0] + 1.96 * pair[1]]
+
+
+def _speed(ar: dict, r: dict, d: dict) -> dict[str, Any]:
+  """The speed of a point, with the quartiles of its time."""
+  time, seconds = ar["seconds"]["median"], r["seconds"]
+  return dict(
+      label=d["label"], is_lossless=r["lossless"], speed=r["latency_ratio"],
+      speeds=[time / seconds["q75"], time / seconds["q25"]])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 
 from absl import flags
 import numpy as np
@@ -10,12 +11,13 @@ from PIL import Image
 import pytest
 
 from ssd_jax import benchmark, features, metrics, quality, report, testing
-from ssd_jax.benchmark import Entry, Job, Run
+from ssd_jax.benchmark import Entry, Job, Run, Traits
 from ssd_jax.cli import benchmark as command, common, run as cli
 from ssd_jax.config import UserError
 from ssd_jax.data.sources import EmojiSource
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.jacobi import SJD
+from ssd_jax.decoding.zipar import ZipAR
 from ssd_jax.metrics import Estimate, Gap
 from ssd_jax.quality import Quality, References
 
@@ -94,12 +96,13 @@ def test_excess_of_ar_is_zero():
   assert abs(excess.value) < 4 * excess.error < 0.2
 
 
-def test_queries_are_counted_without_running():
+def test_traits_are_known_without_running():
   """AR feeds one slot per pass, a Jacobi window its size."""
   job = Job(PROMPTS)
-  count = lambda decoder: benchmark.count_queries(tiny(), decoder, job)
-  assert count(AR()) == 1
-  assert count(SJD(4)) == 4
+  traits = lambda decoder: benchmark.traits(tiny(), decoder, job)
+  assert traits(AR()) == Traits(1, True)
+  assert traits(SJD(4)) == Traits(4, True)
+  assert traits(ZipAR(2)).is_lossless is False
 
 
 def test_runs_are_what_generate_draws(tmp_path):
@@ -109,7 +112,8 @@ def test_runs_are_what_generate_draws(tmp_path):
   for entry, run in zip(entries(), runs, strict=True):
     out = pipe.generate(PROMPTS, entry.decoder, seed=entry.seed, batch=5)
     np.testing.assert_array_equal(run.tokens, out.tokens)
-    np.testing.assert_array_equal(run.images, out.images)
+    np.testing.assert_array_equal(run.images[:], out.images)
+    np.testing.assert_array_equal(run.images[4], out.images[4])
     np.testing.assert_array_equal(run.passes, out.passes)
     nll, entropy = pipe.nll(out.tokens, PROMPTS)
     np.testing.assert_allclose(run.nll, nll.mean((1, 2)), atol=1e-5)
@@ -163,7 +167,7 @@ def test_an_interrupted_run_goes_on(measured, tmp_path, monkeypatch):
   for a, b in zip(whole, again, strict=True):
     for field in dataclasses.fields(Run):
       np.testing.assert_array_equal(
-          getattr(a, field.name), getattr(b, field.name))
+          getattr(a, field.name)[:], getattr(b, field.name)[:])
 
 
 def test_shards_are_used_again_only_for_the_same_question(measured, tmp_path):
@@ -180,6 +184,14 @@ def test_shards_are_used_again_only_for_the_same_question(measured, tmp_path):
   assert count(pipe, entries("ar"), dataclasses.replace(job, batch=2)) == 1
   warm = dataclasses.replace(job, sampling=(("temperature", 0.5),))
   assert count(pipe, entries("ar"), warm) == 2
+  # A model whose own temperature that is asks the same question.
+  config = pipe.family.config.copy_and_resolve_references()
+  config.sampling.temperature = 0.5
+  own = dataclasses.replace(
+      pipe, family=dataclasses.replace(pipe.family, config=config))
+  assert count(own, entries("ar"), job) == 0
+  config.sampling.temperature = 0.7
+  assert count(own, entries("ar"), job) == 2
   other = dataclasses.replace(job, prompts=("cat", "red heart"))
   assert count(pipe, entries("ar"), other) == 2
   trunk = {**pipe.params["trunk"], "head": 2 * pipe.params["trunk"]["head"]}
@@ -281,19 +293,22 @@ def test_rows_have_the_promised_fields():
   ar, fast = fake_run(), fake_run(passes=np.array([1, 1, 1, 3]),
                                   seconds=np.full(4, 0.1))
   lone = Quality(1.0, None, Estimate(0.0, None), None)
-  row = report.row(entries()[1], fast, ar, 4, lone, None)
+  row = report.row(
+      entries()[1], fast, ar, Traits(4, True), lone, None)
   assert set(row) == ROW
   assert row["pass_ratio"] == pytest.approx(2)
   assert row["latency_ratio"] == pytest.approx(5)
   assert row["decoder"] == "sjd" and row["settings"] == {"window": 4}
   assert row["passes"] == {"mean": 1.5, "min": 1, "max": 3}
   assert row["nll_gap"] is row["fd"] is row["fid"] is row["clip"] is None
-  alone = report.row(entries()[1], fast, None, 4, lone, None)
+  alone = report.row(
+      entries()[1], fast, None, Traits(4, True), lone, None)
   assert alone["pass_ratio"] is alone["latency_ratio"] is None
   detail = report.detail(entries()[1], fast, lone, None)
   assert "| sjd:window=4 |" in report.table([row], [detail])
   json.dumps([row, detail], allow_nan=False)
-  assert report.points([row], [detail]) == []
+  assert "add a second ar run" in report.table([row], [detail])
+  assert report.panels([row], [detail]) == []
 
 
 def call(capsys, *args):
@@ -338,14 +353,19 @@ def test_the_command_without_features(on_tiny, capsys, tmp_path):
   low, high = second["nll_gap_interval"]
   assert low < 0 < high and low < second["nll_gap"] < high
   assert second["within_ar_spread"] is True and first["fd"] is None
-  assert (tmp_path / "table.md").read_text() in out
+  table = (tmp_path / "table.md").read_text()
+  assert table in out and "**AR's own spread**, ar:seed=1 against ar" in table
+  assert results["config"]["guidance"] == 2.0
   for name in ("sheet_000.png", "sheet_001.png", "pareto.png"):
     assert Image.open(tmp_path / name).size[0] > 100
   assert json.loads((tmp_path / "details.json").read_text())["rows"]
-  # Started again, everything is at hand.
+  # Started again, everything is at hand; fewer prompts leave fewer sheets.
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(benchmark, "measure", None)
     assert call(capsys, *arguments)[0] == 0
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert call(capsys, *arguments, "--num_prompts", 6)[0] == 0
+  assert not (tmp_path / "sheet_001.png").exists()
 
 
 def test_the_command_with_features_and_export(
@@ -354,7 +374,7 @@ def test_the_command_with_features_and_export(
   monkeypatch.setattr(features, "available", lambda: True)
   monkeypatch.setattr(
       features, "image_features",
-      lambda images: images.reshape(len(images), -1)[:, :9].astype(np.float32))
+      lambda images: np.float32(images[:].reshape(len(images), -1)[:, :9]))
   gallery = np.random.default_rng(0).normal(size=(1852, 9))
   monkeypatch.setattr(metrics, "emoji_gallery", lambda *args: gallery)
   status, out, _ = call(
@@ -370,7 +390,10 @@ def test_the_command_with_features_and_export(
 
 
 @pytest.mark.parametrize("args,named", [
-    (["--decoders", "arr"], "arr"), (["--num_prompts", "-1"], "num_prompts"),
+    (["--decoders", "arr"], "arr"), (["--num_prompts", "0"], "num_prompts"),
+    (["--decoders", ""], "decoder"), (["--decoders", "ar,,sjd"], "decoder"),
+    (["--decoders", "sjd:widow=3"], "widow"),
+    (["--real_images", "/nowhere"], "/nowhere"),
     (["--split", "test"], "split"), (["--batch", "0"], "batch"),
     (["--decoders", "ar", "--export", "geneval"], "geneval"),
     (["--decoders", "ar", "--export", "dpg"], "num_images"),
@@ -387,6 +410,29 @@ def test_mistakes_end_in_one_line(on_tiny, capsys, tmp_path, args, named):
   assert "Traceback" not in err and not list(out.rglob("*.json"))
 
 
+def test_a_missing_extra_is_told_before_any_work(
+    on_tiny, monkeypatch, capsys, tmp_path):
+  """Nothing is drawn when the networks asked for are not at hand."""
+  monkeypatch.setitem(sys.modules, "torchmetrics", None)
+  monkeypatch.setitem(sys.modules, "torch", None)
+  status, _, err = call(capsys, "--hub_metrics", "--out", tmp_path / "out")
+  assert status == 2 and "ssd-jax[metrics]" in err.splitlines()[-1]
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written(on_tiny, capsys, tmp_path):
+  """A file in the way ends in one line, whether at the top or below."""
+  (tmp_path / "file").write_bytes(b"")
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "shards").write_bytes(b"")
+  for name in ("file", "out"):
+    status, _, err = call(
+        capsys, "--decoders", "ar", "--num_prompts", 1, "--out",
+        tmp_path / name)
+    assert status == 2 and f"got {'--out' if name == 'file' else ''}" in err
+    assert "Traceback" not in err
+
+
 def test_exactness_prints_its_table(on_tiny, monkeypatch, capsys, tmp_path):
   """The laboratory's verdicts, alone and in groups, on paper and in JSON."""
   grid = testing.tiny(vocab=3, rows=2, cols=2, heads=(0, 0))
@@ -396,4 +442,6 @@ def test_exactness_prints_its_table(on_tiny, monkeypatch, capsys, tmp_path):
   assert status == 0 and out.count("| exact |") == 2
   assert (tmp_path / "exactness.md").read_text() in out
   rows = json.loads((tmp_path / "exactness.json").read_text())["rows"]
-  assert [r["group"] for r in rows] == [1, 4]
+  assert [(r["label"], r["group"], r["verdict"]) for r in rows] == [
+      ("ar", 1, "exact"), ("ar", 4, "exact"), ("control", 1, "BIASED")]
+  assert "not caught" not in out

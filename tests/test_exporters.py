@@ -73,7 +73,9 @@ def test_geneval_layout_is_what_its_scorer_walks(tmp_path):
   """Folders of digits with metadata.jsonl and numbered samples, no more."""
   items = [Item(row["prompt"], f"{i:05d}", row)
            for i, row in enumerate(GENEVAL)]
-  exporters.export("geneval", tmp_path, items, [pictures(4), pictures(4, 10)])
+  exporters.export(
+      "geneval", tmp_path, [Item("x", "00007", GENEVAL[0])], pictures(5))
+  exporters.export("geneval", tmp_path, items, pictures(4) + pictures(4, 10))
   assert sorted(p.name for p in tmp_path.iterdir()) == ["00000", "00001"]
   folder = tmp_path / "00001"
   assert sorted(p.name for p in folder.iterdir()) == [
@@ -87,7 +89,9 @@ def test_geneval_layout_is_what_its_scorer_walks(tmp_path):
 
 def test_dpg_grid_is_cut_apart_without_loss(tmp_path):
   """Crops of the grid, as the scorer takes them, are the four pictures."""
-  exporters.export("dpg", tmp_path, [Item("x", "256")], [pictures(4)])
+  exporters.export("dpg", tmp_path, [Item("y", "9")], pictures(4))
+  exporters.export("dpg", tmp_path, [Item("x", "256")], pictures(4))
+  assert [p.name for p in tmp_path.iterdir()] == ["256.png"]
   grid = Image.open(tmp_path / "256.png")
   side = grid.width // 2
   corners = [(0, 0), (side, 0), (0, side), (side, side)]
@@ -170,4 +174,16 @@ def test_missing_extra_is_one_line(monkeypatch):
   """Without torchmetrics the user reads which extra to install."""
   monkeypatch.setitem(__import__("sys").modules, "torch", None)
   with pytest.raises(UserError, match=r"ssd-jax\[metrics\]"):
+    hub_metrics.check_installed()
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch):
+  """A download that fails says so, and that what was drawn is kept."""
+  def fail(*args):
+    raise OSError("no route\nto host")
+
+  modules = types.SimpleNamespace(CLIPScore=fail)
+  monkeypatch.setattr(hub_metrics, "need", lambda name, extra: modules)
+  with pytest.raises(UserError, match="no route.*kept") as error:
     hub_metrics.compute(np.stack(pictures(2)), ["a", "b"], None)
+  assert "\n" not in str(error.value)

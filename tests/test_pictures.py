@@ -134,12 +134,18 @@ def test_large_pictures_are_shrunk():
 
 
 def test_pareto_plot_is_written(tmp_path):
-  """Points with and without intervals are drawn."""
-  points = [pictures.Point("ar", 1.0, (0.9, 1.1), 0.0, (0.0, 0.0)),
-            pictures.Point("ssd", 4.0, (3.0, 5.0), 0.3, None)]
-  pictures.pareto(points, "gap", tmp_path / "p.png")
-  assert Image.open(tmp_path / "p.png").size[0] > 500
-  assert len(list(tmp_path.iterdir())) == 1
+  """Points with and without intervals are drawn, in as many panels as given."""
+  points = [
+      pictures.Point("ar", True, 1.0, (0.9, 1.1), 0.0, (0.0, 0.0)),
+      pictures.Point("ssd", False, 4.0, (3.0, 5.0), 0.3, None)]
+  panels = [pictures.Panel("gap", points, (-0.1, 0.2)),
+            pictures.Panel("KID", points[1:], None)]
+  for count in (1, 2):
+    pictures.pareto(panels[:count], tmp_path / f"{count}.png")
+  one, two = (Image.open(tmp_path / f"{count}.png") for count in (1, 2))
+  assert one.width > 500 and two.width > 1.5 * one.width
+  pictures.pareto([], tmp_path / "none.png")
+  assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):

@@ -1,9 +1,9 @@
 """Body of infer.benchmark: decoders compared on the same prompts and seeds.
 
-  --out/results.json   what was measured, a row per decoder
+  --out/results.json   what was measured, a row per decoder; written last
   --out/details.json   what has no place there, single images included
   --out/table.md       the same for people
-  --out/pareto.png     speed against likelihood
+  --out/pareto.png     speed against quality
   --out/sheet_*.png    a row per prompt, a column per decoder
   --out/shards         what is finished; a run that is started again goes on
 """
@@ -18,7 +18,6 @@ import sys
 from absl import flags
 import jax
 import numpy as np
-from PIL import Image
 import tqdm
 
 from ssd_jax import (
@@ -37,18 +36,19 @@ from ssd_jax import (
 )
 from ssd_jax.benchmark import Entry, Job, Run
 from ssd_jax.cli import common, run as cli
-from ssd_jax.config import UserError, check
-from ssd_jax.data.pictures import to_square
+from ssd_jax.config import check
 from ssd_jax.decoding import by_name
 from ssd_jax.exporters import Item
+from ssd_jax.extras import MissingExtra
 from ssd_jax.pipeline import Pipeline
+from ssd_jax.quality import FolderPictures
 
 _DECODERS = flags.DEFINE_string(
     "decoders", None, "Decoders, separated by commas: NAME or "
     "NAME:key=value+key=value, where seed= is that run's. Default: "
     "ar,ar:seed=1,sjd,exact,stair; with --exactness all.")
 _NUM_PROMPTS = flags.DEFINE_integer(
-    "num_prompts", 64, "Prompts taken at most; 0 takes all there are.")
+    "num_prompts", 64, "Prompts taken at most.")
 _SPLIT = flags.DEFINE_enum(
     "split", None, ["train", "validation"], "Take captions of these emoji "
     "only; default: the held-out ones first, then the others.")
@@ -76,8 +76,7 @@ def body() -> None:
   if _EXACTNESS.value:
     _exactness()
     return
-  entries = benchmark.parse_entries(
-      _DECODERS.value or _DEFAULT, common.SEED.value)
+  entries = _entries(_DEFAULT)
   items = _items()
   job = Job(
       tuple(item.prompt for item in items), common.NUM_IMAGES.value,
@@ -85,34 +84,43 @@ def body() -> None:
       tuple(common.sampling().items()))
   if _EXPORT.value:
     exporters.check_exportable(_EXPORT.value, items, job.num_images)
+  if _HUB.value:
+    hub_metrics.check_installed()
+  real = _REAL.value and FolderPictures(_REAL.value)
   pipe = common.load_pipeline()
   # Before any work: a decoder that the model cannot run ends here.
-  queries = [benchmark.count_queries(pipe, e.decoder, job) for e in entries]
+  traits = [benchmark.traits(pipe, e.decoder, job) for e in entries]
   out = common.writable_folder(common.OUT.value or "bench")
   runs = _run(pipe, entries, job, out)
-  _write_pictures(entries, items, job, runs, out)
-  real = _real_images(runs[0].images.shape[1])
-  qualities = _assess(pipe, entries, job, runs, real)
+  qualities = _assess(pipe, entries, job, runs, real or None)
   hubs = [
-      hub_metrics.compute(r.images, job.texts, real) if _HUB.value else None
-      for r in runs]
+      hub_metrics.compute(r.images, job.texts, real or None)
+      if _HUB.value else None for r in runs]
   first = _index(entries, None)
   ar = None if first is None else runs[first]
   each = list(zip(entries, runs, qualities, hubs, strict=True))
-  rows = [report.row(e, r, ar, n, q, h)
-          for n, (e, r, q, h) in zip(queries, each, strict=True)]
-  _write_report(out, job, rows, [report.detail(*x) for x in each])
+  rows = [report.row(e, r, ar, t, q, h)
+          for t, (e, r, q, h) in zip(traits, each, strict=True)]
+  _clear(out)
+  _write_pictures(entries, items, job, runs, out)
+  _write_report(out, pipe, job, rows, [report.detail(*x) for x in each])
+
+
+def _entries(default: str) -> list[Entry]:
+  """The decoders of the flags."""
+  text = default if _DECODERS.value is None else _DECODERS.value
+  return benchmark.parse_entries(text, common.SEED.value)
 
 
 def _items() -> list[Item]:
   """The prompts of the flags."""
-  check(_NUM_PROMPTS.value >= 0, "num_prompts", _NUM_PROMPTS.value, ">= 0")
+  check(_NUM_PROMPTS.value >= 1, "num_prompts", _NUM_PROMPTS.value, ">= 1")
   if common.PROMPTS_FILE.value is not None:
     items = exporters.read_prompts(common.PROMPTS_FILE.value)
   else:
     captions = quality.emoji_captions(_SPLIT.value)
     items = [Item(text, f"{i:05d}") for i, text in enumerate(captions)]
-  items = items[:_NUM_PROMPTS.value or None]
+  items = items[:_NUM_PROMPTS.value]
   return [Item(common.clean(x.prompt), x.name, x.metadata) for x in items]
 
 
@@ -139,7 +147,7 @@ def _index(entries: Sequence[Entry], other_than: int | None) -> int | None:
 
 def _assess(
     pipe: Pipeline, entries: Sequence[Entry], job: Job, runs: Sequence[Run],
-    real: np.ndarray | None,
+    real: Sequence[np.ndarray] | None,
 ) -> list[quality.Quality]:
   """Quality figures; without the weights of the features, likelihoods only."""
   ar = _index(entries, None)
@@ -150,27 +158,18 @@ def _assess(
     print("no FD, KID and R@k: run pip install 'ssd-jax[bench]'")
   else:
     references = quality.make_references(
-        pipe, job.texts, lambda text: print(text, flush=True))
-    if real is not None:
-      references = quality.References(
-          features.image_features(real), references.gallery_MF,
-          references.target_N)
-    found = [features.image_features(run.images) for run in runs]
+        pipe, job.texts, real, lambda text: print(text, flush=True))
+    found = [
+        features.image_features(run.images)
+        for run in tqdm.tqdm(runs, "features", unit="decoder", file=sys.stderr)]
   return quality.assess(runs, ar, rerun, job.num_images, found, references)
 
 
-def _real_images(pixels: int) -> np.ndarray | None:
-  """The pictures of --real_images, uint8 [M, pixels, pixels, 3]."""
-  if _REAL.value is None:
-    return None
-  kinds = (".png", ".jpg", ".jpeg", ".webp")
-  files = sorted(f for f in pathlib.Path(_REAL.value).glob("*")
-                 if f.suffix.lower() in kinds)
-  if len(files) < 2:
-    raise UserError(
-        f"got {len(files)} pictures in --real_images {_REAL.value}, expected "
-        "two or more .png, .jpg or .webp; check the folder")
-  return np.stack([to_square(Image.open(file), pixels) for file in files])
+def _clear(out: pathlib.Path) -> None:
+  """Removes an older comparison's report, which may have had more pages."""
+  names = ("results.json", "details.json", "table.md", "pareto.png")
+  for path in [*(out / name for name in names), *out.glob("sheet_*.png")]:
+    path.unlink(missing_ok=True)
 
 
 def _write_pictures(
@@ -189,68 +188,64 @@ def _write_pictures(
     return
   for label, run in zip(labels, runs, strict=True):
     folder = out / _EXPORT.value / re.sub(r"[^\w=+.-]", "_", label)
-    grouped = run.images.reshape(
-        len(items), job.num_images, *run.images.shape[1:])
-    exporters.export(_EXPORT.value, folder, items, grouped)
+    exporters.export(_EXPORT.value, folder, items, run.images)
 
 
 def _write_report(
-    out: pathlib.Path, job: Job, rows: list[dict], details: list[dict]
+    out: pathlib.Path, pipe: Pipeline, job: Job, rows: list[dict],
+    details: list[dict],
 ) -> None:
   """Writes and prints what was found."""
   device = jax.devices()[0]
+  sampling, _ = pipe.sampling(**dict(job.sampling))
   settings = dict(
       checkpoint=common.CHECKPOINT.value or "emoji", prompts=list(job.prompts),
-      num_images=job.num_images, batch=job.batch, **dict(job.sampling))
+      num_images=job.num_images, batch=job.batch,
+      **{k: round(float(getattr(sampling, k)), 6)
+         for k in dict(job.sampling)})
   versions = dict(
       ssd_jax=__version__, jax=jax.__version__, numpy=np.__version__,
       python=platform.python_version())
+  text = report.table(rows, details)
+  with layout.replacing(out / "table.md") as partial:
+    partial.write_text(text, "utf-8")
+  print(text)
+  try:
+    pictures.pareto(report.panels(rows, details), out / "pareto.png")
+  except MissingExtra as error:
+    print(f"no pareto.png: {error}")
+  checkpoints.write_json(out / "details.json", dict(rows=details))
   checkpoints.write_json(out / "results.json", dict(
       device=f"{device.platform} {device.device_kind}", config=settings,
       versions=versions, rows=rows))
-  checkpoints.write_json(out / "details.json", dict(rows=details))
-  text = report.table(rows, details)
-  (out / "table.md").write_text(text, "utf-8")
-  print(text)
-  points = report.points(rows, details)
-  try:
-    if points:
-      pictures.pareto(
-          points, "likelihood gap to ar, nats per cell", out / "pareto.png")
-  except UserError as error:
-    print(f"no pareto.png: {error}")
   print(f"wrote {out / 'results.json'}")
 
 
 def _exactness() -> None:
   """Prints and writes what the laboratory finds."""
   check(_DRAWS.value >= 1000, "draws", _DRAWS.value, ">= 1000")
-  text = _DECODERS.value or ",".join(by_name.DECODERS)
-  entries = benchmark.parse_entries(text, common.SEED.value)
+  entries = _entries(",".join(by_name.DECODERS))
   out = common.writable_folder(common.OUT.value or "bench")
   pipe = testing.tiny(vocab=3, rows=2, cols=3, guidance=2.0)
   findings = []
-  with tqdm.tqdm(total=len(entries) * len(laboratory.GROUPS), unit="run",
-                 file=sys.stderr) as bar:
-    for entry in entries:
-      bar.set_description(entry.label)
-      for group in laboratory.GROUPS:
-        findings.append(laboratory.examine(
-            pipe, entry.decoder, entry.label, _DRAWS.value, group, entry.seed))
-        bar.update()
-  _, p_I = laboratory.enumerate_law(pipe)
-  seen = laboratory.detectable(p_I, _DRAWS.value)
-  text = laboratory.table(findings) + (
-      f"\n{_DRAWS.value} draws each, of the {len(p_I)} images of a grid of 2 x "
-      f"3 cells and 3 codes; a bias spread evenly over all images is seen "
-      f"about 9 times in 10 at a total variation distance of {seen:.3f}.\n")
-  (out / "exactness.md").write_text(text, "utf-8")
+  tests = [(e, group) for e in entries for group in laboratory.GROUPS]
+  tests.append((Entry("control", laboratory.Control(), 0), 1))
+  for entry, group in tqdm.tqdm(tests, unit="run", file=sys.stderr):
+    findings.append(laboratory.examine(
+        pipe, entry.decoder, entry.label, _DRAWS.value, group, entry.seed))
+  text = laboratory.table(findings) + laboratory.sensitivity(
+      pipe, _DRAWS.value)
+  with layout.replacing(out / "exactness.md") as partial:
+    partial.write_text(text, "utf-8")
   checkpoints.write_json(out / "exactness.json", dict(rows=[
       dict(dataclasses.asdict(f), verdict=f.verdict) for f in findings]))
   print(text)
-  wrong = [f.label for f in findings if not f.is_sound]
+  *found, control = findings
+  wrong = [f.label for f in found if not f.is_sound]
   if wrong:
     print(f"not what they claim: {', '.join(dict.fromkeys(wrong))}")
+  if control.is_sound:
+    print("the control was not caught: take more --draws")
 
 
 def main() -> None:
