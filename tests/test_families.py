@@ -141,13 +141,13 @@ def test_lumina_prompt():
   config.size = "768x736"
   family = spelled(lumina.Lumina(config))
   assert (family.grid.rows, family.grid.cols) == (46, 48)
-  prompt, notes = family.encode_prompts(["a cat"], guided=True)
+  prompt, _ = family.encode_prompts(["a cat"], guided=True)
   words = "Generate an image of 768x736 according to the following prompt:\n"
   opening = [8197, 8804 + 23, 8804 + 24]
   expected = [0, *map(ord, words + "a cat"), 8710, *opening]
   cond, uncond = (np.asarray(t)[np.asarray(m)].tolist()
                   for t, m in zip(prompt.tokens, prompt.mask))
-  assert (cond, uncond, notes) == (expected, opening, [])
+  assert (cond, uncond) == (expected, opening)
   first = prompt.tokens.shape[1] - 3
   assert prompt.positions[1, first:first + 5].tolist() == [0, 1, 2, 3, 4]
   assert family.input_ids[[0, -2, -1]].tolist() == [4, 8195, 8803]
@@ -238,8 +238,7 @@ def test_memory_is_looked_at_first(monkeypatch):
 def test_choices_of_a_made_model():
   """Size and ratio are open until drawing; what weights fix is not."""
   settings = {"family": "lumina", "config": lumina.get_config().to_dict()}
-  loading.choose(settings, {
-      "size": "1024x576", "sampling.top_k": 7, "workdir": "elsewhere"})
+  loading.choose(settings, {"size": "1024x576", "sampling.top_k": 7})
   family = lumina.from_settings(settings, None)
   assert (family.grid.rows, family.grid.cols) == (36, 64)
   assert family.sampling["top_k"] == 7
