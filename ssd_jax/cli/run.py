@@ -37,6 +37,9 @@ def main(body: Callable[[], None], argv: list[str] | None = None) -> None:
     body()
   except UserError as error:
     fail(str(error))
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def refuse_unused(*used: str) -> None:
