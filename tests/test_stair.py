@@ -157,5 +157,5 @@ def test_impossible_settings_are_one_line():
       Stair(entry=5), Exact(lookahead=2), Stair(drafts="heads"),
       Stair(drafts="both"),
   ):
-    with pytest.raises(UserError, match="^got .*, expected .*$"):
+    with pytest.raises(UserError, match="^got .*, expected "):
       kit.run(model, decoder)
