@@ -62,9 +62,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.ar = c(dict(
       optimizer=dict(kind="muon", learning_rate=2e-3, final_learning_rate=2e-5,
                      warmup_steps=100, b2=0.95, weight_decay=0.02, ema=0.998),
-      loop=dict(steps=2100, batch=8, log_every=10, eval_every=300,
+      loop=dict(steps=6000, batch=8, log_every=10, eval_every=400,
                 save_every=100),
-      drop_caption=0.1, corrupt=0.8, start_from="",
+      drop_caption=0.1, corrupt=0.3, start_from="",
   ))
   config.mtp = training.mtp(steps=1200, batch=8, vertical=2)
   config.mtp.optimizer.update(learning_rate=1e-3, warmup_steps=50)
@@ -75,7 +75,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.prompts_file = ""  # captions to draw instead of the vendored ones
   config.num_prompts = 0  # of the file, at most; 0 takes all
   config.images_per_caption = 1
-  config.sampling = c(dict(guidance=3.0, temperature=0.7, top_k=0, top_p=1.0))
+  config.sampling = c(dict(guidance=1.5, temperature=0.25, top_k=0, top_p=1.0))
   if variant == "smoke":  # seconds on a CPU: what tests train
     config.vq.update(ch=16, n_codes=64, z_channels=16, groups=4)
     config.trunk.update(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2,
