@@ -46,7 +46,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.prompt_slots = 24
   config.vq = c(dict(
       ch=64, ch_mult=(1, 2), num_res_blocks=1, z_channels=64, n_codes=1024,
-      code_dim=16, l2_norm=False, attn_levels=(), patch=4, groups=16, priced=True,
+      code_dim=16, l2_norm=False, attn_levels=(), patch=4, groups=16,
+      priced=True,
   ))
   config.trunk = c(dict(
       d_model=256, n_layers=6, n_heads=4, n_kv_heads=4, head_dim=64, d_ff=768,
