@@ -13,11 +13,12 @@ from ssd_jax.decoding.tree import Eagle
 from ssd_jax.decoding.zipar import ZipAR
 from ssd_jax.loading import load
 from ssd_jax.pipeline import Output, Pipeline
+from ssd_jax.progress import Progress
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AR", "Cascade", "Continuation", "Coupled", "Eagle", "Exact", "GSD",
-    "Lantern", "LanternPP", "MTP", "Output", "PJD", "Pipeline", "SJD", "SSD",
-    "Stair", "ZipAR", "load", "testing",
+    "Lantern", "LanternPP", "MTP", "Output", "PJD", "Pipeline", "Progress",
+    "SJD", "SSD", "Stair", "ZipAR", "load", "testing",
 ]

@@ -81,7 +81,7 @@ def load(
     if extras and (folder / kind).is_dir() and not random_weights:
       found[kind] = found[kind] or folder / kind
   vq_params = checkpoints.restore(folder / "vq")
-  return _pipeline(family, params, vq_params, found)
+  return _pipeline(family, params, vq_params, {"model": folder, **found})
 
 
 def from_config(
@@ -120,9 +120,9 @@ def _pipeline(
 ) -> Pipeline:
   """The parts put together; `found` holds folders by kind, or None."""
   generator, extras = family.generator, {}
-  for kind, folder in found.items():
-    if folder is not None:
-      extras[kind], params[kind] = read_extra(folder, kind)
+  folders = {k: pathlib.Path(v) for k, v in found.items() if v is not None}
+  for kind in folders.keys() & _KINDS:
+    extras[kind], params[kind] = read_extra(folders[kind], kind)
   params = checkpoints.cast(params, _dtype())
   model = generator.model()
   if "heads" in extras:
@@ -130,7 +130,7 @@ def _pipeline(
   if "drafter" in extras:
     model = bind_drafter(generator, model, extras["drafter"], params)
   vq_params = checkpoints.cast(vq_params, jnp.float32)
-  return Pipeline(family, params, vq_params, model)
+  return Pipeline(family, params, vq_params, model, folders)
 
 
 def _dtype() -> Any:

@@ -1,8 +1,10 @@
 """What a user holds: a loaded model that draws pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import os
+import pathlib
 import time
 from typing import Any
 
@@ -11,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ssd_jax import likelihood, sampling as sampling_lib
+from ssd_jax import likelihood, sampling as sampling_lib, saving
 from ssd_jax.config import UserError, check
-from ssd_jax.decoding import engine
+from ssd_jax.decoding import by_name, engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.relaxed import neighbour_table
+from ssd_jax.progress import Listener, Progress
 from ssd_jax.sampling import Sampling
 from ssd_jax.types import Model, Params, Prompt
 
@@ -63,38 +66,44 @@ class Pipeline:
     params: {"trunk": ..., and where at hand "heads": ..., "drafter": ...}.
     vq_params: Of the tokenizer, None where pictures are not painted.
     model: The network's functions.
+    folders: Where its parts came from: "model", "heads", "drafter".
   """
 
   family: Any
   params: Params
   vq_params: Params
   model: Model
+  folders: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
 
   def generate(
       self,
       prompts: Sequence[str],
-      decoder: engine.Decoder = AR(),
+      decoder: engine.Decoder | str = AR(),
       *,
       num_images: int = 1,
       seed: int = 0,
       batch: int = 8,
       trace: bool = False,
       on_batch: Callable[[int], None] | None = None,
-      first_image: int = 0,
+      on_pass: Callable[[Progress], None] | None = None,
+      first_image: int | Sequence[int] = 0,
       **sampling: float | None,
   ) -> Output:
     """Draws `num_images` pictures for each prompt.
 
     Args:
       prompts: Any number of texts.
-      decoder: Such as `ssd_jax.AR()`.
+      decoder: Such as `ssd_jax.SSD(rounds=1)` or "ssd:rounds=1", or one of
+        your own; see `engine.Decoder`.
       num_images: Per prompt.
       seed: Same seed, same pictures, however the call is cut into batches.
       batch: Pictures drawn together.
       trace: Also return the tokens after every pass.
       on_batch: Called with the number of pictures finished.
+      on_pass: Called after every pass with a `Progress`, in passing: the loop
+        does not wait for it. Calls that have one take turns.
       first_image: Index of the first picture, for a call that is one part of a
-        larger one.
+        larger one; or the index of each.
       **sampling: guidance, temperature, top_k or top_p instead of the family's.
 
     Raises:
@@ -106,17 +115,20 @@ class Pipeline:
     check(0 <= seed < 2**32, "seed", seed, "in [0, 2^32)")
     texts = [text for text in prompts for _ in range(num_images)]
     batch = min(batch, len(texts))
+    decoder = by_name.parse(decoder) if isinstance(decoder, str) else decoder
+    index_I = _indices(first_image, len(texts), batch)
     settings, guided = self.sampling(**sampling)
     chunks, notes, clock = [], [], _Clock()
     for start in range(0, len(texts), batch):
       part = texts[start:start + batch]
       padded = part + [part[-1]] * (batch - len(part))
       prompt, said = self.family.encode_prompts(padded, guided)
-      index = first_image + jnp.arange(start, start + batch)
       args = (self.params_for(decoder), prompt, settings,
-              jax.random.key(seed), index)
-      run = clock.compile(self._compiled, decoder, trace, args)
-      decoded = jax.block_until_ready(run(*args))
+              jax.random.key(seed), index_I[start:start + batch])
+      listener = self._listener if on_pass else None
+      run = clock.compile(self._compiled, decoder, trace, listener, args)
+      with self._listener.tell(on_pass, len(part)):
+        decoded = jax.block_until_ready(run(*args))
       decode_images = clock.compile(self._compiled_images, decoded.tokens)
       images = decode_images(self.vq_params, decoded.tokens)
       chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,
@@ -281,14 +293,22 @@ class Pipeline:
   def _executables(self) -> dict:
     return {}
 
-  def _compiled(self, decoder, trace, args):
+  @functools.cached_property
+  def _listener(self) -> Listener:
+    return Listener()
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """Writes a model folder that `ssd_jax.load` reads: see `saving.save`."""
+    saving.save(self, folder)
+
+  def _compiled(self, decoder, trace, listener, args):
     """The compiled `engine.decode` for these shapes."""
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), args[1:])
     leaves, structure = jax.tree.flatten(shapes)
-    key = (decoder, trace, tuple(map(str, leaves)), structure)
+    key = (decoder, trace, listener, tuple(map(str, leaves)), structure)
     if key not in self._executables:
       self._executables[key] = engine.decode.lower(
-          self.model, decoder, *args, trace=trace).compile()
+          self.model, decoder, *args, trace=trace, on_pass=listener).compile()
     return self._executables[key]
 
   def _compiled_images(self, tokens):
@@ -297,6 +317,18 @@ class Pipeline:
       decode = jax.jit(self.family.decode)
       self._executables[key] = decode.lower(self.vq_params, tokens).compile()
     return self._executables[key]
+
+
+def _indices(
+    first: int | Sequence[int], count: int, batch: int
+) -> np.ndarray:
+  """int32 [I]: index of each picture, then of what fills the last batch."""
+  padded = -(-count // batch) * batch
+  if np.ndim(first) == 0:
+    return np.asarray(first + np.arange(padded), np.int32)
+  check(len(first) == count, "first_image", f"{len(first)} indices",
+        f"one index, or one for each of {count} pictures")
+  return np.pad(np.asarray(first, np.int32), (0, padded - count), "edge")
 
 
 class _Clock:

@@ -14,6 +14,7 @@ An image that is done feeds inactive queries and keeps its state, so what it is
 does not depend on its neighbours.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any, Protocol
 
@@ -156,11 +157,12 @@ class LoopState:
   history: jax.Array | None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "decoder", "trace"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "decoder", "trace", "on_pass"))
 def decode(
     model: Model, decoder: Decoder, params: Params, prompt: Prompt,
     sampling: Sampling, key: jax.Array, image_B: jax.Array,
-    trace: bool = False,
+    trace: bool = False, on_pass: Callable[..., None] | None = None,
 ) -> Decoded:
   """Draws one image per entry of `image_B`.
 
@@ -173,6 +175,9 @@ def decode(
     key: Of the call.
     image_B: int32 [B], index over the whole call; keys an image's noise.
     trace: Also record the tokens after every pass.
+    on_pass: Called on the host after every pass, with the number of passes,
+      image_B, the tokens and which are final [B, R, C]; static. The loop runs
+      on without waiting for it, but copies these arrays to the host.
   """
   batch = image_B.shape[0]
   streams = prompt.tokens.shape[0] // batch
@@ -196,23 +201,31 @@ def decode(
         ctx, loop.decoder, queries, p_BQV, jnp.moveaxis(hidden, 1, 0)
     )
     cache = _settle(decoder, ctx, after, cache, done_B)
-    return _record(loop, _keep_done(done_B, loop.decoder, after), cache, done_B)
+    after = _keep_done(done_B, loop.decoder, after)
+    return tell(_record(loop, after, cache, done_B))
+
+  def tell(loop: LoopState) -> LoopState:
+    if on_pass is not None:
+      state = loop.decoder
+      jax.debug.callback(on_pass, loop.index, image_B, state.tokens[:, cells],
+                         state.final[:, cells])
+    return loop
 
   hidden, cache = model.prefill(params, prompt, decoder.scratch(model))
   hidden = unstack(hidden)
   p_BV = sampling_lib.target(model.logits(params, hidden), sampling)
   state = over(decoder.start)(context(1), p_BV, jnp.moveaxis(hidden, 1, 0))
   shape = (batch, model.grid.length)
+  cells = jnp.asarray(model.grid.slot_of)
   loop = LoopState(
       jnp.int32(0), cache, state, jnp.zeros(batch, jnp.int32),
       jnp.zeros(shape, jnp.int32),
       jnp.zeros((batch, shape[1] + 1, shape[1]), jnp.int32) if trace else None,
   )
-  loop = _record(loop, state, cache, jnp.zeros(batch, bool))
+  loop = tell(_record(loop, state, cache, jnp.zeros(batch, bool)))
   loop = jax.lax.while_loop(
       lambda loop: ~jnp.all(loop.decoder.final), step, loop
   )
-  cells = jnp.asarray(model.grid.slot_of)
   return Decoded(
       loop.decoder.tokens[:, cells], loop.passes, loop.commit_pass[:, cells],
       loop.history[..., cells] if trace else None,

@@ -1,0 +1,70 @@
+"""How a call that draws pictures tells how far it is, pass by pass."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import threading
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """Pictures being drawn together, as they are after a pass.
+
+  Attributes:
+    passes: So far; 1 is the prefill.
+    index: int32 [B], of each picture over the whole call.
+    tokens: int32 [B, R, C], drafts included.
+    is_final: bool [B, R, C].
+  """
+
+  passes: int
+  index: np.ndarray
+  tokens: np.ndarray
+  is_final: np.ndarray
+
+  @property
+  def share(self) -> float:
+    """Of the cells that are final, in [0, 1]."""
+    return float(self.is_final.mean())
+
+
+class Listener:
+  """What a compiled program calls, whoever listens at the time.
+
+  A program is compiled with the function that it calls. This is that function
+  for all calls, so that another listener compiles nothing anew.
+  """
+
+  def __init__(self):
+    self._lock = threading.Lock()
+    self._on_pass: Callable[[Progress], None] | None = None
+    self._count = 0
+
+  def __call__(self, passes, index_B, tokens_BRC, is_final_BRC) -> None:
+    """Tells who listens of a pass; images that fill the batch are left out."""
+    if self._on_pass is not None:
+      arrays = (np.asarray(x)[:self._count]
+                for x in (index_B, tokens_BRC, is_final_BRC))
+      self._on_pass(Progress(int(passes), *arrays))
+
+  @contextlib.contextmanager
+  def tell(
+      self, on_pass: Callable[[Progress], None] | None, count: int
+  ) -> Iterator[None]:
+    """Tells `on_pass` of the first `count` images that are drawn inside.
+
+    One listens at a time; without a function nothing is waited for.
+    """
+    if on_pass is None:
+      yield
+      return
+    with self._lock:
+      self._on_pass, self._count = on_pass, count
+      try:
+        yield
+        jax.effects_barrier()
+      finally:
+        self._on_pass = None
