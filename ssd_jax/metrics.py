@@ -9,7 +9,6 @@ FD-EffNetLite0 and compare it with itself only, at equal numbers of images.
 N, M pictures, F features, P positions.
 """
 
-from collections.abc import Callable
 import hashlib
 import io
 import os
@@ -220,47 +219,34 @@ def emoji_images() -> np.ndarray:
   return np.stack([source[i]["image"] for i in range(len(source))])
 
 
-def emoji_gallery(
-    redraw: Callable[[np.ndarray], np.ndarray] | None = None,
-    redraw_key: str = "",
-    cache_dir: pathlib.Path | None = None,
-) -> np.ndarray:
+def emoji_gallery(cache_dir: pathlib.Path | None = None) -> np.ndarray:
   """Features of all base emoji, float32 [M, 1280], kept on disk.
 
-  Candidate i is item i of `EmojiSource("all")`. A tokenizer's own losses make
-  the right emoji hard to find (53% of its best reconstructions find theirs);
-  against candidates redrawn by that tokenizer what is left is the decoder's
-  doing (100% find theirs).
+  Candidate i is item i of `EmojiSource("all")`.
 
   Args:
-    redraw: Maps the real emoji to the candidates, both uint8 [M, H, W, 3].
-    redraw_key: Names `redraw` and its weights in the cache, such as a checksum.
     cache_dir: By default `ssd_jax` in the user's cache folder.
 
   Raises:
     UserError: if the weights' package is not installed.
   """
-  if (redraw is None) != (not redraw_key):
-    raise ValueError("redraw and redraw_key go together")
   if cache_dir is None:
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     cache_dir = pathlib.Path(root) / "ssd_jax"
-  path = pathlib.Path(cache_dir) / f"gallery-{_gallery_key(redraw_key)}.npy"
+  path = pathlib.Path(cache_dir) / f"gallery-{_gallery_key()}.npy"
   gallery_MF = _read_array(path)
   if gallery_MF is None:
-    images = emoji_images()
-    gallery_MF = features.image_features(redraw(images) if redraw else images)
+    gallery_MF = features.image_features(emoji_images())
     _write_array(path, gallery_MF)
   return gallery_MF
 
 
-def _gallery_key(redraw_key: str) -> str:
+def _gallery_key() -> str:
   """A checksum of all that the gallery's features depend on."""
   files = [sources.EMOJI_DIR / n for n in ("images.zip", "captions.json")]
   parts = [f.read_bytes() for f in files] + [
       features.WEIGHTS_SHA256.encode(),
       str(features.VERSION).encode(),
-      redraw_key.encode(),
   ]
   digests = b"".join(hashlib.sha256(part).digest() for part in parts)
   return hashlib.sha256(digests).hexdigest()[:16]

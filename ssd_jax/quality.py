@@ -3,21 +3,18 @@
 N images, P prompts, F features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ssd_jax import features, metrics, shards
+from ssd_jax import features, metrics
 from ssd_jax.config import UserError
 from ssd_jax.data import sources
 from ssd_jax.data.pictures import hash_fraction, to_square
 from ssd_jax.metrics import Estimate, Gap
-from ssd_jax.pipeline import Pipeline
 from ssd_jax.shards import Run
 
 _Z = 1.96  # of a 95% interval
@@ -223,58 +220,21 @@ class FolderPictures(Sequence):
 
 
 def make_references(
-    pipe: Pipeline, texts: Sequence[str], real: Sequence[np.ndarray] | None,
-    on_note: Callable[[str], None],
+    texts: Sequence[str], real: Sequence[np.ndarray] | None
 ) -> References:
   """What pictures are compared with: real ones, and the gallery of emoji.
 
   Args:
-    pipe: Whose tokenizer redraws the gallery.
     texts: The prompt of each image.
     real: Pictures of the world; None for the emoji that prompts name.
-    on_note: Told what takes its time.
   """
   target_N = emoji_targets(texts)
   gallery_MF = None
   if (target_N >= 0).any():
-    redraw, key = redraw_of(pipe, on_note)
-    gallery_MF = metrics.emoji_gallery(redraw, key)
+    gallery_MF = metrics.emoji_gallery()
     if real is None:
       source = sources.EmojiSource("all")
       places = np.unique(target_N[target_N >= 0])
       real = np.stack([source[int(i)]["image"] for i in places])
   real_MF = None if real is None else features.image_features(real)
   return References(real_MF, gallery_MF, target_N)
-
-
-def redraw_of(
-    pipe: Pipeline, on_note: Callable[[str], None] = lambda text: None
-) -> tuple[Callable | None, str]:
-  """(pictures -> pictures by the tokenizer, what names it and its weights).
-
-  (None, "") for a tokenizer without an encoder. `on_note` is told when pictures
-  are redrawn.
-  """
-  if "encoder" not in pipe.vq_params:
-    return None, ""
-  vq, grid = pipe.family.vq, pipe.model.grid
-  size = (grid.cols * vq.cfg.downsample, grid.rows * vq.cfg.downsample)
-
-  @jax.jit
-  def encode(params, x):
-    z = vq.apply({"params": params}, x, method="encode")
-    return vq.apply({"params": params}, z, method="quantize")
-
-  def redraw(images_NHWC, batch=8):
-    on_note(f"features of {len(images_NHWC)} emoji as the tokenizer redraws "
-            "them, once: they are kept")
-    tokens = []
-    for start in range(0, len(images_NHWC), batch):
-      part = np.arange(start, start + batch).clip(max=len(images_NHWC) - 1)
-      fitted = np.stack([
-          Image.fromarray(x).resize(size) for x in images_NHWC[part]])
-      ids = encode(pipe.vq_params, jnp.float32(fitted) / 127.5 - 1)
-      tokens.append(np.asarray(ids)[:len(images_NHWC) - start])
-    return pipe.draw_tokens(np.concatenate(tokens), batch)
-
-  return redraw, f"{vq.cfg} {size} {shards.fingerprint(pipe.vq_params)}"

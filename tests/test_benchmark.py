@@ -274,20 +274,6 @@ def test_captions_and_targets():
   assert EmojiSource("all").records[place].label == held[0] and none == -1
 
 
-def test_redraw_goes_through_the_tokenizer():
-  """Real pictures come back at the model's size; weights name the cache."""
-  redraw, key = quality.redraw_of(tiny())
-  images = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
-  drawn = redraw(images, batch=2)
-  assert drawn.shape == (3, 6, 8, 3) and drawn.dtype == np.uint8
-  codes = {tuple(x) for x in drawn.reshape(3, -1)}
-  assert len(codes) > 1 and key != quality.redraw_of(
-      testing.tiny(vocab=4, heads=(0, 0)))[1]
-  decoder = {k: v for k, v in tiny().vq_params.items() if k != "encoder"}
-  blind = dataclasses.replace(tiny(), vq_params=decoder)
-  assert quality.redraw_of(blind) == (None, "")
-
-
 def test_rows_have_the_promised_fields():
   """Ratios are AR's over the decoder's; what is unknown is null."""
   ar, fast = fake_run(), fake_run(passes=np.array([1, 1, 1, 3]),

@@ -206,16 +206,6 @@ def test_gallery_is_computed_once(computed, tmp_path):
   assert len(computed) == 4
 
 
-def test_gallery_follows_the_redraw(computed, tmp_path):
-  """Galleries redrawn by different tokenizers never share a cache."""
-  plain = metrics.emoji_gallery(cache_dir=tmp_path)
-  twice = metrics.emoji_gallery(lambda x: 2 * x, "double", tmp_path)
-  np.testing.assert_array_equal(twice, 2 * plain)
-  assert len(list(tmp_path.iterdir())) == 2
-  with pytest.raises(ValueError, match="together"):
-    metrics.emoji_gallery(lambda x: x, cache_dir=tmp_path)
-
-
 def test_gallery_needs_no_cache(computed, tmp_path):
   """Where nothing can be written the gallery still comes out."""
   (tmp_path / "file").write_bytes(b"")
@@ -225,14 +215,14 @@ def test_gallery_needs_no_cache(computed, tmp_path):
 
 def test_gallery_key_follows_weights_and_data(monkeypatch, tmp_path):
   """Other pictures, captions or features never meet an old cache."""
-  keys = {metrics._gallery_key("")}
+  keys = {metrics._gallery_key()}
   monkeypatch.setattr(features, "VERSION", -1)
-  keys.add(metrics._gallery_key(""))
+  keys.add(metrics._gallery_key())
   monkeypatch.setattr(metrics.sources, "EMOJI_DIR", tmp_path)
   for images, captions in (("a", "b"), ("ab", "")):
     (tmp_path / "images.zip").write_text(images)
     (tmp_path / "captions.json").write_text(captions)
-    keys.add(metrics._gallery_key(""))
+    keys.add(metrics._gallery_key())
   assert len(keys) == 4
 
 

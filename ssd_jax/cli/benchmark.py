@@ -92,7 +92,7 @@ def body() -> None:
   traits = [benchmark.traits(pipe, e.decoder, job) for e in entries]
   out = common.writable_folder(common.OUT.value or "bench")
   runs = _run(pipe, entries, job, out)
-  qualities = _assess(pipe, entries, job, runs, real or None)
+  qualities = _assess(entries, job, runs, real or None)
   hubs = [
       hub_metrics.compute(r.images, job.texts, real or None)
       if _HUB.value else None for r in runs]
@@ -109,7 +109,8 @@ def body() -> None:
 def _entries(default: str) -> list[Entry]:
   """The decoders of the flags."""
   text = default if _DECODERS.value is None else _DECODERS.value
-  return benchmark.parse_entries(text, common.SEED.value)
+  known = by_name.with_file(common.DECODER_FILE.value)
+  return benchmark.parse_entries(text, common.SEED.value, known)
 
 
 def _items() -> list[Item]:
@@ -146,7 +147,7 @@ def _index(entries: Sequence[Entry], other_than: int | None) -> int | None:
 
 
 def _assess(
-    pipe: Pipeline, entries: Sequence[Entry], job: Job, runs: Sequence[Run],
+    entries: Sequence[Entry], job: Job, runs: Sequence[Run],
     real: Sequence[np.ndarray] | None,
 ) -> list[quality.Quality]:
   """Quality figures; without the weights of the features, likelihoods only."""
@@ -157,8 +158,7 @@ def _assess(
   if not features.available():
     print("no FD, KID and R@k: run pip install 'ssd-jax[bench]'")
   else:
-    references = quality.make_references(
-        pipe, job.texts, real, lambda text: print(text, flush=True))
+    references = quality.make_references(job.texts, real)
     found = [
         features.image_features(run.images)
         for run in tqdm.tqdm(runs, "features", unit="decoder", file=sys.stderr)]
