@@ -6,7 +6,7 @@ decoder drew of a batch is kept in a shard; an interrupted run goes on from its
 shards.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import pathlib
 
@@ -68,10 +68,13 @@ class Job:
     return range(0, len(self.texts), self.batch)
 
 
-def parse_entries(text: str, seed: int) -> list[Entry]:
+def parse_entries(
+    text: str, seed: int, known: Mapping[str, type] = by_name.DECODERS
+) -> list[Entry]:
   """The decoders of "ar,ssd:rounds=1+lag=1,ar:seed=1".
 
-  `seed=` is the run's: a decoder without it has `seed`.
+  `seed=` is the run's: a decoder without it has `seed`. `known` are classes by
+  name.
 
   Raises:
     UserError: on a decoder that cannot be or is named twice.
@@ -86,7 +89,7 @@ def parse_entries(text: str, seed: int) -> list[Entry]:
         own = _seed(part)
       else:
         settings.append(part)
-    decoder = by_name.parse(f"{name}:{'+'.join(settings)}")
+    decoder = by_name.parse(f"{name}:{'+'.join(settings)}", known)
     entry = Entry(label, decoder, own)
     if any((e.decoder, e.seed) == (decoder, own) for e in entries):
       raise UserError(

@@ -41,6 +41,7 @@ from ssd_jax.decoding import by_name
 from ssd_jax.exporters import Item
 from ssd_jax.extras import MissingExtra
 from ssd_jax.pipeline import Pipeline
+from ssd_jax.prompts import clean
 from ssd_jax.quality import FolderPictures
 
 _DECODERS = flags.DEFINE_string(
@@ -122,7 +123,7 @@ def _items() -> list[Item]:
     captions = quality.emoji_captions(_SPLIT.value)
     items = [Item(text, f"{i:05d}") for i, text in enumerate(captions)]
   items = items[:_NUM_PROMPTS.value]
-  return [Item(common.clean(x.prompt), x.name, x.metadata) for x in items]
+  return [Item(clean(x.prompt), x.name, x.metadata) for x in items]
 
 
 def _run(

@@ -3,7 +3,6 @@
 import os
 import pathlib
 from typing import Any
-import unicodedata
 
 from absl import flags
 import jax
@@ -37,8 +36,8 @@ _DRAFTER = flags.DEFINE_string(
     "drafter", None, "Folder of a drafter; default: the model's own.")
 _RANDOM_WEIGHTS = flags.DEFINE_bool(
     "random_weights", False, "Random trunk: for trying sizes and speed.")
-
-_LONGEST_PROMPT = 10_000  # characters
+DECODER_FILE = flags.DEFINE_string(
+    "decoder_file", None, "Python file with decoders of your own; it is run.")
 
 
 def load_pipeline() -> Pipeline:
@@ -86,30 +85,6 @@ def sampling() -> dict[str, float | None]:
       "guidance": _GUIDANCE.value, "temperature": _TEMPERATURE.value,
       "top_k": _TOP_K.value, "top_p": _TOP_P.value,
   }
-
-
-def clean(prompt: str) -> str:
-  """A prompt without control characters and surplus white space.
-
-  Raises:
-    UserError: when it is empty or too long.
-  """
-  printable = "".join(
-      " " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c
-      for c in prompt
-  )
-  text = " ".join(printable.split())
-  if not text:
-    raise UserError(
-        f"got an empty prompt {prompt[:20]!r}, expected a few words; say what "
-        "to draw"
-    )
-  if len(text) > _LONGEST_PROMPT:
-    raise UserError(
-        f"got a prompt of {len(text)} characters, expected at most "
-        f"{_LONGEST_PROMPT}; shorten it"
-    )
-  return text
 
 
 def writable_folder(path: str) -> pathlib.Path:

@@ -16,6 +16,7 @@ from ssd_jax.cli import common, run as cli
 from ssd_jax.config import check
 from ssd_jax.evidence import THRESHOLDS, Evidence
 from ssd_jax.extras import need
+from ssd_jax.prompts import clean
 
 
 def define_flags() -> None:
@@ -49,7 +50,7 @@ def _prompts() -> list[str]:
   if common.PROMPTS_FILE.value is None:
     return quality.emoji_captions("validation")
   items = exporters.read_prompts(common.PROMPTS_FILE.value)
-  return [common.clean(item.prompt) for item in items]
+  return [clean(item.prompt) for item in items]
 
 
 def _numbers(found: Evidence, count: int) -> dict:

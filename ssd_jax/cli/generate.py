@@ -18,6 +18,7 @@ from ssd_jax.decoding import by_name, engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.layout import save_picture
 from ssd_jax.pipeline import Output, Pipeline
+from ssd_jax.prompts import clean
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
 _DECODER = flags.DEFINE_string(
@@ -31,7 +32,8 @@ _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 def body() -> None:
   """Draws the prompts of the flags and says what it did."""
   prompts = read_prompts(_PROMPT.value, common.PROMPTS_FILE.value)
-  decoder = by_name.parse(_DECODER.value)
+  known = by_name.with_file(common.DECODER_FILE.value)
+  decoder = by_name.parse(_DECODER.value, known)
   number = common.NUM_IMAGES.value
   check(number >= 1, "num_images", number, ">= 1")
   out = common.writable_folder(common.OUT.value or "out")
@@ -68,7 +70,7 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
         'got no prompt, expected at least one; add --prompt "red heart" or '
         "--prompts_file FILE"
     )
-  return [common.clean(line) for line in lines]
+  return [clean(line) for line in lines]
 
 
 def write_pictures(

@@ -1,7 +1,11 @@
 """Decoders by the names of the command line: `name:key=value+key=value`."""
 
+from collections.abc import Mapping
 import dataclasses
 import difflib
+import os
+import pathlib
+import runpy
 from typing import Any
 
 from ssd_jax.config import UserError
@@ -24,20 +28,27 @@ DECODERS: dict[str, type] = {
 }
 
 
-def parse(text: str) -> Decoder:
+def parse(text: str, known: Mapping[str, type] = DECODERS) -> Decoder:
   """The decoder that a text such as "ssd:rounds=1+lag=1" names.
+
+  >>> parse("sjd:window=8+init=repeat_left").window
+  8
+
+  Args:
+    text: name:key=value+key=value.
+    known: Classes by name.
 
   Raises:
     UserError: on an unknown name or setting, or a value of the wrong kind.
   """
   name, _, rest = text.partition(":")
-  if name not in DECODERS:
-    close = difflib.get_close_matches(name, DECODERS, 1)
+  if name not in known:
+    close = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
     raise UserError(
-        f"got decoder {name!r}, expected one of {sorted(DECODERS)}; {hint}"
+        f"got decoder {name!r}, expected one of {sorted(known)}; {hint}"
     )
-  cls = DECODERS[name]
+  cls = known[name]
   fields = {f.name: f for f in dataclasses.fields(cls)}
   values = {}
   for part in filter(None, rest.split("+")):
@@ -49,6 +60,37 @@ def parse(text: str) -> Decoder:
       )
     values[key] = _value(name, key, value, fields[key].type)
   return cls(**values)
+
+
+def with_file(file: str | os.PathLike | None) -> dict[str, type]:
+  """Classes by name: ours, and those of a user's Python file, which is run.
+
+  Raises:
+    UserError: when the file cannot be run or defines no decoder.
+  """
+  if file is None:
+    return DECODERS
+  expected = "a Python file with a decoder as docs/extending.md shows"
+  if not pathlib.Path(file).is_file():
+    raise UserError(f"got no file {file}, expected {expected}; check the path")
+  try:
+    values = runpy.run_path(os.fspath(file)).values()
+  except Exception as error:  # whatever a user's own code raises
+    raise UserError(
+        f"got {type(error).__name__} while running {file} ({error}), expected "
+        f"{expected}; correct it") from error
+  own = {x.name: x for x in values if _is_decoder(x)}
+  if not own.keys() - DECODERS.keys():
+    raise UserError(
+        f"got no decoder in {file}, expected {expected}; give a frozen "
+        "dataclass a name that is not taken")
+  return DECODERS | {k: v for k, v in own.items() if k not in DECODERS}
+
+
+def _is_decoder(thing: Any) -> bool:
+  return (isinstance(thing, type) and dataclasses.is_dataclass(thing)
+          and isinstance(getattr(thing, "name", None), str)
+          and hasattr(thing, "propose") and hasattr(thing, "resolve"))
 
 
 def settings(decoder: Decoder) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""The pages say what is so: their code runs, their commands exist."""
+
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from ssd_jax.config import UserError
+from ssd_jax.decoding import by_name
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A fenced block, with the comment before it that says why it is not run.
+_BLOCK = re.compile(
+    r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)```", re.S)
+_FLAG = re.compile(r"""(?<!flag_values\.)DEFINE_\w+\(\s*["'](\w+)["']""")
+
+
+def blocks(page):
+  """(mark, kind, text) of the fenced blocks of a page."""
+  return [m.group("mark", "kind", "text")
+          for m in _BLOCK.finditer(page.read_text("utf-8"))]
+
+
+def commands():
+  """(page, arguments) of every `python -m` of ours, in blocks and in lines."""
+  found = []
+  for page in PAGES:
+    text = page.read_text("utf-8")
+    texts = [t for _, kind, t in blocks(page) if kind != "python"]
+    texts += re.findall(r"`(python -m [^`]*)`", text)
+    for part in texts:
+      part = part.replace("\\\n", " ")
+      for line in re.findall(r"python -m ((?:infer|train)\.[^&\n]*)", part):
+        found.append((page.name, " ".join(shlex.split(line, comments=True))))
+  return sorted(set(found))
+
+
+@pytest.mark.parametrize("name", ["extending.md"])
+def test_code_of_a_page_runs(name, tmp_path, monkeypatch):
+  """The Python of a page runs from top to bottom, in one namespace."""
+  monkeypatch.chdir(tmp_path)
+  space = {"__name__": "page"}
+  for mark, kind, text in blocks(ROOT / "docs" / name):
+    if kind == "python" and mark is None:
+      exec(compile(text, name, "exec"), space)
+  assert (space["exact"].passes >= 1).all()
+  assert space["out"].passes[0] < 64 and (tmp_path / "greys.png").is_file()
+
+
+def test_a_decoder_takes_under_sixty_lines_of_a_file_of_ones_own(tmp_path):
+  """The page's decoder is short, and the command line finds it in its file."""
+  [text] = [text for _, _, text in blocks(ROOT / "docs" / "extending.md")
+            if text.startswith("# copy_above.py")]
+  lines = [x for x in text.splitlines() if x.strip()]
+  assert len(lines) - 1 < 60 + 6  # and six lines of imports
+  file = tmp_path / "copy_above.py"
+  file.write_text(text)
+  known = by_name.with_file(file)
+  decoder = by_name.parse("copyabove:ahead=6+least=0.5", known)
+  assert (decoder.ahead, decoder.least) == (6, 0.5)
+  assert by_name.parse("ar", known) == by_name.parse("ar")
+
+
+@pytest.mark.parametrize("text", [None, "1/0", "x = 3"])
+def test_a_file_without_decoders_is_one_line(tmp_path, text):
+  """A file that is missing, fails or holds none is said in one line."""
+  file = tmp_path / "mine.py"
+  if text is not None:
+    file.write_text(text)
+  with pytest.raises(UserError, match="expected a Python file") as error:
+    by_name.with_file(file)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("page,line", commands())
+def test_commands_of_the_pages_exist(page, line):
+  """Their modules, flags, files, variants and settings are there."""
+  module, *args = shlex.split(line)
+  spec = importlib.util.find_spec(module)
+  assert spec is not None, module
+  area, name = module.split(".")
+  body = "train" if area == "train" else name
+  sources = [ROOT / "ssd_jax" / "cli" / f"{x}.py" for x in (body, "common")]
+  flags = {"config"} | {
+      flag for source in sources for flag in _FLAG.findall(source.read_text())}
+  if name == "convert":
+    flags |= {"vq", "text_encoder", "tokenizer"}  # defined in a loop
+  config = ROOT / "configs" / "emoji.py"
+  for index, arg in enumerate(args):
+    if not arg.startswith("--"):
+      continue
+    flag, _, value = arg[2:].partition("=")
+    if flag == "config":
+      config = value or args[index + 1]
+    top = flag.removeprefix("no") if flag.startswith("no") else flag
+    assert flag.partition(".")[0] in flags or top in flags, f"--{flag}"
+  settings = config_of(str(config))
+  for arg in args:
+    if arg.startswith("--config."):
+      key = arg[len("--config."):].partition("=")[0]
+      assert key.partition(".")[0] in settings, arg
+
+
+def config_of(text):
+  """The settings of configs/NAME.py[:variant]."""
+  file, _, variant = text.partition(":")
+  spec = importlib.util.spec_from_file_location("config", ROOT / file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(variant) if variant else module.get_config()
