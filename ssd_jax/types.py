@@ -25,8 +25,8 @@ class KVCache:
   """Keys and values of every slot; a draft is overwritten, never erased.
 
   Attributes:
-    k: [L, S, P + X, K, H].
-    v: [L, S, P + X, K, H].
+    k: [L, S, K, P + X, H].
+    v: [L, S, K, P + X, H].
   """
 
   k: jax.Array

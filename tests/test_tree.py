@@ -137,4 +137,4 @@ def test_what_cannot_work_is_one_line():
     Eagle(drafts="sampled")
   with pytest.raises(UserError, match="one of top, coupled, sampled"):
     Eagle(drafts="greedy")
-  assert DraftNet(pipe.family.generator).cache(2, 3).k.shape[1:3] == (2, 9)
+  assert DraftNet(pipe.family.generator).cache(2, 3).k.shape[1:4:2] == (2, 9)

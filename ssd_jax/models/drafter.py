@@ -121,9 +121,9 @@ class DraftNet:
     return params
 
   def cache(self, streams: int, scratch: int) -> KVCache:
-    """Empty keys and values [1, G, N + scratch, K, H] of one image."""
+    """Empty keys and values [1, G, K, N + scratch, H] of one image."""
     cfg = self.generator.cfg
-    shape = (1, streams, self.generator.grid.length + scratch, cfg.n_kv_heads,
+    shape = (1, streams, cfg.n_kv_heads, self.generator.grid.length + scratch,
              cfg.head_dim)
     zeros = jnp.zeros(shape, self.generator.dtype)
     return KVCache(zeros, zeros)

@@ -77,11 +77,11 @@ class Generator:
     """(hidden [S, D] of the last prompt slot, cache holding the prompt)."""
     rows, length = prompt.tokens.shape
     cfg = self.cfg
-    shape = (cfg.n_layers, rows, length + self.grid.length + scratch,
-             cfg.n_kv_heads, cfg.head_dim)
+    shape = (cfg.n_layers, rows, cfg.n_kv_heads,
+             length + self.grid.length + scratch, cfg.head_dim)
     cache = KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
     visible = prompt_visible(prompt.mask)
-    unused = jnp.zeros((rows, length, shape[2] - length), bool)
+    unused = jnp.zeros((rows, length, shape[3] - length), bool)
     hidden, cache = self._apply(
         params,
         self._prompt_embeddings(params, prompt),
