@@ -1,0 +1,1 @@
+"""The live page: requests that queue and batch, and what serves them."""

@@ -1,0 +1,65 @@
+"""200 requests of 16 visitors at once: none may be lost, the page stays quick.
+
+    PYTHONPATH=tests python tests/browser/load.py [--model emoji]
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import json
+import time
+import urllib.request
+
+import serve
+
+DECODERS = ("ar", "sjd:window=8", "stair")
+DEADLINE = 300  # s
+
+
+def ask(url, values=None):
+  """The JSON of an answer."""
+  body = None if values is None else json.dumps(values).encode()
+  request = urllib.request.Request(
+      url, body, {"Content-Type": "application/json"})
+  with urllib.request.urlopen(request, timeout=30) as answer:
+    return json.loads(answer.read())
+
+
+def visit(address, number, end):
+  """(seconds, final state, mean seconds of a look at the page)."""
+  start, looks = time.monotonic(), []
+  job = ask(f"{address}/api/jobs", dict(
+      prompt=f"picture {number}", decoder=DECODERS[number % 3], seed=number,
+      race=False))
+  while job["state"] in ("queued", "drawing") and time.monotonic() < end:
+    time.sleep(0.05)
+    look = time.monotonic()
+    job = ask(f"{address}/api/jobs/{job['id']}")
+    looks.append(time.monotonic() - look)
+  return time.monotonic() - start, job["state"], sum(looks) / len(looks)
+
+
+def main():
+  """Runs the load and says what came of it."""
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--model", default="greys")
+  parser.add_argument("--requests", type=int, default=200)
+  parser.add_argument("--clients", type=int, default=16)
+  args = parser.parse_args()
+  with serve.page(args.model) as (address, studio):
+    end = time.monotonic() + DEADLINE
+    with concurrent.futures.ThreadPoolExecutor(args.clients) as clients:
+      visits = list(clients.map(
+          lambda number: visit(address, number, end), range(args.requests)))
+    drawn = studio.drawn
+  seconds, states, looks = zip(*visits, strict=True)
+  print(f"{args.requests} requests of {args.clients} clients: "
+        f"{dict(collections.Counter(states))}, {drawn} pictures drawn, "
+        f"median {sorted(seconds)[len(seconds) // 2]:.2f} s, "
+        f"longest {max(seconds):.2f} s, a look at the page takes "
+        f"{1000 * sum(looks) / len(looks):.0f} ms")
+  assert set(states) == {"done"} and drawn == args.requests
+
+
+if __name__ == "__main__":
+  main()
