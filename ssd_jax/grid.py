@@ -16,6 +16,9 @@ class Grid:
   known before any pass follows each row but the last; after the last row
   nothing is left to predict, so the sequence ends with its last cell.
 
+  >>> Grid(2, 3, end_of_row=True).slot_of.tolist()
+  [[0, 1, 2], [4, 5, 6]]
+
   Attributes:
     rows: Rows R.
     cols: Columns C.

@@ -111,3 +111,18 @@ def config_of(text):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config(variant) if variant else module.get_config()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_pages_lead_somewhere(page):
+  """Files that a page links to or shows are there, and anchors too."""
+  text = page.read_text("utf-8")
+  for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+    file, _, anchor = link.partition("#")
+    target = page.parent / file if file else page
+    assert target.exists(), link
+    heads = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.M) if (
+        anchor) else []
+    names = [re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-")
+             for h in heads]
+    assert not anchor or anchor in names, link

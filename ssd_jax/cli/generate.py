@@ -7,11 +7,12 @@ import re
 import sys
 
 from absl import flags
+import jax
 import numpy as np
 from PIL import Image, PngImagePlugin
 import tqdm
 
-from ssd_jax import exporters, pictures
+from ssd_jax import exporters, pictures, sharding
 from ssd_jax.cli import common, run as cli
 from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name, engine
@@ -36,6 +37,8 @@ def body() -> None:
   decoder = by_name.parse(_DECODER.value, known)
   number = common.NUM_IMAGES.value
   check(number >= 1, "num_images", number, ">= 1")
+  check(not _TRACE.value or jax.process_count() == 1, "trace", True,
+        "a single host")
   out = common.writable_folder(common.OUT.value or "out")
   common.use_compilation_cache()
   pipe = common.load_pipeline()
@@ -48,6 +51,9 @@ def body() -> None:
         **common.sampling(),
     )
   paths, sheet = write_pictures(output, out, _settings(pipe))
+  sharding.meet("pictures are written")
+  if jax.process_index():
+    return  # the first host tells
   for note in output.notes:
     print(f"note: {note}")
   if _TRACE.value:
@@ -76,7 +82,11 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
 def write_pictures(
     output: Output, folder: pathlib.Path, settings: dict
 ) -> tuple[list[pathlib.Path], pathlib.Path | None]:
-  """(paths of the PNGs, path of the contact sheet of several)."""
+  """(paths of the PNGs, path of the contact sheet of several).
+
+  Several hosts, which all hold the pictures, each write their share.
+  """
+  host, hosts = jax.process_index(), jax.process_count()
   paths = []
   for index, (image, prompt) in enumerate(
       zip(output.pil_images, output.prompts, strict=True)
@@ -87,17 +97,23 @@ def write_pictures(
     for key, value in facts.items():
       metadata.add_itxt(key, str(value))
     path = folder / f"{index:04d}_{file_name(prompt)}.png"
-    save_picture(image, path, pnginfo=metadata)
+    if index % hosts == host:
+      save_picture(image, path, pnginfo=metadata)
     paths.append(path)
   if len(paths) == 1:
     return paths, None
   sheet = folder / "contact_sheet.png"
-  save_picture(contact_sheet(output.images), sheet)
+  if host == 0:
+    save_picture(contact_sheet(output.images), sheet)
   return paths, sheet
 
 
 def file_name(prompt: str) -> str:
-  """A prompt as a part of a file name: letters and digits of any script."""
+  """A prompt as a part of a file name: letters and digits of any script.
+
+  >>> file_name("../a red/heart?")
+  'a_red_heart'
+  """
   return re.sub(r"\W+", "_", prompt).strip("_")[:40] or "prompt"
 
 

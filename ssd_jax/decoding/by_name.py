@@ -94,7 +94,11 @@ def _is_decoder(thing: Any) -> bool:
 
 
 def settings(decoder: Decoder) -> dict[str, Any]:
-  """The settings of a decoder that differ from its defaults."""
+  """The settings of a decoder that differ from its defaults.
+
+  >>> settings(SJD(window=8))
+  {'window': 8}
+  """
   return {
       f.name: getattr(decoder, f.name)
       for f in dataclasses.fields(decoder)

@@ -34,6 +34,7 @@ class Studio:
   ):
     self.pipe, self.limits, self.batch = pipe, limits, batch
     self.drawn = 0
+    self._shape = pipe.model.grid.slot_of.shape
     self._waiting: collections.deque[Job] = collections.deque()
     self._jobs: collections.OrderedDict[str, Job] = collections.OrderedDict()
     self._lossless: collections.OrderedDict[Any, bool] = (
@@ -53,9 +54,8 @@ class Studio:
     """
     request = parse(values, self.limits, self.pipe.model.grid.cells)
     lossless = self._check(request)
-    shape = self.pipe.model.grid.slot_of.shape
     made = lambda label, law: Lane(label, law, [
-        Picture(np.zeros(shape, int)) for _ in range(request.images)])
+        Picture(np.zeros(self._shape, int)) for _ in range(request.images)])
     lanes = [made(request.label, lossless)]
     if request.race:
       lanes.append(made("ar", True))
@@ -179,6 +179,8 @@ class Studio:
     fill = size - len(texts)
     for lane in lanes:
       lane.state, lane.together = "compiling", len(texts)
+    # Compiled before the clock runs.
+    self.pipe.draw_tokens(np.zeros((size, *self._shape), int), size)
     painter = _Painter(self.pipe, pictures, size)
 
     def on_pass(progress: Progress) -> None:

@@ -139,6 +139,19 @@ function open(next) {
   render();
 }
 
+// Empty grids, before anything was drawn.
+function blank() {
+  const empty = Array.from({ length: info.rows },
+                           () => new Array(info.cols).fill(0));
+  const lane = (label, lossless) => ({
+    label, lossless, state: "idle", passes: 0, seconds: null, together: 1,
+    pictures: [{ commit: empty, url: null }],
+  });
+  const found = info.decoders.find((d) => d.name === $("name").value);
+  open({ id: "", state: "idle", prompt: "nothing", notes: [],
+         lanes: [lane(found.name, found.lossless), lane("ar", true)] });
+}
+
 // What a lane shows: everything so far, or what a replay has reached.
 function reached(lane, commit) {
   const end = last(commit);
@@ -168,8 +181,9 @@ function renderLane(lane, node) {
   at(".passes").textContent = String(passes);
   at(".rate").textContent = passes ? (final / passes).toFixed(1) : "–";
   at(".seconds").textContent = lane.seconds === null
-      ? { waiting: "next", compiling: "compiling" }[lane.state] || "…"
-      : (part * lane.seconds).toFixed(1);
+      ? { idle: "–", waiting: "next", compiling: "compiling" }[lane.state]
+        || "…"
+      : (part * lane.seconds).toFixed(lane.seconds < 1 ? 2 : 1);
   const thumbs = at(".thumbs");
   if (lane.pictures.length > 1 && lane.state === "done" &&
       !thumbs.childElementCount) {
@@ -188,6 +202,7 @@ function renderLane(lane, node) {
 }
 
 function status() {
+  if (job.state === "idle") return "Nothing drawn yet. Press Draw.";
   const compiling = job.lanes.some((lane) => lane.state === "compiling");
   if (job.state === "queued") return `Waiting: ${job.ahead} before you.`;
   if (job.state === "drawing") {
@@ -204,7 +219,7 @@ function verdict() {
   const [mine, ar] = job.lanes;
   const passes = ar.passes / mine.passes, time = ar.seconds / mine.seconds;
   return `${mine.label}: ${passes.toFixed(1)}× fewer passes than AR, ` +
-      `${time.toFixed(1)}× its speed here.`;
+      `${time.toFixed(time < 1 ? 2 : 1)}× its speed here.`;
 }
 
 function render() {
@@ -281,7 +296,12 @@ async function start() {
   info = await ask("/api/info");
   fillForm();
   bench();
-  $("name").onchange = () => { $("settings").value = ""; showKeys(); };
+  blank();
+  $("name").onchange = () => {
+    $("settings").value = "";
+    showKeys();
+    if (job.state === "idle") blank();
+  };
   $("form").onsubmit = draw;
   $("prompt").onkeydown = (event) => {
     if (event.key === "Enter" && !event.shiftKey) {

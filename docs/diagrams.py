@@ -1,0 +1,45 @@
+"""Draws the diagrams of docs/methods.md from traces of the embedded model.
+
+    python docs/diagrams.py
+
+Writes docs/order.png, the pass at which each cell became final, and
+docs/race.gif, AR beside a decoder in the time that both took.
+"""
+
+import pathlib
+
+import ssd_jax
+from ssd_jax import layout, pictures
+from ssd_jax.decoding import by_name
+
+PROMPT, SEED = "red heart", 0
+LABELS = ("ar", "sjd", "zipar", "pjd", "exact", "stair")
+HEADS = ("mtp", "ssd")  # drawn where the model has heads
+RACER = "stair"
+FOLDER = pathlib.Path(__file__).parent
+
+
+def main():
+  """Draws with every decoder, then both files."""
+  pipe = ssd_jax.load("emoji")
+  labels = LABELS + (HEADS if min(pipe.model.heads) else ())
+  outputs, columns = {}, []
+  for label in labels:
+    out = pipe.generate([PROMPT], by_name.parse(label), seed=SEED, trace=True)
+    outputs[label] = out
+    size = tuple(3 * x // 2 for x in out.images.shape[1:3])
+    heat = pictures.heat_map(out.commit_pass[0], size)
+    head = layout.caption(heat.width, [label, f"{out.passes[0]} passes"])
+    columns.append(layout.stack([head, heat]))
+    print(label, int(out.passes[0]), "passes")
+  half = (len(columns) + 1) // 2
+  rows = [layout.abreast(columns[:half]), layout.abreast(columns[half:])]
+  layout.save_picture(layout.stack(rows, 8), FOLDER / "order.png")
+  fillings = [
+      pictures.filling(pipe, outputs[label], 0, label, outputs[label].seconds)
+      for label in ("ar", RACER)]
+  pictures.save_animation(pictures.animation(fillings), FOLDER / "race.gif")
+
+
+if __name__ == "__main__":
+  main()
