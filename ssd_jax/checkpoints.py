@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ssd_jax import sharding
 from ssd_jax.config import UserError
 
 
@@ -23,6 +24,13 @@ def save(folder: str | os.PathLike, tree: Any, dtype: Any = None) -> None:
     dtype: Of the stored floating-point arrays; None keeps theirs.
   """
   folder = pathlib.Path(folder).absolute()
+  tree = sharding.fetch(tree)
+  if jax.process_index() == 0:
+    _write(folder, tree, dtype)
+  sharding.meet(f"saved {folder.name}")
+
+
+def _write(folder: pathlib.Path, tree: Any, dtype: Any) -> None:
   folder.parent.mkdir(parents=True, exist_ok=True)
   cast = lambda x: (
       np.asarray(x, dtype)
@@ -31,7 +39,7 @@ def save(folder: str | os.PathLike, tree: Any, dtype: Any = None) -> None:
   )
   staging = pathlib.Path(tempfile.mkdtemp(prefix=".saving-", dir=folder.parent))
   try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
       checkpointer.save(staging / "new", jax.tree.map(cast, tree))
     if folder.exists():
       os.rename(folder, staging / "old")
@@ -53,7 +61,7 @@ def restore(folder: str | os.PathLike) -> Any:
         "or infer.convert; check the path"
     )
   try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
       tree = checkpointer.metadata(folder).item_metadata.tree
       args = jax.tree.map(
           lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
@@ -67,14 +75,27 @@ def restore(folder: str | os.PathLike) -> Any:
     ) from error
 
 
+def _checkpointer() -> ocp.PyTreeCheckpointer:
+  """Of this host alone: each reads for itself, the first one writes."""
+  index = jax.process_index()
+  if jax.process_count() == 1:
+    return ocp.PyTreeCheckpointer()
+  return ocp.PyTreeCheckpointer(
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=index, active_processes={index},
+          barrier_sync_key_prefix=f"host{index}"))
+
+
 def cast(tree: Any, dtype: Any) -> Any:
-  """The tree with floating-point leaves as device arrays of `dtype`."""
-  return jax.tree.map(
-      lambda x: jax.numpy.asarray(
-          x, dtype if _is_float(x) else None
-      ),
-      tree,
-  )
+  """The tree with floating-point leaves as device arrays of `dtype`, each where
+  it lies on the mesh if one is set."""
+  if sharding.current() is None:
+    return jax.tree.map(
+        lambda x: jax.numpy.asarray(x, dtype if _is_float(x) else None), tree)
+  # On the host: the whole need not fit on one device.
+  is_right = lambda x: not _is_float(x) or x.dtype == dtype
+  return sharding.place(jax.tree.map(
+      lambda x: x if is_right(x) else np.asarray(x, dtype), tree))
 
 
 def _is_float(x: Any) -> bool:
@@ -84,10 +105,15 @@ def _is_float(x: Any) -> bool:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
   """Writes JSON by one rename."""
+  write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a file by one rename; hosts may do so at the same time."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+  partial = path.with_name(f".{path.name}.{jax.process_index()}.partial")
+  partial.write_text(text, "utf-8")
   os.replace(partial, path)
 
 

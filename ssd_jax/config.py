@@ -91,6 +91,8 @@ class LoopConfig:
   Attributes:
     steps: Optimiser steps in all.
     batch: Examples per step, over all devices.
+    accumulate: Parts of a batch that are run one after the other, where it does
+      not fit at once.
     log_every: Steps between log lines.
     eval_every: Steps between evaluations.
     save_every: Steps between checkpoints.
@@ -100,6 +102,7 @@ class LoopConfig:
 
   steps: int = 1000
   batch: int = 16
+  accumulate: int = 1
   log_every: int = 20
   eval_every: int = 500
   save_every: int = 200
@@ -107,6 +110,8 @@ class LoopConfig:
   seed: int = 0
 
   def __post_init__(self):
-    for name in ("steps", "batch", "log_every", "eval_every", "save_every",
-                 "keep"):
+    for name in ("steps", "batch", "accumulate", "log_every", "eval_every",
+                 "save_every", "keep"):
       check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+    check(self.batch % self.accumulate == 0, "accumulate", self.accumulate,
+          f"a divisor of the batch of {self.batch}")

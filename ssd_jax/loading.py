@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax import checkpoints
+from ssd_jax import checkpoints, sharding
 from ssd_jax.config import UserError, from_config_dict
 from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
 from ssd_jax.models.drafter import DrafterConfig, bind_drafter
@@ -111,8 +111,12 @@ def from_config(
 def random_params(family: Any) -> Params:
   """{"trunk": random parameters}, in the dtype they are used in."""
   generator = family.generator
-  make = lambda key: checkpoints.cast(generator.init(key), _dtype())
-  return jax.jit(make)(jax.random.key(0))
+
+  @jax.jit
+  def make(key):
+    return jax.tree.map(lambda x: x.astype(_dtype()), generator.init(key))
+
+  return sharding.create(make, jax.random.key(0))
 
 
 def _pipeline(
@@ -158,12 +162,13 @@ def _check_memory(family: Any) -> None:
   shapes = jax.eval_shape(family.generator.init, jax.random.key(0))
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
   needed, free = count * np.dtype(_dtype()).itemsize, _free_memory()
+  needed //= sharding.parameters_apart()
   if free is not None and needed > free:
     raise UserError(
         f"got a trunk of {count / 1e9:.1f} billion parameters, "
-        f"{needed / 1e9:.1f} GB in {np.dtype(_dtype())}, expected at most the "
-        f"{free / 1e9:.1f} GB of free memory; choose a smaller model or a "
-        "larger machine")
+        f"{needed / 1e9:.1f} GB of them here in {np.dtype(_dtype())}, expected "
+        f"at most the {free / 1e9:.1f} GB of free memory; choose a smaller "
+        "model or a larger machine, or share it by --mesh tensor=8")
 
 
 def _free_memory() -> int | None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ssd_jax import likelihood, sampling as sampling_lib, saving
+from ssd_jax import likelihood, sampling as sampling_lib, saving, sharding
 from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name, engine
 from ssd_jax.decoding.ar import AR
@@ -114,15 +114,16 @@ class Pipeline:
     check(batch >= 1, "batch", batch, ">= 1")
     check(0 <= seed < 2**32, "seed", seed, "in [0, 2^32)")
     texts = [text for text in prompts for _ in range(num_images)]
-    batch = min(batch, len(texts))
+    settings, guided = self.sampling(**sampling)
+    batch = sharding.even_batch(min(batch, len(texts)), 1 + guided)
     decoder = by_name.parse(decoder) if isinstance(decoder, str) else decoder
     index_I = _indices(first_image, len(texts), batch)
-    settings, guided = self.sampling(**sampling)
     chunks, notes, clock = [], [], _Clock()
     for start in range(0, len(texts), batch):
       part = texts[start:start + batch]
       padded = part + [part[-1]] * (batch - len(part))
       prompt, said = self.family.encode_prompts(padded, guided)
+      prompt = sharding.place_rows(prompt)
       args = (self.params_for(decoder), prompt, settings,
               jax.random.key(seed), index_I[start:start + batch])
       listener = self._listener if on_pass else None
@@ -133,7 +134,7 @@ class Pipeline:
       images = decode_images(self.vq_params, decoded.tokens)
       chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,
                decoded.history)
-      chunks.append([None if x is None else np.asarray(x)[:len(part)]
+      chunks.append([None if x is None else sharding.fetch(x)[:len(part)]
                      for x in chunk])
       notes += [note for note in said if note not in notes]
       if on_batch:
@@ -305,14 +306,15 @@ class Pipeline:
     """The compiled `engine.decode` for these shapes."""
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), args[1:])
     leaves, structure = jax.tree.flatten(shapes)
-    key = (decoder, trace, listener, tuple(map(str, leaves)), structure)
+    key = (decoder, trace, listener, tuple(map(str, leaves)), structure,
+           sharding.current())
     if key not in self._executables:
       self._executables[key] = engine.decode.lower(
           self.model, decoder, *args, trace=trace, on_pass=listener).compile()
     return self._executables[key]
 
   def _compiled_images(self, tokens):
-    key = ("images", tokens.shape)
+    key = ("images", tokens.shape, sharding.current())
     if key not in self._executables:
       decode = jax.jit(self.family.decode)
       self._executables[key] = decode.lower(self.vq_params, tokens).compile()

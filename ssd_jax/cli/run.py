@@ -1,16 +1,30 @@
-"""What all command lines share: the config flag, errors in one line."""
+"""What all command lines share: config, mesh, hosts, errors in one line."""
 
 from collections.abc import Callable
+import contextlib
 import pathlib
 import sys
 from typing import NoReturn
 
 from absl import flags
+import jax
 from ml_collections import config_flags
 
+from ssd_jax import hosts, sharding
 from ssd_jax.config import UserError
 
 _DEFAULT = pathlib.Path(__file__).parent.parent / "families" / "emoji.py"
+
+MESH = flags.DEFINE_string(
+    "mesh", "", "How devices share the work, such as data=2,fsdp=1,tensor=4; "
+    "default: one device, of several hosts all by data.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, for several hosts outside "
+    "Cloud TPU and Slurm.")
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Of the whole job; with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Of this process, from 0; with --coordinator.")
 
 
 def define_config() -> None:
@@ -22,8 +36,17 @@ def define_config() -> None:
   )
 
 
-def main(body: Callable[[], None], argv: list[str] | None = None) -> None:
-  """Parses flags and runs `body`; a mistake ends in one line, status 2."""
+def main(
+    body: Callable[[], None], argv: list[str] | None = None,
+    runs_here: bool = True,
+) -> None:
+  """Parses flags and runs `body`; a mistake ends in one line, status 2.
+
+  Args:
+    body: Of the command.
+    argv: Instead of the program's.
+    runs_here: Whether --mesh is of this machine's devices.
+  """
   try:
     rest = flags.FLAGS(sys.argv if argv is None else argv)
     _ = flags.FLAGS.config.family  # a file that fails says so at first sight
@@ -34,12 +57,31 @@ def main(body: Callable[[], None], argv: list[str] | None = None) -> None:
   if len(rest) > 1:
     fail(f"got argument {rest[1]!r}, expected flags only; see --help")
   try:
-    body()
+    with _devices() if runs_here else contextlib.nullcontext():
+      body()
   except UserError as error:
     fail(str(error))
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
+
+
+@contextlib.contextmanager
+def _devices():
+  """The hosts joined and the mesh set, as the flags say."""
+  is_job = hosts.join(
+      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  is_alone = not is_job or jax.process_count() == 1
+  if is_alone and not MESH.value:
+    yield
+    return
+  with jax.set_mesh(sharding.make_mesh(MESH.value)):
+    try:
+      yield
+    except Exception as error:
+      if is_alone or isinstance(error, UserError):
+        raise
+      hosts.end_with_error(error)
 
 
 def refuse_unused(*used: str) -> None:

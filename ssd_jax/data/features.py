@@ -14,11 +14,11 @@ import pathlib
 
 import grain
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from ssd_jax import sharding
 from ssd_jax.config import UserError, check
 from ssd_jax.data import pipeline
 from ssd_jax.decoding import engine
@@ -55,7 +55,7 @@ class DrawConfig:
   """How images are drawn.
 
   Attributes:
-    batch: Images drawn together, per process.
+    batch: Images drawn together, over all devices.
     shard: Images per file; what a killed run draws again at most.
     seed: Of the images.
   """
@@ -112,16 +112,19 @@ def draw(
   folder.mkdir(parents=True, exist_ok=True)
   _claim(folder, _manifest(teacher, captions, cfg))
   shards = _shards(folder, len(captions), cfg.shard)
-  mine = shards[jax.process_index()::jax.process_count()]
-  bar = tqdm.tqdm(total=sum(len(images) for _, images in mine),
-                  desc=folder.name, unit="image")
-  for path, images in mine:
-    if not path.exists():
-      _write_whole(path, _draw_images(teacher, captions, images, cfg))
+  is_first = jax.process_index() == 0
+  bar = tqdm.tqdm(total=len(captions), desc=folder.name, unit="image",
+                  disable=not is_first)
+  # All hosts draw every shard together: none may think another is there.
+  is_there = sharding.agree(np.array([path.exists() for path, _ in shards]))
+  for (path, images), skip in zip(shards, is_there, strict=True):
+    if not skip:
+      drawn = _draw_images(teacher, captions, images, cfg)
+      if is_first:
+        _write_whole(path, drawn)
     bar.update(len(images))
   bar.close()
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f"drawn {folder.name}")
+  sharding.meet(f"drawn {folder.name}")
   grid = teacher.generator.grid
   tokens = [_read(path, (len(images), grid.cells)) for path, images in shards]
   return DrawnTokens(
@@ -212,18 +215,20 @@ def _shards(folder: pathlib.Path, count: int, size: int):
 def _draw_images(teacher, captions, images, cfg: DrawConfig) -> np.ndarray:
   """Codes [images, cells] in the smallest unsigned type that holds them."""
   model, drawn = teacher.generator.model(), []
-  for start in range(0, len(images), cfg.batch):
-    part = images[start:start + cfg.batch]
+  batch = sharding.even_batch(cfg.batch, 1 + teacher.guided)
+  for start in range(0, len(images), batch):
+    part = images[start:start + batch]
     # The last batch is filled up: one compile for all.
-    index = np.resize(part, cfg.batch)
+    index = np.resize(part, batch)
     prompt, _ = teacher.encode_prompts(
         [captions[i] for i in index], teacher.guided
     )
     out = engine.decode(
-        model, AR(), teacher.params, prompt, teacher.sampling,
-        jax.random.key(cfg.seed), jnp.asarray(index),
+        model, AR(), teacher.params, sharding.place_rows(prompt),
+        teacher.sampling, jax.random.key(cfg.seed), jnp.asarray(index),
     )
-    drawn.append(np.asarray(out.tokens).reshape(cfg.batch, -1)[:len(part)])
+    tokens = sharding.fetch(out.tokens)
+    drawn.append(tokens.reshape(batch, -1)[:len(part)])
   return np.concatenate(drawn).astype(np.min_scalar_type(model.vocab - 1))
 
 

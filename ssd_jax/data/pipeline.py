@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
+from ssd_jax import sharding
 from ssd_jax.config import UserError, check
 
 
@@ -30,12 +30,12 @@ def stream(
       of fixed shapes. `rng` depends on (seed, place in the stream) alone.
     batch: Examples per step over all hosts.
     seed: Of the order and of `rng`, in [0, 2**32).
-    shard: (index, count) of this host; by default what jax knows.
+    shard: (index, count) of this host; by default what the mesh says.
 
   Raises:
     UserError: where the source is empty, or hosts cannot share a batch.
   """
-  index, count = shard or (jax.process_index(), jax.process_count())
+  index, count = shard or sharding.share()
   if not len(source):
     raise UserError(
         "got a source without pictures, expected one or more; check its path "

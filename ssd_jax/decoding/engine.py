@@ -22,7 +22,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ssd_jax import sampling as sampling_lib
+from ssd_jax import sampling as sampling_lib, sharding
 from ssd_jax.grid import Grid
 from ssd_jax.sampling import Sampling
 from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
@@ -194,6 +194,7 @@ def decode(
     queries = over(decoder.propose)(ctx, loop.decoder)
     queries = _silence(queries, done_B)
     stacked = jax.tree.map(lambda x: jnp.concatenate([x] * streams), queries)
+    stacked = sharding.constrain_rows(stacked)
     hidden, cache = model.forward(params, loop.cache, prompt, stacked)
     hidden = unstack(hidden)
     p_BQV = sampling_lib.target(model.logits(params, hidden), sampling)
@@ -201,6 +202,7 @@ def decode(
         ctx, loop.decoder, queries, p_BQV, jnp.moveaxis(hidden, 1, 0)
     )
     cache = _settle(decoder, ctx, after, cache, done_B)
+    cache = sharding.constrain_cache(cache)
     after = _keep_done(done_B, loop.decoder, after)
     return tell(_record(loop, after, cache, done_B))
 
@@ -212,7 +214,7 @@ def decode(
     return loop
 
   hidden, cache = model.prefill(params, prompt, decoder.scratch(model))
-  hidden = unstack(hidden)
+  hidden, cache = unstack(hidden), sharding.constrain_cache(cache)
   p_BV = sampling_lib.target(model.logits(params, hidden), sampling)
   state = over(decoder.start)(context(1), p_BV, jnp.moveaxis(hidden, 1, 0))
   shape = (batch, model.grid.length)

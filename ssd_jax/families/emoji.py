@@ -63,9 +63,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.ar = c(dict(
       optimizer=dict(kind="muon", learning_rate=2e-3, final_learning_rate=2e-5,
                      warmup_steps=100, b2=0.95, weight_decay=0.02, ema=0.998),
-      loop=dict(steps=6000, batch=8, log_every=10, eval_every=400,
-                save_every=100),
-      drop_caption=0.1, corrupt=0.3, start_from="",
+      loop=dict(steps=6000, batch=8, accumulate=1, log_every=10,
+                eval_every=400, save_every=100),
+      drop_caption=0.1, corrupt=0.3, start_from="", compute="float32",
   ))
   config.mtp = training.mtp(steps=1200, batch=8, vertical=2)
   config.mtp.optimizer.update(learning_rate=1e-3, warmup_steps=50)

@@ -69,5 +69,5 @@ def _optimizer(**changes) -> dict:
 
 
 def _loop(steps: int, batch: int) -> dict:
-  return dict(steps=steps, batch=batch, log_every=10, eval_every=200,
-              save_every=100, keep=2, seed=0)
+  return dict(steps=steps, batch=batch, accumulate=1, log_every=10,
+              eval_every=200, save_every=100, keep=2, seed=0)

@@ -1,11 +1,11 @@
 """How long the paths are that a drafter gets right, and the tree to draft."""
 
 import dataclasses
-import os
 import pathlib
 
 import numpy as np
 
+from ssd_jax import checkpoints
 from ssd_jax.decoding import trees
 
 WIDTH = 10  # ranks told apart
@@ -77,6 +77,4 @@ class Acceptance:
         "",
         f"`eagle:tree={trees.spell(self.tree)}`",
     ]
-    partial = path.with_name(f".{path.name}")
-    partial.write_text("\n".join(lines) + "\n")
-    os.replace(partial, path)
+    checkpoints.write_text(path, "\n".join(lines) + "\n")

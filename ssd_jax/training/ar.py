@@ -11,14 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssd_jax import checkpoints
+from ssd_jax import checkpoints, sharding
 from ssd_jax.config import LoopConfig, OptimizerConfig, check
 from ssd_jax.data import pipeline
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.text import Vocabulary, words_of
 from ssd_jax.models.vq import VQ
 from ssd_jax.training import loop
-from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
+from ssd_jax.training.state import (
+  TrainState,
+  apply_gradients,
+  make_optimizer,
+  mean_gradients,
+)
 from ssd_jax.training.tokenizer import reconstruct
 from ssd_jax.types import Prompt
 
@@ -40,6 +45,8 @@ class ARConfig:
       codes that went before, not by its caption, and is lost once a draw
       leaves that path.
     start_from: Folder of a trunk to start from; "" starts at random.
+    compute: Type of activations, "float32" or "bfloat16"; weights and the
+      optimiser's state are always float32.
   """
 
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -50,8 +57,11 @@ class ARConfig:
   spell: float = 0.03
   corrupt: float = 0.8
   start_from: str = ""
+  compute: str = "float32"
 
   def __post_init__(self):
+    check(self.compute in ("float32", "bfloat16"), "compute", self.compute,
+          "float32 or bfloat16")
     for name in ("drop_caption", "add_tags", "only_tags", "spell", "corrupt"):
       value = getattr(self, name)
       check(0 <= value < 1, name, value, "in [0, 1)")
@@ -97,7 +107,7 @@ def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
     _, ids = reconstruct(vq, params, np.stack(images))
     tokens = ids.reshape(len(images), -1)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix(".partial.npy")
+    partial = cache.with_suffix(f".{jax.process_index()}.partial.npy")
     np.save(partial, tokens)
     os.replace(partial, cache)
   return TokenSource(tokens, tuple(captions), tuple(tags), tuple(items))
@@ -159,31 +169,36 @@ def run(
 ) -> TrainState:
   """Trains a trunk on `splits["train"]` into `workdir`."""
   optimizer = make_optimizer(cfg.optimizer, cfg.loop)
+  generator = dataclasses.replace(generator, dtype=jnp.dtype(cfg.compute))
+  make = lambda params: TrainState.make(params, optimizer, cfg.optimizer)
   if cfg.start_from:
     known = {"trunk": checkpoints.restore(cfg.start_from)}
-    params = checkpoints.cast(known, jnp.float32)
+    state = make(checkpoints.cast(known, jnp.float32))
   else:
-    params = generator.init(jax.random.key(cfg.loop.seed))
-  state = TrainState.make(params, optimizer, cfg.optimizer)
+    state = sharding.create(
+        lambda key: make(generator.init(key)), jax.random.key(cfg.loop.seed))
   load = functools.partial(load_example, words=words, cfg=cfg)
   data = pipeline.stream(splits["train"], load, cfg.loop.batch, cfg.loop.seed)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, batch):
-    loss, grads = jax.value_and_grad(
-        lambda params: jnp.mean(cross_entropy(generator, params, batch))
-    )(state.params)
+    mean_loss = lambda params, part: jnp.mean(
+        cross_entropy(generator, params, part))
+    loss, grads = mean_gradients(
+        functools.partial(jax.value_and_grad(mean_loss), state.params), batch,
+        cfg.loop.accumulate)
     state = apply_gradients(state, grads, optimizer, cfg.optimizer)
     return state, {"loss": loss, "gradient": optax.global_norm(grads)}
 
-  losses = jax.jit(functools.partial(cross_entropy, generator))
+  mean_loss = jax.jit(
+      lambda params, batch: jnp.mean(cross_entropy(generator, params, batch)))
 
   def evaluate(state):
     figures = {}
     for name, source in splits.items():
       batches = plain_batches(source, words, cfg.loop.batch, count=128)
       figures[f"{name}_nll"] = float(np.mean(
-          [np.mean(losses(state.eval_params, batch)) for batch in batches]
+          [mean_loss(state.eval_params, batch) for batch in batches]
       ))
     return figures
 

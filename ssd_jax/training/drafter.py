@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssd_jax import checkpoints, sampling as sampling_lib
+from ssd_jax import checkpoints, sampling as sampling_lib, sharding
 from ssd_jax.config import (
   LoopConfig,
   OptimizerConfig,
@@ -47,7 +47,12 @@ from ssd_jax.models.drafter import DrafterConfig, DraftNet
 from ssd_jax.training import loop, losses
 from ssd_jax.training.acceptance import WIDTH, Acceptance
 from ssd_jax.training.mtp import plain_batches
-from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
+from ssd_jax.training.state import (
+  TrainState,
+  apply_gradients,
+  make_optimizer,
+  mean_gradients,
+)
 
 TABLE = "acceptance.md"
 _AIMS = ("state_weight", "token_weight", "noise", "unroll", "redundancy",
@@ -126,8 +131,9 @@ def run(
   _claim(workdir, drafter_cfg, cfg)
   net = DraftNet(generator)
   optimizer = make_optimizer(cfg.optimizer, cfg.loop)
-  params = net.init(jax.random.key(cfg.loop.seed))
-  state = TrainState.make(params, optimizer, cfg.optimizer)
+  state = sharding.create(
+      lambda key: TrainState.make(net.init(key), optimizer, cfg.optimizer),
+      jax.random.key(cfg.loop.seed))
   step = make_step(net, teacher, cfg, optimizer)
   find_ranks = make_ranks(net, teacher, cfg.depth)
 
@@ -180,8 +186,10 @@ def make_step(
   @functools.partial(jax.jit, donate_argnums=1)
   def step(trunk_params, state: TrainState, batch):
     key = jax.random.fold_in(jax.random.key(cfg.loop.seed), state.step)
-    grads, (of_state, of_token) = jax.grad(total, has_aux=True)(
-        state.params, trunk_params, batch, key)
+    grads, (of_state, of_token) = mean_gradients(
+        lambda part: jax.grad(total, has_aux=True)(
+            state.params, trunk_params, part, key),
+        batch, cfg.loop.accumulate)
     state = apply_gradients(state, grads, optimizer, cfg.optimizer)
     return state, {"state_loss": of_state, "token_loss": of_token,
                    "gradient": optax.global_norm(grads)}

@@ -2,12 +2,14 @@
 
 A checkpoint holds the train state and the position of the data stream, is
 written asynchronously and becomes visible by one rename, so a run killed at any
-moment continues from the last whole one as if nothing had happened.
+moment continues from the last whole one as if nothing had happened. With a mesh
+set, state and batches lie on it; see `sharding`.
 """
 
 from collections.abc import Callable, Mapping
 import math
 import pathlib
+import sys
 from typing import Any
 
 import grain
@@ -16,7 +18,9 @@ import orbax.checkpoint as ocp
 import tensorboardX
 import tqdm
 
+from ssd_jax import sharding
 from ssd_jax.config import LoopConfig, UserError
+from ssd_jax.training.preemption import Preemption
 from ssd_jax.training.state import TrainState
 
 Metrics = Mapping[str, jax.Array]
@@ -37,40 +41,38 @@ def train(
     workdir: Folder of the checkpoints and TensorBoard files.
     state: The state before the first step; gives shapes when resuming.
     step_fn: Jitted; takes the state (donated) and a batch.
-    data: The infinite stream of batches.
+    data: The infinite stream of batches, of this host's share.
     cfg: Numbers of steps.
     evaluate: Returns figures to log, called every `cfg.eval_every` steps.
 
   Raises:
     UserError: when a loss is not finite; says which checkpoint is good.
+    SystemExit: with 0 after SIGTERM, once the state is saved.
   """
   folder = pathlib.Path(workdir).absolute()
-  iterator = iter(data)
-  with _manager(folder, cfg) as manager:
-    state = _restore(manager, state, iterator)
+  rows = cfg.batch // sharding.share()[1]
+  with _manager(folder, cfg) as manager, Preemption() as preemption:
+    state, iterator = _restore(manager, sharding.place(state), data)
     start = int(state.step)
-    writer = tensorboardX.SummaryWriter(str(folder / "logs"), purge_step=start)
-    bar = tqdm.tqdm(
-        range(start, cfg.steps), initial=start, total=cfg.steps,
-        desc=folder.name, mininterval=1.0,
-    )
-    for step in bar:
-      state, metrics = step_fn(state, next(iterator))
+    log = _Log(folder, start, cfg.steps)
+    for step in log.bar:
+      batch = sharding.join_rows(next(iterator), rows)
+      state, metrics = step_fn(state, batch)
       done = step + 1
-      if done % cfg.log_every == 0 or done == cfg.steps:
+      is_due = lambda every, done=done: done % every == 0 or done == cfg.steps
+      is_told = preemption.is_due(done)
+      if is_due(cfg.log_every) or is_due(cfg.save_every) or is_told:
         values = {k: float(v) for k, v in metrics.items()}
         _check_finite(values, done, manager)
-        bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
-        _write(writer, values, done)
-      if done % cfg.save_every == 0 or done == cfg.steps:
+        log.write(values, done)
+      if is_due(cfg.save_every) or is_told:
         _save(manager, done, state, iterator)
-      if evaluate and (done % cfg.eval_every == 0 or done == cfg.steps):
-        values = evaluate(state)
-        _write(writer, values, done)
-        bar.write(f"step {done}: " + ", ".join(
-            f"{k} {v:.4g}" for k, v in values.items()))
-    manager.wait_until_finished()
-    writer.close()
+      if is_told and done < cfg.steps:
+        _stop(manager, done)
+      if evaluate and is_due(cfg.eval_every):
+        log.tell(evaluate(state), done)
+    _wait(manager)
+    log.close()
   return state
 
 
@@ -84,28 +86,82 @@ def _manager(folder: pathlib.Path, cfg: LoopConfig) -> ocp.CheckpointManager:
 
 
 def _save(manager, step, state, iterator) -> None:
-  manager.save(step, args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state),
-      data=grain.checkpoint.CheckpointSave(iterator),
-  ))
+  try:
+    manager.save(step, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        data=grain.checkpoint.CheckpointSave(iterator),
+    ))
+  except (OSError, ValueError) as error:  # of this save or the one before
+    raise _cannot_write(manager, step, error) from error
 
 
-def _restore(manager, state: TrainState, iterator) -> TrainState:
-  step = manager.latest_step()
-  if step is None:
-    return state
-  restored = manager.restore(step, args=ocp.args.Composite(
-      state=ocp.args.StandardRestore(jax.tree.map(
-          ocp.utils.to_shape_dtype_struct, state)),
-      data=grain.checkpoint.CheckpointRestore(iterator),
-  ))
-  return restored["state"]
+def _wait(manager) -> None:
+  try:
+    manager.wait_until_finished()
+  except (OSError, ValueError) as error:
+    raise _cannot_write(manager, manager.latest_step(), error) from error
+
+
+def _cannot_write(manager, step, error) -> UserError:
+  reason = (str(error).splitlines() or [type(error).__name__])[0]
+  return UserError(
+      f"got no checkpoint written in {manager.directory} up to step {step} "
+      f"({reason[:160]}), expected room and permission to write; make some and "
+      "start again, it continues from the last whole one")
+
+
+def _stop(manager, step: int) -> None:
+  _wait(manager)
+  print(f"told to stop: saved step {step}; start again to continue",
+        file=sys.stderr)
+  raise SystemExit(0)
+
+
+def _restore(manager, state: TrainState, data: grain.IterDataset):
+  """(state, iterator) of the newest whole checkpoint, else of the start."""
+  shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+  damaged = None
+  for step in sorted(manager.all_steps(), reverse=True):
+    try:
+      found = manager.restore(step, args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(shapes)))
+      iterator = _resume(manager, step, data)
+    except Exception as error:  # orbax raises many kinds for a damaged file
+      damaged = damaged or error
+      if jax.process_count() > 1:
+        break  # the hosts must agree; a person removes the folder
+      print(f"checkpoint {step} of {manager.directory} is damaged",
+            file=sys.stderr)
+      continue
+    for newer in [s for s in manager.all_steps() if s > step]:
+      manager.delete(newer)
+    return found["state"], iterator
+  if damaged is not None:
+    reason = (str(damaged).splitlines() or [type(damaged).__name__])[0]
+    raise UserError(
+        f"got damaged checkpoints in {manager.directory} ({reason[:120]}), "
+        "expected a whole one of this run; remove that folder to start anew"
+    ) from damaged
+  return state, iter(data)
+
+
+def _resume(manager, step: int, data: grain.IterDataset):
+  """The iterator after `step` batches."""
+  iterator, index = iter(data), jax.process_index()
+  name = f"process_{index}-of-{jax.process_count()}.json"
+  if (pathlib.Path(manager.directory) / str(step) / "data" / name).exists():
+    manager.restore(step, args=ocp.args.Composite(
+        data=grain.checkpoint.CheckpointRestore(iterator)))
+    return iterator
+  for _ in range(step):  # other hosts saved it: their places are not this one's
+    next(iterator)
+  return iterator
 
 
 def _check_finite(values: Mapping[str, float], step: int, manager) -> None:
   bad = [name for name, value in values.items() if not math.isfinite(value)]
   if bad:
-    manager.wait_until_finished()
+    _wait(manager)
     raise UserError(
         f"got {bad[0]}={values[bad[0]]} at step {step}, expected a finite "
         f"number; the last good checkpoint is step {manager.latest_step()}, "
@@ -113,7 +169,38 @@ def _check_finite(values: Mapping[str, float], step: int, manager) -> None:
     )
 
 
-def _write(writer, values: Mapping[str, float], step: int) -> None:
-  for name, value in values.items():
-    writer.add_scalar(name, value, step)
-  writer.flush()
+class _Log:
+  """The progress bar and TensorBoard's file; the first host's alone."""
+
+  def __init__(self, folder: pathlib.Path, start: int, steps: int):
+    is_first = jax.process_index() == 0
+    self._writer = None
+    if is_first:
+      self._writer = tensorboardX.SummaryWriter(
+          str(folder / "logs"), purge_step=start)
+    self.bar = tqdm.tqdm(
+        range(start, steps), initial=start, total=steps, desc=folder.name,
+        mininterval=1.0, disable=not is_first)
+
+  def write(self, values: Mapping[str, float], step: int) -> None:
+    """Shows figures beside the bar and records them."""
+    self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
+    self._record(values, step)
+
+  def tell(self, values: Mapping[str, float], step: int) -> None:
+    """Prints figures as a line of their own and records them."""
+    self._record(values, step)
+    if self._writer:
+      self.bar.write(f"step {step}: " + ", ".join(
+          f"{k} {v:.4g}" for k, v in values.items()))
+
+  def close(self) -> None:
+    """Ends the file."""
+    if self._writer:
+      self._writer.close()
+
+  def _record(self, values: Mapping[str, float], step: int) -> None:
+    for name, value in values.items() if self._writer else ():
+      self._writer.add_scalar(name, value, step)
+    if self._writer:
+      self._writer.flush()

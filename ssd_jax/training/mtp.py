@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssd_jax import checkpoints
+from ssd_jax import checkpoints, sharding
 from ssd_jax.config import (
   LoopConfig,
   OptimizerConfig,
@@ -36,7 +36,12 @@ from ssd_jax.models.spatial_heads import (
   SpatialHeads,
 )
 from ssd_jax.training import loop, losses
-from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
+from ssd_jax.training.state import (
+  TrainState,
+  apply_gradients,
+  make_optimizer,
+  mean_gradients,
+)
 
 TABLE = "acceptance.md"
 
@@ -92,8 +97,9 @@ def run(
   splits = draw_splits(teacher, captions, cfg.draw, workdir)
   heads = SpatialHeads(teacher.generator, heads_cfg)
   optimizer = make_optimizer(cfg.optimizer, cfg.loop)
-  params = heads.init(jax.random.key(cfg.loop.seed))
-  state = TrainState.make(params, optimizer, cfg.optimizer)
+  state = sharding.create(
+      lambda key: TrainState.make(heads.init(key), optimizer, cfg.optimizer),
+      jax.random.key(cfg.loop.seed))
   step = make_step(heads, cfg, optimizer)
   data = features.batches(
       splits["train"], teacher, cfg.loop.batch, cfg.loop.seed,
@@ -150,9 +156,10 @@ def make_step(
 
   @functools.partial(jax.jit, donate_argnums=1)
   def step(trunk_params, state: TrainState, batch):
-    grads, by_direction = jax.grad(total, has_aux=True)(
-        state.params, trunk_params, batch
-    )
+    grads, by_direction = mean_gradients(
+        lambda part: jax.grad(total, has_aux=True)(
+            state.params, trunk_params, part),
+        batch, cfg.loop.accumulate)
     state = apply_gradients(state, grads, optimizer, cfg.optimizer)
     metrics = {f"{k}_loss": jnp.mean(x) for k, x in by_direction.items()}
     return state, metrics | {"gradient": optax.global_norm(grads)}
@@ -207,9 +214,7 @@ def write_table(path: pathlib.Path, figures) -> None:
     for offset, row in enumerate(zip(*columns, strict=True), start=1):
       values = " | ".join(f"{x:.4f}" for x in row)
       lines.append(f"| {name} | {offset} | {values} |")
-  partial = path.with_name(f".{path.name}")
-  partial.write_text("\n".join(lines) + "\n")
-  os.replace(partial, path)
+  checkpoints.write_text(path, "\n".join(lines) + "\n")
 
 
 def claim(path: pathlib.Path, cfg: HeadsConfig) -> None:

@@ -1,5 +1,6 @@
 """What a training run carries, and how it is updated."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from ssd_jax import sharding
 from ssd_jax.config import LoopConfig, OptimizerConfig
 
 Params = Any
@@ -99,4 +101,35 @@ def apply_gradients(
     # The usual ramp: early averages forget the initialisation quickly.
     decay = jnp.minimum(cfg.ema, (1.0 + step) / (10.0 + step))
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-  return state.replace(step=step, params=params, opt_state=opt_state, ema=ema)
+  state = state.replace(
+      step=step, params=params, opt_state=opt_state, ema=ema)
+  return sharding.constrain(state)
+
+
+def mean_gradients(
+    gradients: Callable[[Any], Any], batch: Any, parts: int
+) -> Any:
+  """What `gradients(batch)` returns, averaged over parts of the batch, of which
+  only one is worked on at a time.
+
+  Args:
+    gradients: Of a batch, with figures that are means too.
+    batch: Arrays that lead with rows, or with all rows of several streams.
+    parts: That are run one after the other.
+  """
+  if parts == 1:
+    return gradients(batch)
+  rows = min(x.shape[0] for x in jax.tree.leaves(batch))
+
+  def cut(x):
+    # Every parts-th row: devices keep theirs.
+    x = x.reshape(-1, rows // parts, parts, *x.shape[1:])
+    return jnp.moveaxis(x, 2, 0).reshape(parts, -1, *x.shape[3:])
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, gradients(part)), None
+
+  cuts = jax.tree.map(cut, batch)
+  first = gradients(jax.tree.map(lambda x: x[0], cuts))
+  total, _ = jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], cuts))
+  return jax.tree.map(lambda x: x / parts, total)

@@ -64,6 +64,8 @@ class TokenizerConfig:
 
   def __post_init__(self):
     check(self.rate >= 0, "rate", self.rate, "0 or more")
+    check(self.loop.accumulate == 1, "accumulate", self.loop.accumulate,
+          "1: the codebook follows whole batches")
 
 
 @flax.struct.dataclass

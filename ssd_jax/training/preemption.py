@@ -1,0 +1,36 @@
+"""Being told to stop: SIGTERM lets the step end, saves, and exits with 0."""
+
+import signal
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Preemption:
+  """Whether this job was told to stop; a context manager around its steps.
+
+  Where there are several hosts, JAX's own service hears the signal and agrees
+  with all of them on the step after which they stop.
+  """
+
+  def __init__(self):
+    self._told = threading.Event()
+    self._before = None
+
+  def __enter__(self) -> "Preemption":
+    is_main = threading.current_thread() is threading.main_thread()
+    if jax.process_count() == 1 and is_main:
+      self._before = signal.signal(
+          signal.SIGTERM, lambda number, frame: self._told.set())
+    return self
+
+  def __exit__(self, *error) -> None:
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def is_due(self, step: int) -> bool:
+    """Whether to save and stop now; asked once after every step."""
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._told.is_set()

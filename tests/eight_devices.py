@@ -1,0 +1,124 @@
+"""Run by test_sharding.py on eight virtual devices: prints what it found."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ssd_jax import sharding, testing
+from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
+from ssd_jax.decoding import engine
+from ssd_jax.decoding.ar import AR
+from ssd_jax.decoding.stair import Stair
+from ssd_jax.grid import Grid
+from ssd_jax.models.text import Vocabulary
+from ssd_jax.pipeline import Pipeline
+from ssd_jax.training import ar
+from ssd_jax.training.state import (
+    TrainState,
+    apply_gradients,
+    make_optimizer,
+    mean_gradients,
+)
+
+MESHES = ("data=2,tensor=4", "data=2,fsdp=2,tensor=2")
+
+
+class Family(testing.TinyFamily):
+  """The tiny family with as many key/value heads as devices may share."""
+
+  @functools.cached_property
+  def generator(self):
+    small = super().generator
+    cfg = dataclasses.replace(small.cfg, n_heads=4, n_kv_heads=4, head_dim=4,
+                              vocab_out=self.vocab)
+    return dataclasses.replace(small, cfg=cfg, rope=small.rope[:, :2])
+
+
+def make_pipeline():
+  family = Family(
+      ml_collections.ConfigDict(dict(sampling=dict(
+          guidance=2.0, temperature=1.0, top_k=5, top_p=1.0))),
+      Vocabulary((), 8), Grid(4, 4, end_of_row=True), 8)
+  params = jax.jit(family.generator.init)(jax.random.key(0))
+  params["trunk"]["embedding"] *= 30.0
+  return Pipeline(family, params, None, family.generator.model())
+
+
+def draw(pipe, decoder):
+  settings, guided = pipe.sampling()
+  prompt, _ = pipe.family.encode_prompts(["a", "b", "c", "d"], guided)
+  out = engine.decode(
+      pipe.model, decoder, sharding.place(pipe.params),
+      sharding.place_rows(prompt), settings, jax.random.key(3), jnp.arange(4))
+  return np.asarray(out.tokens)
+
+
+def trained(pipe, kind, parts):
+  """Weights after two steps of the trunk's loss, whole."""
+  cfg = OptimizerConfig(kind=kind, warmup_steps=0, ema=0.9)
+  optimizer = make_optimizer(cfg, LoopConfig(steps=9))
+  state = sharding.create(
+      lambda params: TrainState.make(params, optimizer, cfg), pipe.params)
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 8, (8, pipe.model.grid.length)).astype(np.int32)
+  batch = sharding.join_rows(
+      {"tokens": tokens, "inputs": tokens, "prompt": tokens[:, :8],
+       "mask": np.ones((8, 8), bool)}, 8)
+
+  @jax.jit
+  def step(state, batch):
+    loss = lambda params, part: jnp.mean(
+        ar.cross_entropy(pipe.family.generator, params, part))
+    _, grads = mean_gradients(
+        functools.partial(jax.value_and_grad(loss), state.params), batch, parts)
+    return apply_gradients(state, grads, optimizer, cfg)
+
+  state = step(step(state, batch), batch)
+  return state, sharding.fetch(state.ema)
+
+
+def places(state):
+  """{path: which axes cut it} of a training state's larger arrays."""
+  found = {}
+  for path, x in jax.tree_util.tree_leaves_with_path(state):
+    if x.ndim > 1:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      found[name] = str(tuple(x.sharding.spec))
+  return found
+
+
+def distance(one, other):
+  gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, other)
+  return max(jax.tree.leaves(gaps))
+
+
+def main():
+  pipe, found = make_pipeline(), {"tokens": {}, "steps": {}}
+  decoders = (AR(), Stair())
+  alone = [draw(pipe, decoder) for decoder in decoders]
+  weights = {kind: trained(pipe, kind, 1)[1] for kind in ("muon",)}
+  found["accumulated"] = distance(weights["muon"], trained(pipe, "muon", 2)[1])
+  for mesh in MESHES:
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+      found["tokens"][mesh] = [
+          float((draw(pipe, decoder) == expected).mean())
+          for decoder, expected in zip(decoders, alone, strict=True)]
+      state, own = trained(pipe, "muon", 1)
+      found["steps"][mesh] = distance(own, weights["muon"])
+      found["places"] = places(state)
+  try:
+    with jax.set_mesh(sharding.make_mesh("tensor=8")):
+      sharding.place(pipe.params)
+  except UserError as error:
+    found["error"] = str(error)
+  print(json.dumps(found))
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_disable_most_optimizations", True)
+  main()

@@ -1,0 +1,73 @@
+"""The mesh changes where things lie, not what comes out."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from ssd_jax import sharding
+from ssd_jax.config import UserError
+
+SCRIPT = pathlib.Path(__file__).parent / "eight_devices.py"
+
+
+@pytest.fixture(scope="module")
+def found():
+  """What the script prints."""
+  environment = os.environ | {
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SCRIPT.parent.parent)}
+  out = subprocess.run([sys.executable, SCRIPT], env=environment, check=True,
+                       capture_output=True, text=True)
+  return json.loads(out.stdout.splitlines()[-1])
+
+
+def test_any_mesh_draws_the_same_tokens(found):
+  """AR and a decoder of many queries, float32, token for token."""
+  for same in found["tokens"].values():
+    assert same == [1.0, 1.0]
+
+
+def test_a_training_step_is_that_of_one_device(found):
+  """Two steps of Muon and AdamW on every mesh; and in accumulated parts."""
+  assert max(found["steps"].values()) < 2e-5
+  assert found["accumulated"] < 2e-5
+
+
+def test_optimiser_states_lie_with_their_parameters(found):
+  """Moments and averages are cut as the weights are, and both are cut."""
+  places = found["places"]
+  for end in ("attn/q", "mlp/down", "embedding"):
+    like = {place for name, place in places.items() if name.endswith(end)}
+    assert len(like) == 1 and "tensor" in like.pop()
+  assert sum(name.endswith("attn/q") for name in places) >= 3
+
+
+def test_a_shape_that_does_not_divide_says_what_would(found):
+  """One line: which dimension, and the next smaller size that fits."""
+  assert "to divide 4" in found["error"] and "attn/" in found["error"]
+  assert "use tensor=4" in found["error"]
+
+
+@pytest.mark.parametrize("text", ["batch=2", "tensor", "data=0", "tensor=9999"])
+def test_bad_meshes_end_in_one_line(text):
+  """Unknown axes, sizes that are none, more devices than there are."""
+  with pytest.raises(UserError, match="got .*mesh.*expected"):
+    sharding.make_mesh(text)
+
+
+def test_every_parameter_of_a_rule_exists():
+  """The table names nothing that no model has."""
+  from ssd_jax import testing
+
+  pipe = jax.eval_shape(lambda: testing.tiny().params)
+  paths = ["/" + jax.tree_util.keystr(path, simple=True, separator="/")
+           for path, _ in jax.tree_util.tree_leaves_with_path(pipe)]
+  other = {"head_in", "head_in_bias", "head_bias", "caption_in", "caption_out",
+           "narrow"}  # of some families alone
+  for end, _ in sharding.RULES:
+    assert end in other or any(p.endswith(f"/{end}") for p in paths), end
