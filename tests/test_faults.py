@@ -1,0 +1,123 @@
+"""Whatever befalls a run, it continues from a whole checkpoint."""
+
+import errno
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import numpy as np
+import pytest
+import tiny_training as tiny
+
+from ssd_jax import checkpoints
+from ssd_jax.config import UserError
+from ssd_jax.data import features
+from ssd_jax.data.features import DrawConfig
+from ssd_jax.training import loop
+
+SCRIPT = pathlib.Path(tiny.__file__)
+
+
+def assert_same(one, other):
+  chex.assert_trees_all_equal(one.params, other.params)
+
+
+@pytest.mark.slow
+def test_twenty_kills_while_saving(tmp_path):
+  """A child that saves every step dies twenty times; nothing is lost."""
+  environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent)}
+  subprocess.run(
+      [sys.executable, SCRIPT, "--workdir", tmp_path, "--kills=20"],
+      check=True, env=environment, capture_output=True)
+  a, b = (checkpoints.restore(tmp_path / f"weights_{name}")
+          for name in ("run", "whole"))
+  chex.assert_trees_all_equal(a, b)
+
+
+def test_sigterm_saves_exits_0_and_resumes(tmp_path, monkeypatch, capsys):
+  """Told to stop in step 5: that step is saved, the rest is the same bits."""
+  whole = tiny.train(tmp_path / "whole", 8)
+  due = loop.Preemption.is_due
+
+  def terminate(self, step):
+    if step == 5:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(0.05)
+    return due(self, step)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Preemption, "is_due", terminate)
+    with pytest.raises(SystemExit) as stopped:
+      tiny.train(tmp_path / "run", 8, save_every=100)
+  assert stopped.value.code == 0
+  assert "saved step 5" in capsys.readouterr().err
+  assert os.listdir(tmp_path / "run" / "checkpoints") == ["5"]
+  assert_same(tiny.train(tmp_path / "run", 8), whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+  """Files cut in half: the one before it is taken, and the end is the same."""
+  whole = tiny.train(tmp_path / "whole", 10)
+  tiny.train(tmp_path / "run", 8)
+  newest = tmp_path / "run" / "checkpoints" / "8"
+  for path in newest.rglob("*"):
+    if path.is_file():
+      os.truncate(path, path.stat().st_size // 2)
+  assert_same(tiny.train(tmp_path / "run", 10), whole)
+  assert "checkpoint 8" in capsys.readouterr().err
+
+
+def test_when_all_are_damaged_nothing_is_made_up(tmp_path):
+  """One line; training does not start anew by itself."""
+  tiny.train(tmp_path, 2)
+  for path in (tmp_path / "checkpoints").rglob("*"):
+    if path.is_file():
+      os.truncate(path, 0)
+  with pytest.raises(UserError, match="got damaged checkpoints.*remove"):
+    tiny.train(tmp_path, 4)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+  """No room for step 4: the run ends, step 2 stays, and goes on later."""
+  whole = tiny.train(tmp_path / "whole", 6)
+  save = loop.ocp.CheckpointManager.save
+
+  def full(self, step, **kwargs):
+    if step == 4:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return save(self, step, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.ocp.CheckpointManager, "save", full)
+    with pytest.raises(UserError, match="No space left.*expected room"):
+      tiny.train(tmp_path / "run", 6)
+  assert "2" in os.listdir(tmp_path / "run" / "checkpoints")
+  assert_same(tiny.train(tmp_path / "run", 6), whole)
+
+
+def test_a_removed_shard_is_drawn_again(tmp_path):
+  """The same images; the other shards are not touched."""
+  teacher, cfg = tiny.teacher(), DrawConfig(batch=2, shard=2)
+  before = features.draw(teacher, list("abcdef"), cfg, tmp_path).tokens
+  shards = sorted(tmp_path.glob("*.npy"))
+  written = [path.stat().st_mtime_ns for path in shards]
+  shards[1].unlink()
+  again = features.draw(teacher, list("abcdef"), cfg, tmp_path).tokens
+  np.testing.assert_array_equal(before, again)
+  now = [path.stat().st_mtime_ns for path in shards]
+  assert now[::2] == written[::2] and now[1] != written[1]
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+  """A day back in the middle: steps, not times, say which one is newest."""
+  whole = tiny.train(tmp_path / "whole", 6)
+  tiny.train(tmp_path / "run", 4)
+  now = time.time
+  monkeypatch.setattr(time, "time", lambda: now() - 86_400)
+  for path in (tmp_path / "run" / "checkpoints").iterdir():
+    os.utime(path, (now() + int(path.name), now() - int(path.name)))
+  assert_same(tiny.train(tmp_path / "run", 6), whole)

@@ -1,0 +1,135 @@
+"""A training run of milliseconds, and what can befall it; run as a program by
+test_faults.py and test_hosts.py.
+
+    python tests/tiny_training.py --workdir DIR [--die_at STEP] [--hosts' flags]
+    python tests/tiny_training.py --workdir DIR --kills 20
+"""
+
+import os
+import pathlib
+import random
+import signal
+import time
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ssd_jax import checkpoints, sharding, testing
+from ssd_jax.cli import run as cli
+from ssd_jax.config import LoopConfig, OptimizerConfig
+from ssd_jax.data import features, pipeline
+from ssd_jax.data.features import DrawConfig, Teacher
+from ssd_jax.grid import Grid
+from ssd_jax.models.text import Vocabulary
+from ssd_jax.sampling import Sampling
+from ssd_jax.training import loop
+from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
+
+STEPS = 12
+
+
+def train(workdir, steps=STEPS, die_at=None, save_every=2, batch=8):
+  """State after fitting a matrix; SIGKILLs itself in step `die_at`."""
+  cfg = LoopConfig(steps=steps, batch=batch, log_every=1,
+                   save_every=save_every, eval_every=100, keep=3)
+  opt_cfg = OptimizerConfig(learning_rate=0.05, warmup_steps=1, ema=0.9)
+  # The schedule must not depend on how far this run goes.
+  optimizer = make_optimizer(opt_cfg, LoopConfig(steps=100))
+  state = TrainState.make({"w1": jnp.zeros((8, 4))}, optimizer, opt_cfg)
+  load = lambda source, index, rng: {
+      "x": rng.normal(size=8).astype(np.float32)}
+  data = pipeline.stream(range(100), load, cfg.batch, 1)
+
+  @jax.jit
+  def update(state, x):
+    loss = lambda p: jnp.mean((x @ p["w1"] - x[:, :4]) ** 2)
+    value, grads = jax.value_and_grad(loss)(state.params)
+    return apply_gradients(state, grads, optimizer, opt_cfg), value
+
+  def step(state, batch):
+    if die_at is not None and int(state.step) == die_at:
+      os.kill(os.getpid(), signal.SIGKILL)
+    state, value = update(state, batch["x"])
+    return state, {"loss": value}
+
+  return loop.train(str(workdir), state, step, data, cfg)
+
+
+def teacher():
+  """A tiny trunk that draws 2x2 images."""
+  family = testing.TinyFamily(
+      ml_collections.ConfigDict(), Vocabulary((), 8), Grid(2, 2), 3)
+  params = jax.jit(family.generator.init)(jax.random.key(0))
+  return Teacher(family.generator, sharding.place(params),
+                 family.encode_prompts, Sampling.make(), False)
+
+
+def body():
+  """Draws, trains, and leaves DIR/drawn.npy and DIR/weights."""
+  folder = pathlib.Path(flags.FLAGS.workdir)
+  if flags.FLAGS.draws:
+    drawn = features.draw(
+        teacher(), [str(i) for i in range(10)],
+        DrawConfig(batch=4, shard=4), folder / "tokens")
+    if jax.process_index() == 0:
+      np.save(folder / "drawn.npy", drawn.tokens)
+  die_at = flags.FLAGS.die_at if jax.process_index() else None
+  state = train(folder / "run", flags.FLAGS.steps, die_at=die_at)
+  checkpoints.save(folder / "weights", state.ema)
+
+
+def kill_often(folder, times):
+  """Children that train are killed at random moments; the last one ends."""
+  rng = random.Random(0)
+  saved = folder / "run" / "checkpoints"
+  for turn in range(times):
+    child = _fork(lambda: train(folder / "run", 10_000, save_every=1))
+    before = _newest(saved)
+    while _newest(saved) <= before:  # it resumes, and saves again
+      time.sleep(0.005)
+      assert os.waitpid(child, os.WNOHANG)[0] == 0, f"child {turn} ended"
+    time.sleep(rng.uniform(0, 0.3))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+  steps = _newest(saved) + 3
+  for name in ("run", "whole"):
+    child = _fork(lambda name=name: checkpoints.save(
+        folder / f"weights_{name}", train(folder / name, steps).params))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def _newest(folder):
+  names = os.listdir(folder) if folder.is_dir() else []
+  return max((int(n) for n in names if n.isdigit()), default=-1)
+
+
+def _fork(function):
+  """A child's number; nothing of JAX runs yet, so that a fork is safe."""
+  child = os.fork()
+  if child == 0:
+    try:
+      function()
+    except BaseException:
+      os._exit(1)
+    os._exit(0)
+  return child
+
+
+def main():
+  flags.DEFINE_string("workdir", None, "Folder.")
+  flags.DEFINE_integer("die_at", None, "Step in which the last host dies.")
+  flags.DEFINE_integer("steps", STEPS, "Of the training.")
+  flags.DEFINE_integer("kills", 0, "How often a child is killed.")
+  flags.DEFINE_bool("draws", False, "Whether images are drawn first.")
+  cli.define_config()
+  jax.config.update("jax_disable_most_optimizations", True)
+  kills = lambda: kill_often(
+      pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.kills)
+  cli.main(lambda: (kills if flags.FLAGS.kills else body)())
+
+
+if __name__ == "__main__":
+  main()
