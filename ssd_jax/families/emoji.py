@@ -76,7 +76,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.prompts_file = ""  # captions to draw instead of the vendored ones
   config.num_prompts = 0  # of the file, at most; 0 takes all
   config.images_per_caption = 1
-  config.sampling = c(dict(guidance=1.5, temperature=0.25, top_k=0, top_p=1.0))
+  config.sampling = c(dict(guidance=1.25, temperature=0.25, top_k=0, top_p=1.0))
   if variant == "smoke":  # seconds on a CPU: what tests train
     config.vq.update(ch=16, n_codes=64, z_channels=16, groups=4)
     config.trunk.update(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2,
