@@ -126,3 +126,15 @@ def test_links_of_the_pages_lead_somewhere(page):
     names = [re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-")
              for h in heads]
     assert not anchor or anchor in names, link
+
+
+def test_every_decoder_has_a_paragraph_that_says_its_law():
+  """docs/methods.md names each decoder, and whether it is lossless."""
+  text = (ROOT / "docs" / "methods.md").read_text("utf-8")
+  paragraphs = text.split("\n\n")
+  for name in by_name.DECODERS:
+    own = [i for i, p in enumerate(paragraphs) if f"**`{name}`**" in p]
+    assert own, name
+    near = " ".join(paragraphs[own[0]:own[0] + 2]).lower()
+    assert re.search("lossless|relaxed|token for token", near) or (
+        name == "ar"), name

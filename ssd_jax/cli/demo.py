@@ -39,8 +39,10 @@ def body() -> None:
   config = uvicorn.Config(app, log_level="warning", server_header=False)
   print(f"http://{values.host}:{listener.getsockname()[1]}  (Ctrl-C ends)",
         flush=True)
-  uvicorn.Server(config).run([listener])
-  studio.close()
+  try:
+    uvicorn.Server(config).run([listener])
+  finally:
+    studio.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

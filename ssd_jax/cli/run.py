@@ -51,8 +51,7 @@ def main(
     rest = flags.FLAGS(sys.argv if argv is None else argv)
     _ = flags.FLAGS.config.family  # a file that fails says so at first sight
   except Exception as error:  # a config is a program, and may raise anything
-    fail(f"got a bad flag: {_first_line(error)}; expected the flags of --help, "
-         "correct it")
+    fail(_bad_flag(error))
   if len(rest) > 1:
     fail(f"got argument {rest[1]!r}, expected flags only; see --help")
   try:
@@ -101,6 +100,22 @@ def fail(message: str) -> NoReturn:
   sys.stdout.flush()
   print(" ".join(message.split()), file=sys.stderr)
   sys.exit(2)
+
+
+def _bad_flag(error: BaseException) -> str:
+  """What is wrong with the flags; of a config that fails, why it fails."""
+  told = _first_line(error)
+  if not isinstance(error, flags.Error) or told.endswith(":"):
+    while told.endswith(":") and (error.__cause__ or error.__context__):
+      error = error.__cause__ or error.__context__
+      told = _first_line(error)
+    if "expected" in told:
+      return told
+    told = f"--config, {type(error).__name__}: {told}"
+    if isinstance(error, OSError):  # kept by the flag until it is looked at
+      name = config_flags.get_config_filename(flags.FLAGS["config"])
+      told = f"--config {name}, which cannot be read"
+  return f"got a bad flag: {told}; expected the flags of --help, correct it"
 
 
 def _first_line(error: BaseException) -> str:

@@ -111,7 +111,7 @@ def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
       "workdir", "checkpoint", "prompts_file", "num_prompts",
       "images_per_caption", "sampling", "data", "pixels", "mtp",
       *_choices(config), *more)
-  workdir = pathlib.Path(_WORKDIR.value or config.workdir)
+  workdir = _workdir(config)
   loading.require(_model_folder(config, workdir), config.family)
   return config, workdir
 
@@ -209,7 +209,15 @@ def _settings(*used: str):
         f"got family {config.family!r}, expected 'emoji': published trunks and "
         "tokenizers are converted, not trained; see infer.convert"
     )
-  return config, pathlib.Path(_WORKDIR.value or config.workdir)
+  return config, _workdir(config)
+
+
+def _workdir(config) -> pathlib.Path:
+  folder = pathlib.Path(_WORKDIR.value or config.workdir)
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"got --workdir {folder}, which is a file, expected a "
+                    "folder; choose another")
+  return folder
 
 
 def _splits(config) -> dict:

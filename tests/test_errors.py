@@ -1,0 +1,74 @@
+"""Hostile input: one line, exit status 2, nothing left behind."""
+
+import pathlib
+
+import bad_inputs
+from hypothesis import given, settings, strategies as st
+import pytest
+
+from ssd_jax.config import UserError
+from ssd_jax.decoding import by_name
+from ssd_jax.prompts import clean
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "errors.md"
+CASES = list(bad_inputs.cases())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("bad")
+  bad_inputs.make_files(path)
+  return path
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(case[0] for case in CASES))
+def test_every_bad_input_ends_in_one_line(name, folder, monkeypatch):
+  """Each case of a command: status 2, "got ..., expected ...", no files."""
+  monkeypatch.chdir(PAGE.parent.parent)
+  for command, what, args in CASES:
+    if command != name:
+      continue
+    status, error, written = bad_inputs.feed(command, args, folder)
+    said = bad_inputs.last_line(error)
+    assert status == 2, (what, status, error)
+    assert said.startswith("got ") and "expected" in said, (what, error)
+    assert "Traceback" not in error, (what, error)
+    assert not written, (what, written)
+
+
+def test_the_page_has_every_case():
+  """docs/errors.md is the list of these cases, each with its answer."""
+  rows = [x.split(" | ") for x in PAGE.read_text("utf-8").splitlines()
+          if x.startswith("| `")]
+  assert [(r[0], r[1]) for r in rows] == [
+      (f"| `{bad_inputs.full_name(name)}`", what) for name, what, _ in CASES]
+  assert all(row[2].startswith("got ") for row in rows)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text() | st.builds(
+    "{}:{}".format, st.sampled_from(sorted(by_name.DECODERS)),
+    st.text("abcdefghijklmnopqrstuvwxyz_=+,.:-0123456789", max_size=30)))
+def test_any_text_is_a_decoder_or_one_line(text):
+  """Whatever is typed as a decoder is one, or an error that teaches."""
+  try:
+    decoder = by_name.parse(text)
+  except UserError as error:
+    assert "expected" in str(error)
+    return
+  assert by_name.DECODERS[decoder.name] is type(decoder)
+  assert hash(decoder) == hash(by_name.parse(text))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=()), max_size=200))
+def test_any_text_is_a_prompt_or_one_line(text):
+  """A cleaned prompt is one line without control characters, and stays so."""
+  try:
+    prompt = clean(text)
+  except UserError as error:
+    assert "expected" in str(error)
+    return
+  assert prompt == clean(prompt) and len(prompt.splitlines()) == 1
+  assert prompt.isprintable() or not any(ord(c) < 32 for c in prompt)
+  prompt.encode()
