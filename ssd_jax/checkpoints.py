@@ -75,15 +75,17 @@ def restore(folder: str | os.PathLike) -> Any:
     ) from error
 
 
-def _checkpointer() -> ocp.PyTreeCheckpointer:
+def _checkpointer() -> ocp.Checkpointer:
   """Of this host alone: each reads for itself, the first one writes."""
   index = jax.process_index()
   if jax.process_count() == 1:
     return ocp.PyTreeCheckpointer()
-  return ocp.PyTreeCheckpointer(
-      multiprocessing_options=ocp.options.MultiprocessingOptions(
-          primary_host=index, active_processes={index},
-          barrier_sync_key_prefix=f"host{index}"))
+  alone = ocp.options.MultiprocessingOptions(
+      primary_host=index, active_processes={index},
+      barrier_sync_key_prefix=f"host{index}")
+  return ocp.Checkpointer(
+      ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+      multiprocessing_options=alone)
 
 
 def cast(tree: Any, dtype: Any) -> Any:
