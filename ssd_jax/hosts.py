@@ -23,12 +23,14 @@ def join(
 
   Args:
     coordinator: HOST:PORT of the first process, elsewhere.
-    num_processes: Of the job, elsewhere.
+    num_processes: Of the job, elsewhere; 1 for this host alone, anywhere.
     process_id: Of this one, from 0, elsewhere.
 
   Raises:
     UserError: when only some of the three are given, or nobody answers.
   """
+  if num_processes == 1:
+    return False
   given = (coordinator, num_processes, process_id)
   if all(x is None for x in given):
     if _is_pod():

@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-_BISECTIONS = 32  # of a float32's exponent and mantissa
+BISECTIONS = 32  # of a float32's exponent and mantissa
 
 
 @flax.struct.dataclass
@@ -107,7 +107,7 @@ def _keep_above_threshold(logits: jax.Array, enough) -> jax.Array:
     ok = enough(order >= middle)
     return jnp.where(ok, middle, low), jnp.where(ok, high, middle - 1)
 
-  low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
+  low, _ = jax.lax.fori_loop(0, BISECTIONS, halve, (low, high))
   return jnp.where(order >= low, logits, -jnp.inf)
 
 

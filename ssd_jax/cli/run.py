@@ -22,7 +22,8 @@ _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, for several hosts outside "
     "Cloud TPU and Slurm.")
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Of the whole job; with --coordinator.")
+    "num_processes", None, "Of the whole job; with --coordinator. 1: none is "
+    "joined.")
 _PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "Of this process, from 0; with --coordinator.")
 

@@ -1,0 +1,157 @@
+"""Body of infer.plan: what drawing or training costs, before any of it runs.
+
+Compiles for the devices of --topology, which need not be there, from shapes
+alone. Figures are totals over all devices unless they say "per device".
+"""
+
+import json
+import pathlib
+import sys
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+
+from ssd_jax import chips, plan as planning, schedules, sharding
+from ssd_jax.cli import run as cli
+from ssd_jax.config import check
+from ssd_jax.decoding import by_name
+from ssd_jax.extras import need
+from ssd_jax.training import plan as training_plan
+
+
+def define_flags() -> None:
+  """Defines the command's own flags."""
+  flags.DEFINE_string(
+      "topology", "", "Devices to plan for, such as v5e:2x4, v5p:2x2x1 or "
+      "v6e:4x4; default: those of this machine.")
+  flags.DEFINE_string("decoder", "ssd", "NAME or NAME:key=value+key=value.")
+  flags.DEFINE_integer("batch", None, "Images drawn together; default: 1. With "
+                       "--train images of a step; default: the config's.")
+  flags.DEFINE_bool("train", False, "Plan train.mtp instead of drawing.")
+  flags.DEFINE_integer(
+      "passes", None, "Of an image, measured, for a decoder whose count "
+      "depends on the image.")
+  flags.DEFINE_string("plot", "", "PNG of the time per pass over its queries.")
+  flags.DEFINE_bool("json", False, "End with one line of JSON.")
+
+
+def body() -> None:
+  """Plans what the flags say and reports it."""
+  args = flags.FLAGS
+  devices = chips.devices_of(args.topology)
+  text = cli.MESH.value or f"tensor={_fitting(len(devices))}"
+  mesh = sharding.make_mesh(text, devices)
+  chip = chips.chip_of(devices[0])
+  dtype = jnp.float32 if devices[0].platform == "cpu" else jnp.bfloat16
+  network = planning.Network.of(args.config, dtype)
+  if args.train:
+    found = training_plan.report(network, args.config, mesh, chip, args.batch)
+  else:
+    found = draw_report(network, mesh, chip)
+  found = {"family": args.config.family,
+           "topology": args.topology or devices[0].device_kind,
+           "devices": mesh.size, "mesh": dict(mesh.shape), **found}
+  if args.plot and not args.train:
+    plot(found, pathlib.Path(args.plot))
+  tell(found)
+  if args.json:
+    print(json.dumps(found))
+
+
+def _fitting(devices: int) -> int:
+  """The most devices that can share the heads of the config's trunk."""
+  config = flags.FLAGS.config
+  heads = config.trunk.n_kv_heads
+  return max(n for n in range(1, devices + 1) if heads % n == 0)
+
+
+def draw_report(network, mesh, chip) -> dict:
+  """Everything about drawing, as the JSON has it."""
+  args = flags.FLAGS
+  batch = 1 if args.batch is None else args.batch
+  check(batch >= 1, "batch", batch, ">= 1")
+  decoder = by_name.parse(args.decoder)
+  plan = planning.Plan(network, decoder, mesh, batch)
+  memory, fits, sent, xla = compiled_figures(plan, chip)
+  flops, moved = plan.counts(plan.queries)
+  time = lambda queries: planning.seconds(plan, queries, chip, sent)
+  passes = args.passes or schedules.fixed_passes(decoder, network.model)
+  sizes = sorted({*planning.QUERIES, plan.queries})
+  return {
+      "decoder": decoder.name, "settings": by_name.settings(decoder),
+      "batch": batch, "parameters": planning.count(network.params["trunk"]),
+      "memory_per_device": memory, "fits": fits, "queries": plan.queries,
+      "bytes_per_pass": int(moved), "flops_per_pass": int(flops),
+      "xla_bytes_per_pass": xla and int(xla[1]),
+      "xla_flops_per_pass": xla and int(xla[0]),
+      "collectives": {x.kind: {"count": x.count, "bytes": x.bytes}
+                      for x in sent},
+      "roofline_ms": {str(n): round(1e3 * time(n), 4) for n in sizes},
+      "passes": passes,
+      "image_seconds": passes and round(passes * time(plan.queries), 4),
+      "best": best(network, decoder, time),
+  }
+
+
+def compiled_figures(plan, chip):
+  """(bytes on a device, whether they fit, collectives, XLA's counts)."""
+  devices = plan.mesh.size
+  try:
+    memory = planning.memory_of(plan.compile_drawing())
+  except jax.errors.JaxRuntimeError as error:
+    memory = planning.out_of_memory(error)
+    if memory is None:
+      raise
+    return memory, False, [], None
+  programs = *plan.compile_pass(), plan.network.generator.cfg.n_layers, devices
+  return (memory, memory <= chip.memory, planning.sent_by(*programs),
+          planning.xla_counts(*programs))
+
+
+def best(network, decoder, time) -> dict:
+  """SSD's fastest schedule with the decoder's rounds, else the paper's 2."""
+  rounds = getattr(decoder, "rounds", 2)
+  found = [(passes * time(queries), name, passes, queries)
+           for name, passes, queries in schedules.of_rows(
+               rounds, network.model)]
+  seconds, name, passes, queries = min(found)
+  return {"decoder": name, "passes": passes, "queries": queries,
+          "image_seconds": round(seconds, 4)}
+
+
+def tell(found: dict) -> None:
+  """Prints a report that a person reads."""
+  for key, value in found.items():
+    if isinstance(value, dict):
+      value = ", ".join(f"{k} {v}" for k, v in value.items())
+    elif isinstance(value, int) and not isinstance(value, bool) and (
+        value > 10**6):
+      value = f"{value / 1e9:,.3f} billion"
+    print(f"{key:>22}  {value}")
+  if found["fits"] is False:
+    print("it does not fit: share the weights by a larger tensor or fsdp, or "
+          "draw fewer images together", file=sys.stderr)
+
+
+def plot(found: dict, path: pathlib.Path) -> None:
+  """The time of a pass over its queries."""
+  matplotlib = need("matplotlib.figure", "bench")
+  figure = matplotlib.Figure((6, 4), layout="tight")
+  axes = figure.subplots()
+  sizes = [int(n) for n in found["roofline_ms"]]
+  axes.loglog(sizes, list(found["roofline_ms"].values()), "o-", base=2)
+  axes.axvline(found["queries"], linestyle=":", color="grey")
+  axes.set(xlabel="queries of a pass", ylabel="least milliseconds of a pass",
+           title=f"{found['family']} on {found['topology']}, {found['mesh']}")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}")
+  figure.savefig(partial, format="png")
+  partial.replace(path)
+
+
+def main() -> None:
+  """Console entry point."""
+  define_flags()
+  cli.define_config()
+  cli.main(body, runs_here=False)

@@ -1,0 +1,124 @@
+"""What a compiled program sends between devices, read from its text."""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all",
+         "collective-permute", "collective-broadcast")
+_SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_CALL = re.compile(
+    r"(?:calls|to_apply|body|condition|branch_computations)="
+    r"(?:\{([^}]*)\}|%?([\w.\-]+))")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_OP = re.compile(
+    rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(")
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """Collectives of one kind in one run of a program.
+
+  Attributes:
+    kind: Such as "all-reduce".
+    count: How often one is run.
+    bytes: Of the results on one device, together.
+    group: Devices that take part, at most.
+  """
+
+  kind: str
+  count: int
+  bytes: int
+  group: int
+
+  def seconds(self, link: float, hop: float) -> float:
+    """Of rings over one axis, one after the other.
+
+    Args:
+      link: Bytes a second.
+      hop: Seconds of a step.
+    """
+    others = self.group - 1
+    ways = {"all-reduce": 2 * others / self.group,
+            "all-gather": others / self.group,
+            "reduce-scatter": others}.get(self.kind, 1.0)
+    # Small ones go around both ways at once.
+    hops = math.ceil(others / 2) * (2 if self.kind == "all-reduce" else 1)
+    return self.bytes * ways / link + self.count * hops * hop
+
+
+def collectives(
+    text: str, devices: int, turns: int = 1
+) -> list[Collective]:
+  """The collectives of a compiled module, loops counted as often as they run.
+
+  Args:
+    text: `compiled.as_text()`.
+    devices: That it was compiled for.
+    turns: Of loops that do not say theirs, as those compiled for TPUs.
+  """
+  lines = _computations(text)
+  runs, totals = _runs(lines, turns), {}
+  for name, body in lines.items():
+    for line in body:
+      found = _OP.search(line)
+      if not found or not runs.get(name):
+        continue
+      size = _bytes(found[1], is_start=bool(found[3]))
+      count, total, group = totals.get(found[2], (0, 0, 1))
+      totals[found[2]] = (count + runs[name], total + runs[name] * size,
+                          max(group, _group(line, devices)))
+  return [Collective(kind, *x) for kind, x in sorted(totals.items())]
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+  found, name = {}, None
+  for line in text.splitlines():
+    start = _COMPUTATION.match(line)
+    if start:
+      name = "ENTRY" if line.startswith("ENTRY") else start[1]
+      found[name] = []
+    elif name and line.startswith("}"):
+      name = None
+    elif name:
+      found[name].append(line)
+  return found
+
+
+def _runs(lines: dict[str, list[str]], turns: int) -> dict[str, int]:
+  """How often each computation runs."""
+  runs, open_ = {"ENTRY": 1}, ["ENTRY"]
+  while open_:
+    name = open_.pop()
+    for line in lines.get(name, ()):
+      trips = _TRIPS.search(line)
+      once = turns if " while(" in line else 1
+      times = runs[name] * (int(trips[1]) if trips else once)
+      for several, one in _CALL.findall(line):
+        for called in (several or one).replace("%", "").split(","):
+          called = called.strip()
+          if times > runs.get(called, 0) and called in lines:
+            runs[called] = times
+            open_.append(called)
+  return runs
+
+
+def _bytes(shapes: str, is_start: bool) -> int:
+  sizes = [
+      math.prod(int(n) for n in dims.split(",") if n) * _SIZES.get(
+          kind, np.dtype("int8").itemsize if kind.endswith("8") else 4)
+      for kind, dims in _SHAPE.findall(shapes)]
+  # An asynchronous one names operand and result.
+  return max(sizes, default=0) if is_start else sum(sizes)
+
+
+def _group(line: str, devices: int) -> int:
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+  if listed:
+    return len(listed[1].split(","))
+  tiled = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+  return int(tiled[1]) if tiled else devices
