@@ -60,7 +60,8 @@ def report(
 ) -> dict:
   """Everything about training, as the JSON has it."""
   cfg = from_config_dict(mtp.MTPConfig, config.mtp)
-  batch = batch or cfg.loop.batch
+  batch = cfg.loop.batch if batch is None else batch
+  check(batch >= 1, "batch", batch, ">= 1")
   parts = sharding.rows_apart(mesh)
   check(batch % parts == 0, "batch", batch,
         f"a multiple of data x fsdp = {parts}")
