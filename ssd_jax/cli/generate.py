@@ -23,7 +23,7 @@ from ssd_jax.prompts import clean
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
 _DECODER = flags.DEFINE_string(
-    "decoder", "ar", "NAME or NAME:key=value+key=value.")
+    "decoder", "exact", "NAME or NAME:key=value+key=value.")
 _TRACE = flags.DEFINE_bool(
     "trace", False, "Also write how the grid was filled: animations, with AR "
     "beside the decoder for the first prompt, and heat maps.")

@@ -35,7 +35,7 @@ class _Staircase:
       as it is drafted itself.
     rows: Rows in flight.
     queries: Slots fed in a pass, the first of those that have something to say;
-      None is enough for all of them.
+      None is enough for all of them (`Exact`: as many as a row has).
     drafts: Where a row's first drafts come from: "heads" (horizontal in row 0,
       vertical below), "above" (the distribution of the cell above; in row 0 of
       cell 0), "around" (those of the three cells above, blurred), "copy" (the
@@ -107,8 +107,12 @@ class _Staircase:
 
   def _size(self, grid: Grid) -> int:
     most = min(self.rows, grid.rows) * grid.row_slots
-    wanted = most if self.queries is None else self.queries
+    wanted = self.queries or self._enough(grid) or most
     return min(max(wanted, 1 + int(grid.end_of_row)), most)
+
+  def _enough(self, grid: Grid) -> int | None:
+    """Queries where none are asked for; None is all that can be open."""
+    return None
 
   def _needed(self, model: Model, state: Rows) -> jax.Array:
     """bool [N]: slots to feed.
@@ -253,6 +257,9 @@ class Stair(_Staircase):
 class Exact(_Staircase):
   """The raster prefix that passed and the first redrawn cell; lossless.
 
+  It feeds as many slots as a row has: three times as many save one pass in ten,
+  and a pass of the embedded model on a CPU takes 1.7 times as long.
+
   Attributes:
     lookahead: Final cells of the row above; None is all of them, and fewer
       would not be exact.
@@ -270,6 +277,9 @@ class Exact(_Staircase):
           "columns) for exact; leave it out, or use stair"
       )
     return cols
+
+  def _enough(self, grid: Grid) -> int:
+    return grid.row_slots
 
 
 def allow(
