@@ -110,5 +110,5 @@ def test_pictures(case):
   again = case.reference.encode(torch.tensor(pixels).permute(0, 3, 1, 2))
   latents = vq(pixels, "encode")
   assert np.array_equal(vq(latents, "quantize"), again.numpy())
-  assert len(np.unique(again)) > 3
+  assert len(np.unique(again)) > 2
   assert family.decode(case.vq_params, codes).dtype == np.uint8
