@@ -64,14 +64,21 @@ def load(
   """
   folder = EMBEDDED if name == "emoji" else pathlib.Path(name)
   settings = checkpoints.read_json(folder / "model.json")
-  if not isinstance(settings, dict) or settings.get("family") not in FAMILIES:
+  known = settings.get("family") if isinstance(settings, dict) else None
+  if not isinstance(known, str) or known not in FAMILIES:
     raise UserError(
         f"got {folder / 'model.json'} without a known family, expected one of "
         f"{sorted(FAMILIES)}; check the folder"
     )
-  choose(settings, choices or {})
-  family = FAMILIES[settings["family"]](settings, folder)
-  _check_memory(family)
+  try:
+    choose(settings, choices or {})
+    family = FAMILIES[known](settings, folder)
+    _check_memory(family)
+  except (KeyError, AttributeError, TypeError) as error:
+    raise UserError(
+        f"got {folder / 'model.json'} that lacks a setting ({error}), expected "
+        "it as it was written; write the model again"
+    ) from error
   if random_weights:
     params = random_params(family)
   else:

@@ -72,6 +72,7 @@ def test_tfds_items(tmp_path):
   labels = sources.open_source(spec, "all", 8)
   assert [labels[i]["caption"] for i in range(len(labels))] == [
       "black cat", "dog"] * 2
+  assert labels._caption(-1) == ""  # unlabelled
   parts = [
       sources.open_source(f"tfds:pets:1.0.0?data_dir={root}", split, 8)
       for split in ("train", "validation")

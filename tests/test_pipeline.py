@@ -1,11 +1,13 @@
 """What a user holds: progress pass by pass, saving, decoders by name."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 import ssd_jax
-from ssd_jax import testing
+from ssd_jax import loading, testing
 from ssd_jax.config import UserError
 
 
@@ -74,3 +76,16 @@ def test_pipeline_that_was_made_says_that_it_has_no_settings(pipe, tmp_path):
   with pytest.raises(UserError, match="made, not loaded"):
     pipe.save(tmp_path / "tiny")
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [
+    lambda x: x.pop("config"), lambda x: x.pop("words"),
+    lambda x: x.update(family=["x"]), lambda x: x["config"].pop("trunk")])
+def test_a_damaged_model_json_is_one_line(tmp_path, change):
+  """Settings that lack something are refused before weights are read."""
+  settings = json.loads((loading.EMBEDDED / "model.json").read_text())
+  change(settings)
+  (tmp_path / "model.json").write_text(json.dumps(settings))
+  with pytest.raises(UserError, match="model.json") as error:
+    ssd_jax.load(tmp_path)
+  assert "\n" not in str(error.value)

@@ -17,7 +17,8 @@ import pytest
 
 from ssd_jax import checkpoints
 from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
-from ssd_jax.training import loop
+from ssd_jax.models.text import Vocabulary
+from ssd_jax.training import ar, loop
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -132,3 +133,32 @@ def test_sigkill_at_any_moment_changes_nothing(tmp_path, part):
   a, b = (checkpoints.restore(tmp_path / name / "model" / model)
           for name in ("whole", "broken"))
   chex.assert_trees_all_equal(a, b)
+
+
+def test_codes_of_other_pictures_are_not_taken(tmp_path, monkeypatch):
+  """Kept codes belong to their pictures and tokenizer; others are made anew."""
+  monkeypatch.setattr(
+      ar, "reconstruct", lambda vq, params, images: (None, images[..., 0]))
+
+  class Source(list):
+    def variants(self, index):
+      image = np.full((2, 2, 3), self[index], np.uint8)
+      return [{"caption": str(self[index]), "tags": (), "image": image}]
+
+  encode = lambda pictures, params: ar.encode_split(
+      None, params, Source(pictures), tmp_path / "train_tokens.npy")
+  for pictures in ([1, 2], [0, 1, 2], [1, 2]):
+    codes = encode(pictures, {"w": np.zeros(1)})
+    assert codes.tokens[:, 0].tolist() == pictures
+  assert len(list(tmp_path.iterdir())) == 2
+  encode([1, 2], {"w": np.ones(1)})
+  assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_few_held_out_pictures_are_a_batch():
+  """A split smaller than a batch is measured all the same."""
+  words = Vocabulary.build(["a", "b"], 6)
+  few = ar.TokenSource(
+      np.zeros((2, 4), np.int32), ("a", "b"), ((), ()), ((0,), (1,)))
+  (batch,) = ar.plain_batches(few, words, 8, 64)
+  assert batch["tokens"].shape == (2, 4)

@@ -60,6 +60,9 @@ def main(
       body()
   except UserError as error:
     fail(str(error))
+  except OSError as error:  # a folder that is none, a disk that is full
+    fail(f"got {error}, expected files that can be read and written; check "
+         "the path and the disk")
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)

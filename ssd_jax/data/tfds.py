@@ -79,7 +79,9 @@ class TFDSSource(Source):
     if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value):
       value = value[0] if len(value) else b""
     if self._label_names is not None:
-      return self._label_names[int(value)].replace("_", " ")
+      # -1 is what unlabelled splits hold.
+      is_label = 0 <= int(value) < len(self._label_names)
+      return self._label_names[int(value)].replace("_", " ") * is_label
     text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
     return " ".join(text.split())
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 
@@ -92,7 +93,11 @@ class TokenSource:
 
 
 def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
-  """The codes of a source's pictures, kept in `cache` for the next run."""
+  """The codes of a source's pictures, kept beside `cache` for the next run.
+
+  The file's name holds a checksum of the pictures and the tokenizer: other ones
+  are encoded anew.
+  """
   captions, tags, items, images = [], [], [], []
   for index in range(len(source)):
     pictures = source.variants(index)
@@ -101,10 +106,15 @@ def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
       captions.append(picture["caption"])
       tags.append(tuple(picture["tags"]))
       images.append(picture["image"])
+  images = np.stack(images)
+  digest = hashlib.sha256(images.tobytes())
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.asarray(leaf).tobytes())
+  cache = cache.with_name(f"{cache.stem}-{digest.hexdigest()[:16]}.npy")
   if cache.exists():
     tokens = np.load(cache)
   else:
-    _, ids = reconstruct(vq, params, np.stack(images))
+    _, ids = reconstruct(vq, params, images)
     tokens = ids.reshape(len(images), -1)
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = cache.with_suffix(f".{jax.process_index()}.partial.npy")
@@ -210,6 +220,7 @@ def plain_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of evenly spread items with their plain labels."""
   picks = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+  batch = min(batch, len(picks))
   for start in range(0, len(picks) - batch + 1, batch):
     pictures = [source.items[i][0] for i in picks[start:start + batch]]
     padded = [words.pad(words.encode(source.captions[i])[0]) for i in pictures]
