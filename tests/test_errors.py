@@ -36,6 +36,13 @@ def test_every_bad_input_ends_in_one_line(name, folder, monkeypatch):
     assert not written, (what, written)
 
 
+@pytest.mark.parametrize("name", dict.fromkeys(case[0] for case in CASES))
+def test_help_is_at_hand(name, folder):
+  """--help of every command ends well and writes nothing."""
+  status, error, written = bad_inputs.feed(name, ["--help"], folder)
+  assert (status, error, written) == (0, "", [])
+
+
 def test_the_page_has_every_case():
   """docs/errors.md is the list of these cases, each with its answer."""
   rows = [x.split(" | ") for x in PAGE.read_text("utf-8").splitlines()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import inspect
 import pathlib
 import sys
 from typing import NoReturn
@@ -48,8 +49,12 @@ def main(
     argv: Instead of the program's.
     runs_here: Whether --mesh is of this machine's devices.
   """
+  argv = sys.argv if argv is None else argv
+  if {"-h", "-help", "--help", "--helpfull"} & set(argv[1:]):
+    print(_help(body))
+    return
   try:
-    rest = flags.FLAGS(sys.argv if argv is None else argv)
+    rest = flags.FLAGS(argv)
     _ = flags.FLAGS.config.family  # a file that fails says so at first sight
   except Exception as error:  # a config is a program, and may raise anything
     fail(_bad_flag(error))
@@ -66,6 +71,19 @@ def main(
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
+
+
+def _help(body: Callable[[], None]) -> str:
+  """What the command does and its flags, its own before those of all."""
+  module = sys.modules[body.__module__]
+  package = __package__ or ""
+  names = sorted(
+      (name for name in flags.FLAGS.flags_by_module_dict()
+       if name.startswith(package)),
+      key=lambda name: name != module.__name__)
+  told = [inspect.getdoc(body), inspect.getdoc(module)]
+  told += [flags.FLAGS.module_help(name) for name in names]
+  return "\n\n".join(filter(None, told))
 
 
 @contextlib.contextmanager
