@@ -1,11 +1,13 @@
 """Parameters on disk: orbax folders, written whole or not at all."""
 
+from collections.abc import Iterable
 import json
 import os
 import pathlib
 import shutil
 import tempfile
 from typing import Any
+import zlib
 
 import jax
 import numpy as np
@@ -13,6 +15,8 @@ import orbax.checkpoint as ocp
 
 from ssd_jax import sharding
 from ssd_jax.config import UserError
+
+CHECKSUMS = "checksums.json"  # beside orbax's files: of each array's bytes
 
 
 def save(folder: str | os.PathLike, tree: Any, dtype: Any = None) -> None:
@@ -39,8 +43,10 @@ def _write(folder: pathlib.Path, tree: Any, dtype: Any) -> None:
   )
   staging = pathlib.Path(tempfile.mkdtemp(prefix=".saving-", dir=folder.parent))
   try:
+    stored = jax.tree.map(cast, tree)
     with _checkpointer() as checkpointer:
-      checkpointer.save(staging / "new", jax.tree.map(cast, tree))
+      checkpointer.save(staging / "new", stored)
+    write_json(staging / "new" / CHECKSUMS, checksums(stored))
     if folder.exists():
       os.rename(folder, staging / "old")
     os.rename(staging / "new", folder)
@@ -52,7 +58,7 @@ def restore(folder: str | os.PathLike) -> Any:
   """The tree of numpy arrays in a folder written by `save`.
 
   Raises:
-    UserError: when there is none, or it is damaged.
+    UserError: when there is none, or it is damaged, a single bit included.
   """
   folder = pathlib.Path(folder).absolute()
   if not folder.is_dir():
@@ -66,13 +72,66 @@ def restore(folder: str | os.PathLike) -> Any:
       args = jax.tree.map(
           lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
       )
-      return checkpointer.restore(folder, restore_args=args)
+      restored = checkpointer.restore(folder, restore_args=args)
   except Exception as error:  # orbax raises many kinds for a damaged folder
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise UserError(
-        f"got a damaged checkpoint at {folder} ({reason[:120]}), expected a "
-        "whole one; train or convert again"
-    ) from error
+    raise _damaged(folder, reason[:120]) from error
+  if (folder / CHECKSUMS).is_file():
+    stored, found = read_json(folder / CHECKSUMS), checksums(restored)
+    wrong = [name for name in found if stored.get(name) != found[name]]
+    if wrong:
+      raise _damaged(folder, f"{wrong[0]} differs from its checksum")
+  return restored
+
+
+def check_shapes(folder: str | os.PathLike, tree: Any, expected: Any) -> None:
+  """Raises UserError unless a restored tree has the expected arrays.
+
+  Args:
+    folder: That it was restored from.
+    tree: Nested dicts of arrays.
+    expected: Nested dicts of anything with a shape.
+  """
+  got, wanted = _shapes(tree), _shapes(expected)
+  for name in sorted(got.keys() | wanted.keys()):
+    if got.get(name) != wanted.get(name):
+      raise UserError(
+          f"got {name} of shape {got.get(name, 'none')} in {folder}, expected "
+          f"{wanted.get(name, 'none')} by the settings beside it; take the "
+          "parts of one model")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {_name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def checksums(tree: Any) -> dict[str, str]:
+  """Type, shape and CRC-32 of each array's bytes, by its place in the tree."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {_name(path): checksum([leaf], leaf.shape, leaf.dtype)
+          for path, leaf in leaves}
+
+
+def checksum(
+    pieces: Iterable[np.ndarray], shape: tuple[int, ...], dtype: Any
+) -> str:
+  """What `checksums` says of an array that comes in pieces of its rows."""
+  total = 0
+  for piece in pieces:
+    flat = np.ascontiguousarray(piece).reshape(-1)
+    total = zlib.crc32(flat.view(np.uint8), total)
+  return f"{np.dtype(dtype)} {list(shape)} {total:08x}"
+
+
+def _damaged(folder: pathlib.Path, reason: str) -> UserError:
+  return UserError(
+      f"got a damaged checkpoint at {folder} ({reason}), expected a whole one; "
+      "train or convert again")
 
 
 def _checkpointer() -> ocp.Checkpointer:

@@ -334,6 +334,9 @@ def _assemble(
       if array.exists():
         shutil.rmtree(stores.place(model, path))
         os.rename(array, stores.place(model, path))
+    checkpoints.write_json(model / top / checkpoints.CHECKSUMS, {
+        path.partition("/")[2]: stores.checksum(stores.place(model, path))
+        for path in paths})
   (model / "tokenizer").mkdir(exist_ok=True)
   for file in job.assets:
     shutil.copyfile(file, model / "tokenizer" / file.name)

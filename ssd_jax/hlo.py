@@ -14,6 +14,8 @@ _CALL = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations)="
     r"(?:\{([^}]*)\}|%?([\w.\-]+))")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 _OP = re.compile(
     rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
@@ -51,18 +53,15 @@ class Collective:
     return self.bytes * ways / link + self.count * hops * hop
 
 
-def collectives(
-    text: str, devices: int, turns: int = 1
-) -> list[Collective]:
+def collectives(text: str, devices: int) -> list[Collective]:
   """The collectives of a compiled module, loops counted as often as they run.
 
   Args:
     text: `compiled.as_text()`.
     devices: That it was compiled for.
-    turns: Of loops that do not say theirs, as those compiled for TPUs.
   """
   lines = _computations(text)
-  runs, totals = _runs(lines, turns), {}
+  runs, totals = _runs(lines), {}
   for name, body in lines.items():
     for line in body:
       found = _OP.search(line)
@@ -89,15 +88,13 @@ def _computations(text: str) -> dict[str, list[str]]:
   return found
 
 
-def _runs(lines: dict[str, list[str]], turns: int) -> dict[str, int]:
+def _runs(lines: dict[str, list[str]]) -> dict[str, int]:
   """How often each computation runs."""
   runs, open_ = {"ENTRY": 1}, ["ENTRY"]
   while open_:
     name = open_.pop()
     for line in lines.get(name, ()):
-      trips = _TRIPS.search(line)
-      once = turns if " while(" in line else 1
-      times = runs[name] * (int(trips[1]) if trips else once)
+      times = runs[name] * _turns(line, lines)
       for several, one in _CALL.findall(line):
         for called in (several or one).replace("%", "").split(","):
           called = called.strip()
@@ -105,6 +102,21 @@ def _runs(lines: dict[str, list[str]], turns: int) -> dict[str, int]:
             runs[called] = times
             open_.append(called)
   return runs
+
+
+def _turns(line: str, lines: dict[str, list[str]]) -> int:
+  """How often what an instruction calls runs; 1 where only data tell.
+
+  Programs for TPUs do not say it: there the condition of a loop is one counter
+  from 0 compared with one constant.
+  """
+  trips = _TRIPS.search(line)
+  if trips or " while(" not in line:
+    return int(trips[1]) if trips else 1
+  condition = "\n".join(lines.get(_CONDITION.search(line)[1], ()))
+  limits = _LIMIT.findall(condition)
+  counted = condition.count(" compare(") == 1 and "direction=LT" in condition
+  return int(limits[0]) if counted and len(limits) == 1 else 1
 
 
 def _bytes(shapes: str, is_start: bool) -> int:

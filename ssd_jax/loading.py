@@ -83,11 +83,15 @@ def load(
     params = random_params(family)
   else:
     params = {"trunk": checkpoints.restore(folder / "trunk")}
+    shapes = jax.eval_shape(family.generator.init, jax.random.key(0))
+    checkpoints.check_shapes(
+        folder / "trunk", params["trunk"], shapes["trunk"])
   found = {"heads": heads, "drafter": drafter}
   for kind in found:
     if extras and (folder / kind).is_dir() and not random_weights:
       found[kind] = found[kind] or folder / kind
   vq_params = checkpoints.restore(folder / "vq")
+  checkpoints.check_shapes(folder / "vq", vq_params, _vq_shapes(family))
   return _pipeline(family, params, vq_params, {"model": folder, **found})
 
 
@@ -108,11 +112,19 @@ def from_config(
   """
   family = FAMILIES[config.family]({"config": config.to_dict()}, None)
   _check_memory(family)
-  size = family.vq.cfg.downsample
-  picture = jnp.zeros((1, size, size, 3))
-  vq_params = jax.jit(family.vq.init)(jax.random.key(1), picture)["params"]
+  vq_params = jax.jit(_init_vq, static_argnums=0)(family)
   return _pipeline(family, random_params(family), vq_params,
                    {"heads": heads, "drafter": drafter})
+
+
+def _init_vq(family: Any) -> Params:
+  size = family.vq.cfg.downsample
+  picture = jnp.zeros((1, size, size, 3))
+  return family.vq.init(jax.random.key(1), picture)["params"]
+
+
+def _vq_shapes(family: Any) -> Params:
+  return jax.eval_shape(lambda: _init_vq(family))
 
 
 def random_params(family: Any) -> Params:

@@ -30,7 +30,7 @@ from ssd_jax.models.spatial_heads import (
     SpatialHeads,
     bind_heads,
 )
-from ssd_jax.sampling import BISECTIONS, Sampling, target
+from ssd_jax.sampling import Sampling, target
 from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
 
 QUERIES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
@@ -197,7 +197,8 @@ class Plan:
       return finish(params, hidden, sampling), cache
 
     def ends(params, queries, sampling):
-      return finish(params, model.embed(params, queries.tokens), sampling)
+      hidden = sharding.whole(model.embed(params, queries.tokens))
+      return finish(params, hidden, sampling)
 
     shapes = (params, cache, self.prompt, queries, sampling)
     with jax.set_mesh(self.mesh):  # from here nothing may run
@@ -298,9 +299,7 @@ def sent_by(
     one: Any, ends: Any, layers: int, devices: int
 ) -> list[hlo.Collective]:
   """Collectives of a pass; the arguments are those of `xla_counts`."""
-  # The only loops are those of top-k: a loop over one layer is none.
-  read = lambda program: hlo.collectives(
-      program.as_text(), devices, BISECTIONS)
+  read = lambda program: hlo.collectives(program.as_text(), devices)
   base = {x.kind: x for x in read(ends)}
   found = []
   for x in read(one):

@@ -258,6 +258,21 @@ def constrain_rows(tree: Any) -> Any:
           x, rows_spec(x.shape[0], x.ndim, mesh)), tree)
 
 
+def whole(x: jax.Array) -> jax.Array:
+  """Inside jit: the array with its last axis whole on every device.
+
+  The other axes lie as they do. States between layers are kept so: left to
+  itself XLA cuts their width as the table of embeddings is cut, and then
+  gathers and scatters it around every product. Logits are kept so where they
+  are sampled from, or each step of a search over codes would be a collective.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  as_it_is = PartitionSpec.UNCONSTRAINED
+  return jax.lax.with_sharding_constraint(
+      x, PartitionSpec(*(as_it_is,) * (x.ndim - 1), None))
+
+
 def place_rows(tree: Any, mesh: Mesh | None = None) -> Any:
   """Arrays that lead with rows, the same on every host, cut by rows."""
   mesh = mesh or current()

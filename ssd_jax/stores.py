@@ -14,6 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from ssd_jax import checkpoints
+
 _PIECE = 64 * 2**20  # bytes in float32 of the rows that are handled at a time
 
 
@@ -50,6 +52,18 @@ def open_array(
           "dtype": "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.str,
       },
   }, open=True, create=True).result()
+
+
+def checksum(folder: pathlib.Path) -> str:
+  """What `checkpoints.checksums` says of the array in a folder."""
+  store = ts.open({
+      "driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)},
+  }, open=True).result()
+  shape, dtype = store.shape, store.dtype.numpy_dtype
+  step = rows_per_piece(shape)
+  pieces = (store[first:min(first + step, shape[0])].read().result()
+            for first in range(0, shape[0], step))
+  return checkpoints.checksum(pieces, shape, dtype)
 
 
 def write_skeleton(folder: pathlib.Path, paths: list[list[str]]) -> None:

@@ -138,23 +138,30 @@ class Decoded:
 
 @flax.struct.dataclass
 class LoopState:
-  """The carry of the loop; leaves of `decoder` lead with the batch axis.
+  """Images being drawn together; the carry of the loop.
 
   Attributes:
-    index: int32 [], passes run so far.
-    cache: Keys and values.
-    decoder: The decoders' states.
-    passes: int32 [B].
+    image: int32 [B], index of each over the whole call.
+    prompt: Rows are [cond of all B, then uncond of all B], or cond alone.
+    cache: Keys and values, rows as the prompt's.
+    decoder: The decoders' states; leaves lead with the batch axis.
+    passes: int32 [B], trunk forwards run for each.
     commit_pass: int32 [B, N], 0 while not final.
     history: int32 [B, N + 1, N] or None.
   """
 
-  index: jax.Array
+  image: jax.Array
+  prompt: Prompt
   cache: KVCache
   decoder: Any
   passes: jax.Array
   commit_pass: jax.Array
   history: jax.Array | None
+
+  @property
+  def is_done(self) -> jax.Array:
+    """bool [B], which images are final."""
+    return jnp.all(self.decoder.final, axis=-1)
 
 
 @functools.partial(
@@ -179,64 +186,90 @@ def decode(
       image_B, the tokens and which are final [B, R, C]; static. The loop runs
       on without waiting for it, but copies these arrays to the host.
   """
-  batch = image_B.shape[0]
-  streams = prompt.tokens.shape[0] // batch
-  unstack = lambda x: x.reshape(streams, batch, *x.shape[1:])
-  context = lambda index: jax.vmap(
-      lambda image: Context(key, image, index, params, sampling, model),
-      out_axes=Context(None, 0, None, None, None, model),
-  )(image_B)
-  over = functools.partial(_over_images, model)
-
-  def step(loop: LoopState) -> LoopState:
-    done_B = jnp.all(loop.decoder.final, axis=-1)
-    ctx = context(loop.index + 1)
-    queries = over(decoder.propose)(ctx, loop.decoder)
-    queries = _silence(queries, done_B)
-    stacked = jax.tree.map(lambda x: jnp.concatenate([x] * streams), queries)
-    stacked = sharding.constrain_rows(stacked)
-    hidden, cache = model.forward(params, loop.cache, prompt, stacked)
-    hidden = unstack(hidden)
-    p_BQV = sampling_lib.target(model.logits(params, hidden), sampling)
-    after = over(decoder.resolve)(
-        ctx, loop.decoder, queries, p_BQV, jnp.moveaxis(hidden, 1, 0)
-    )
-    cache = _settle(decoder, ctx, after, cache, done_B)
-    cache = sharding.constrain_cache(cache)
-    after = _keep_done(done_B, loop.decoder, after)
-    return tell(_record(loop, after, cache, done_B))
+  call = Context(key, None, None, params, sampling, model)
+  cells = jnp.asarray(model.grid.slot_of)
 
   def tell(loop: LoopState) -> LoopState:
     if on_pass is not None:
       state = loop.decoder
-      jax.debug.callback(on_pass, loop.index, image_B, state.tokens[:, cells],
-                         state.final[:, cells])
+      jax.debug.callback(on_pass, jnp.max(loop.passes), image_B,
+                         state.tokens[:, cells], state.final[:, cells])
     return loop
 
-  hidden, cache = model.prefill(params, prompt, decoder.scratch(model))
-  hidden, cache = unstack(hidden), sharding.constrain_cache(cache)
-  p_BV = sampling_lib.target(model.logits(params, hidden), sampling)
-  state = over(decoder.start)(context(1), p_BV, jnp.moveaxis(hidden, 1, 0))
-  shape = (batch, model.grid.length)
-  cells = jnp.asarray(model.grid.slot_of)
-  loop = LoopState(
-      jnp.int32(0), cache, state, jnp.zeros(batch, jnp.int32),
-      jnp.zeros(shape, jnp.int32),
-      jnp.zeros((batch, shape[1] + 1, shape[1]), jnp.int32) if trace else None,
-  )
-  loop = tell(_record(loop, state, cache, jnp.zeros(batch, bool)))
   loop = jax.lax.while_loop(
-      lambda loop: ~jnp.all(loop.decoder.final), step, loop
+      lambda loop: ~jnp.all(loop.is_done),
+      lambda loop: tell(step(decoder, call, loop)),
+      tell(begin(decoder, call, prompt, image_B, trace)),
   )
-  return Decoded(
-      loop.decoder.tokens[:, cells], loop.passes, loop.commit_pass[:, cells],
-      loop.history[..., cells] if trace else None,
-  )
+  return decoded(model, loop)
+
+
+def begin(
+    decoder: Decoder, call: Context, prompt: Prompt, image_B: jax.Array,
+    trace: bool = False,
+) -> LoopState:
+  """Images after their first pass, the prefill.
+
+  Args:
+    decoder: Settings.
+    call: A context that is of no image yet.
+    prompt: Of each image.
+    image_B: int32 [B], index over the whole call.
+    trace: Whether the tokens after every pass are recorded.
+  """
+  batch, length = len(image_B), call.model.grid.length
+  ctx = call.replace(image=image_B, index=jnp.ones_like(image_B))
+  hidden, cache = call.model.prefill(
+      call.params, prompt, decoder.scratch(call.model))
+  hidden, cache = _unstack(hidden, batch), sharding.constrain_cache(cache)
+  p_BV = ctx.target(call.model.logits(call.params, hidden))
+  state = _over_images(call.model, decoder.start)(
+      ctx, p_BV, jnp.moveaxis(hidden, 1, 0))
+  history = jnp.zeros((batch, length + 1, length), jnp.int32)
+  loop = LoopState(
+      image_B, prompt, cache, state, jnp.zeros(batch, jnp.int32),
+      jnp.zeros((batch, length), jnp.int32), history if trace else None)
+  return _record(loop, state, cache, jnp.zeros(batch, bool))
+
+
+def step(decoder: Decoder, call: Context, loop: LoopState) -> LoopState:
+  """Images after one more pass; those that are done stay as they are."""
+  model, params, done_B = call.model, call.params, loop.is_done
+  batch = len(done_B)
+  over = functools.partial(_over_images, model)
+  ctx = call.replace(image=loop.image, index=loop.passes + 1)
+  queries = over(decoder.propose)(ctx, loop.decoder)
+  queries = _silence(queries, done_B)
+  streams = loop.prompt.tokens.shape[0] // batch
+  stacked = jax.tree.map(lambda x: jnp.concatenate([x] * streams), queries)
+  stacked = sharding.constrain_rows(stacked)
+  hidden, cache = model.forward(params, loop.cache, loop.prompt, stacked)
+  hidden = _unstack(hidden, batch)
+  p_BQV = ctx.target(model.logits(params, hidden))
+  after = over(decoder.resolve)(
+      ctx, loop.decoder, queries, p_BQV, jnp.moveaxis(hidden, 1, 0))
+  cache = _settle(decoder, ctx, after, cache, done_B)
+  cache = sharding.constrain_cache(cache)
+  after = _keep_done(done_B, loop.decoder, after)
+  return _record(loop, after, cache, done_B)
+
+
+def decoded(model: Model, loop: LoopState) -> Decoded:
+  """What was drawn so far."""
+  cells = jnp.asarray(model.grid.slot_of)
+  history = None if loop.history is None else loop.history[..., cells]
+  return Decoded(loop.decoder.tokens[:, cells], loop.passes,
+                 loop.commit_pass[:, cells], history)
+
+
+def _unstack(x_SD: jax.Array, batch: int) -> jax.Array:
+  """[G, B, ...] of rows [S, ...]."""
+  return x_SD.reshape(-1, batch, *x_SD.shape[1:])
 
 
 def _over_images(model: Model, function):
   """`function` of one image's context and arrays, over the batch."""
-  axes = Context(None, 0, None, None, None, model)
+  axes = Context(None, 0, 0, None, None, model)
 
   def call(ctx, *args):
     return jax.vmap(function, in_axes=(axes, *(0 for _ in args)))(ctx, *args)
@@ -282,12 +315,11 @@ def _record(
     loop: LoopState, state: Any, cache: KVCache, done_B: jax.Array
 ) -> LoopState:
   """The loop's carry after a pass."""
-  index = loop.index + 1
+  passes = jnp.where(done_B, loop.passes, loop.passes + 1)
   is_new = state.final & (loop.commit_pass == 0)
   history = loop.history
   if history is not None:
-    history = history.at[:, index - 1].set(state.tokens, mode="drop")
-  return LoopState(
-      index, cache, state, jnp.where(done_B, loop.passes, index),
-      jnp.where(is_new, index, loop.commit_pass), history,
-  )
+    history = history.at[:, jnp.max(passes) - 1].set(state.tokens, mode="drop")
+  return loop.replace(
+      cache=cache, decoder=state, passes=passes, history=history,
+      commit_pass=jnp.where(is_new, passes[:, None], loop.commit_pass))

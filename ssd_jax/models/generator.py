@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssd_jax import sharding
 from ssd_jax.grid import Grid
 from ssd_jax.models.transformer import Trunk, TrunkConfig
 from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
@@ -52,12 +53,16 @@ class Generator:
     """What decoders see."""
     return Model(
         self.grid, self.cfg.vocab_out, self.prefill, self.forward,
-        self.logits, self.embed,
+        self.whole_logits, self.embed,
     )
 
   def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
     """float32 [..., V], image logits of pre-norm hidden states."""
     return self._apply(params, hidden, method="logits")
+
+  def whole_logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+    """The same for drawing: all codes on every device of the mesh."""
+    return sharding.whole(self.logits(params, hidden))
 
   def normalize(self, params: Params, hidden: jax.Array) -> jax.Array:
     """Hidden states after the final norm."""

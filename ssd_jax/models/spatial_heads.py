@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ssd_jax import sharding
 from ssd_jax.config import UserError, check
 from ssd_jax.models.fingerprint import fingerprint, same_trunk
 from ssd_jax.models.generator import Generator
@@ -212,7 +213,7 @@ class SpatialHeads:
     logits = self.logits(
         params, self.predict(params, direction, hidden, tokens, offset)
     )
-    return logits if offset is None else logits[0]
+    return sharding.whole(logits if offset is None else logits[0])
 
   def model(self) -> Model:
     """The generator's functions with drafting."""

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ssd_jax import sharding
 from ssd_jax.models.rope import rotate
 from ssd_jax.types import KVCache
 
@@ -194,8 +195,9 @@ class Layer(nn.Module):
     y = RMSNorm(cfg.norm_eps, name="attn_norm")(x) if self.input_norm else x
     y, cache = Attention(cfg, name="attn")(
         y, cos_sin, visible, cache, layer, slots)
-    x += y
-    x += SwiGLU(cfg.d_ff, name="mlp")(RMSNorm(cfg.norm_eps, name="mlp_norm")(x))
+    x = sharding.whole(x + y)
+    y = RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
+    x = sharding.whole(x + SwiGLU(cfg.d_ff, name="mlp")(y))
     return (x, cache), x if self.emit else None
 
 
@@ -256,7 +258,7 @@ class Trunk(nn.Module):
     """
     layers = jnp.arange(self.cfg.n_layers)
     (x_SQD, cache), every_LSQD = self.layers(
-        (x_SQD, cache), layers, cos_sin_SQh2, visible_SQX, slots_SQ
+        (sharding.whole(x_SQD), cache), layers, cos_sin_SQh2, visible_SQX, slots_SQ
     )
     if self.taps:
       tapped = [every_LSQD[layer] for layer in self.taps]

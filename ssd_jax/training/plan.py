@@ -73,9 +73,7 @@ def report(
               if batch % n == 0 and n <= largest), default=0)
   fits = each > 0
   program, planned = compiled(each or parts)
-  layers = network.generator.cfg.n_layers  # the only loop is over them
-  sent = hlo.collectives(
-      program.as_text(), mesh.size, layers) if fits else []
+  sent = hlo.collectives(program.as_text(), mesh.size) if fits else []
   flops = counts(network, with_batch(cfg, batch))
   repeats = batch // each if fits else 1
   waits = repeats * sum(
