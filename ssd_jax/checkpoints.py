@@ -84,26 +84,30 @@ def restore(folder: str | os.PathLike) -> Any:
   return restored
 
 
-def check_shapes(folder: str | os.PathLike, tree: Any, expected: Any) -> None:
+def check_shapes(
+    folder: str | os.PathLike, tree: Any, expected: Any,
+    advice: str = "by the settings beside it; take the parts of one model",
+) -> None:
   """Raises UserError unless a restored tree has the expected arrays.
 
   Args:
     folder: That it was restored from.
-    tree: Nested dicts of arrays.
-    expected: Nested dicts of anything with a shape.
+    tree: Of anything with a shape.
+    expected: The same.
+    advice: Whose expectation that is, and what to do.
   """
   got, wanted = _shapes(tree), _shapes(expected)
   for name in sorted(got.keys() | wanted.keys()):
     if got.get(name) != wanted.get(name):
       raise UserError(
           f"got {name} of shape {got.get(name, 'none')} in {folder}, expected "
-          f"{wanted.get(name, 'none')} by the settings beside it; take the "
-          "parts of one model")
+          f"{wanted.get(name, 'none')} {advice}")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {_name(path): tuple(leaf.shape) for path, leaf in leaves}
+  return {_name(path): tuple(leaf.shape) for path, leaf in leaves
+          if hasattr(leaf, "shape")}
 
 
 def _name(path: Any) -> str:

@@ -69,6 +69,17 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
       os.truncate(path, path.stat().st_size // 2)
   assert_same(tiny.train(tmp_path / "run", 10), whole)
   assert "checkpoint 8" in capsys.readouterr().err
+  aside, = (tmp_path / "run" / "damaged").iterdir()
+  assert aside.name.startswith("8-") and any(aside.iterdir())
+
+
+def test_other_settings_do_not_touch_a_runs_checkpoints(tmp_path):
+  """A matrix of another size: one line that names it; the run goes on."""
+  whole = tiny.train(tmp_path / "whole", 6)
+  tiny.train(tmp_path / "run", 4)
+  with pytest.raises(UserError, match=r"w1 of shape \(8, 4\).*\(8, 2\) by"):
+    tiny.train(tmp_path / "run", 6, width=2)
+  assert_same(tiny.train(tmp_path / "run", 6), whole)
 
 
 def test_when_all_are_damaged_nothing_is_made_up(tmp_path):

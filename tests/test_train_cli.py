@@ -47,15 +47,16 @@ def call(capsys, body, *args):
   return status, captured.out, captured.err
 
 
-def write_config(file, **changes):
+def write_config(file, steps=2, rate=1e-4, **changes):
   """A config file of the toy family, with short runs."""
   config = llamagen_class_config()
   config.images_per_caption = 1
   config.mtp.heads.update(horizontal=2, vertical=1)
   config.mtp.draw.update(batch=10, shard=10)
   for part in (config.mtp, config.drafter):
-    part.loop.update(steps=2, batch=4, save_every=1, eval_every=2)
+    part.loop.update(steps=steps, batch=4, save_every=1, eval_every=2)
     part.update(eval_images=4)
+    part.optimizer.learning_rate = rate
   config.drafter.update(depth=2, redundancy=0.1)
   config.update(changes)
   file.write_text(
@@ -85,6 +86,12 @@ def test_converted_trained_drawn(capsys, model, tmp_path, monkeypatch):
   assert status == 0, err
   assert "| vertical | 1 |" in out and "--decoder ssd" in out
   monkeypatch.setattr(features, "_draw_images", None)  # nothing drawn anew
+  other = write_config(tmp_path / "b.py", rate=0.5, checkpoint=str(model))
+  status, _, err = call(capsys, train.mtp, other, *args[1:])
+  assert status == 2 and "got mtp.optimizer.learning_rate=0.5" in err
+  longer = write_config(tmp_path / "c.py", steps=3, checkpoint=str(model))
+  status, _, err = call(capsys, train.mtp, longer, *args[1:])
+  assert status == 0, err
   status, out, err = call(capsys, train.drafter, *args)
   assert status == 0, err
   assert "Mean accepted length on 4 held-out images" in out

@@ -31,21 +31,21 @@ from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
 STEPS = 12
 
 
-def train(workdir, steps=STEPS, die_at=None, save_every=2, batch=8):
+def train(workdir, steps=STEPS, die_at=None, save_every=2, batch=8, width=4):
   """State after fitting a matrix; SIGKILLs itself in step `die_at`."""
   cfg = LoopConfig(steps=steps, batch=batch, log_every=1,
                    save_every=save_every, eval_every=100, keep=3)
   opt_cfg = OptimizerConfig(learning_rate=0.05, warmup_steps=1, ema=0.9)
   # The schedule must not depend on how far this run goes.
   optimizer = make_optimizer(opt_cfg, LoopConfig(steps=100))
-  state = TrainState.make({"w1": jnp.zeros((8, 4))}, optimizer, opt_cfg)
+  state = TrainState.make({"w1": jnp.zeros((8, width))}, optimizer, opt_cfg)
   load = lambda source, index, rng: {
       "x": rng.normal(size=8).astype(np.float32)}
   data = pipeline.stream(range(100), load, cfg.batch, 1)
 
   @jax.jit
   def update(state, x):
-    loss = lambda p: jnp.mean((x @ p["w1"] - x[:, :4]) ** 2)
+    loss = lambda p: jnp.mean((x @ p["w1"] - x[:, :width]) ** 2)
     value, grads = jax.value_and_grad(loss)(state.params)
     return apply_gradients(state, grads, optimizer, opt_cfg), value
 

@@ -11,6 +11,8 @@ config.checkpoint, else DIR/model.
 """
 
 import pathlib
+import re
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -37,6 +39,9 @@ _WORKDIR = flags.DEFINE_string(
 )
 _STORED = np.float16
 _HELD_OUT = 256  # captions at most
+_MODEL = ("data", "pixels", "vq")
+_DRAWN = ("prompts_file", "num_prompts", "images_per_caption", "sampling")
+_MAY_CHANGE = re.compile(r"\.loop\.(steps|keep|\w+_every)$")
 
 
 def tokenizer() -> None:
@@ -44,8 +49,10 @@ def tokenizer() -> None:
   config, workdir = _settings("tokenizer")
   vq_cfg = from_config_dict(VQConfig, config.vq)
   cfg = from_config_dict(tokenizer_training.TokenizerConfig, config.tokenizer)
+  splits = _splits(config)
+  _begin(workdir / "tokenizer", config, *_MODEL, "tokenizer")
   state = tokenizer_training.run(
-      vq_cfg, cfg, _splits(config), str(workdir / "tokenizer")
+      vq_cfg, cfg, splits, str(workdir / "tokenizer")
   )
   checkpoints.save(workdir / "model" / "vq", state.eval_params, _STORED)
   print(f"wrote {workdir / 'model' / 'vq'}")
@@ -67,6 +74,7 @@ def ar() -> None:
   }
   words = Vocabulary.build(splits["train"].texts(), config.prompt_slots)
   generator = emoji.generator(config.trunk, vq_cfg, config.pixels, words)
+  _begin(workdir / "ar", config, *_MODEL, "prompt_slots", "trunk", "ar")
   state = ar_training.run(generator, words, splits, cfg, str(workdir / "ar"))
   checkpoints.save(
       workdir / "model" / "trunk", state.eval_params["trunk"], _STORED
@@ -81,6 +89,7 @@ def mtp() -> None:
   cfg = from_config_dict(mtp_training.MTPConfig, config.mtp)
   captions = _captions(config)
   teacher = _teacher(config, workdir)
+  _begin(workdir / "mtp", config, *_DRAWN, "mtp")
   state, heads_cfg = mtp_training.run(
       teacher, captions, cfg, workdir / "mtp")
   _export(workdir, "heads", heads_cfg, state)
@@ -94,6 +103,7 @@ def drafter() -> None:
   draw_cfg = from_config_dict(DrawConfig, config.mtp.draw)
   captions = _captions(config)
   teacher = _teacher(config, workdir)
+  _begin(workdir / "drafter", config, *_DRAWN, "drafter")
   # The images that heads are trained on, whoever draws them first.
   splits = mtp_training.draw_splits(
       teacher, captions, draw_cfg, workdir / "mtp")
@@ -218,6 +228,37 @@ def _workdir(config) -> pathlib.Path:
     raise UserError(f"got --workdir {folder}, which is a file, expected a "
                     "folder; choose another")
   return folder
+
+
+def _begin(folder: pathlib.Path, config, *keys: str) -> None:
+  """Keeps the settings of a run beside it; what continues it has the same.
+
+  Raises:
+    UserError: when the run in `folder` began with other settings.
+  """
+  file = folder / "settings.json"
+  now = _flat({key: config.to_dict()[key] for key in keys})
+  if (folder / "checkpoints").is_dir() and file.is_file():
+    begun = checkpoints.read_json(file)
+    for key in sorted(begun.keys() | now.keys()):
+      if begun.get(key) != now.get(key):
+        raise UserError(
+            f"got {key}={now.get(key)} for the run in {folder}, expected "
+            f"{begun.get(key)}, with which it began; set it back, or choose "
+            "another --workdir")
+  checkpoints.write_json(file, now)
+
+
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+  """Settings by their full name, as JSON has them; those that may change
+  between the starts of a run are left out."""
+  if not isinstance(values, dict):
+    value = list(values) if isinstance(values, tuple) else values
+    return {} if _MAY_CHANGE.search(name) else {name: value}
+  found: dict[str, Any] = {}
+  for key, value in values.items():
+    found |= _flat(value, f"{name}.{key}" if name else key)
+  return found
 
 
 def _splits(config) -> dict:

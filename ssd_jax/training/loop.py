@@ -8,8 +8,10 @@ set, state and batches lie on it; see `sharding`.
 
 from collections.abc import Callable, Mapping
 import math
+import os
 import pathlib
 import sys
+import time
 from typing import Any
 
 import grain
@@ -18,7 +20,7 @@ import orbax.checkpoint as ocp
 import tensorboardX
 import tqdm
 
-from ssd_jax import sharding
+from ssd_jax import checkpoints, sharding
 from ssd_jax.config import LoopConfig, UserError
 from ssd_jax.training.preemption import Preemption
 from ssd_jax.training.state import TrainState
@@ -120,29 +122,53 @@ def _stop(manager, step: int) -> None:
 def _restore(manager, state: TrainState, data: grain.IterDataset):
   """(state, iterator) of the newest whole checkpoint, else of the start."""
   shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-  damaged = None
+  damaged: dict[int, Exception] = {}
   for step in sorted(manager.all_steps(), reverse=True):
+    _check_same_run(manager, step, shapes)
     try:
       found = manager.restore(step, args=ocp.args.Composite(
           state=ocp.args.StandardRestore(shapes)))
       iterator = _resume(manager, step, data)
     except Exception as error:  # orbax raises many kinds for a damaged file
-      damaged = damaged or error
+      damaged[step] = error
       if jax.process_count() > 1:
         break  # the hosts must agree; a person removes the folder
-      print(f"checkpoint {step} of {manager.directory} is damaged",
-            file=sys.stderr)
       continue
-    for newer in [s for s in manager.all_steps() if s > step]:
-      manager.delete(newer)
+    for newer in damaged:
+      _set_aside(manager, newer)
     return found["state"], iterator
-  if damaged is not None:
-    reason = (str(damaged).splitlines() or [type(damaged).__name__])[0]
+  if damaged:
+    error = damaged[max(damaged)]
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
         f"got damaged checkpoints in {manager.directory} ({reason[:120]}), "
         "expected a whole one of this run; remove that folder to start anew"
-    ) from damaged
+    ) from error
   return state, iter(data)
+
+
+def _check_same_run(manager, step: int, state: TrainState) -> None:
+  """Raises UserError when a readable checkpoint has other arrays."""
+  folder = pathlib.Path(manager.directory) / str(step) / "state"
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      saved = checkpointer.metadata(folder).item_metadata.tree
+  except Exception:  # damaged: restoring it says so
+    return
+  checkpoints.check_shapes(
+      folder, saved, state,
+      "by these settings; set them back, or choose another workdir")
+
+
+def _set_aside(manager, step: int) -> None:
+  """Moves a damaged checkpoint out of the way and says where to."""
+  folder = pathlib.Path(manager.directory)
+  aside = folder.with_name("damaged") / f"{step}-{time.time_ns()}"
+  aside.parent.mkdir(exist_ok=True)
+  os.rename(folder / str(step), aside)
+  manager.reload()
+  print(f"checkpoint {step} of {folder} is damaged: moved to {aside}",
+        file=sys.stderr)
 
 
 def _resume(manager, step: int, data: grain.IterDataset):
