@@ -80,7 +80,12 @@ class OptimizerConfig:
     check(self.kind in ("adamw", "muon"), "kind", self.kind, "adamw or muon")
     check(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
     check(self.clip > 0, "clip", self.clip, "> 0")
-    check(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
+    for name in ("b1", "b2", "ema"):
+      value = getattr(self, name)
+      check(0 <= value < 1, name, value, "in [0, 1)")
+    for name in ("final_learning_rate", "weight_decay"):
+      value = getattr(self, name)
+      check(value >= 0, name, value, ">= 0")
     check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, ">= 0")
 
 

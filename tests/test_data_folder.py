@@ -117,6 +117,11 @@ def broken_folder(kind, folder):
         "not rows": ("captions.json", "[3]"),
         "not text": ("captions.json", '{"03.png": ["a", "b"]}'),
         "bad header": ("captions.csv", "03.png,a caption\n"),
+        "bad tags": ("metadata.jsonl", '{"file_name": "03.png", '
+                     '"caption": "a", "tags": 3}'),
+        "no such picture": ("captions.json", '{"33.png": "a"}'),
+        "named twice": ("captions.json", '{"03.png": "a", "03.png": "b"}'),
+        "too deep": ("captions.json", "[" * 100_000),
     }[kind]
     (folder / table).write_text(text)
     return table
@@ -126,6 +131,7 @@ def broken_folder(kind, folder):
 @pytest.mark.parametrize("kind", [
     "empty", "no folder", "missing caption", "blank caption", "not a picture",
     "empty file", "bad json", "bad row", "not rows", "not text", "bad header",
+    "bad tags", "no such picture", "named twice", "too deep",
 ])
 def test_folder_errors_name_the_file(tmp_path, kind):
   """What is wrong with a folder is one line that names the file."""

@@ -73,6 +73,8 @@ def test_tfds_items(tmp_path):
   assert [labels[i]["caption"] for i in range(len(labels))] == [
       "black cat", "dog"] * 2
   assert labels._caption(-1) == ""  # unlabelled
+  joined = spec.replace("train[:4]", "train[:4]+train[8:10]")
+  assert len(sources.open_source(joined, "all", 8)) == 6
   parts = [
       sources.open_source(f"tfds:pets:1.0.0?data_dir={root}", split, 8)
       for split in ("train", "validation")

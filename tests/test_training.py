@@ -17,9 +17,11 @@ import pytest
 
 from ssd_jax import checkpoints
 from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
+from ssd_jax.data import sources
 from ssd_jax.models.text import Vocabulary
 from ssd_jax.training import ar, loop
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
+from ssd_jax.training.tokenizer import TokenizerConfig, load_augmented
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -133,6 +135,17 @@ def test_sigkill_at_any_moment_changes_nothing(tmp_path, part):
   a, b = (checkpoints.restore(tmp_path / name / "model" / model)
           for name in ("whole", "broken"))
   chex.assert_trees_all_equal(a, b)
+
+
+def test_a_picture_may_stay_where_it_is():
+  """max_shift=0 moves nothing; negative settings are one line."""
+  source = sources.EmojiSource("validation", 32)
+  rng = np.random.default_rng(0)
+  image = load_augmented(source, 0, rng, 0)["image"]
+  chex.assert_shape(image, (32, 32, 3))
+  chex.assert_shape(load_augmented(source, 0, rng, 3)["image"], (32, 32, 3))
+  with pytest.raises(UserError, match="got max_shift=-1, expected 0 or more"):
+    TokenizerConfig(max_shift=-1)
 
 
 def test_codes_of_other_pictures_are_not_taken(tmp_path, monkeypatch):

@@ -149,7 +149,7 @@ def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
   """
   try:
     rows = _rows(table, _read_text(table))
-  except (ValueError, csv.Error) as error:
+  except (ValueError, RecursionError, csv.Error) as error:
     if isinstance(error, UserError):
       raise
     raise UserError(
@@ -171,7 +171,11 @@ def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
           "name them so"
       )
     path = table.parent / pathlib.PurePosixPath(name.replace("\\", "/"))
-    caption = Caption(" ".join(text.split()), _tags(row), table)
+    if not path.is_file():
+      raise UserError(
+          f"got {table} with entry {number} for {path}, which is not there, "
+          "expected a picture; remove the entry or mend its name")
+    caption = Caption(" ".join(text.split()), _tags(row, table), table)
     found.append((path, caption))
   return found
 
@@ -188,9 +192,9 @@ def _read_text(path: pathlib.Path) -> str:
 
 def _rows(table: pathlib.Path, text: str) -> list[Any]:
   if table.suffix == ".jsonl":
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    return [_parse(line) for line in text.split("\n") if line.strip()]
   if table.suffix == ".json":
-    rows = json.loads(text)
+    rows = _parse(text)
     if not isinstance(rows, dict):
       return list(rows) if isinstance(rows, list) else [rows]
     return [
@@ -202,12 +206,31 @@ def _rows(table: pathlib.Path, text: str) -> list[Any]:
   return list(csv.DictReader(io.StringIO(text, ""), delimiter=delimiter))
 
 
+def _parse(text: str) -> Any:
+  """JSON in which no name is given twice."""
+
+  def once(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+      names = [name for name, _ in pairs]
+      twice = next(n for n in names if names.count(n) > 1)
+      raise ValueError(f"{twice!r} is there twice")
+    return found
+
+  return json.loads(text, object_pairs_hook=once)
+
+
 def _field(row: Any, names: tuple[str, ...]) -> str | None:
   values = [row[n] for n in names if n in row] if isinstance(row, dict) else []
   return values[0] if values and isinstance(values[0], str) else None
 
 
-def _tags(row: dict) -> tuple[str, ...]:
+def _tags(row: dict, table: pathlib.Path) -> tuple[str, ...]:
   tags = row.get("tags") or ()
   tags = tags.split(",") if isinstance(tags, str) else tags
-  return tuple(t for t in (str(tag).strip() for tag in tags) if t)
+  if not isinstance(tags, (list, tuple)) or not all(
+      isinstance(tag, str) for tag in tags):
+    raise UserError(
+        f"got tags={tags!r} in {table}, expected a list of words, or words "
+        "with commas between; mend them")
+  return tuple(t for t in (tag.strip() for tag in tags) if t)

@@ -186,6 +186,7 @@ def open_source(spec: str, split: str, pixels: int) -> Source:
     return hold_out(FolderSource(rest, pixels), split)
   if kind == "tfds" and rest:
     name, _, query = rest.partition("?")
+    query = query.replace("+", "%2B")  # TFDS joins splits by it
     options = {"split": "train", **dict(parse.parse_qsl(query))}
     for option in options:
       check(option in _TFDS_OPTIONS, "option", option, f"in {_TFDS_OPTIONS}")

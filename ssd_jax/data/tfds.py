@@ -65,7 +65,13 @@ class TFDSSource(Source):
           f"split {self.split!r} ({one_line(error)}), expected 8-bit pixels; "
           "prepare the dataset again"
       ) from error
-    caption = self._caption(_at(row, self._caption_key))
+    try:
+      caption = self._caption(_at(row, self._caption_key))
+    except UnicodeDecodeError as error:
+      raise UserError(
+          f"got {self._caption_key!r} of item {index} of {self.name} split "
+          f"{self.split!r} that is not UTF-8 ({error.reason}), expected text; "
+          "choose another caption_key") from error
     if not caption:
       raise UserError(
           f"got no caption in {self._caption_key!r} of item {index} of "

@@ -63,7 +63,11 @@ class TokenizerConfig:
   start_from: str = ""
 
   def __post_init__(self):
-    check(self.rate >= 0, "rate", self.rate, "0 or more")
+    for name in ("commitment", "l1", "rate", "continuous_steps", "max_shift"):
+      value = getattr(self, name)
+      check(value >= 0, name, value, "0 or more")
+    check(self.restart_below > 0, "restart_below", self.restart_below, "> 0")
+    check(0 <= self.decay < 1, "decay", self.decay, "in [0, 1)")
     check(self.loop.accumulate == 1, "accumulate", self.loop.accumulate,
           "1: the codebook follows whole batches")
 
@@ -91,10 +95,10 @@ def load_augmented(
     image = image[:, ::-1]
   dy, dx = rng.integers(-max_shift, max_shift + 1, 2)
   pad = ((max_shift, max_shift), (max_shift, max_shift), (0, 0))
+  height, width, _ = image.shape
   image = np.pad(image, pad, mode="edge")
-  image = np.roll(image, (dy, dx), (0, 1))
-  m = max_shift
-  return {"image": image[m:-m, m:-m]}
+  top, left = max_shift - dy, max_shift - dx
+  return {"image": image[top:top + height, left:left + width]}
 
 
 def to_float(image_BHWC: jax.Array) -> jax.Array:
