@@ -1,11 +1,10 @@
 """What a user holds: a loaded model that draws pictures."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import os
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -18,8 +17,9 @@ from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name, engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.relaxed import neighbour_table
-from ssd_jax.progress import Listener, Progress
+from ssd_jax.progress import Clock, Listener, Progress
 from ssd_jax.sampling import Sampling
+from ssd_jax.streaming import Order, Stream
 from ssd_jax.types import Model, Params, Prompt
 
 
@@ -109,16 +109,13 @@ class Pipeline:
     Raises:
       UserError: when a number is out of range or there is no prompt.
     """
-    check(len(prompts) > 0, "prompts", prompts, "at least one")
-    check(num_images >= 1, "num_images", num_images, ">= 1")
-    check(batch >= 1, "batch", batch, ">= 1")
-    check(0 <= seed < 2**32, "seed", seed, "in [0, 2^32)")
+    _check_call(prompts, num_images, seed, batch)
     texts = [text for text in prompts for _ in range(num_images)]
     settings, guided = self.sampling(**sampling)
     batch = sharding.even_batch(min(batch, len(texts)), 1 + guided)
     decoder = by_name.parse(decoder) if isinstance(decoder, str) else decoder
     index_I = _indices(first_image, len(texts), batch)
-    chunks, notes, clock = [], [], _Clock()
+    chunks, notes, clock = [], [], Clock()
     for start in range(0, len(texts), batch):
       part = texts[start:start + batch]
       padded = part + [part[-1]] * (batch - len(part))
@@ -127,10 +124,11 @@ class Pipeline:
       args = (self.params_for(decoder), prompt, settings,
               jax.random.key(seed), index_I[start:start + batch])
       listener = self._listener if on_pass else None
-      run = clock.compile(self._compiled, decoder, trace, listener, args)
+      run = clock.compile(self.compiled, engine.decode, decoder, *args,
+                          trace=trace, on_pass=listener)
       with self._listener.tell(on_pass, len(part)):
         decoded = jax.block_until_ready(run(*args))
-      decode_images = clock.compile(self._compiled_images, decoded.tokens)
+      decode_images = clock.compile(self.compiled_images, decoded.tokens)
       images = decode_images(self.vq_params, decoded.tokens)
       chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,
                decoded.history)
@@ -146,6 +144,45 @@ class Pipeline:
         images, tokens, passes, commit_pass, tuple(texts), history,
         tuple(notes), clock.compiling, clock.rest(),
     )
+
+  def stream(
+      self,
+      prompts: Iterable[str],
+      decoder: engine.Decoder | str = AR(),
+      *,
+      num_images: int = 1,
+      seed: int = 0,
+      batch: int = 8,
+      first_image: int | Sequence[int] = 0,
+      **sampling: float | None,
+  ) -> Stream:
+    """The pictures that `generate` draws, one by one as they finish.
+
+    A picture that is done leaves the batch and the next prompt takes its
+    place, so that none waits for another; prompts are read as there is room.
+
+    Args:
+      prompts: Any number of texts, also without end.
+      decoder: As for `generate`, like all that follow.
+      num_images: Per prompt.
+      seed: Same seed, same pictures.
+      batch: Pictures drawn together.
+      first_image: Index of the first picture; or the index of each.
+      **sampling: guidance, temperature, top_k or top_p instead of the family's.
+
+    Raises:
+      UserError: when a number is out of range or there is no prompt.
+    """
+    _check_call(prompts, num_images, seed, batch)
+    settings, guided = self.sampling(**sampling)
+    decoder = by_name.parse(decoder) if isinstance(decoder, str) else decoder
+    if isinstance(prompts, Sequence):
+      count = len(prompts) * num_images
+      first_image, batch = _indices(first_image, count, 1), min(batch, count)
+    batch = sharding.even_batch(batch, 1 + guided)
+    return Stream(self, Order(
+        prompts, decoder, num_images, seed, batch, first_image, settings,
+        guided))
 
   def params_for(self, decoder: engine.Decoder) -> Params:
     """Parameters, with the table of neighbouring codes for who reads one.
@@ -238,7 +275,7 @@ class Pipeline:
     for start in range(0, len(tokens), batch):
       part = np.arange(start, start + batch).clip(max=len(tokens) - 1)
       ids = jnp.asarray(np.asarray(tokens)[part], jnp.int32)
-      decoded = self._compiled_images(ids)(self.vq_params, ids)
+      decoded = self.compiled_images(ids)(self.vq_params, ids)
       images.append(np.asarray(decoded)[:len(tokens) - start])
     return np.concatenate(images)
 
@@ -302,23 +339,38 @@ class Pipeline:
     """Writes a model folder that `ssd_jax.load` reads: see `saving.save`."""
     saving.save(self, folder)
 
-  def _compiled(self, decoder, trace, listener, args):
-    """The compiled `engine.decode` for these shapes."""
+  def compiled(self, function: Any, decoder: engine.Decoder, *args, **static):
+    """`function(model, decoder, *args, **static)`, compiled for such args.
+
+    It is then called with `args` alone, which start with the parameters.
+    """
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), args[1:])
     leaves, structure = jax.tree.flatten(shapes)
-    key = (decoder, trace, listener, tuple(map(str, leaves)), structure,
-           sharding.current())
+    key = (decoder, function.__name__, tuple(static.items()),
+           tuple(map(str, leaves)), structure, sharding.current())
     if key not in self._executables:
-      self._executables[key] = engine.decode.lower(
-          self.model, decoder, *args, trace=trace, on_pass=listener).compile()
+      self._executables[key] = function.lower(
+          self.model, decoder, *args, **static).compile()
     return self._executables[key]
 
-  def _compiled_images(self, tokens):
+  def compiled_images(self, tokens: jax.Array):
+    """The compiled function of (vq_params, tokens) that paints such grids."""
     key = ("images", tokens.shape, sharding.current())
     if key not in self._executables:
       decode = jax.jit(self.family.decode)
       self._executables[key] = decode.lower(self.vq_params, tokens).compile()
     return self._executables[key]
+
+
+def _check_call(
+    prompts: Iterable[str], num_images: int, seed: int, batch: int
+) -> None:
+  """Raises UserError when a number is out of range or there is no prompt."""
+  if isinstance(prompts, Sequence):
+    check(len(prompts) > 0, "prompts", prompts, "at least one")
+  check(num_images >= 1, "num_images", num_images, ">= 1")
+  check(batch >= 1, "batch", batch, ">= 1")
+  check(0 <= seed < 2**32, "seed", seed, "in [0, 2^32)")
 
 
 def _indices(
@@ -331,22 +383,3 @@ def _indices(
   check(len(first) == count, "first_image", f"{len(first)} indices",
         f"one index, or one for each of {count} pictures")
   return np.pad(np.asarray(first, np.int32), (0, padded - count), "edge")
-
-
-class _Clock:
-  """Splits the time since its making into compiling and the rest."""
-
-  def __init__(self):
-    self._start = time.perf_counter()
-    self.compiling = 0.0
-
-  def compile(self, function, *args):
-    """`function(*args)`, its time counted as compiling."""
-    start = time.perf_counter()
-    result = function(*args)
-    self.compiling += time.perf_counter() - start
-    return result
-
-  def rest(self) -> float:
-    """Seconds not spent compiling."""
-    return time.perf_counter() - self._start - self.compiling

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import threading
+import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,3 +70,22 @@ class Listener:
         jax.effects_barrier()
       finally:
         self._on_pass = None
+
+
+class Clock:
+  """Splits the time since its making into compiling and the rest."""
+
+  def __init__(self):
+    self._start = time.perf_counter()
+    self.compiling = 0.0
+
+  def compile(self, function: Callable[..., Any], *args, **kwargs) -> Any:
+    """What `function` returns, its time counted as compiling."""
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    self.compiling += time.perf_counter() - start
+    return result
+
+  def rest(self) -> float:
+    """Seconds not spent compiling."""
+    return time.perf_counter() - self._start - self.compiling

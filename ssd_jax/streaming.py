@@ -1,0 +1,186 @@
+"""Pictures one by one as they finish, of any number of prompts."""
+
+from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssd_jax import sharding
+from ssd_jax.decoding import engine, refill
+from ssd_jax.progress import Clock
+from ssd_jax.sampling import Sampling
+from ssd_jax.types import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A picture and how it came to be.
+
+  Attributes:
+    index: Over the whole call; keys its noise.
+    prompt: Its text.
+    image: uint8 [H, W, 3].
+    tokens: int32 [R, C].
+    passes: Trunk forwards that it took part in.
+    commit_pass: int32 [R, C], the pass at which each cell became final.
+  """
+
+  index: int
+  prompt: str
+  image: np.ndarray
+  tokens: np.ndarray
+  passes: int
+  commit_pass: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+  """What is to be drawn, and how.
+
+  Attributes:
+    prompts: Texts; read as there is room for them.
+    decoder: Settings.
+    num_images: Pictures of each prompt.
+    seed: Of the noise.
+    batch: Pictures drawn together.
+    first_image: Index of the first picture, or of each.
+    sampling: Of the target distribution.
+    guided: Whether two streams are run.
+  """
+
+  prompts: Iterable[str]
+  decoder: engine.Decoder
+  num_images: int
+  seed: int
+  batch: int
+  first_image: int | Sequence[int]
+  sampling: Sampling
+  guided: bool
+
+
+class Stream:
+  """Iterates over pictures in the order in which they finish.
+
+  While the next ones are drawn, whoever iterates has time for the last. At no
+  time are there more than two batches of pictures in memory.
+
+  Attributes:
+    notes: What the user should know about the prompts read so far.
+    clock: Of the time spent compiling, and of the rest.
+    passes: Trunk forwards of the whole batch so far, beside one per prompt.
+  """
+
+  def __init__(self, pipe: Any, order: Order):
+    self._pipe, self._order = pipe, order
+    self.notes: list[str] = []
+    self.clock = Clock()
+    self.passes = 0
+    self._pictures = self._draw()
+
+  def __iter__(self) -> Iterator[Picture]:
+    return self
+
+  def __next__(self) -> Picture:
+    return next(self._pictures)
+
+  def _draw(self) -> Iterator[Picture]:
+    waiting, finished = self._waiting(), []
+    batch = _Batch(self._pipe, self._order, self.clock)
+    while True:
+      for place in batch.free():
+        item = next(waiting, None)
+        if item is None:
+          break
+        batch.admit(place, *item)
+      is_busy = batch.start()  # draws on while the last ones are handed over
+      for picture, image in finished:
+        yield dataclasses.replace(picture, image=sharding.fetch(image)[0])
+      if not is_busy:
+        return
+      finished = batch.finish()
+      self.passes = batch.passes
+
+  def _waiting(self) -> Iterator[tuple[int, str, Prompt]]:
+    """(index, text, prompt) of each picture."""
+    order = self._order
+    is_first = np.ndim(order.first_image) == 0
+    indices = (itertools.count(order.first_image) if is_first
+               else iter(order.first_image))
+    for text in order.prompts:
+      prompt, said = self._pipe.family.encode_prompts([text], order.guided)
+      prompt = sharding.place_rows(prompt)
+      self.notes += [note for note in said if note not in self.notes]
+      for _ in range(order.num_images):
+        yield int(next(indices)), text, prompt
+
+
+class _Batch:
+  """The places of a batch and who is drawn in each.
+
+  Attributes:
+    passes: Trunk forwards of all places together.
+  """
+
+  def __init__(self, pipe: Any, order: Order, clock: Clock):
+    self._pipe, self._order, self._clock = pipe, order, clock
+    self._params = pipe.params_for(order.decoder)
+    self._key = jax.random.key(order.seed)
+    self._who: list[tuple[int, str] | None] = [None] * order.batch
+    self._passes_B = np.zeros(order.batch, np.int64)
+    self._loop = self._drawn = None
+    self.passes = 0
+
+  def free(self) -> list[int]:
+    """Places that nobody has."""
+    return [place for place, who in enumerate(self._who) if who is None]
+
+  def admit(self, place: int, index: int, text: str, prompt: Prompt) -> None:
+    """Prefills a prompt into a place."""
+    sampling = self._order.sampling
+    if self._loop is None:
+      self._loop = self._run(
+          refill.empty, prompt, sampling, batch=self._order.batch)
+    # The longest prompt so far says how many slots all have.
+    self._loop = refill.widen_batch(self._loop, prompt.tokens.shape[1])
+    prompt = refill.widen(prompt, self._loop.prompt.tokens.shape[1])
+    self._loop = self._run(
+        refill.admit, prompt, sampling, self._key, self._loop,
+        np.int32(index), np.int32(place))
+    self._who[place], self._passes_B[place] = (index, text), 1
+
+  def start(self) -> bool:
+    """Lets the device draw until somebody is done; whether there is one."""
+    if not any(self._who):
+      return False
+    self._loop, *self._drawn = self._run(
+        refill.advance, self._order.sampling, self._key, self._loop)
+    return True
+
+  def finish(self) -> list[tuple[Picture, jax.Array]]:
+    """(picture without its image, image [1, H, W, 3]) of who is done."""
+    decoded, is_done_B = sharding.fetch(self._drawn)
+    self.passes += int(max(decoded.passes - self._passes_B))
+    self._passes_B = np.asarray(decoded.passes, np.int64)
+    found = []
+    for place, who in enumerate(self._who):
+      if who is not None and is_done_B[place]:
+        tokens = decoded.tokens[place]
+        picture = Picture(*who, None, tokens, int(decoded.passes[place]),
+                          decoded.commit_pass[place])
+        found.append((picture, self._paint(jnp.asarray(tokens[None]))))
+        self._who[place] = None
+    return found
+
+  def _paint(self, tokens: jax.Array) -> jax.Array:
+    paint = self._clock.compile(self._pipe.compiled_images, tokens)
+    return paint(self._pipe.vq_params, tokens)
+
+  def _run(self, function, *args, **static):
+    args = (self._params, *args)
+    run = self._clock.compile(
+        self._pipe.compiled, function, self._order.decoder, *args, **static)
+    return run(*args)
