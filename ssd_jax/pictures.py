@@ -212,7 +212,7 @@ class Point:
   Attributes:
     label: Of the decoder.
     is_lossless: Whether it claims AR's law.
-    speed: AR's time over the decoder's.
+    speed: AR's passes or time over the decoder's.
     speeds: Quartiles of it.
     quality: What is lost.
     qualities: Its 95% interval, or None.
@@ -228,38 +228,43 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """A plot of speed against one quality.
+  """A plot of one speed against one quality.
 
   Attributes:
-    name: Of the quality.
+    speed: Name of the speed.
+    quality: Name of the quality.
     points: One per decoder.
-    spread: The interval of a second AR run, or None.
+    spread: What AR's own spread allows, from and to; or None.
   """
 
-  name: str
+  speed: str
+  quality: str
   points: Sequence[Point]
   spread: Sequence[float] | None
 
 
-def pareto(panels: Sequence[Panel], path: pathlib.Path) -> None:
+def pareto(rows: Sequence[Sequence[Panel]], path: pathlib.Path) -> None:
   """Writes speed against what is lost, with error bars.
 
   Args:
-    panels: Beside each other, the first with all decoders; no file where none.
+    rows: Of panels, the first with all decoders; no file where none.
     path: Of the PNG.
 
   Raises:
     MissingExtra: when matplotlib is not installed.
   """
-  if not panels:
+  if not rows:
     return
+  columns = max(map(len, rows))
   figure = need("matplotlib.figure", "bench").Figure(
-      (1.5 + 5.5 * len(panels), 5), layout="constrained")
+      (2 + 5.5 * columns, 4.5 * len(rows)), layout="constrained")
   styles = {
       p.label: dict(color=f"C{i % 10}", fmt=_MARKERS[i % len(_MARKERS)])
-      for i, p in enumerate(panels[0].points)}
-  for number, panel in enumerate(panels, 1):
-    _plot(figure.add_subplot(1, len(panels), number), panel, styles)
+      for i, p in enumerate(rows[0][0].points)}
+  for y, row in enumerate(rows):
+    for x, panel in enumerate(row):
+      place = y * columns + x + 1
+      _plot(figure.add_subplot(len(rows), columns, place), panel, styles)
   handles, labels = figure.axes[0].get_legend_handles_labels()
   figure.legend(handles, labels, loc="outside right upper", fontsize=8)
   with layout.replacing(path) as partial:
@@ -275,14 +280,18 @@ def _plot(axes: Any, panel: Panel, styles: dict[str, dict]) -> None:
         **styles[p.label], capsize=2, elinewidth=0.8,
         markerfacecolor=None if p.is_lossless else "white",
         label=p.label if p.is_lossless else f"{p.label} (relaxed)")
-  if panel.spread:
-    farthest = max(map(abs, panel.spread))
-    axes.axhspan(-farthest, farthest, color="grey", alpha=0.15, linewidth=0,
-                 label="AR's own spread")
   axes.margins(x=0.1, y=0.1)
   axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
-  axes.set_xlabel("speed: AR's seconds per image over the decoder's")
-  axes.set_ylabel(f"{panel.name} (0: as good as ar)")
+  if panel.spread:
+    low, high = panel.spread
+    if low == -high:  # nats span decades; within the spread they are linear
+      axes.set_yscale("symlog", linthresh=high)
+    bottom, top = axes.get_ylim()
+    axes.axhspan(max(low, bottom), min(high, top), color="grey", alpha=0.15,
+                 linewidth=0, label="within AR's own spread")
+    axes.set_ylim(bottom, top)
+  axes.set_xlabel(f"speed: AR's {panel.speed} per image over the decoder's")
+  axes.set_ylabel(panel.quality)
 
 
 def _bar(value: float, low: float, high: float) -> list[list[float]]:

@@ -1,6 +1,7 @@
 """What a comparison found, as JSON rows, a table and the points of a plot."""
 
 from collections.abc import Sequence
+import math
 from typing import Any
 
 import numpy as np
@@ -193,32 +194,43 @@ def _estimate(pair: Sequence[float | None] | None, form: str) -> str:
   return text if error is None else f"{text} ±{error:.3f}"
 
 
-def panels(rows: Sequence[dict], details: Sequence[dict]) -> list[Panel]:
-  """Speed against likelihood and, if computed, against the pictures of AR.
+def panels(
+    rows: Sequence[dict], details: Sequence[dict]
+) -> list[list[Panel]]:
+  """Passes, then seconds, against likelihood and, if computed, the pictures.
 
   None without an AR run.
   """
   pairs = list(zip(rows, details, strict=True))
-  ar = next((r for r in rows if r["decoder"] == "ar"), None)
+  ar = next((p for p in pairs if p[0]["decoder"] == "ar"), None)
   if ar is None:
     return []
   again = _rerun(pairs)
-  gaps, kids = [], []
-  for r, d in pairs:
-    speed = _speed(ar, r, d)
-    interval = r["nll_gap_interval"]
-    gaps.append(Point(**speed, quality=r["nll_gap"], qualities=interval))
-    if d["kid_to_ar"] is not None:
-      kid, interval = d["kid_to_ar"][0], _interval(d["kid_to_ar"])
-      kids.append(Point(**speed, quality=kid, qualities=interval))
-  found = [Panel(
-      "likelihood gap to ar, nats per cell", gaps,
-      again and again[0]["nll_gap_interval"])]
-  if kids:
-    found.append(Panel(
-        "KID to ar's pictures", kids,
-        again and _interval(again[1]["kid_to_ar"])))
-  return found
+  gap, kid = "likelihood gap to ar, nats per cell", "KID to ar's pictures"
+  gaps = [(r["nll_gap"], r["nll_gap_interval"]) for r in rows]
+  found = [(gap, gaps, again and _around_zero(again[0]["nll_gap_interval"]))]
+  if all(d["kid_to_ar"] is not None for r, d in pairs if r is not ar[0]):
+    kids = [d["kid_to_ar"] and (d["kid_to_ar"][0], _interval(d["kid_to_ar"]))
+            for d in details]
+    spread = again and _interval(again[1]["kid_to_ar"])
+    found.append((kid, kids, spread and (-math.inf, spread[1])))
+  return [
+      [Panel(name, quality, [
+          Point(r_label, is_lossless, *speed, *value)
+          for (r_label, is_lossless, speed), value in zip(
+              speeds, values, strict=True) if value is not None], spread)
+       for quality, values, spread in found]
+      for name, speeds in (
+          ("passes", [_passes(ar[1], r, d) for r, d in pairs]),
+          ("seconds", [_seconds(ar[0], r, d) for r, d in pairs]))]
+
+
+def _around_zero(interval: Sequence[float] | None) -> list[float] | None:
+  """As far to both sides as the interval's farther end."""
+  if interval is None:
+    return None
+  farthest = max(map(abs, interval))
+  return [-farthest, farthest]
 
 
 def _interval(pair: Sequence[float | None] | None) -> list[float] | None:
@@ -228,9 +240,17 @@ def _interval(pair: Sequence[float | None] | None) -> list[float] | None:
   return [pair[0] - 1.96 * pair[1], pair[0] + 1.96 * pair[1]]
 
 
-def _speed(ar: dict, r: dict, d: dict) -> dict[str, Any]:
-  """The speed of a point, with the quartiles of its time."""
-  time, seconds = ar["seconds"]["median"], r["seconds"]
-  return dict(
-      label=d["label"], is_lossless=r["lossless"], speed=r["latency_ratio"],
-      speeds=[time / seconds["q75"], time / seconds["q25"]])
+def _passes(ar: dict, r: dict, d: dict):
+  """(label, is lossless, (ratio of passes, its quartiles over images))."""
+  own = np.asarray(d["per_image"]["passes"])
+  whole = np.mean(ar["per_image"]["passes"])
+  q25, q75 = np.quantile(own, [0.25, 0.75])
+  return d["label"], r["lossless"], (
+      r["pass_ratio"], (whole / q75, whole / q25))
+
+
+def _seconds(ar: dict, r: dict, d: dict):
+  """(label, is lossless, (ratio of seconds, its quartiles over images))."""
+  time, own = ar["seconds"]["median"], r["seconds"]
+  return d["label"], r["lossless"], (
+      r["latency_ratio"], (time / own["q75"], time / own["q25"]))

@@ -138,14 +138,19 @@ def test_pareto_plot_is_written(tmp_path):
   points = [
       pictures.Point("ar", True, 1.0, (0.9, 1.1), 0.0, (0.0, 0.0)),
       pictures.Point("ssd", False, 4.0, (3.0, 5.0), 0.3, None)]
-  panels = [pictures.Panel("gap", points, (-0.1, 0.2)),
-            pictures.Panel("KID", points[1:], None)]
-  for count in (1, 2):
-    pictures.pareto(panels[:count], tmp_path / f"{count}.png")
-  one, two = (Image.open(tmp_path / f"{count}.png") for count in (1, 2))
+  panels = [pictures.Panel("passes", "gap", points, (-0.1, 0.2)),
+            pictures.Panel("passes", "KID", points[1:], (-np.inf, 0.1)),
+            pictures.Panel("seconds", "KID", points, None)]
+  for name, rows in (("one", [panels[:1]]), ("two", [panels[:2]]),
+                     ("four", [panels[:2], panels[1:]])):
+    pictures.pareto(rows, tmp_path / f"{name}.png")
+  one, two, four = (
+      Image.open(tmp_path / f"{name}.png") for name in ("one", "two", "four"))
   assert one.width > 500 and two.width > 1.5 * one.width
+  assert four.width == two.width and four.height == 2 * two.height
   pictures.pareto([], tmp_path / "none.png")
-  assert len(list(tmp_path.iterdir())) == 2
+  assert len(list(tmp_path.iterdir())) == 3
+
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
