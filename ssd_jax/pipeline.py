@@ -19,7 +19,7 @@ from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.relaxed import neighbour_table
 from ssd_jax.progress import Clock, Listener, Progress
 from ssd_jax.sampling import Sampling
-from ssd_jax.streaming import Order, Stream
+from ssd_jax.streaming import Order, Picture, Stream
 from ssd_jax.types import Model, Params, Prompt
 
 
@@ -54,6 +54,15 @@ class Output:
   def pil_images(self) -> list[Image.Image]:
     """The pictures as PIL images."""
     return [Image.fromarray(image) for image in self.images]
+
+  @property
+  def pictures(self) -> list[Picture]:
+    """Each by itself, numbered from 0."""
+    return [
+        Picture(i, *each[:3], int(each[3]), each[4])
+        for i, each in enumerate(zip(
+            self.prompts, self.images, self.tokens, self.passes,
+            self.commit_pass, strict=True))]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,10 +4,12 @@ import json
 import os
 
 from absl import flags
+import numpy as np
 from PIL import Image
 import pytest
 
 from ssd_jax.cli import generate, run
+from ssd_jax.streaming import Picture
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,6 +53,22 @@ def test_pictures_metadata_sheet_and_json(capsys, tmp_path):
   assert picture.text["seed"] == "7" and picture.text["guidance"] == "2.0"
   assert Image.open(said["contact_sheet"]).size[0] > 256
   assert not [f for f in os.listdir(tmp_path) if "partial" in f]
+
+
+def test_thousands_of_pictures_are_written_as_they_come(tmp_path):
+  """In any order, without staying in memory; the sheet holds the first."""
+  album = generate.Album(tmp_path, {"seed": 1})
+  for index in reversed(range(70)):
+    image = np.full((2, 3, 3), index, np.uint8)
+    album.add(Picture(index, f"p{index}", image, None, index + 1, None))
+    assert len(list(tmp_path.glob("*.png"))) == 70 - index
+  album.close()
+  assert album.passes == list(range(1, 71)) and album.prompts[69] == "p69"
+  assert [p.name for p in album.paths[:2]] == ["0000_p0.png", "0001_p1.png"]
+  assert "first 64" in album.notes[0]
+  assert np.asarray(Image.open(album.paths[69])).max() == 69
+  sheet = np.asarray(Image.open(album.sheet))
+  assert sheet.shape == (8 * 6 + 4, 8 * 7 + 4, 3) and 63 in sheet
 
 
 def test_same_seed_same_bytes(capsys, tmp_path):

@@ -20,6 +20,7 @@ from ssd_jax.decoding.ar import AR
 from ssd_jax.layout import save_picture
 from ssd_jax.pipeline import Output, Pipeline
 from ssd_jax.prompts import clean
+from ssd_jax.streaming import Picture
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
 _DECODER = flags.DEFINE_string(
@@ -28,6 +29,8 @@ _TRACE = flags.DEFINE_bool(
     "trace", False, "Also write how the grid was filled: animations, with AR "
     "beside the decoder for the first prompt, and heat maps.")
 _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
+
+_SHEET_PICTURES = 64  # at most
 
 
 def body() -> None:
@@ -42,24 +45,35 @@ def body() -> None:
   out = common.writable_folder(common.OUT.value or "out")
   common.use_compilation_cache()
   pipe = common.load_pipeline()
-  batch = 8 if common.BATCH.value is None else common.BATCH.value
+  album = Album(out, _settings(pipe))
+  args = dict(
+      num_images=number, seed=common.SEED.value,
+      batch=8 if common.BATCH.value is None else common.BATCH.value,
+      **common.sampling())
   with tqdm.tqdm(
       total=len(prompts) * number, unit="image", file=sys.stderr) as bar:
-    output = pipe.generate(
-        prompts, decoder, num_images=number, seed=common.SEED.value,
-        batch=batch, trace=_TRACE.value, on_batch=bar.update,
-        **common.sampling(),
-    )
-  paths, sheet = write_pictures(output, out, _settings(pipe))
+    if _TRACE.value:  # needs all pictures together
+      output = pipe.generate(
+          prompts, decoder, trace=True, on_batch=bar.update, **args)
+      times, notes = (output.compile_seconds, output.seconds), output.notes
+      for picture in output.pictures:
+        album.add(picture)
+    else:
+      stream = pipe.stream(prompts, decoder, **args)
+      for picture in stream:
+        album.add(picture)
+        bar.update()
+      times = stream.clock.compiling, stream.clock.rest()
+      notes = stream.notes
+  album.close()
   sharding.meet("pictures are written")
   if jax.process_index():
     return  # the first host tells
-  for note in output.notes:
+  for note in [*notes, *album.notes]:
     print(f"note: {note}")
   if _TRACE.value:
-    _write_trace(pipe, output, decoder, paths)
-  is_lossless = engine.is_lossless(decoder, pipe.model.grid)
-  _report(output, decoder, is_lossless, paths, sheet)
+    _write_trace(pipe, output, decoder, album.paths)
+  _report(pipe, decoder, album, times)
 
 
 def read_prompts(given: list[str], file: str | None) -> list[str]:
@@ -79,33 +93,65 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
   return [clean(line) for line in lines]
 
 
-def write_pictures(
-    output: Output, folder: pathlib.Path, settings: dict
-) -> tuple[list[pathlib.Path], pathlib.Path | None]:
-  """(paths of the PNGs, path of the contact sheet of several).
+class Album:
+  """Pictures written as they finish; few of them stay in memory.
 
   Several hosts, which all hold the pictures, each write their share.
+
+  Attributes:
+    sheet: Path of the contact sheet of several, once closed.
   """
-  host, hosts = jax.process_index(), jax.process_count()
-  paths = []
-  for index, (image, prompt) in enumerate(
-      zip(output.pil_images, output.prompts, strict=True)
-  ):
-    metadata = PngImagePlugin.PngInfo()
-    facts = {"prompt": prompt, "index": index,
-             "passes": int(output.passes[index]), **settings}
-    for key, value in facts.items():
-      metadata.add_itxt(key, str(value))
-    path = folder / f"{index:04d}_{file_name(prompt)}.png"
-    if index % hosts == host:
-      save_picture(image, path, pnginfo=metadata)
-    paths.append(path)
-  if len(paths) == 1:
-    return paths, None
-  sheet = folder / "contact_sheet.png"
-  if host == 0:
-    save_picture(contact_sheet(output.images), sheet)
-  return paths, sheet
+
+  def __init__(self, folder: pathlib.Path, settings: dict):
+    self._folder, self._settings = folder, settings
+    self._written: dict[int, tuple[pathlib.Path, str, int]] = {}
+    self._first: dict[int, np.ndarray] = {}
+    self.sheet: pathlib.Path | None = None
+
+  def add(self, picture: Picture) -> None:
+    """Writes a PNG with its prompt and settings."""
+    index, prompt = picture.index, picture.prompt
+    path = self._folder / f"{index:04d}_{file_name(prompt)}.png"
+    if index % jax.process_count() == jax.process_index():
+      metadata = PngImagePlugin.PngInfo()
+      facts = {"prompt": prompt, "index": index, "passes": picture.passes}
+      for key, value in {**facts, **self._settings}.items():
+        metadata.add_itxt(key, str(value))
+      save_picture(Image.fromarray(picture.image), path, pnginfo=metadata)
+    self._written[index] = (path, prompt, picture.passes)
+    if index < _SHEET_PICTURES:
+      self._first[index] = picture.image
+
+  def close(self) -> None:
+    """Writes the contact sheet of the first pictures, if there are several."""
+    if len(self._written) == 1:
+      return
+    self.sheet = self._folder / "contact_sheet.png"
+    if jax.process_index() == 0:
+      first = np.stack([self._first[i] for i in sorted(self._first)])
+      save_picture(contact_sheet(first), self.sheet)
+
+  @property
+  def paths(self) -> list[pathlib.Path]:
+    """Of the PNGs, by index."""
+    return [self._written[i][0] for i in sorted(self._written)]
+
+  @property
+  def prompts(self) -> list[str]:
+    """Of each picture, by index."""
+    return [self._written[i][1] for i in sorted(self._written)]
+
+  @property
+  def passes(self) -> list[int]:
+    """Of each picture, by index."""
+    return [self._written[i][2] for i in sorted(self._written)]
+
+  @property
+  def notes(self) -> list[str]:
+    """What the user should know about the contact sheet."""
+    if len(self._written) == len(self._first):
+      return []
+    return [f"the contact sheet shows the first {len(self._first)} pictures"]
 
 
 def file_name(prompt: str) -> str:
@@ -160,27 +206,30 @@ def _write_trace(pipe: Pipeline, output: Output, decoder, paths) -> None:
     print(path)
 
 
-def _report(output: Output, decoder, is_lossless, paths, sheet) -> None:
-  cells = output.tokens[0].size
-  passes = [int(p) for p in output.passes]
+def _report(
+    pipe: Pipeline, decoder, album: Album, times: tuple[float, float]
+) -> None:
+  """Prints what was drawn; `times` are (compiling, the rest)."""
+  cells, passes, paths = pipe.model.grid.cells, album.passes, album.paths
   mean = float(np.mean([cells / p for p in passes]))
+  is_lossless = engine.is_lossless(decoder, pipe.model.grid)
   law = "the law of AR sampling" if is_lossless else "relaxed"
+  compiling, seconds = times
   print(
       f"{len(paths)} pictures by {_DECODER.value} ({law}): {cells} cells in "
-      f"{np.mean(passes):.1f} passes each, {output.seconds:.1f} s, after "
-      f"{output.compile_seconds:.1f} s of compiling"
+      f"{np.mean(passes):.1f} passes each, {seconds:.1f} s, after "
+      f"{compiling:.1f} s of compiling"
   )
-  for path in [*paths, *([sheet] if sheet else [])]:
+  for path in [*paths, *([album.sheet] if album.sheet else [])]:
     print(path)
   if _JSON.value:
     print(json.dumps({
         "decoder": decoder.name, "settings": by_name.settings(decoder),
-        "lossless": is_lossless, "prompts": list(output.prompts),
+        "lossless": is_lossless, "prompts": album.prompts,
         "images": [str(p) for p in paths],
-        "contact_sheet": str(sheet) if sheet else None,
+        "contact_sheet": str(album.sheet) if album.sheet else None,
         "cells": cells, "passes": passes, "tokens_per_pass": mean,
-        "compile_seconds": round(output.compile_seconds, 3),
-        "seconds": round(output.seconds, 3),
+        "compile_seconds": round(compiling, 3), "seconds": round(seconds, 3),
     }))
 
 
