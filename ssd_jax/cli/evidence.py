@@ -80,25 +80,30 @@ def plot(found: Evidence, figure, path: pathlib.Path) -> None:
   (equal, different, slots), (siblings, entropy, spread) = figure.subplots(2, 3)
   reach = found.equal_UW.shape[1] // 2
   extent = (-reach - 0.5, reach + 0.5, found.equal_UW.shape[0] - 0.5, -0.5)
+  apart = ("columns apart", "rows apart")
   maps = (
-      (equal, found.equal_UW, "cells of equal code", extent),
-      (different, found.different_UW, "cells of different codes", extent),
-      (slots, found.slots_MM, "slots of the first picture", None),
+      (equal, found.equal_UW, "equal code", extent, apart),
+      (different, found.different_UW, "different codes", extent, apart),
+      (slots, found.slots_MM, "the first picture", None, ("slot", "slot")),
   )
-  for axes, values, title, place in maps:
+  for axes, values, title, place, names in maps:
     image = axes.imshow(values, extent=place)
     axes.set_title(f"cosine of states: {title}")
+    axes.set(xlabel=names[0], ylabel=names[1])
     figure.colorbar(image, ax=axes, shrink=0.7)
   ranks = np.arange(len(found.siblings_E))
   siblings.plot(ranks, found.siblings_E, "o-", label="with the likeliest")
   siblings.plot(ranks, found.parents_E, "o-", label="with the slot before")
-  siblings.set_title("cosine of alternatives at a slot, by rank")
+  siblings.set_title("cosine of states: alternatives at a slot")
+  siblings.set(xlabel="rank of the alternative", ylabel="mean cosine")
   siblings.legend()
   image = entropy.imshow(found.entropy_RC)
   entropy.set_title("mean entropy of predictions, nats")
+  entropy.set(xlabel="column", ylabel="row")
   figure.colorbar(image, ax=entropy, shrink=0.7)
   spread.hist(found.entropies, bins=40)
-  spread.set_title("entropy of single predictions, nats")
+  spread.set_title("entropy of single predictions")
+  spread.set(xlabel="nats", ylabel="slots")
   with layout.replacing(path) as partial:
     figure.savefig(partial, format="png", dpi=150)
 
