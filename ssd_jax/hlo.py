@@ -1,5 +1,7 @@
-"""What a compiled program sends between devices, read from its text."""
+"""What a compiled program sends between devices, and what it moves about in
+memory, read from its text."""
 
+from collections.abc import Sequence
 import dataclasses
 import math
 import re
@@ -19,6 +21,10 @@ _LIMIT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 _OP = re.compile(
     rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+MOVES = ("copy", "transpose", "convert", "dynamic-slice")
+_INSTRUCTION = re.compile(
+    r"^\s*(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z\-]*)\((.*)$")
+_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +80,77 @@ def collectives(text: str, devices: int) -> list[Collective]:
   return [Collective(kind, *x) for kind, x in sorted(totals.items())]
 
 
+@dataclasses.dataclass(frozen=True)
+class Move:
+  """An array that a loop writes again, in another place, order or type.
+
+  Attributes:
+    kind: One of MOVES.
+    bytes: Of the result.
+    name: Of the instruction.
+  """
+
+  kind: str
+  bytes: int
+  name: str
+
+
+def moves_in_loops(text: str, at_least: int) -> list[Move]:
+  """What is moved in each turn of any loop and has so many bytes.
+
+  Args:
+    text: `compiled.as_text()`.
+    at_least: Bytes of a result that counts.
+  """
+  lines, found = _computations(text), []
+  for name in sorted(_inside_loops(lines)):
+    for line in lines[name]:
+      move = _move(lines, line)
+      if move is not None and move.bytes >= at_least:
+        found.append(move)
+  return found
+
+
+def _inside_loops(lines: dict[str, list[str]]) -> set[str]:
+  """Computations that some loop runs; of fusions only what calls them."""
+  every = [line for body in lines.values() for line in body]
+  open_ = [name for line in every for name in _BODY.findall(line)]
+  inside: set[str] = set()
+  while open_:
+    name = open_.pop()
+    if name in inside or name not in lines:
+      continue
+    inside.add(name)
+    for line in lines[name]:
+      if " fusion(" in line:  # nothing in a fusion but its root is written
+        continue
+      for several, one in _CALL.findall(line):
+        open_ += (several or one).replace("%", "").replace(" ", "").split(",")
+  return inside
+
+
+def _move(lines: dict[str, list[str]], line: str) -> Move | None:
+  """The move that an instruction, or the root of its fusion, is."""
+  found = _INSTRUCTION.match(line)
+  if found is None:
+    return None
+  _, name, shape, kind, rest = found.groups()
+  if kind == "fusion":
+    called = re.search(r"calls=%?([\w.\-]+)", rest)
+    kind = _root_kind(lines.get(called[1], ())) if called else kind
+  return Move(kind, _bytes(shape, False), name) if kind in MOVES else None
+
+
+def _root_kind(body: Sequence[str]) -> str:
+  """The operation that a computation returns the result of."""
+  known = {found[2]: found for found in map(_INSTRUCTION.match, body) if found}
+  at = next((x for x in known.values() if x[1]), None)
+  while at is not None and at[4] in ("bitcast", "reshape"):
+    operand = re.search(r"%([\w.\-]+)", at[5])
+    at = known.get(operand[1]) if operand else None
+  return at[4] if at is not None else ""
+
+
 def _computations(text: str) -> dict[str, list[str]]:
   found, name = {}, None
   for line in text.splitlines():
@@ -113,7 +190,8 @@ def _turns(line: str, lines: dict[str, list[str]]) -> int:
   trips = _TRIPS.search(line)
   if trips or " while(" not in line:
     return int(trips[1]) if trips else 1
-  condition = "\n".join(lines.get(_CONDITION.search(line)[1], ()))
+  named = _CONDITION.search(line)
+  condition = "\n".join(lines.get(named[1], ()) if named else ())
   limits = _LIMIT.findall(condition)
   counted = condition.count(" compare(") == 1 and "direction=LT" in condition
   return int(limits[0]) if counted and len(limits) == 1 else 1
