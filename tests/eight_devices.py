@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax import sharding, testing
+from ssd_jax import hlo, sharding, testing
 from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
@@ -26,6 +26,7 @@ from ssd_jax.training.state import (
 )
 
 MESHES = ("data=2,tensor=4", "data=2,fsdp=2,tensor=2")
+APART = ("tensor=4", "data=2,tensor=4")  # where collectives are counted
 
 
 class Family(testing.TinyFamily):
@@ -49,13 +50,27 @@ def make_pipeline():
   return Pipeline(family, params, None, family.generator.model())
 
 
-def draw(pipe, decoder):
+def arguments(pipe, decoder):
+  """Of `engine.decode`, for four images."""
   settings, guided = pipe.sampling()
   prompt, _ = pipe.family.encode_prompts(["a", "b", "c", "d"], guided)
-  out = engine.decode(
-      pipe.model, decoder, sharding.place(pipe.params),
-      sharding.place_rows(prompt), settings, jax.random.key(3), jnp.arange(4))
-  return np.asarray(out.tokens)
+  return (pipe.model, decoder, sharding.place(pipe.params),
+          sharding.place_rows(prompt), settings, jax.random.key(3),
+          jnp.arange(4))
+
+
+def draw(pipe, decoder):
+  return np.asarray(engine.decode(*arguments(pipe, decoder)).tokens)
+
+
+def sent(pipe, mesh):
+  """({kind: count} of AR's prefill and one pass, kinds within layers)."""
+  mesh = sharding.make_mesh(mesh)
+  with jax.set_mesh(mesh):
+    text = engine.decode.lower(*arguments(pipe, AR())).compile().as_text()
+  within = [kind for line in text.splitlines() for kind in hlo.KINDS
+            if "/layers/" in line and f" {kind}(" in line]
+  return {x.kind: x.count for x in hlo.collectives(text, mesh.size)}, within
 
 
 def trained(pipe, kind, parts):
@@ -99,6 +114,7 @@ def distance(one, other):
 
 def main():
   pipe, found = make_pipeline(), {"tokens": {}, "steps": {}}
+  found["sent"] = {mesh: sent(pipe, mesh) for mesh in APART}
   decoders = (AR(), Stair())
   alone = [draw(pipe, decoder) for decoder in decoders]
   weights = {kind: trained(pipe, kind, 1)[1] for kind in ("muon",)}

@@ -32,6 +32,16 @@ def test_any_mesh_draws_the_same_tokens(found):
     assert same == [1.0, 1.0]
 
 
+def test_a_pass_sends_what_it_must(found):
+  """Two sums a layer, however rows are shared; embeddings and logits once."""
+  totals, _ = found["sent"]["tensor=4"]
+  layers, programs = 2, 2  # prefill and pass
+  assert totals == {"all-reduce": programs * 2 * layers,
+                    "all-gather": programs * 2}
+  for _, within in found["sent"].values():
+    assert within == ["all-reduce"] * 2 * programs
+
+
 def test_a_training_step_is_that_of_one_device(found):
   """Two steps of Muon and AdamW on every mesh; and in accumulated parts."""
   assert max(found["steps"].values()) < 2e-5

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ssd_jax import sharding
 from ssd_jax.config import UserError
 from ssd_jax.models.fingerprint import fingerprint, same_trunk
 from ssd_jax.models.generator import Generator
@@ -44,7 +45,8 @@ class DrafterLayer(nn.Module):
     """
     x = jnp.concatenate([embedded_SQD, hidden_SQD.astype(embedded_SQD.dtype)],
                         axis=-1)
-    x = nn.Dense(self.cfg.d_model, dtype=x.dtype, name="fuse")(x)
+    fuse = nn.Dense(self.cfg.d_model, dtype=x.dtype, name="fuse")
+    x = sharding.whole(fuse(sharding.whole(x)))
     (x, cache), _ = Layer(self.cfg, input_norm=False, name="layer")(
         (x, cache), 0, cos_sin_SQh2, visible_SQX, slots_SQ
     )

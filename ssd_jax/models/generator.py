@@ -148,7 +148,7 @@ class Generator:
 
   def _rows(self, params: Params, ids: jax.Array) -> jax.Array:
     rows = self._apply(params, ids, method="embed")
-    return rows.astype(self.dtype)
+    return sharding.whole(rows.astype(self.dtype))
 
   def _apply(self, params: Params, *args, **kwargs):
     return self.trunk.apply({"params": params["trunk"]}, *args, **kwargs)

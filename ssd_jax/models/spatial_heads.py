@@ -128,8 +128,9 @@ class Predictors(nn.Module):
       return w[wanted].astype(z.dtype)
 
     inner = 2 * self.width
-    u = jnp.einsum("...z,nzd->n...d", z,
-                   weight("w0", z.shape[-1], self.width))
+    u = sharding.whole(jnp.einsum(
+        "...z,nzd->n...d", sharding.whole(z),
+        weight("w0", z.shape[-1], self.width)))
     scale = self.param(
         "scale", nn.initializers.ones, (self.offsets, self.width)
     )[wanted]
@@ -140,7 +141,7 @@ class Predictors(nn.Module):
     v = v.astype(z.dtype)
     gate = nn.silu(into(v, weight("w1", self.width, inner)))
     up = into(v, weight("w3", self.width, inner))
-    return u + into(gate * up, weight("w2", inner, self.width))
+    return sharding.whole(u + into(gate * up, weight("w2", inner, self.width)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

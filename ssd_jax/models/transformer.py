@@ -117,6 +117,26 @@ def attend(
   return jnp.swapaxes(y_SNQH, 1, 2)
 
 
+def written(
+    cache_LSKXH: jax.Array, layer: jax.Array, slots_SQ: jax.Array,
+    new_SQKH: jax.Array,
+) -> jax.Array:
+  """[L, S, K, X, H]: the cache with slots of a layer set; those out of range
+  are dropped.
+
+  Rows are a batch of the scatter and not indices of it, so that devices that
+  share rows write their own without asking others.
+  """
+  places = jax.lax.ScatterDimensionNumbers(
+      update_window_dims=(2, 3), inserted_window_dims=(0, 3),
+      scatter_dims_to_operand_dims=(0, 3), operand_batching_dims=(1,),
+      scatter_indices_batching_dims=(0,))
+  at_SQ2 = jnp.stack([jnp.full_like(slots_SQ, layer), slots_SQ], axis=-1)
+  return jax.lax.scatter(
+      cache_LSKXH, at_SQ2, new_SQKH.astype(cache_LSKXH.dtype), places,
+      mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
+
+
 class Attention(nn.Module):
   """Grouped-query attention over the cache, or over the queries themselves."""
 
@@ -143,10 +163,8 @@ class Attention(nn.Module):
     q = rotate(q, cos_sin_SQh2, cfg.interleaved)
     k = rotate(k, cos_sin_SQh2, cfg.interleaved)
     if cache is not None:
-      rows = jnp.arange(x_SQD.shape[0])[:, None]
-      write = lambda old, new: old.at[layer, rows, :, slots_SQ].set(
-          new.astype(old.dtype), mode="drop")
-      cache = KVCache(write(cache.k, k), write(cache.v, v))
+      cache = KVCache(written(cache.k, layer, slots_SQ, k),
+                      written(cache.v, layer, slots_SQ, v))
       k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
     else:
       k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
@@ -258,8 +276,10 @@ class Trunk(nn.Module):
     """
     layers = jnp.arange(self.cfg.n_layers)
     (x_SQD, cache), every_LSQD = self.layers(
-        (sharding.whole(x_SQD), cache), layers, cos_sin_SQh2, visible_SQX, slots_SQ
+        (sharding.whole(x_SQD), cache), layers, cos_sin_SQh2, visible_SQX,
+        slots_SQ,
     )
+    x_SQD = sharding.whole(x_SQD)  # else what follows would cut the loop's
     if self.taps:
       tapped = [every_LSQD[layer] for layer in self.taps]
       x_SQD = jnp.concatenate([x_SQD, *tapped], axis=-1)
@@ -300,6 +320,6 @@ class Trunk(nn.Module):
     if not self.cfg.head_hidden:
       return (y @ self.head.astype(y.dtype)).astype(jnp.float32)
     y = y @ self.head_in.astype(y.dtype) + self.head_in_bias.astype(y.dtype)
-    y = nn.gelu(y, approximate=False)
+    y = sharding.whole(nn.gelu(y, approximate=False))
     y = (y @ self.head.astype(y.dtype)).astype(jnp.float32)
     return y + self.head_bias.astype(jnp.float32)
