@@ -12,9 +12,6 @@ import urllib.request
 
 import serve
 
-DECODERS = ("ar", "sjd:window=8", "stair")
-DEADLINE = 300  # s
-
 
 def ask(url, values=None):
   """The JSON of an answer."""
@@ -25,18 +22,17 @@ def ask(url, values=None):
     return json.loads(answer.read())
 
 
-def visit(address, number, end):
+def visit(address, number, decoder, end):
   """(seconds, final state, mean seconds of a look at the page)."""
   start, looks = time.monotonic(), []
   job = ask(f"{address}/api/jobs", dict(
-      prompt=f"picture {number}", decoder=DECODERS[number % 3], seed=number,
-      race=False))
+      prompt=f"picture {number}", decoder=decoder, seed=number, race=False))
   while job["state"] in ("queued", "drawing") and time.monotonic() < end:
-    time.sleep(0.05)
+    time.sleep(0.25)
     look = time.monotonic()
     job = ask(f"{address}/api/jobs/{job['id']}")
     looks.append(time.monotonic() - look)
-  return time.monotonic() - start, job["state"], sum(looks) / len(looks)
+  return time.monotonic() - start, job["state"], sum(looks) / max(len(looks), 1)
 
 
 def main():
@@ -45,12 +41,17 @@ def main():
   parser.add_argument("--model", default="greys")
   parser.add_argument("--requests", type=int, default=200)
   parser.add_argument("--clients", type=int, default=16)
+  parser.add_argument("--decoders", default="ar,sjd:window=8,stair")
+  parser.add_argument("--seconds", type=float, default=300)
   args = parser.parse_args()
+  decoders = args.decoders.split(",")
   with serve.page(args.model) as (address, studio):
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + args.seconds
     with concurrent.futures.ThreadPoolExecutor(args.clients) as clients:
       visits = list(clients.map(
-          lambda number: visit(address, number, end), range(args.requests)))
+          lambda number: visit(
+              address, number, decoders[number % len(decoders)], end),
+          range(args.requests)))
     drawn = studio.drawn
   seconds, states, looks = zip(*visits, strict=True)
   print(f"{args.requests} requests of {args.clients} clients: "
