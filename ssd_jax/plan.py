@@ -197,8 +197,7 @@ class Plan:
       return finish(params, hidden, sampling), cache
 
     def ends(params, queries, sampling):
-      hidden = sharding.whole(model.embed(params, queries.tokens))
-      return finish(params, hidden, sampling)
+      return finish(params, model.embed(params, queries.tokens), sampling)
 
     shapes = (params, cache, self.prompt, queries, sampling)
     with jax.set_mesh(self.mesh):  # from here nothing may run
@@ -292,7 +291,8 @@ def xla_counts(
   one, ends = (
       np.array([x.cost_analysis()[k] for k in ("flops", "bytes accessed")])
       for x in (one, ends))
-  return tuple(float(x) for x in (ends + layers * (one - ends)) * devices)
+  flops, moved = (ends + layers * (one - ends)) * devices
+  return float(flops), float(moved)
 
 
 def sent_by(
@@ -310,10 +310,10 @@ def sent_by(
   return found
 
 
-def seconds(
+def parts(
     plan: Plan, queries: int, chip: chips.Chip, sent: Sequence[hlo.Collective]
-) -> float:
-  """The least time of a pass of so many queries.
+) -> dict[str, float]:
+  """Seconds that the parts of a pass of so many queries take at least.
 
   Args:
     plan: Of the drawing.
@@ -327,8 +327,16 @@ def seconds(
   waits = sum(
       dataclasses.replace(x, bytes=int(x.bytes * scale)).seconds(
           chip.link, chips.HOP_SECONDS) for x in sent)
-  return max(flops / devices / chip.flops,
-             moved / devices / chip.bandwidth) + waits
+  return {"compute": flops / devices / chip.flops,
+          "memory": moved / devices / chip.bandwidth, "collectives": waits}
+
+
+def seconds(
+    plan: Plan, queries: int, chip: chips.Chip, sent: Sequence[hlo.Collective]
+) -> float:
+  """The least time of a pass; the arguments are those of `parts`."""
+  took = parts(plan, queries, chip, sent)
+  return max(took["compute"], took["memory"]) + took["collectives"]
 
 
 def out_of_memory(error: BaseException) -> int | None:

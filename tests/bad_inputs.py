@@ -24,6 +24,9 @@ TRAINING = ("tokenizer", "ar", "mtp", "drafter")
 OWN = {
     "evidence": ("num_prompts",), "demo": ("port", "host", "bench"),
     "convert": ("source", "out", "vq", "text_encoder", "tokenizer", "dtype"),
+    "plan": ("topology", "decoder", "batch", "train", "passes", "plot", "json"),
+    "compare": ("size", "layers", "width", "vocab", "dtype", "tokens",
+                "prompt_tokens", "rounds", "loops"),
 }
 PROMPT = {"generate": ["--prompt", "a"]}
 # What is wrong -> arguments; {dir} holds the files that `make_files` wrote.
@@ -76,6 +79,14 @@ DECODER = {
     "a setting of the wrong kind": "stair:lookahead=far",
     "a setting out of range": "sjd:window=0",
     "heads that the model does not have": "ssd:horizontal=99",
+}
+PLAN = {
+    "a slice that does not exist": ["--topology", "v9z:1x1"],
+    "a mesh of an unknown axis": ["--mesh", "rows=2"],
+    "a mesh of more devices than there are": ["--mesh", "tensor=9999"],
+    "a batch of none": ["--batch", "0"],
+    "passes below one": ["--passes", "0"],
+    "a batch below zero to train on": ["--train", "--batch", "-1"],
 }
 TRAINED = {
     "a working directory that is a file": ["--workdir", "{dir}/words.txt"],
@@ -142,7 +153,7 @@ def make_files(folder: pathlib.Path) -> None:
 
 def cases():
   """(command, what is wrong, arguments) of every case."""
-  for name in (*DRAWING, "convert", *TRAINING):
+  for name in (*DRAWING, "convert", *TRAINING, "plan", "compare"):
     for what, args in ANY.items():
       yield name, what, [*PROMPT.get(name, []), *args]
   for name in DRAWING:
@@ -155,6 +166,7 @@ def cases():
   for what, text in DECODER.items():
     yield "generate", what, ["--prompt", "a", "--decoder", text]
     yield "benchmark", what, ["--num_prompts", "1", "--decoders", text]
+    yield "plan", what, ["--decoder", text]
   yield "generate", "no prompt", []
   yield "generate", "an empty prompt", ["--prompt", " \x07 "]
   yield "generate", "no pictures", ["--prompt", "a", "--num_images", "0"]
@@ -166,6 +178,8 @@ def cases():
   yield "demo", "a port beyond 65535", ["--port", "70000"]
   yield "demo", "an address of another machine", ["--host", "192.0.2.1"]
   yield "demo", "a benchmark that is not there", ["--bench", "{dir}/no"]
+  for what, args in PLAN.items():
+    yield "plan", what, args
   for what, args in CONVERT.items():
     yield "convert", what, ["--config", "configs/llamagen.py", *args]
   yield "convert", "a family that is not converted", [

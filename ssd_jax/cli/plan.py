@@ -39,6 +39,10 @@ def define_flags() -> None:
 def body() -> None:
   """Plans what the flags say and reports it."""
   args = flags.FLAGS
+  decoder = by_name.parse(args.decoder)
+  for name in ("batch", "passes"):
+    value = getattr(args, name)
+    check(value is None or value >= 1, name, value, ">= 1")
   devices = chips.devices_of(args.topology)
   text = cli.MESH.value or f"tensor={_fitting(len(devices))}"
   mesh = sharding.make_mesh(text, devices)
@@ -48,7 +52,8 @@ def body() -> None:
   if args.train:
     found = training_plan.report(network, args.config, mesh, chip, args.batch)
   else:
-    found = draw_report(network, mesh, chip)
+    plan = planning.Plan(network, decoder, mesh, args.batch or 1)
+    found = draw_report(plan, chip, args.passes)
   found = {"family": args.config.family,
            "topology": args.topology or devices[0].device_kind,
            "devices": mesh.size, "mesh": dict(mesh.shape), **found}
@@ -66,27 +71,34 @@ def _fitting(devices: int) -> int:
   return max(n for n in range(1, devices + 1) if heads % n == 0)
 
 
-def draw_report(network, mesh, chip) -> dict:
-  """Everything about drawing, as the JSON has it."""
-  args = flags.FLAGS
-  batch = 1 if args.batch is None else args.batch
-  check(batch >= 1, "batch", batch, ">= 1")
-  decoder = by_name.parse(args.decoder)
-  plan = planning.Plan(network, decoder, mesh, batch)
+def draw_report(
+    plan: planning.Plan, chip: chips.Chip, passes: int | None = None
+) -> dict:
+  """Everything about drawing, as the JSON has it.
+
+  Args:
+    plan: Of the drawing.
+    chip: Each of the devices.
+    passes: Of an image, measured.
+  """
+  network, decoder = plan.network, plan.decoder
   memory, fits, sent, xla = compiled_figures(plan, chip)
   flops, moved = plan.counts(plan.queries)
   time = lambda queries: planning.seconds(plan, queries, chip, sent)
-  passes = args.passes or schedules.fixed_passes(decoder, network.model)
+  took = planning.parts(plan, plan.queries, chip, sent)
+  passes = passes or schedules.fixed_passes(decoder, network.model)
   sizes = sorted({*planning.QUERIES, plan.queries})
   return {
       "decoder": decoder.name, "settings": by_name.settings(decoder),
-      "batch": batch, "parameters": planning.count(network.params["trunk"]),
+      "batch": plan.batch,
+      "parameters": planning.count(network.params["trunk"]),
       "memory_per_device": memory, "fits": fits, "queries": plan.queries,
       "bytes_per_pass": int(moved), "flops_per_pass": int(flops),
       "xla_bytes_per_pass": xla and int(xla[1]),
       "xla_flops_per_pass": xla and int(xla[0]),
       "collectives": {x.kind: {"count": x.count, "bytes": x.bytes}
                       for x in sent},
+      "bound": max(took, key=took.__getitem__),
       "roofline_ms": {str(n): round(1e3 * time(n), 4) for n in sizes},
       "passes": passes,
       "image_seconds": passes and round(passes * time(plan.queries), 4),
