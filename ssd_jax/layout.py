@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import math
 import os
 import pathlib
 from typing import Any
@@ -41,6 +42,24 @@ def contact_sheet(
     fit = max(size[1] // _LINE, 1)
     lines.append(abreast([text_box(caption, side, fit)] + cells))
   return padded(stack(lines, _GAP), lines[0].width + 2 * _GAP)
+
+
+def captioned(
+    images: Sequence[np.ndarray], captions: Sequence[str],
+) -> Image.Image:
+  """Pictures row by row, at most eight beside each other, over their captions.
+
+  Args:
+    images: uint8 [H, W, 3] of one size.
+    captions: One per picture.
+  """
+  columns = min(8, math.ceil(math.sqrt(len(images))))
+  cells = [
+      stack([Image.fromarray(image), text_box(text, image.shape[1], 2)])
+      for image, text in zip(images, captions, strict=True)]
+  rows = [abreast(cells[i:i + columns]) for i in range(0, len(cells), columns)]
+  sheet = stack(rows, _GAP)
+  return padded(sheet, sheet.width + 2 * _GAP)
 
 
 def text_box(text: str, width: int, lines: int) -> Image.Image:

@@ -133,6 +133,14 @@ def test_large_pictures_are_shrunk():
   assert sheet.height < 160 and sheet.width < 240
 
 
+def test_a_sheet_says_what_was_asked():
+  """Three pictures in two rows, each whole, with room for its caption."""
+  images = [np.full((40, 60, 3), i, np.uint8) for i in range(3)]
+  sheet = np.asarray(layout.captioned(images, ["a", "b c", "long " * 90]))
+  assert sheet.shape[0] > 2 * (40 + 16) and sheet.shape[1] > 2 * 60
+  assert all((sheet == i).all(-1).sum() >= 40 * 60 for i in range(3))
+
+
 def test_pareto_plot_is_written(tmp_path):
   """Points with and without intervals are drawn, in as many panels as given."""
   points = [

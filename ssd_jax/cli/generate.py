@@ -1,7 +1,6 @@
 """Body of infer.generate: prompts in, PNG files out."""
 
 import json
-import math
 import pathlib
 import re
 import sys
@@ -12,12 +11,12 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 import tqdm
 
-from ssd_jax import exporters, pictures, sharding
+from ssd_jax import __version__, exporters, pictures, sharding
 from ssd_jax.cli import common, run as cli
 from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name, engine
 from ssd_jax.decoding.ar import AR
-from ssd_jax.layout import save_picture
+from ssd_jax.layout import captioned, save_picture
 from ssd_jax.pipeline import Output, Pipeline
 from ssd_jax.prompts import clean
 from ssd_jax.streaming import Picture
@@ -105,7 +104,7 @@ class Album:
   def __init__(self, folder: pathlib.Path, settings: dict):
     self._folder, self._settings = folder, settings
     self._written: dict[int, tuple[pathlib.Path, str, int]] = {}
-    self._first: dict[int, np.ndarray] = {}
+    self._first: dict[int, tuple[str, np.ndarray]] = {}
     self.sheet: pathlib.Path | None = None
 
   def add(self, picture: Picture) -> None:
@@ -120,7 +119,7 @@ class Album:
       save_picture(Image.fromarray(picture.image), path, pnginfo=metadata)
     self._written[index] = (path, prompt, picture.passes)
     if index < _SHEET_PICTURES:
-      self._first[index] = picture.image
+      self._first[index] = (prompt, picture.image)
 
   def close(self) -> None:
     """Writes the contact sheet of the first pictures, if there are several."""
@@ -128,8 +127,9 @@ class Album:
       return
     self.sheet = self._folder / "contact_sheet.png"
     if jax.process_index() == 0:
-      first = np.stack([self._first[i] for i in sorted(self._first)])
-      save_picture(contact_sheet(first), self.sheet)
+      prompts, images = zip(
+          *(self._first[i] for i in sorted(self._first)), strict=True)
+      save_picture(captioned(images, prompts), self.sheet)
 
   @property
   def paths(self) -> list[pathlib.Path]:
@@ -163,23 +163,6 @@ def file_name(prompt: str) -> str:
   return re.sub(r"\W+", "_", prompt).strip("_")[:40] or "prompt"
 
 
-def contact_sheet(images: np.ndarray, columns: int | None = None):
-  """All pictures on one, row by row, with a thin white margin."""
-  count, height, width, _ = images.shape
-  columns = columns or min(8, math.ceil(math.sqrt(count)))
-  gap = 4
-  rows = math.ceil(count / columns)
-  sheet = Image.new(
-      "RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap),
-      "white",
-  )
-  for index, image in enumerate(images):
-    row, column = divmod(index, columns)
-    sheet.paste(Image.fromarray(image),
-                (gap + column * (width + gap), gap + row * (height + gap)))
-  return sheet
-
-
 def _settings(pipe: Pipeline) -> dict:
   """The settings that go into each picture's metadata."""
   sampling, _ = pipe.sampling(**common.sampling())
@@ -188,7 +171,8 @@ def _settings(pipe: Pipeline) -> dict:
       "guidance": round(float(sampling.guidance), 6),
       "temperature": round(float(sampling.temperature), 6),
       "top_k": int(sampling.top_k), "top_p": round(float(sampling.top_p), 6),
-      "software": "ssd_jax",
+      "checkpoint": common.CHECKPOINT.value or pipe.family.name,
+      "software": f"ssd_jax {__version__}",
   }
 
 
