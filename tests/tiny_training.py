@@ -58,21 +58,29 @@ def train(workdir, steps=STEPS, die_at=None, save_every=2, batch=8, width=4):
   return loop.train(str(workdir), state, step, data, cfg)
 
 
-def teacher():
-  """A tiny trunk that draws 2x2 images."""
+def teacher(is_told=False):
+  """A tiny trunk that draws 2x2 images; it may hear SIGTERM in each batch."""
   family = testing.TinyFamily(
       ml_collections.ConfigDict(), Vocabulary((), 8), Grid(2, 2), 3)
   params = jax.jit(family.generator.init)(jax.random.key(0))
-  return Teacher(family.generator, sharding.place(params),
-                 family.encode_prompts, Sampling.make(), False)
+
+  def encode(texts, guided):
+    if is_told:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(2)  # until all hosts know
+    return family.encode_prompts(texts, guided)
+
+  return Teacher(family.generator, sharding.place(params), encode,
+                 Sampling.make(), False)
 
 
 def body():
   """Draws, trains, and leaves DIR/drawn.npy and DIR/weights."""
   folder = pathlib.Path(flags.FLAGS.workdir)
   if flags.FLAGS.draws:
+    is_told = flags.FLAGS.is_told and jax.process_index() > 0
     drawn = features.draw(
-        teacher(), [str(i) for i in range(10)],
+        teacher(is_told), [str(i) for i in range(10)],
         DrawConfig(batch=4, shard=4), folder / "tokens")
     if jax.process_index() == 0:
       np.save(folder / "drawn.npy", drawn.tokens)
@@ -123,6 +131,8 @@ def main():
   flags.DEFINE_integer("die_at", None, "Step in which the last host dies.")
   flags.DEFINE_integer("steps", STEPS, "Of the training.")
   flags.DEFINE_integer("kills", 0, "How often a child is killed.")
+  flags.DEFINE_bool("is_told", False, "Whether the last host hears SIGTERM "
+                    "while images are drawn.")
   flags.DEFINE_bool("draws", False, "Whether images are drawn first.")
   cli.define_config()
   jax.config.update("jax_disable_most_optimizations", True)

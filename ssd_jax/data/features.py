@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 
 import grain
 import jax
@@ -27,6 +28,7 @@ from ssd_jax.grid import Grid
 from ssd_jax.models.fingerprint import fingerprint, same_trunk
 from ssd_jax.models.generator import Generator
 from ssd_jax.sampling import Sampling
+from ssd_jax.training.preemption import Preemption
 from ssd_jax.types import Params, Prompt
 
 
@@ -104,6 +106,7 @@ def draw(
   """One image per caption, from `folder` as far as it holds them.
 
   Raises:
+    SystemExit: with 0 after SIGTERM; whole files stay, and are not drawn again.
     UserError: when the folder holds images of other captions or settings, or a
       damaged file.
   """
@@ -117,13 +120,13 @@ def draw(
                   disable=not is_first)
   # All hosts draw every shard together: none may think another is there.
   is_there = sharding.agree(np.array([path.exists() for path, _ in shards]))
-  for (path, images), skip in zip(shards, is_there, strict=True):
-    if not skip:
-      drawn = _draw_images(teacher, captions, images, cfg)
-      if is_first:
-        _write_whole(path, drawn)
-    bar.update(len(images))
-  bar.close()
+  with bar, Preemption() as preemption:
+    for (path, images), skip in zip(shards, is_there, strict=True):
+      if not skip:
+        drawn = _draw_images(teacher, captions, images, cfg, preemption)
+        if is_first:
+          _write_whole(path, drawn)
+      bar.update(len(images))
   sharding.meet(f"drawn {folder.name}")
   grid = teacher.generator.grid
   tokens = [_read(path, (len(images), grid.cells)) for path, images in shards]
@@ -212,11 +215,17 @@ def _shards(folder: pathlib.Path, count: int, size: int):
   ]
 
 
-def _draw_images(teacher, captions, images, cfg: DrawConfig) -> np.ndarray:
+def _draw_images(
+    teacher, captions, images, cfg: DrawConfig, preemption: Preemption
+) -> np.ndarray:
   """Codes [images, cells] in the smallest unsigned type that holds them."""
   model, drawn = teacher.generator.model(), []
   batch = sharding.even_batch(cfg.batch, 1 + teacher.guided)
   for start in range(0, len(images), batch):
+    if preemption.is_due():
+      print("told to stop: files of images that are whole are kept; start "
+            "again to continue", file=sys.stderr)
+      raise SystemExit(0)
     part = images[start:start + batch]
     # The last batch is filled up: one compile for all.
     index = np.resize(part, batch)

@@ -62,7 +62,7 @@ def train(
       state, metrics = step_fn(state, batch)
       done = step + 1
       is_due = lambda every, done=done: done % every == 0 or done == cfg.steps
-      is_told = preemption.is_due(done)
+      is_told = preemption.is_due()
       if is_due(cfg.log_every) or is_due(cfg.save_every) or is_told:
         values = {k: float(v) for k, v in metrics.items()}
         _check_finite(values, done, manager)
@@ -138,12 +138,12 @@ def _restore(manager, state: TrainState, data: grain.IterDataset):
       _set_aside(manager, newer)
     return found["state"], iterator
   if damaged:
-    error = damaged[max(damaged)]
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    newest = damaged[max(damaged)]
+    reason = (str(newest).splitlines() or [type(newest).__name__])[0]
     raise UserError(
         f"got damaged checkpoints in {manager.directory} ({reason[:120]}), "
         "expected a whole one of this run; remove that folder to start anew"
-    ) from error
+    ) from newest
   return state, iter(data)
 
 
@@ -226,7 +226,7 @@ class _Log:
       self._writer.close()
 
   def _record(self, values: Mapping[str, float], step: int) -> None:
-    for name, value in values.items() if self._writer else ():
-      self._writer.add_scalar(name, value, step)
     if self._writer:
+      for name, value in values.items():
+        self._writer.add_scalar(name, value, step)
       self._writer.flush()

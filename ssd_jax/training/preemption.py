@@ -1,17 +1,20 @@
 """Being told to stop: SIGTERM lets the step end, saves, and exits with 0."""
 
+import itertools
 import signal
 import threading
 
 import jax
 from jax.experimental import multihost_utils
 
+_asked = itertools.count(1)  # over the whole job: every host asks as often
+
 
 class Preemption:
   """Whether this job was told to stop; a context manager around its steps.
 
   Where there are several hosts, JAX's own service hears the signal and agrees
-  with all of them on the step after which they stop.
+  with all of them on the question at which all are told.
   """
 
   def __init__(self):
@@ -29,8 +32,8 @@ class Preemption:
     if self._before is not None:
       signal.signal(signal.SIGTERM, self._before)
 
-  def is_due(self, step: int) -> bool:
-    """Whether to save and stop now; asked once after every step."""
+  def is_due(self) -> bool:
+    """Whether to save and stop now; asked once in every step, by all hosts."""
     if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
+      return multihost_utils.reached_preemption_sync_point(next(_asked))
     return self._told.is_set()
