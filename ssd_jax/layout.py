@@ -15,6 +15,7 @@ from ssd_jax.config import UserError
 _GAP = 6
 _TEXT = 12  # pixels
 _LINE = 16
+_LEAST = 64  # pixels of a caption's width
 
 
 def contact_sheet(
@@ -34,11 +35,11 @@ def contact_sheet(
   size = (max(int(width * scale), 1), max(int(height * scale), 1))
   side = 120
   head = [text_box("", side, 2)] + [
-      text_box(text, max(size[0], 64), 2) for text in columns]
+      text_box(text, max(size[0], _LEAST), 2) for text in columns]
   lines = [abreast(head)]
   for caption, row in zip(rows, images, strict=True):
     cells = [padded(Image.fromarray(x).resize(size, Image.Resampling.LANCZOS),
-                     max(size[0], 64)) for x in row]
+                     max(size[0], _LEAST)) for x in row]
     fit = max(size[1] // _LINE, 1)
     lines.append(abreast([text_box(caption, side, fit)] + cells))
   return padded(stack(lines, _GAP), lines[0].width + 2 * _GAP)
@@ -55,7 +56,8 @@ def captioned(
   """
   columns = min(8, math.ceil(math.sqrt(len(images))))
   cells = [
-      stack([Image.fromarray(image), text_box(text, image.shape[1], 2)])
+      stack([Image.fromarray(image),
+             text_box(text, max(image.shape[1], _LEAST), 2)])
       for image, text in zip(images, captions, strict=True)]
   rows = [abreast(cells[i:i + columns]) for i in range(0, len(cells), columns)]
   sheet = stack(rows, _GAP)
@@ -73,14 +75,21 @@ def text_box(text: str, width: int, lines: int) -> Image.Image:
     fitted.append(line)
   if words:
     fitted[-1] += " ..."
-  while fitted and font.getlength(max(fitted, key=font.getlength)) > width:
-    fitted = [x if font.getlength(x) <= width else f"{x[:-4]}..."
-              for x in fitted]
+  fitted = [_cut(line, width, font) for line in fitted]
   box = Image.new("RGB", (width, _LINE * max(len(fitted), 1)), "white")
   draw = ImageDraw.Draw(box)
   for number, line in enumerate(fitted):
     draw.text((0, number * _LINE), line, "black", font)
   return box
+
+
+def _cut(line: str, width: int, font: Any) -> str:
+  """A line, or as much of it as fits with an ellipsis."""
+  if font.getlength(line) <= width:
+    return line
+  while line and font.getlength(f"{line}...") > width:
+    line = line[:-1]
+  return f"{line}..."
 
 
 def caption(width: int, words: Sequence[str]) -> Image.Image:
