@@ -80,7 +80,7 @@ def parse_entries(
     UserError: on a decoder that cannot be or is named twice.
   """
   check(0 <= seed < 2**32, "seed", seed, "in [0, 2^32)")
-  entries = []
+  entries: list[Entry] = []
   for label in (part.strip() for part in text.split(",")):
     name, _, rest = label.partition(":")
     own, settings = seed, []

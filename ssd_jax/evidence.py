@@ -69,7 +69,9 @@ def collect(
   """
   settings, guided = pipe.sampling(**sampling)
   look = make_look(pipe.family.generator.model())
-  states, siblings, parents = [], [], []
+  states: list[np.ndarray] = []
+  siblings: list[np.ndarray] = []
+  parents: list[np.ndarray] = []
   for start in range(0, len(tokens_BRC), batch):
     part = np.arange(start, start + batch).clip(max=len(tokens_BRC) - 1)
     prompt, _ = pipe.family.encode_prompts([prompts[i] for i in part], guided)

@@ -93,7 +93,7 @@ def _dpg(path: pathlib.Path) -> list[Item]:
 
 def _coco(path: pathlib.Path) -> list[Item]:
   """`captions_val2014.json`: the first caption of each picture."""
-  first = {}
+  first: dict[int, str] = {}
   for row in sorted(json.loads(path.read_text("utf-8"))["annotations"],
                     key=lambda row: row["id"]):
     first.setdefault(row["image_id"], row["caption"].strip())

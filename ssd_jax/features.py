@@ -113,8 +113,8 @@ def _strided(
   last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
   if min((offset, last, *shape, *strides)) < 0 or offset + last >= len(buffer):
     raise pickle.UnpicklingError("a tensor reaches outside of its storage")
-  strides = [s * buffer.itemsize for s in strides]
-  view = np.lib.stride_tricks.as_strided(buffer[offset:], shape, strides)
+  steps = [s * buffer.itemsize for s in strides]
+  view = np.lib.stride_tricks.as_strided(buffer[offset:], shape, steps)
   return np.ascontiguousarray(view).reshape(shape)
 
 

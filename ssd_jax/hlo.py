@@ -67,7 +67,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
     devices: That it was compiled for.
   """
   lines = _computations(text)
-  runs, totals = _runs(lines), {}
+  runs = _runs(lines)
+  totals: dict[str, tuple[int, int, int]] = {}
   for name, body in lines.items():
     for line in body:
       found = _OP.search(line)
@@ -152,7 +153,8 @@ def _root_kind(body: Sequence[str]) -> str:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-  found, name = {}, None
+  found: dict[str, list[str]] = {}
+  name = None
   for line in text.splitlines():
     start = _COMPUTATION.match(line)
     if start:

@@ -37,7 +37,7 @@ def join(
       jax.distributed.initialize(
           heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     return jax.distributed.is_initialized()
-  if any(x is None for x in given):
+  if coordinator is None or num_processes is None or process_id is None:
     raise UserError(
         "got some of --coordinator, --num_processes and --process_id, expected "
         "all three or none; add the others")

@@ -67,7 +67,8 @@ def captioned(
 def text_box(text: str, width: int, lines: int) -> Image.Image:
   """Words wrapped into a box; what does not fit ends in an ellipsis."""
   font = ImageFont.load_default(_TEXT)
-  fitted, words = [], text.replace("+", " +").split()
+  fitted: list[str] = []
+  words = text.replace("+", " +").split()
   while words and len(fitted) < lines:
     line = words.pop(0)
     while words and font.getlength(f"{line} {words[0]}") <= width:

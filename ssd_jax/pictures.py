@@ -64,6 +64,8 @@ def filling(
   passes, commit_RC = int(output.passes[index]), output.commit_pass[index]
   count = min(passes, _MOST_FRAMES)
   shown = np.unique(np.linspace(1, passes, count).round().astype(int))
+  if output.history is None:
+    raise ValueError("the output was not traced")
   history = output.history[index]
   moments = np.minimum(shown, len(history)) - 1
   # Code 0 is what a cell holds before anything was written there.
@@ -133,7 +135,8 @@ def animation(fillings: Sequence[Filling]) -> list[Image.Image]:
   Where all of them know their seconds that is the time, else the passes.
   """
   timed = all(f.seconds is not None for f in fillings)
-  spans = [f.seconds if timed else f.passes for f in fillings]
+  spans = [f.seconds if timed and f.seconds else float(f.passes)
+           for f in fillings]
   count = min(max(f.passes for f in fillings), _MOST_FRAMES)
   frames = []
   for time in np.linspace(0, max(spans), count + 1):
@@ -284,7 +287,7 @@ def _plot(axes: Any, panel: Panel, styles: dict[str, dict]) -> None:
   axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
   if panel.spread:
     low, high = panel.spread
-    if low == -high:  # nats span decades; within the spread they are linear
+    if low == -high < 0:  # nats span decades; within the spread they are linear
       axes.set_yscale("symlog", linthresh=high)
     bottom, top = axes.get_ylim()
     axes.axhspan(max(low, bottom), min(high, top), color="grey", alpha=0.15,

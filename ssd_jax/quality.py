@@ -90,7 +90,8 @@ def assess(
       quality = dataclasses.replace(
           quality, **_pictures(own_NF, other_NF, references))
     found.append(quality)
-  if rerun is None or found[rerun].gap.interval is None:
+  spread = None if rerun is None else found[rerun].gap
+  if rerun is None or spread is None or spread.interval is None:
     return found  # no spread is known
   return [
       q if index == ar else dataclasses.replace(
@@ -109,6 +110,9 @@ def judge(quality: Quality, rerun: Quality, is_rerun: bool = False) -> bool:
       1.96 standard errors of the difference, where both are known.
   The yardstick itself is held to its own intervals: 0 must lie in them.
   """
+  if not (rerun.gap and rerun.gap.interval and rerun.extra
+          and rerun.extra.error is not None and quality.gap and quality.extra):
+    raise ValueError("there is no spread to judge by")
   gap_ends = rerun.gap.interval
   width = _Z * rerun.extra.error
   extra_ends = (rerun.extra.value - width, rerun.extra.value + width)

@@ -28,8 +28,8 @@ a 95% bootstrap interval over prompts: above 0 damaged, below 0 collapsed. \
 exact sampler that filters nothing; *over ar*: minus ar's, prompt by prompt. \
 *FD*, *KID*: distances in EfficientNet-Lite0's features to real pictures and \
 to ar's, not the FID of the literature; FD is biased upwards by few images, \
-KID is not. *R@k*: the real emoji asked for is among the k \
-nearest of all 1,852. ± one standard error.
+KID, which leaves out pairs of one prompt, is not. *R@k*: the real emoji asked \
+for is among the k nearest of all 1,852. ± one standard error.
 """
 _YARDSTICK = """
 **AR's own spread**, {label} against ar: gap {gap}, excess {extra}, FD {fd}, \
@@ -216,7 +216,7 @@ def panels(
     found.append((kid, kids, spread and (-math.inf, spread[1])))
   return [
       [Panel(name, quality, [
-          Point(r_label, is_lossless, *speed, *value)
+          Point(r_label, is_lossless, speed[0], speed[1], value[0], value[1])
           for (r_label, is_lossless, speed), value in zip(
               speeds, values, strict=True) if value is not None], spread)
        for quality, values, spread in found]
@@ -235,9 +235,10 @@ def _around_zero(interval: Sequence[float] | None) -> list[float] | None:
 
 def _interval(pair: Sequence[float | None] | None) -> list[float] | None:
   """The 95% interval of a value and its error."""
-  if pair is None or pair[1] is None:
+  value, error = pair or (None, None)
+  if value is None or error is None:
     return None
-  return [pair[0] - 1.96 * pair[1], pair[0] + 1.96 * pair[1]]
+  return [value - 1.96 * error, value + 1.96 * error]
 
 
 def _passes(ar: dict, r: dict, d: dict):

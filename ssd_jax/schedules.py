@@ -1,5 +1,7 @@
 """How many passes an image takes, where that does not depend on the image."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -42,10 +44,11 @@ def fixed_passes(decoder: engine.Decoder, model: Model) -> int | None:
   if not is_fixed:
     return None
   logits = lambda params, hidden: jnp.concatenate([hidden, -hidden], -1)
+  empty: Any = None  # of keys and values
   feed = lambda tokens: jnp.sin(1.7 * tokens)[..., None]
   small = Model(
       model.grid, 2, lambda params, prompt, scratch: (
-          jnp.ones((len(prompt.tokens), 1)), None),
+          jnp.ones((len(prompt.tokens), 1)), empty),
       lambda params, cache, prompt, queries: (feed(queries.tokens), cache),
       logits, lambda params, tokens: feed(tokens),
       lambda params, direction, offset, hidden, tokens: logits(

@@ -292,7 +292,7 @@ def share(mesh: Mesh | None = None) -> tuple[int, int]:
   mesh = mesh or current()
   if mesh is None or jax.process_count() == 1:
     return jax.process_index(), jax.process_count()
-  held = {}
+  held: dict[int, set[int]] = {}
   for at, device in np.ndenumerate(mesh.devices):
     row = at[0] * mesh.shape["fsdp"] + at[1]
     held.setdefault(device.process_index, set()).add(row)

@@ -121,7 +121,7 @@ def _code(*names: str) -> str:
       own = value if isinstance(value, types.ModuleType) else None
       origin = own.__name__ if own else getattr(value, "__module__", None)
       left.append(str(origin))
-  files = sorted(sys.modules[name].__file__ for name in found)
+  files = sorted(str(sys.modules[name].__file__) for name in found)
   blobs = [pathlib.Path(file).read_bytes() for file in files]
   return hashlib.sha256(b"".join(blobs)).hexdigest()
 

@@ -88,7 +88,8 @@ class Stream:
     return next(self._pictures)
 
   def _draw(self) -> Iterator[Picture]:
-    waiting, finished = self._waiting(), []
+    waiting = self._waiting()
+    finished: list[tuple[Picture, jax.Array]] = []
     batch = _Batch(self._pipe, self._order, self.clock)
     while True:
       for place in batch.free():
@@ -107,9 +108,9 @@ class Stream:
   def _waiting(self) -> Iterator[tuple[int, str, Prompt]]:
     """(index, text, prompt) of each picture."""
     order = self._order
-    is_first = np.ndim(order.first_image) == 0
-    indices = (itertools.count(order.first_image) if is_first
-               else iter(order.first_image))
+    first = order.first_image
+    indices = (itertools.count(first) if isinstance(first, (int, np.integer))
+               else iter(first))
     for text in order.prompts:
       prompt, said = self._pipe.family.encode_prompts([text], order.guided)
       prompt = sharding.place_rows(prompt)

@@ -355,7 +355,8 @@ def _state_dict(
 
 def _tensor(view: _View, file: pathlib.Path, place) -> Tensor:
   dtype = view.storage.dtype
-  dense, step = [], 1
+  dense: list[int] = []
+  step = 1
   for n in reversed(view.shape):
     dense.insert(0, step)
     step *= n

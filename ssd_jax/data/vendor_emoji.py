@@ -91,7 +91,7 @@ def main(images: str, captions: str, out_dir: str) -> None:
   out = pathlib.Path(out_dir)
   out.mkdir(parents=True, exist_ok=True)
   labels = read_captions(captions)
-  records = []
+  records: list[dict] = []
   with tarfile.open(images) as tar, zipfile.ZipFile(
       out / "images.zip", "w", zipfile.ZIP_STORED
   ) as archive:
@@ -101,7 +101,10 @@ def main(images: str, captions: str, out_dir: str) -> None:
       if code not in labels or any(r["code"] == code for r in records):
         continue  # no caption, or the same emoji under a second file name
       info = zipfile.ZipInfo(f"{code}.webp", date_time=(2025, 1, 1, 0, 0, 0))
-      archive.writestr(info, on_white(tar.extractfile(member).read()))
+      file = tar.extractfile(member)
+      if file is None:
+        raise ValueError(f"{member.name} is no file")
+      archive.writestr(info, on_white(file.read()))
       records.append({
           "code": code, **labels[code],
           "base": base_of(code), "group": group_of(code),

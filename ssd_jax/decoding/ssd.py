@@ -233,17 +233,17 @@ class SSD:
   def _heads(self, model: Model) -> tuple[int, int]:
     """Horizontal and vertical heads in use."""
     grid = model.grid
-    used = tuple(
+    across, down = (
         rows_lib.clamp(self, field, most, "the heads at hand")
         for field, most in zip(("horizontal", "vertical"), model.heads)
     )
-    if (grid.cols > 1 and not used[0]) or (grid.rows > 1 and not used[1]):
+    if (grid.cols > 1 and not across) or (grid.rows > 1 and not down):
       raise UserError(
           f"got spatial heads {model.heads} (horizontal, vertical), expected "
           "at least one of each for ssd; train them with train.mtp, or use "
           "stair"
       )
-    return used
+    return across, down
 
 
 def _in_flight(grid: Grid, state: Rows) -> jax.Array:

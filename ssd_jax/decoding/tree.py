@@ -29,7 +29,7 @@ from ssd_jax.config import UserError, check
 from ssd_jax.decoding import growth, trees
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.growth import DRAFTS, Draft, Roots
-from ssd_jax.types import KVCache, Model, Queries
+from ssd_jax.types import Drafter, KVCache, Model, Queries
 
 _TEST_PURPOSE, _DRAW_PURPOSE = 1, 2
 
@@ -143,12 +143,16 @@ class Eagle:
 
   def scratch(self, model: Model) -> int:
     """The nodes of the tree."""
+    self._drafter(model)
+    return self._tree(model).nodes
+
+  def _drafter(self, model: Model) -> Drafter:
     if model.drafter is None:
       raise UserError(
           f"got decoder {self.name} and a model without a drafter, expected "
           "one; train it with train.drafter or name its folder"
       )
-    return self._tree(model).nodes
+    return model.drafter
 
   def start(
       self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array
@@ -160,7 +164,7 @@ class Eagle:
     token = sampling.sample(p_V[None], ctx.token_noise(jnp.zeros(1, int)))[0]
     walk = Walk(steps.at[0].set(token), steps, jnp.int32(1))
     forced = jnp.asarray(grid.forced_tokens(ctx.model.vocab))
-    cache = ctx.model.drafter.cache(hidden_GD.shape[0], tree.scratch)
+    cache = self._drafter(ctx.model).cache(hidden_GD.shape[0], tree.scratch)
     return self._advance(
         ctx, jnp.maximum(forced, 0), jnp.asarray(grid.is_forced),
         jnp.int32(-1), cache, walk, hidden_GD[:, None],
@@ -188,7 +192,7 @@ class Eagle:
   ) -> TreeState:
     """State with the accepted path final and a new tree below its end."""
     del queries
-    own_QD = hidden_GQD[0, :, :ctx.model.drafter.width]
+    own_QD = hidden_GQD[0, :, :self._drafter(ctx.model).width]
     walk = self._walk(ctx, state, p_QV, own_QD)
     return self._advance(
         ctx, state.tokens, state.final, state.next, state.cache, walk,

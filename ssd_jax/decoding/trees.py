@@ -11,6 +11,7 @@ A tree is named by a string, so that command lines can say it:
 Published shapes are cut to a small image; others must fit it.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import heapq
@@ -161,8 +162,8 @@ def search(rates_DK: np.ndarray, nodes: int) -> Static:
   """
   rates_DK = np.stack([_descending(row) for row in np.asarray(rates_DK)])
   depth, width = rates_DK.shape
-  open_ = [(-rates_DK[0, 0], (0,))]
-  paths = []
+  open_: list[tuple[float, tuple[int, ...]]] = [(-rates_DK[0, 0], (0,))]
+  paths: list[tuple[int, ...]] = []
   while open_ and len(paths) < nodes:
     worth, path = heapq.heappop(open_)
     paths.append(path)
@@ -186,7 +187,7 @@ def spell(tree: Static) -> str:
   return "/".join(_spell(path) for path in tree.paths)
 
 
-_PUBLISHED = {
+_PUBLISHED: dict[str, Callable[[], Tree]] = {
     "mc_sim": lambda: _from_paths(_MC_SIM),
     "medusa": lambda: _from_paths(_MEDUSA),
     "binary": lambda: branching((2, 2, 2, 2)),

@@ -91,7 +91,7 @@ def parse(
   check(len(label) <= 120, "decoder", f"{len(label)} characters",
         "at most 120 characters")
   decoder = by_name.parse(label, known)
-  for key, value in dataclasses.asdict(decoder).items():
+  for key, value in vars(decoder).items():
     for number in value if isinstance(value, (list, tuple)) else [value]:
       if isinstance(number, (int, float)):
         check(abs(number) <= cells, key, number, f"at most the {cells} cells")

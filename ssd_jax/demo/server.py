@@ -143,7 +143,8 @@ class _Service:
     """A picture, finished or not."""
     job = self.studio.find(request.path_params["name"])
     try:
-      lane = job.lanes[request.path_params["lane"]]
+      lanes = job.lanes if job else []
+      lane = lanes[request.path_params["lane"]]
       png = lane.pictures[request.path_params["index"]].png
     except (AttributeError, IndexError):
       png = None

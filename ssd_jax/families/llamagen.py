@@ -8,6 +8,7 @@ that every visible condition slot weighs the same.
 from collections.abc import Iterable, Sequence
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,14 +112,14 @@ class LlamaGen(Published):
   def rope(self) -> np.ndarray:
     """Zeros for condition slots, then the cells."""
     side = self.config.side
-    places = np.stack(np.mgrid[:side, :side], -1).reshape(-1, 2)
+    places = np.moveaxis(np.mgrid[:side, :side], 0, -1).reshape(-1, 2)
     cells = rope.table_2d(places, self.trunk.head_dim, self.config.theta)
     zeros = np.zeros((self.condition_slots, *cells.shape[1:]), np.float32)
     return np.concatenate([zeros, cells])
 
   def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
     """uint8 [B, H, W, 3], the pictures of codes; pixels are rounded here."""
-    x = self.vq.apply({"params": vq_params}, tokens_BRC, method="decode")
+    x: Any = self.vq.apply({"params": vq_params}, tokens_BRC, method="decode")
     return jnp.clip(127.5 * x + 128.0, 0.0, 255.0).astype(jnp.uint8)
 
   def encode_prompts(
@@ -221,7 +222,7 @@ class LlamaGen(Published):
 
   @functools.cached_property
   def _text_params(self) -> Params:
-    if not (self.folder / "text").is_dir():
+    if self.folder is None or not (self.folder / "text").is_dir():
       raise UserError(
           f"got {self.folder} without a text encoder, expected one; give "
           "prompts FILE.npy with features, or convert with --text_encoder")

@@ -124,7 +124,7 @@ class Published:
 
   def tokenizer_file(self, name: str) -> pathlib.Path:
     """A file of the model's tokenizer."""
-    file = self.folder / "tokenizer" / name
+    file = (self.folder or pathlib.Path()) / "tokenizer" / name
     if not file.is_file():
       raise UserError(f"got a model folder without {file}, expected the "
                       "checkpoint's tokenizer; convert it again")

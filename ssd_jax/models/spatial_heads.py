@@ -10,6 +10,7 @@ the default are those of its table 3.
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -184,7 +185,8 @@ class SpatialHeads:
       parts.append(self._normalized(params, hidden))
     if "e" in choice.inputs:
       parts.append(self.generator.embed(params, tokens).astype(hidden.dtype))
-    return self._module(direction).apply(
+    apply: Any = self._module(direction).apply
+    return apply(
         {"params": params["heads"][direction]}, jnp.concatenate(parts, -1),
         offset,
     )

@@ -54,7 +54,7 @@ class Acceptance:
     for ranks_RD in self.ranks_IRD:
       root = 0
       while root < len(ranks_RD):
-        path = ()
+        path: tuple[int, ...] = ()
         while (*path, ranks_RD[root, min(len(path), tree.depth - 1)]) in paths:
           path = (*path, ranks_RD[root, len(path)])
         root, passes = root + 1 + len(path), passes + 1

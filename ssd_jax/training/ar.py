@@ -98,15 +98,18 @@ def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
   The file's name holds a checksum of the pictures and the tokenizer: other ones
   are encoded anew.
   """
-  captions, tags, items, images = [], [], [], []
+  captions: list[str] = []
+  tags: list[tuple[str, ...]] = []
+  items: list[tuple[int, ...]] = []
+  pixels: list[np.ndarray] = []
   for index in range(len(source)):
     pictures = source.variants(index)
     items.append(tuple(range(len(captions), len(captions) + len(pictures))))
     for picture in pictures:
       captions.append(picture["caption"])
       tags.append(tuple(picture["tags"]))
-      images.append(picture["image"])
-  images = np.stack(images)
+      pixels.append(picture["image"])
+  images = np.stack(pixels)
   digest = hashlib.sha256(images.tobytes())
   for leaf in jax.tree.leaves(params):
     digest.update(np.asarray(leaf).tobytes())

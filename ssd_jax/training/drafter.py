@@ -244,7 +244,7 @@ def drafter_losses(
       sampling_lib.guide(net.generator.logits(params, states), guidance))
   p_BMV = soften(jnp.exp(guided(goal)), goal[0], cfg)
   is_free = jnp.asarray(~net.generator.grid.is_forced[1:], jnp.float32)
-  of_state = of_token = 0.0
+  of_state = of_token = jnp.zeros(())
   predicted = predicted_states(net, params, noisy, tokens_BN, cfg.unroll)
   for step, states in enumerate(predicted):
     of_state += jnp.mean(losses.smooth_l1(states, goal[:, :, step:]))
