@@ -73,6 +73,7 @@ def devices_of(topology: str) -> list[Any]:
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.replace(":", "-"))
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken
   try:
     found = topologies.get_topology_desc(
         platform="tpu", topology_name=topology)

@@ -18,6 +18,7 @@ _CALL = re.compile(
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _LIMIT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _OP = re.compile(
     rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
@@ -68,16 +69,24 @@ def collectives(text: str, devices: int) -> list[Collective]:
   """
   lines = _computations(text)
   runs = _runs(lines)
-  totals: dict[str, tuple[int, int, int]] = {}
+  each: dict[str, Collective] = {}
   for name, body in lines.items():
     for line in body:
-      found = _OP.search(line)
-      if not found or not runs.get(name):
+      found, times = _OP.search(line), runs.get(name)
+      if not found or not times:
         continue
+      # One that runs beside other work stands in every step of that work, under
+      # its channel; it is run as often as its rarest step.
+      channel = _CHANNEL.search(line)
+      key = channel[1] if channel else line
       size = _bytes(found[1], is_start=bool(found[3]))
-      count, total, group = totals.get(found[2], (0, 0, 1))
-      totals[found[2]] = (count + runs[name], total + runs[name] * size,
-                          max(group, _group(line, devices)))
+      if key not in each or times < each[key].count:
+        each[key] = Collective(
+            found[2], times, times * size, _group(line, devices))
+  totals: dict[str, tuple[int, int, int]] = {}
+  for x in each.values():
+    count, total, group = totals.get(x.kind, (0, 0, 1))
+    totals[x.kind] = (count + x.count, total + x.bytes, max(group, x.group))
   return [Collective(kind, *x) for kind, x in sorted(totals.items())]
 
 
@@ -212,5 +221,9 @@ def _group(line: str, devices: int) -> int:
   listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
   if listed:
     return len(listed[1].split(","))
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line)
+  if named:
+    sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+    return math.prod(int(sizes[x.strip()]) for x in named[2].split(","))
   tiled = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
   return int(tiled[1]) if tiled else devices

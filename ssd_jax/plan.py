@@ -342,6 +342,7 @@ def seconds(
 def out_of_memory(error: BaseException) -> int | None:
   """Bytes that a program would have needed, of the compiler's complaint."""
   units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-  found = re.search(r"[Uu]sed ([\d.]+)([KMGT])i?B? of", str(error))
+  found = re.search(
+      r"(?:[Uu]sed |required for [\w ]*\()([\d.]+)([KMGT])", str(error))
   return int(float(found[1]) * units[found[2]]) if found else None
 
