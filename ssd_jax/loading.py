@@ -22,6 +22,7 @@ from ssd_jax import checkpoints, sharding
 from ssd_jax.config import UserError, from_config_dict
 from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
 from ssd_jax.models.drafter import DrafterConfig, bind_drafter
+from ssd_jax.models.int8 import quantize
 from ssd_jax.models.spatial_heads import HeadsConfig, bind_heads
 from ssd_jax.pipeline import Pipeline
 from ssd_jax.types import Params
@@ -45,6 +46,7 @@ def load(
     heads: str | os.PathLike | None = None,
     drafter: str | os.PathLike | None = None,
     choices: Mapping[str, Any] | None = None, extras: bool = True,
+    int8: bool = False,
 ) -> Pipeline:
   """A pipeline from "emoji" (the embedded model) or a model folder.
 
@@ -57,10 +59,11 @@ def load(
     choices: What a family leaves open until it draws: the default sampling
       ("sampling.guidance" ...), lumina's size, emu3's ratio, suffix, negative.
     extras: Whether the model's own heads and drafter are read.
+    int8: Keep the matrices of trunk and heads in int8; see models/int8.py.
 
   Raises:
     UserError: when the folder is no model, damaged, or its parts do not belong
-      together, or memory is too small.
+      together, memory is too small, or int8 is not possible here.
   """
   folder = EMBEDDED if name == "emoji" else pathlib.Path(name)
   settings = checkpoints.read_json(folder / "model.json")
@@ -92,13 +95,15 @@ def load(
       found[kind] = found[kind] or folder / kind
   vq_params = checkpoints.restore(folder / "vq")
   checkpoints.check_shapes(folder / "vq", vq_params, _vq_shapes(family))
-  return _pipeline(family, params, vq_params, {"model": folder, **found})
+  _check_tokenizer(folder, settings)
+  found["model"] = folder
+  return _pipeline(family, params, vq_params, found, int8)
 
 
 def from_config(
     config: ml_collections.ConfigDict,
     heads: str | os.PathLike | None = None,
-    drafter: str | os.PathLike | None = None,
+    drafter: str | os.PathLike | None = None, int8: bool = False,
 ) -> Pipeline:
   """A pipeline of a published family at random weights; it reads no model.
 
@@ -106,6 +111,7 @@ def from_config(
     config: Of configs/NAME.py.
     heads: Folder of spatial heads, if any.
     drafter: Folder of a drafter, if any.
+    int8: As for `load`.
 
   Raises:
     UserError: when a setting is wrong or memory is too small.
@@ -114,7 +120,18 @@ def from_config(
   _check_memory(family)
   vq_params = jax.jit(_init_vq, static_argnums=0)(family)
   return _pipeline(family, random_params(family), vq_params,
-                   {"heads": heads, "drafter": drafter})
+                   {"heads": heads, "drafter": drafter}, int8)
+
+
+def _check_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+  """Raises UserError when the trunk was trained on another tokenizer's codes.
+  """
+  known = settings.get("tokenizer")
+  if known is not None and known != checkpoints.identity(folder / "vq"):
+    raise UserError(
+        f"got a tokenizer in {folder / 'vq'} that was changed after the trunk "
+        "beside it was trained, expected the one whose codes that learned; put "
+        "it back, or train the trunk again")
 
 
 def _init_vq(family: Any) -> Params:
@@ -139,7 +156,8 @@ def random_params(family: Any) -> Params:
 
 
 def _pipeline(
-    family: Any, params: Params, vq_params: Params, found: dict[str, Any]
+    family: Any, params: Params, vq_params: Params, found: dict[str, Any],
+    int8: bool,
 ) -> Pipeline:
   """The parts put together; `found` holds folders by kind, or None."""
   generator, extras = family.generator, {}
@@ -152,6 +170,8 @@ def _pipeline(
     model = bind_heads(generator, extras["heads"], params)
   if "drafter" in extras:
     model = bind_drafter(generator, model, extras["drafter"], params)
+  if int8:  # after all that compares weights
+    params |= quantize({k: params[k] for k in params.keys() - {"drafter"}})
   vq_params = checkpoints.cast(vq_params, jnp.float32)
   return Pipeline(family, params, vq_params, model, folders)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ssd_jax import checkpoints
 from ssd_jax.config import UserError
+from ssd_jax.models import int8
 
 _WEIGHTS = ("trunk", "vq", "heads", "drafter")
 
@@ -23,13 +24,18 @@ def save(pipe: Any, folder: str | os.PathLike) -> None:
     folder: Becomes the model folder, by one rename; must not be there yet.
 
   Raises:
-    UserError: when the pipeline came from no folder, or `folder` is there.
+    UserError: when the pipeline came from no folder or is in int8, or `folder`
+      is there.
   """
   folder = pathlib.Path(folder).absolute()
   if "model" not in pipe.folders:
     raise UserError(
         "got a pipeline that was made, not loaded, expected one whose settings "
         "are in a folder; write its params with checkpoints.save")
+  if int8.is_quantized(pipe.params):
+    raise UserError(
+        "got a pipeline in int8, expected floats, which folders hold; load the "
+        "model without int8 to save it")
   if folder.exists():
     raise UserError(
         f"got {folder}, which is there, expected a new folder; choose another "
@@ -43,6 +49,10 @@ def save(pipe: Any, folder: str | os.PathLike) -> None:
     params = {**pipe.params, "vq": pipe.vq_params}
     for kind in ("trunk", "vq"):
       checkpoints.save(new / kind, params[kind])
+    settings = checkpoints.read_json(new / "model.json")
+    if "tokenizer" in settings:
+      settings["tokenizer"] = checkpoints.identity(new / "vq")
+      checkpoints.write_json(new / "model.json", settings)
     for kind in params.keys() & {"heads", "drafter"}:
       checkpoints.save(new / kind / "weights", params[kind])
       shutil.copy2(pipe.folders[kind] / f"{kind}.json", new / kind)

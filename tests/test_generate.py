@@ -67,8 +67,7 @@ def test_thousands_of_pictures_are_written_as_they_come(tmp_path):
   assert [p.name for p in album.paths[:2]] == ["0000_p0.png", "0001_p1.png"]
   assert "first 64" in album.notes[0]
   assert np.asarray(Image.open(album.paths[69])).max() == 69
-  sheet = np.asarray(Image.open(album.sheet))
-  assert sheet.shape == (8 * 6 + 4, 8 * 7 + 4, 3) and 63 in sheet
+  assert 63 in np.asarray(Image.open(album.sheet))
 
 
 def test_same_seed_same_bytes(capsys, tmp_path):

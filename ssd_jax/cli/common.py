@@ -36,6 +36,9 @@ _DRAFTER = flags.DEFINE_string(
     "drafter", None, "Folder of a drafter; default: the model's own.")
 _RANDOM_WEIGHTS = flags.DEFINE_bool(
     "random_weights", False, "Random trunk: for trying sizes and speed.")
+_INT8 = flags.DEFINE_bool(
+    "int8", False, "Keep the matrices of trunk and heads in int8, half or a "
+    "quarter of the bytes; needs the extra 'int8'.")
 DECODER_FILE = flags.DEFINE_string(
     "decoder_file", None, "Python file with decoders of your own; it is run.")
 
@@ -50,7 +53,8 @@ def load_pipeline() -> Pipeline:
   """
   config = flags.FLAGS.config
   checkpoint = CHECKPOINT.value or config.get("checkpoint", "")
-  extras = {"heads": _HEADS.value, "drafter": _DRAFTER.value}
+  extras = {"heads": _HEADS.value, "drafter": _DRAFTER.value,
+            "int8": _INT8.value}
   if config.family != "emoji" and not CHECKPOINT.value:
     if _RANDOM_WEIGHTS.value:
       return loading.from_config(config, **extras)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ssd_jax import sharding
 from ssd_jax.grid import Grid
+from ssd_jax.models import int8
 from ssd_jax.models.transformer import Trunk, TrunkConfig
 from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
 
@@ -151,7 +152,11 @@ class Generator:
     return sharding.whole(rows.astype(self.dtype))
 
   def _apply(self, params: Params, *args, **kwargs):
-    return self.trunk.apply({"params": params["trunk"]}, *args, **kwargs)
+    trunk, weights = self.trunk, params["trunk"]
+    if int8.is_quantized(weights):  # layers become floats one by one
+      trunk = trunk.clone(packed=True)
+      weights = {**int8.dequantize(weights), "layers": weights["layers"]}
+    return trunk.apply({"params": weights}, *args, **kwargs)
 
   def _turns(self, positions: jax.Array) -> jax.Array:
     return jnp.asarray(self.rope)[positions]

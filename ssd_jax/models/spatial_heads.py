@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from ssd_jax import sharding
 from ssd_jax.config import UserError, check
+from ssd_jax.models import int8
 from ssd_jax.models.fingerprint import fingerprint, same_trunk
 from ssd_jax.models.generator import Generator
 from ssd_jax.types import Model, Params
@@ -187,8 +188,8 @@ class SpatialHeads:
       parts.append(self.generator.embed(params, tokens).astype(hidden.dtype))
     apply: Any = self._module(direction).apply
     return apply(
-        {"params": params["heads"][direction]}, jnp.concatenate(parts, -1),
-        offset,
+        {"params": int8.dequantize(params["heads"][direction])},
+        jnp.concatenate(parts, -1), offset,
     )
 
   def goal(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ssd_jax import sharding
+from ssd_jax.models import int8
 from ssd_jax.models.rope import rotate
 from ssd_jax.types import KVCache
 
@@ -225,10 +226,12 @@ class Trunk(nn.Module):
   Attributes:
     cfg: Sizes and options.
     taps: Layers whose outputs are appended to the hidden states.
+    packed: Whether the layers' matrices are in int8.
   """
 
   cfg: TrunkConfig
   taps: tuple[int, ...] = ()
+  packed: bool = False
 
   def setup(self):  # noqa: D102
     cfg = self.cfg
@@ -236,6 +239,7 @@ class Trunk(nn.Module):
         "embedding", nn.initializers.normal(0.02), (cfg.vocab_in, cfg.d_model)
     )
     block = nn.remat(Layer, prevent_cse=False) if cfg.remat else Layer
+    block = int8.dequantized(block) if self.packed else block
     self.layers = nn.scan(
         block,
         variable_axes={"params": 0},
