@@ -139,7 +139,7 @@ class Theirs:
       self.draw(True)
     except RuntimeError as error:  # what all of torch.compile's errors are
       lines = str(error).strip().splitlines() or [type(error).__name__]
-      return lines[0][:100]
+      return lines[0][:100].replace("|", "/")  # it stands in a table
     return None
 
   def draw(self, is_compiled: bool) -> Drawn:
