@@ -9,6 +9,7 @@ shards.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,9 @@ def _draw(pipe: Pipeline, entry: Entry, job: Job, start: int):
       first_image=start, **dict(job.sampling))
 
 
+_SESSION = time.time_ns()  # of this process
+
+
 def measure(pipe: Pipeline, entry: Entry, job: Job, start: int) -> Run:
   """What an entry draws of the batch that begins with image `start`."""
   texts, out = _draw(pipe, entry, job, start)
@@ -176,6 +180,7 @@ def measure(pipe: Pipeline, entry: Entry, job: Job, start: int) -> Run:
       nll[:size].mean((1, 2), np.float64),
       entropy[:size].mean((1, 2), np.float64),
       np.full(size, -1 if memory is None else memory),
+      np.full(size, _SESSION),
       out.images[:size],
   )
 

@@ -1,6 +1,7 @@
 """Parameters on disk: orbax folders, written whole or not at all."""
 
 from collections.abc import Iterable
+import hashlib
 import json
 import os
 import pathlib
@@ -130,6 +131,12 @@ def checksum(
     flat = np.ascontiguousarray(piece).reshape(-1)
     total = zlib.crc32(flat.view(np.uint8), total)
   return f"{np.dtype(dtype)} {list(shape)} {total:08x}"
+
+
+def identity(folder: str | os.PathLike) -> str:
+  """A short name of the weights in a folder that `save` wrote."""
+  return hashlib.sha256(
+      (pathlib.Path(folder) / CHECKSUMS).read_bytes()).hexdigest()[:16]
 
 
 def _damaged(folder: pathlib.Path, reason: str) -> UserError:

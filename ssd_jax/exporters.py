@@ -58,7 +58,8 @@ def read_prompts(path: str | os.PathLike) -> list[Item]:
         f"got an unreadable --prompts_file {path}, expected UTF-8 text with "
         "one prompt per line; check the path"
     ) from error
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError,
+          RecursionError) as error:
     raise UserError(
         f"got {path}, expected the official prompt file that its name says "
         f"({type(error).__name__}: {str(error)[:80]}); check the file"
@@ -70,16 +71,23 @@ def read_prompts(path: str | os.PathLike) -> list[Item]:
 
 
 def _lines(path: pathlib.Path) -> list[Item]:
-  lines = path.read_text("utf-8").splitlines()
+  lines = _read_lines(path)
   return [Item(line, f"{i:05d}") for i, line in enumerate(lines)
           if line.strip()]
 
 
 def _geneval(path: pathlib.Path) -> list[Item]:
   """`evaluation_metadata.jsonl`; the line number names the folder."""
-  rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()
-          if line.strip()]
+  rows = [json.loads(line) for line in _read_lines(path) if line.strip()]
+  for number, row in enumerate(rows, 1):
+    if not isinstance(row["prompt"], str):
+      raise ValueError(f"entry {number} has no text as its prompt")
   return [Item(row["prompt"], f"{i:05d}", row) for i, row in enumerate(rows)]
+
+
+def _read_lines(path: pathlib.Path) -> list[str]:
+  """Lines of a file, which may begin with the mark that Windows puts there."""
+  return path.read_text("utf-8-sig").split("\n")
 
 
 def _dpg(path: pathlib.Path) -> list[Item]:
@@ -88,13 +96,14 @@ def _dpg(path: pathlib.Path) -> list[Item]:
     return (not file.stem.isdigit(), file.stem.zfill(12))
 
   files = sorted(path.glob("*.txt"), key=order)
-  return [Item(file.read_text("utf-8").strip(), file.stem) for file in files]
+  return [Item(file.read_text("utf-8-sig").strip(), file.stem)
+          for file in files]
 
 
 def _coco(path: pathlib.Path) -> list[Item]:
   """`captions_val2014.json`: the first caption of each picture."""
   first: dict[int, str] = {}
-  for row in sorted(json.loads(path.read_text("utf-8"))["annotations"],
+  for row in sorted(json.loads(path.read_text("utf-8-sig"))["annotations"],
                     key=lambda row: row["id"]):
     first.setdefault(row["image_id"], row["caption"].strip())
   return [Item(text, f"{image:012d}") for image, text in sorted(first.items())]
@@ -102,7 +111,7 @@ def _coco(path: pathlib.Path) -> list[Item]:
 
 def _parti(path: pathlib.Path) -> list[Item]:
   """`PartiPrompts.tsv`, whose first column is headed Prompt."""
-  with path.open(encoding="utf-8", newline="") as file:
+  with path.open(encoding="utf-8-sig", newline="") as file:
     rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     return [Item(row["Prompt"].strip(), f"{i:05d}")
             for i, row in enumerate(rows)]

@@ -130,12 +130,24 @@ def _centred_root(x_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def kernel_distance(
-    a_NF: np.ndarray, b_MF: np.ndarray, subsets: int = 10
+    a_NF: np.ndarray, b_MF: np.ndarray, subsets: int = 10,
+    names: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Estimate:
   """The unbiased squared MMD with a cubic kernel (KID), and its error.
 
+  Where both sets are of the same prompts, pictures of one prompt are more alike
+  than the law of the sets says: their pairs are left out, on all sides, so that
+  equal laws of every prompt come to 0 in expectation.
+
   The error is a jackknife that leaves out one of `subsets` equal parts of both
   sets at a time; it needs four images on a side.
+
+  Args:
+    a_NF: Features of one side.
+    b_MF: Of the other.
+    subsets: Parts of the jackknife.
+    names: What each picture is of, [N] and [M]; None for sets that were drawn
+      independently.
 
   Raises:
     UserError: with fewer than two images on a side.
@@ -144,19 +156,22 @@ def kernel_distance(
   """
   fewest = min(len(a_NF), len(b_MF))
   check(fewest >= 2, "images", fewest, "at least 2 for a kernel distance")
+  names_a, names_b = names or np.split(
+      np.arange(len(a_NF) + len(b_MF)), [len(a_NF)])
   count = max(min(subsets, fewest // 2), 1)
-  a, b = (np.array_split(np.asarray(x, np.float64), count)
-          for x in (a_NF, b_MF))
-  size_aK, size_bK = ([len(x) for x in parts] for parts in (a, b))
-  same_aKK, same_bKK, cross_KK = (
-      _kernel_sums(a, a), _kernel_sums(b, b), _kernel_sums(a, b))
+  a, b, names_a, names_b = (
+      np.array_split(x, count) for x in (
+          np.asarray(a_NF, np.float64), np.asarray(b_MF, np.float64),
+          names_a, names_b))
+  sums = [_kernel_sums(*sides) for sides in (
+      (a, a, names_a, names_a), (b, b, names_b, names_b),
+      (a, b, names_a, names_b))]
 
   def distance(keep_K):
-    n, m = keep_K @ size_aK, keep_K @ size_bK
-    return float(
-        keep_K @ same_aKK @ keep_K / (n * (n - 1))
-        + keep_K @ same_bKK @ keep_K / (m * (m - 1))
-        - 2 * (keep_K @ cross_KK @ keep_K) / (n * m))
+    same_a, same_b, cross = (
+        float(keep_K @ total_KK @ keep_K / (keep_K @ pairs_KK @ keep_K))
+        for total_KK, pairs_KK in sums)
+    return same_a + same_b - 2 * cross
 
   value = distance(np.ones(count))
   if count < 2:
@@ -166,20 +181,23 @@ def kernel_distance(
 
 
 def _kernel_sums(
-    a: list[np.ndarray], b: list[np.ndarray]
-) -> np.ndarray:
-  """Sums of the cubic kernel over each pair of parts, [K, K].
+    a: list[np.ndarray], b: list[np.ndarray], names_a: list[np.ndarray],
+    names_b: list[np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+  """Sums of the cubic kernel over each pair of parts, [K, K], and the numbers
+  of their terms: pairs of pictures of different names.
 
-  Part by part: the kernel of all pairs of pictures may not fit. Within one set
-  (a is b) the kernel of a picture with itself is left out.
+  Part by part: the kernel of all pairs of pictures may not fit.
   """
-  sums_KK = np.zeros((len(a), len(b)))
+  sums_KK, pairs_KK = np.zeros((2, len(a), len(b)))
   for i, a_NF in enumerate(a):
     for j, b_MF in enumerate(b):
+      counts_NM = names_a[i][:, None] != names_b[j]
       kernel_NM = (a_NF @ b_MF.T / a_NF.shape[1] + 1) ** 3
-      own = np.trace(kernel_NM) if a is b and i == j else 0.0
-      sums_KK[i, j] = kernel_NM.sum() - own
-  return sums_KK
+      sums_KK[i, j] = kernel_NM[counts_NM].sum()
+      pairs_KK[i, j] = counts_NM.sum()
+  return sums_KK, pairs_KK
+
 
 
 def retrieval_ranks(

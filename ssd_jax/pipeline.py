@@ -22,6 +22,8 @@ from ssd_jax.sampling import Sampling
 from ssd_jax.streaming import Order, Picture, Stream
 from ssd_jax.types import Model, Params, Prompt
 
+_LARGEST = 10_000  # guidance or temperature
+
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -228,7 +230,9 @@ class Pipeline:
                       f"{sorted(values)}; correct it")
     values |= {k: v for k, v in overrides.items() if v is not None}
     for name, value in values.items():
-      check(np.isfinite(value), name, value, "a finite number")
+      # Beyond these bounds logits or indices overflow.
+      bound = 2**31 - 1 if name == "top_k" else _LARGEST
+      check(abs(value) <= bound, name, value, f"a number of at most {bound}")
     check(values["temperature"] >= 0, "temperature", values["temperature"],
           ">= 0")
     check(values["top_k"] >= 0, "top_k", values["top_k"], ">= 0, 0 for none")

@@ -26,11 +26,13 @@ class References:
 
   Attributes:
     real_MF: Features of real pictures, or None.
+    real_M: The emoji that each of these shows, None where nobody knows.
     gallery_MF: Features of the emoji that may be meant, or None.
     target_N: The emoji that each image's prompt names, -1 for none.
   """
 
   real_MF: np.ndarray | None
+  real_M: np.ndarray | None
   gallery_MF: np.ndarray | None
   target_N: np.ndarray
 
@@ -88,7 +90,7 @@ def assess(
       own_NF = features_RNF[index]
       other_NF = None if ar in (None, index) else features_RNF[ar]
       quality = dataclasses.replace(
-          quality, **_pictures(own_NF, other_NF, references))
+          quality, **_pictures(own_NF, other_NF, references, num_images))
     found.append(quality)
   spread = None if rerun is None else found[rerun].gap
   if rerun is None or spread is None or spread.interval is None:
@@ -147,19 +149,29 @@ def _per_prompt(x_N: np.ndarray, num_images: int) -> np.ndarray:
 
 
 def _pictures(
-    own_NF: np.ndarray, ar_NF: np.ndarray | None, references: References
+    own_NF: np.ndarray, ar_NF: np.ndarray | None, references: References,
+    num_images: int,
 ) -> dict:
   """The figures of `Quality` that come from features."""
   found = {}
-  for name, other_MF in (("real", references.real_MF), ("ar", ar_NF)):
-    if other_MF is not None and min(len(own_NF), len(other_MF)) >= 2:
-      found[f"fd_{name}"] = metrics.frechet_distance(own_NF, other_MF)
-      found[f"kid_{name}"] = metrics.kernel_distance(own_NF, other_MF)
-  is_named_N = references.target_N >= 0
+  real_MF, prompt_N = references.real_MF, np.arange(len(own_NF)) // num_images
+  target_N = references.target_N
+  # A picture that names no emoji is of nothing that another shows.
+  shown_N = np.where(target_N < 0, -1 - prompt_N, target_N)
+  if real_MF is not None and min(len(own_NF), len(real_MF)) >= 2:
+    found["fd_real"] = metrics.frechet_distance(own_NF, real_MF)
+    names = references.real_M is not None and (shown_N, references.real_M)
+    found["kid_real"] = metrics.kernel_distance(
+        own_NF, real_MF, names=names or None)
+  if ar_NF is not None and len(own_NF) >= 2:
+    found["fd_ar"] = metrics.frechet_distance(own_NF, ar_NF)
+  if ar_NF is not None and prompt_N[-1] >= 1:
+    found["kid_ar"] = metrics.kernel_distance(
+        own_NF, ar_NF, names=(prompt_N, prompt_N))
+  is_named_N = target_N >= 0
   if references.gallery_MF is not None and is_named_N.any():
     ranks = metrics.retrieval_ranks(
-        own_NF[is_named_N], references.gallery_MF,
-        references.target_N[is_named_N])
+        own_NF[is_named_N], references.gallery_MF, target_N[is_named_N])
     found["recall"] = metrics.recall_at(ranks, 1)
     found["recall_10"] = metrics.recall_at(ranks, 10)
   return found
@@ -205,6 +217,12 @@ class FolderPictures(Sequence):
       raise UserError(
           f"got {len(self._files)} pictures in --real_images {folder}, "
           "expected two or more .png, .jpg or .webp; check the folder")
+    for file in self._files:
+      try:
+        with Image.open(file):
+          pass
+      except Exception as error:  # a huge one raises no OSError
+        raise _unreadable(file) from error
 
   def __len__(self) -> int:
     return len(self._files)
@@ -216,11 +234,16 @@ class FolderPictures(Sequence):
 
   def _read(self, file: pathlib.Path) -> np.ndarray:
     try:
-      return to_square(Image.open(file), self._pixels)
-    except OSError as error:
-      raise UserError(
-          f"got an unreadable picture {file}, expected .png, .jpg or .webp; "
-          "remove or replace it") from error
+      with Image.open(file) as picture:
+        return to_square(picture, self._pixels)
+    except Exception as error:  # a decoder may raise anything on bad bytes
+      raise _unreadable(file) from error
+
+
+def _unreadable(file: pathlib.Path) -> UserError:
+  return UserError(
+      f"got an unreadable picture {file}, expected .png, .jpg or .webp; remove "
+      "or replace it")
 
 
 def make_references(
@@ -233,7 +256,7 @@ def make_references(
     real: Pictures of the world; None for the emoji that prompts name.
   """
   target_N = emoji_targets(texts)
-  gallery_MF = None
+  gallery_MF = places = None
   if (target_N >= 0).any():
     gallery_MF = metrics.emoji_gallery()
     if real is None:
@@ -241,4 +264,4 @@ def make_references(
       places = np.unique(target_N[target_N >= 0])
       real = np.stack([source[int(i)]["image"] for i in places])
   real_MF = None if real is None else features.image_features(real)
-  return References(real_MF, gallery_MF, target_N)
+  return References(real_MF, places, gallery_MF, target_N)

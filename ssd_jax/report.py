@@ -17,7 +17,8 @@ _SPEED = """
 *pass ratio*, *latency ratio*: the first ar's over the decoder's, above 1 is \
 faster. *cells/pass*: mean over images. *queries*: slots fed per pass and \
 image, idle ones included. *s/image*: median and quartiles over images, \
-compiling not counted; all decoders draw a batch before the next begins. *peak \
+compiling not counted; all decoders draw a batch before the next begins, and \
+what another start of the command drew is in no latency ratio. *peak \
 memory*: of the compiled program, weights included.
 """
 _QUALITY = """
@@ -64,7 +65,7 @@ def row(
       "queries": traits.queries,
       "seconds": {
           "median": float(median), "q25": float(q25), "q75": float(q75)},
-      "latency_ratio": ratio(ar and np.median(ar.seconds), median),
+      "latency_ratio": ar and _latency_ratio(ar, run),
       "nll": quality.nll,
       "nll_gap": gap and gap.value,
       "nll_gap_interval": gap and gap.interval and list(gap.interval),
@@ -109,6 +110,15 @@ def _pair(estimate: Estimate | None) -> list[float | None] | None:
 def ratio(ar: float | None, own: float) -> float | None:
   """AR's over the decoder's own."""
   return None if ar is None else float(ar / own)
+
+
+def _latency_ratio(ar: Run, run: Run) -> float | None:
+  """Of the images that one start of the command drew with both."""
+  is_shared = ar.session == run.session
+  if not is_shared.any():
+    return None
+  return ratio(np.median(ar.seconds[is_shared]),
+               float(np.median(run.seconds[is_shared])))
 
 
 def table(rows: Sequence[dict], details: Sequence[dict]) -> str:
@@ -218,11 +228,12 @@ def panels(
       [Panel(name, quality, [
           Point(r_label, is_lossless, speed[0], speed[1], value[0], value[1])
           for (r_label, is_lossless, speed), value in zip(
-              speeds, values, strict=True) if value is not None], spread)
+              speeds, values, strict=True)
+           if value is not None and speed[0] is not None], spread)
        for quality, values, spread in found]
       for name, speeds in (
           ("passes", [_passes(ar[1], r, d) for r, d in pairs]),
-          ("seconds", [_seconds(ar[0], r, d) for r, d in pairs]))]
+          ("seconds", [_seconds(r, d) for r, d in pairs]))]
 
 
 def _around_zero(interval: Sequence[float] | None) -> list[float] | None:
@@ -250,8 +261,8 @@ def _passes(ar: dict, r: dict, d: dict):
       r["pass_ratio"], (whole / q75, whole / q25))
 
 
-def _seconds(ar: dict, r: dict, d: dict):
+def _seconds(r: dict, d: dict):
   """(label, is lossless, (ratio of seconds, its quartiles over images))."""
-  time, own = ar["seconds"]["median"], r["seconds"]
-  return d["label"], r["lossless"], (
-      r["latency_ratio"], (time / own["q75"], time / own["q25"]))
+  speed, own = r["latency_ratio"], r["seconds"]
+  speeds = speed and [speed * own["median"] / own[q] for q in ("q75", "q25")]
+  return d["label"], r["lossless"], (speed, speeds)

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import pathlib
+import platform
 import sys
 import types
 from typing import Any
@@ -26,7 +27,7 @@ from ssd_jax import layout, likelihood
 from ssd_jax.config import UserError
 from ssd_jax.decoding import engine
 
-_VERSION = 2  # raise it when shards hold something else
+_VERSION = 3  # raise it when shards hold something else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Figures:
     nll: float64 [N], mean surprisal of the model, in nats per cell.
     entropy: float64 [N], mean entropy of the model's predictions.
     memory: int64 [N], bytes of the program at its peak; -1 if not known.
+    session: int64 [N], which start of the command drew it: seconds of one are
+      comparable.
   """
 
   tokens: np.ndarray
@@ -51,6 +54,7 @@ class Figures:
   nll: np.ndarray
   entropy: np.ndarray
   memory: np.ndarray
+  session: np.ndarray
 
 
 class Pictures(Sequence):
@@ -99,19 +103,29 @@ def key(weights: str, pipe: Any, decoder: Any, facts: dict[str, Any]) -> str:
     facts: Seed, batch and resolved sampling.
   """
   device = jax.devices()[0]
-  code = _code(
-      *(type(x).__module__ for x in (pipe.family, decoder)), engine.__name__,
-      likelihood.__name__)
+  config = dict(getattr(pipe.family, "config", {}))
+  config.pop("sampling", None)  # resolved, it is among the facts
   return digest(dict(
-      facts, version=_VERSION, code=code, weights=weights,
-      family=pipe.family.name, grid=repr(pipe.model.grid),
-      decoder=repr(decoder), jax=jax.__version__,
+      facts, version=_VERSION, code=_code(type(pipe.family), type(decoder)),
+      weights=weights, family=pipe.family.name,
+      config=str(sorted(config.items())), prompts=_prompt_files(pipe),
+      grid=repr(pipe.model.grid), decoder=repr(decoder), jax=jax.__version__,
+      machine=platform.node(),
       device=f"{device.platform} {device.device_kind}"))
 
 
-def _code(*names: str) -> str:
-  """A checksum of modules of ours and of all that they use."""
-  found, left = set(), list(names)
+def _prompt_files(pipe: Any) -> str:
+  """A checksum of what a model folder makes of prompts."""
+  folder = pipe.folders.get("model", pathlib.Path()) / "tokenizer"
+  files = sorted(folder.glob("*")) if "model" in pipe.folders else []
+  return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def _code(*classes: type) -> str:
+  """A checksum of the modules of classes and of all of ours that they use."""
+  found: set[str] = set()
+  left = [c.__module__ for c in classes] + [
+      engine.__name__, likelihood.__name__]
   while left:
     name = left.pop()
     if name in found or not name.startswith("ssd_jax."):
@@ -122,8 +136,18 @@ def _code(*names: str) -> str:
       origin = own.__name__ if own else getattr(value, "__module__", None)
       left.append(str(origin))
   files = sorted(str(sys.modules[name].__file__) for name in found)
-  blobs = [pathlib.Path(file).read_bytes() for file in files]
+  blobs = [pathlib.Path(file).read_bytes() for file in files + _own(classes)]
   return hashlib.sha256(b"".join(blobs)).hexdigest()
+
+
+def _own(classes: Sequence[type]) -> list[str]:
+  """Files of classes that a user wrote, which need not be modules."""
+  bases = [base for cls in classes for base in cls.__mro__]
+  codes = [getattr(x, "__code__", None) for base in bases
+           if not base.__module__.startswith("ssd_jax.")
+           for x in vars(base).values()]
+  files = {code.co_filename for code in codes if code}
+  return sorted(file for file in files if pathlib.Path(file).is_file())
 
 
 def fingerprint(tree: Any) -> str:

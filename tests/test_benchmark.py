@@ -45,7 +45,8 @@ def fake_run(images=4, **changes):
       tokens=np.zeros((images, 2, 3), np.int32),
       passes=np.full(images, 3), commit_pass=np.ones((images, 2, 3), int),
       seconds=np.full(images, 0.5), nll=np.arange(images) / 4.0,
-      entropy=np.zeros(images), memory=np.full(images, -1))
+      entropy=np.zeros(images), memory=np.full(images, -1),
+      session=np.zeros(images, int))
   return Run(**{**values, **changes})
 
 
@@ -237,7 +238,7 @@ def test_quality_is_taken_prompt_by_prompt():
   """Images of a prompt are averaged; the first AR is the zero of gaps."""
   ar = fake_run(4)
   worse = fake_run(4, nll=ar.nll + 0.5)
-  none = References(None, None, np.full(4, -1))
+  none = References(None, None, None, np.full(4, -1))
   found = quality.assess([worse, ar, worse], 1, 2, 2, None, none)
   assert found[0].gap.value == pytest.approx(0.5)
   assert found[0].gap.interval == pytest.approx((0.5, 0.5))
@@ -255,7 +256,7 @@ def test_features_give_distances_and_recall():
   gallery = rng.normal(size=(6, 3))
   targets = np.array([2, -1, 4, 5])
   own = gallery[[2, 0, 4, 0]]
-  references = References(gallery, gallery, targets)
+  references = References(gallery, np.arange(6), gallery, targets)
   got = quality.assess(
       [fake_run(), fake_run()], 0, None, 1, [gallery[:4], own], references)
   assert got[0].fd_ar is None and got[0].fd_real > 0
@@ -287,6 +288,13 @@ def test_rows_have_the_promised_fields():
   assert row["decoder"] == "sjd" and row["settings"] == {"window": 4}
   assert row["passes"] == {"mean": 1.5, "min": 1, "max": 3}
   assert row["nll_gap"] is row["fd"] is row["fid"] is row["clip"] is None
+  later = dataclasses.replace(fast, session=np.array([0, 1, 1, 1]),
+                              seconds=np.array([0.25, 9.0, 9.0, 9.0]))
+  row = report.row(entries()[1], later, ar, Traits(4, True), lone, None)
+  assert row["latency_ratio"] == pytest.approx(2)  # of one start of both
+  later = dataclasses.replace(later, session=np.ones(4, int))
+  row = report.row(entries()[1], later, ar, Traits(4, True), lone, None)
+  assert row["latency_ratio"] is None
   alone = report.row(
       entries()[1], fast, None, Traits(4, True), lone, None)
   assert alone["pass_ratio"] is alone["latency_ratio"] is None
@@ -354,6 +362,30 @@ def test_the_command_without_features(on_tiny, capsys, tmp_path):
   assert not (tmp_path / "sheet_001.png").exists()
 
 
+def test_greedy_runs_are_all_alike(on_tiny, capsys, tmp_path):
+  """Without any spread there is a table and a plot all the same."""
+  status, out, _ = call(
+      capsys, "--decoders", "ar,ar:seed=1", "--num_prompts", 3, "--batch", 3,
+      "--temperature", 0, "--out", tmp_path)
+  assert status == 0 and "| ar:seed=1 |" in out
+  assert (tmp_path / "pareto.png").exists()
+
+
+def test_an_edited_decoder_of_ones_own_draws_anew(on_tiny, capsys, tmp_path):
+  """What a user's file says is part of what a shard depends on."""
+  file = tmp_path / "mine.py"
+  text = ("import dataclasses\nfrom ssd_jax import SJD\n\n"
+          "@dataclasses.dataclass(frozen=True)\nclass Mine(SJD):\n"
+          "  name = 'mine'\n\n  def scratch(self, model):\n"
+          "    return 0  # {}\n")
+  arguments = ("--decoders", "mine:window=4", "--decoder_file", file,
+               "--num_prompts", 2, "--batch", 2, "--out", tmp_path / "out")
+  for number in (0, 1):
+    file.write_text(text.format(number))
+    assert call(capsys, *arguments)[0] == 0
+  assert len(list((tmp_path / "out" / "shards").iterdir())) == 2
+
+
 def test_the_command_with_features_and_export(
     on_tiny, monkeypatch, capsys, tmp_path):
   """Distances and recall are filled in; pictures are exported for scorers."""
@@ -386,6 +418,8 @@ def test_the_command_with_features_and_export(
     (["--prompts_file", "/nowhere"], "/nowhere"), (["--seed", "-1"], "seed"),
     (["--decoders", "ssd"], "heads"), (["--top_p", "2"], "top_p"),
     (["--exactness", "--draws", "3"], "draws"),
+    (["--exactness", "--guidance", "3"], "--guidance"),
+    (["--top_k", "99999999999"], "top_k"), (["--guidance", "1e38"], "guidance"),
 ])
 def test_mistakes_end_in_one_line(on_tiny, capsys, tmp_path, args, named):
   """Exit status 2, one line that names the culprit, nothing written."""

@@ -152,6 +152,20 @@ def test_kernel_distance_matches_its_definition(rng):
   assert metrics.kernel_distance(a[:3], b).error is None
 
 
+def test_pictures_of_one_prompt_are_not_compared(rng):
+  """Draws of one law per prompt lie at distance 0, however unlike prompts."""
+  prompts = np.repeat(np.arange(20), 2)
+  values, naive = [], []
+  for _ in range(30):
+    middle = 2 * rng.normal(size=(20, 12))[prompts]
+    a, b = middle + rng.normal(size=(2, 40, 12))
+    values.append(metrics.kernel_distance(a, b, names=(prompts, prompts)).value)
+    naive.append(metrics.kernel_distance(a, b).value)
+  error = np.std(values) / np.sqrt(len(values))
+  assert abs(np.mean(values)) < 3 * error < 0.5
+  assert np.mean(naive) < -1
+
+
 def test_kernel_distance_error_is_honest(rng):
   """Between equal laws it scatters around zero as its error says."""
   got = [

@@ -13,6 +13,7 @@ import dataclasses
 import pathlib
 import platform
 import re
+import shutil
 import sys
 
 from absl import flags
@@ -35,11 +36,11 @@ from ssd_jax import (
     testing,
 )
 from ssd_jax.benchmark import Entry, Job, Run
-from ssd_jax.cli import common, run as cli
-from ssd_jax.config import check
+from ssd_jax.cli import common, profile, run as cli
+from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name
 from ssd_jax.exporters import Item
-from ssd_jax.extras import MissingExtra
+from ssd_jax.extras import MissingExtra, need
 from ssd_jax.pipeline import Pipeline
 from ssd_jax.prompts import clean
 from ssd_jax.quality import FolderPictures
@@ -49,7 +50,8 @@ _DECODERS = flags.DEFINE_string(
     "NAME:key=value+key=value, where seed= is that run's. Default: "
     "ar,ar:seed=1,sjd,exact,stair; with --exactness all.")
 _NUM_PROMPTS = flags.DEFINE_integer(
-    "num_prompts", 64, "Prompts taken at most.")
+    "num_prompts", None, "Prompts taken at most; default: 64, with --export "
+    "all.")
 _SPLIT = flags.DEFINE_enum(
     "split", None, ["train", "validation"], "Take captions of these emoji "
     "only; default: the held-out ones first, then the others.")
@@ -65,10 +67,16 @@ _EXPORT = flags.DEFINE_enum(
 _EXACTNESS = flags.DEFINE_bool(
     "exactness", False, "Instead test on a grid that can be enumerated "
     "whether decoders keep AR's joint law.")
+_PROFILE = flags.DEFINE_bool(
+    "profile", False, "Instead measure where the time of a pass goes, over "
+    "the queries of a pass; see ssd_jax/cli/profile.py.")
 _DRAWS = flags.DEFINE_integer("draws", 20_000, "Images drawn by --exactness.")
 
 _DEFAULT = "ar,ar:seed=1,sjd,exact,stair"
+_PROMPTS = 64
 _SHEET_ROWS = 16
+_INCEPTION = 299  # pixels
+_REFUTED = 1  # exit status
 
 
 def body() -> None:
@@ -76,6 +84,9 @@ def body() -> None:
   common.use_compilation_cache()
   if _EXACTNESS.value:
     _exactness()
+    return
+  if _PROFILE.value:
+    _profile()
     return
   entries = _entries(_DEFAULT)
   items = _items()
@@ -94,9 +105,7 @@ def body() -> None:
   out = common.writable_folder(common.OUT.value or "bench")
   runs = _run(pipe, entries, job, out)
   qualities = _assess(entries, job, runs, real or None)
-  hubs = [
-      hub_metrics.compute(r.images, job.texts, real or None)
-      if _HUB.value else None for r in runs]
+  hubs = [_hub_figures(run, job) if _HUB.value else None for run in runs]
   first = _index(entries, None)
   ar = None if first is None else runs[first]
   each = list(zip(entries, runs, qualities, hubs, strict=True))
@@ -116,13 +125,18 @@ def _entries(default: str) -> list[Entry]:
 
 def _items() -> list[Item]:
   """The prompts of the flags."""
-  check(_NUM_PROMPTS.value >= 1, "num_prompts", _NUM_PROMPTS.value, ">= 1")
+  most = _NUM_PROMPTS.value
+  if most is None and not _EXPORT.value:
+    most = _PROMPTS
+  check(most is None or most >= 1, "num_prompts", most, ">= 1")
   if common.PROMPTS_FILE.value is not None:
     items = exporters.read_prompts(common.PROMPTS_FILE.value)
   else:
     captions = quality.emoji_captions(_SPLIT.value)
     items = [Item(text, f"{i:05d}") for i, text in enumerate(captions)]
-  items = items[:_NUM_PROMPTS.value]
+  if common.PROMPTS_FILE.value is not None and most and most < len(items):
+    print(f"taking {most} of {len(items)} prompts; --num_prompts takes more")
+  items = items[:most]
   return [Item(clean(x.prompt), x.name, x.metadata) for x in items]
 
 
@@ -155,7 +169,7 @@ def _assess(
   ar = _index(entries, None)
   rerun = None if ar is None else _index(entries, ar)
   found = None
-  references = quality.References(None, None, np.full(len(job.texts), -1))
+  references = quality.References(None, None, None, np.full(len(job.texts), -1))
   if not features.available():
     print("no FD, KID and R@k: run pip install 'ssd-jax[bench]'")
   else:
@@ -164,6 +178,13 @@ def _assess(
         features.image_features(run.images)
         for run in tqdm.tqdm(runs, "features", unit="decoder", file=sys.stderr)]
   return quality.assess(runs, ar, rerun, job.num_images, found, references)
+
+
+def _hub_figures(run: Run, job: Job) -> hub_metrics.HubFigures:
+  """FID and the like; real pictures come as large as its network takes them."""
+  side = max(_INCEPTION, run.images[0].shape[0])
+  real = FolderPictures(_REAL.value, side) if _REAL.value else None
+  return hub_metrics.compute(run.images, job.texts, real)
 
 
 def _clear(out: pathlib.Path) -> None:
@@ -187,8 +208,11 @@ def _write_pictures(
     layout.save_picture(sheet, out / f"sheet_{page:03d}.png")
   if _EXPORT.value is None:
     return
-  for label, run in zip(labels, runs, strict=True):
-    folder = out / _EXPORT.value / re.sub(r"[^\w=+.-]", "_", label)
+  folders = [out / _EXPORT.value / re.sub(r"[^\w=+.-]", "_", label)
+             for label in labels]
+  for old in set((out / _EXPORT.value).glob("*")) - set(folders):
+    shutil.rmtree(old)  # of decoders that are not compared any more
+  for folder, run in zip(folders, runs, strict=True):
     exporters.export(_EXPORT.value, folder, items, run.images)
 
 
@@ -222,8 +246,21 @@ def _write_report(
   print(f"wrote {out / 'results.json'}")
 
 
+def _profile() -> None:
+  """Measures passes of the flags' model."""
+  need("matplotlib.figure", "bench")
+  text = _items()[0].prompt
+  out = common.writable_folder(common.OUT.value or "bench")
+  profile.profile(
+      common.load_pipeline(), text,
+      1 if common.BATCH.value is None else common.BATCH.value, out,
+      **common.sampling())
+
+
 def _exactness() -> None:
-  """Prints and writes what the laboratory finds."""
+  """Prints and writes what the laboratory finds; status 1 if not as claimed.
+  """
+  _refuse_flags("exactness", "draws", "decoders", "decoder_file", "seed", "out")
   check(_DRAWS.value >= 1000, "draws", _DRAWS.value, ">= 1000")
   entries = _entries(",".join(by_name.DECODERS))
   out = common.writable_folder(common.OUT.value or "bench")
@@ -247,6 +284,19 @@ def _exactness() -> None:
     print(f"not what they claim: {', '.join(dict.fromkeys(wrong))}")
   if control.is_sound:
     print("the control was not caught: take more --draws")
+  if wrong or control.is_sound:
+    sys.exit(_REFUTED)
+
+
+def _refuse_flags(mode: str, *used: str) -> None:
+  """Raises UserError for a flag of a comparison that --mode does not read."""
+  ours = flags.FLAGS.flags_by_module_dict()
+  for module in (__name__, common.__name__):
+    for flag in ours[module]:
+      if flag.present and flag.name not in (mode, *used):
+        raise UserError(
+            f"got --{flag.name} with --{mode}, which does not read it, "
+            f"expected only {', '.join(used)}; leave it out")
 
 
 def main() -> None:

@@ -74,7 +74,8 @@ def ar() -> None:
   }
   words = Vocabulary.build(splits["train"].texts(), config.prompt_slots)
   generator = emoji.generator(config.trunk, vq_cfg, config.pixels, words)
-  _begin(workdir / "ar", config, *_MODEL, "prompt_slots", "trunk", "ar")
+  _begin(workdir / "ar", config, *_MODEL, "prompt_slots", "trunk", "ar",
+         tokenizer=checkpoints.identity(workdir / "model" / "vq"))
   state = ar_training.run(generator, words, splits, cfg, str(workdir / "ar"))
   checkpoints.save(
       workdir / "model" / "trunk", state.eval_params["trunk"], _STORED
@@ -230,14 +231,20 @@ def _workdir(config) -> pathlib.Path:
   return folder
 
 
-def _begin(folder: pathlib.Path, config, *keys: str) -> None:
+def _begin(folder: pathlib.Path, config, *keys: str, **more: str) -> None:
   """Keeps the settings of a run beside it; what continues it has the same.
+
+  Args:
+    folder: Of the run.
+    config: Of the command.
+    *keys: Parts of it that the run depends on.
+    **more: What else it depends on.
 
   Raises:
     UserError: when the run in `folder` began with other settings.
   """
   file = folder / "settings.json"
-  now = _flat({key: config.to_dict()[key] for key in keys})
+  now = _flat({key: config.to_dict()[key] for key in keys} | more)
   if (folder / "checkpoints").is_dir() and file.is_file():
     begun = checkpoints.read_json(file)
     for key in sorted(begun.keys() | now.keys()):

@@ -180,12 +180,14 @@ class Emoji:
 def write_settings(
     folder: pathlib.Path, config: ml_collections.ConfigDict, words: Vocabulary
 ) -> None:
-  """Writes model.json: the family, its settings and its words."""
+  """Writes model.json: the family, its settings, its words, and to which
+  tokenizer's codes the trunk belongs."""
   keep = ("pixels", "prompt_slots", "vq", "trunk", "sampling")
   settings = {k: v for k, v in config.to_dict().items() if k in keep}
   checkpoints.write_json(
       folder / "model.json",
-      {"family": "emoji", "config": settings, "words": " ".join(words.words)},
+      {"family": "emoji", "config": settings, "words": " ".join(words.words),
+       "tokenizer": checkpoints.identity(folder / "vq")},
   )
 
 

@@ -1,0 +1,125 @@
+"""Body of infer.benchmark --profile: where the time of a pass goes.
+
+  --out/profile.json   every figure, seconds
+  --out/profile.md     the same for people, milliseconds
+  --out/profile.png    the parts and the roofline over the queries of a pass
+  --out/trace          of one batch, for TensorBoard, Perfetto or XProf
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import tqdm
+
+from ssd_jax import checkpoints, layout, profiling, roofline
+from ssd_jax.extras import need
+from ssd_jax.pipeline import Pipeline
+from ssd_jax.profiling import PARTS, Host, Profiler, Row
+from ssd_jax.roofline import Machine
+
+_WORDS = """
+A pass feeds Q slots of each image. *trunk* (*attention*, its products with \
+the cache, is within it), *head*, *sampling* (target distribution, noise and \
+draw), *acceptance* (the test of drafts and the residual) and *drafting* (one \
+cell for each query by a spatial head; not part of the pass measured here) are \
+the engine's functions timed by themselves, the call's own {dispatch:.0f} us \
+taken off. *pass*: of the loop, drawing whole images with sjd:window=Q; \
+*loop*: what it has beyond its parts. *least*: the larger of {bytes:.1f} MB \
+(weights, keys and values, each once) at the measured {bandwidth:.1f} GB/s and \
+of the pass's operations at the measured {flops:.0f} GFLOP/s. Each time is the \
+best of several. On a CPU arrays that fit its caches are read faster than \
+memory; bandwidth is that of as many bytes as a pass reads.
+
+The host, for {images} image(s) of {passes} passes in {whole:.0f} ms: prompt \
+{prompt:.1f} ms, drawing {drawing:.0f} ms, pixels {pixels:.0f} ms, all else \
+{rest:.1f} ms ({each:.3f} ms per pass).
+"""
+
+
+def profile(
+    pipe: Pipeline, text: str, batch: int, out: pathlib.Path,
+    queries: Sequence[int] = profiling.QUERIES, **sampling: float | None,
+) -> None:
+  """Measures passes of a model and writes what was found."""
+  profiler = Profiler(pipe, text, batch, **sampling)
+  most = pipe.model.grid.length
+  queries = sorted({min(count, most) for count in queries})
+  machine = roofline.measure_machine(
+      profiler.counts[0], pipe.family.generator.dtype)
+  rows = [profiler.row(count, machine) for count in tqdm.tqdm(
+      queries, unit="row", file=sys.stderr)]
+  host = profiler.host(queries[-1])
+  profiler.trace(out / "trace", queries[-1])
+  text = table(rows) + _words(rows, machine, host, batch)
+  checkpoints.write_text(out / "profile.md", text)
+  checkpoints.write_json(out / "profile.json", dict(
+      device=f"{jax.devices()[0].platform} {jax.devices()[0].device_kind}",
+      batch=batch, machine=dataclasses.asdict(machine),
+      host=dataclasses.asdict(host),
+      rows=[dict(dataclasses.asdict(row), rest=row.rest) for row in rows]))
+  plot(rows, out / "profile.png")
+  print(text)
+  print(f"wrote {out / 'profile.json'}, profile.md, profile.png and trace")
+
+
+def table(rows: Sequence[Row]) -> str:
+  """Markdown, milliseconds."""
+  heads = ["queries", "trunk", "attention", *PARTS[1:], "pass", "loop", "least",
+           "pass / least", "pass / first"]
+  lines = [heads, ["---:"] * len(heads)]
+  for row in rows:
+    ms = lambda x: "-" if x is None else f"{x * 1e3:.2f}"
+    lines.append([
+        str(row.queries), ms(row.parts["trunk"]), ms(row.attention),
+        *[ms(row.parts[name]) for name in PARTS[1:]], ms(row.whole),
+        ms(row.rest), ms(row.least), f"{row.whole / row.least:.2f}",
+        f"{row.whole / rows[0].whole:.2f}"])
+  return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _words(
+    rows: Sequence[Row], machine: Machine, host: Host, batch: int
+) -> str:
+  ms = {name: getattr(host, name) * 1e3
+        for name in ("prompt", "drawing", "pixels", "rest")}
+  return _WORDS.format(
+      dispatch=machine.dispatch * 1e6, bytes=rows[0].bytes / 1e6,
+      bandwidth=machine.bandwidth / 1e9, flops=machine.flops / 1e9,
+      images=batch, passes=host.passes, whole=sum(ms.values()), **ms,
+      each=ms["rest"] / host.passes)
+
+
+def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
+  """Draws the parts as bars, the whole pass and the roofline as lines."""
+  figure = need("matplotlib.figure", "bench").Figure((8, 5), layout="tight")
+  axes, places = figure.subplots(), range(len(rows))
+  ms = lambda values: [1e3 * x for x in values]
+  trunk = [r.parts["trunk"] or 0.0 for r in rows]
+  inside = [min(r.attention, t) for r, t in zip(rows, trunk, strict=True)]
+  bars = {
+      "trunk without attention": ms(
+          t - x for t, x in zip(trunk, inside, strict=True)),
+      "attention": ms(inside)}
+  bars |= {name: ms(r.parts[name] or 0.0 for r in rows)
+           for name in ("head", "sampling", "acceptance")}
+  bars["loop"] = ms(max(r.rest, 0.0) for r in rows)
+  below = [0.0] * len(rows)
+  for name, heights in bars.items():
+    axes.bar(places, heights, bottom=below, label=name)
+    below = [a + b for a, b in zip(below, heights, strict=True)]
+  axes.plot(places, ms(r.whole for r in rows), "k.-", label="pass of the loop")
+  axes.plot(places, ms(r.least for r in rows), "r--", label="roofline")
+  if rows[0].parts["drafting"] is not None:
+    axes.plot(places, ms(r.parts["drafting"] for r in rows), "b:",
+              label="drafting Q cells (apart)")
+  axes.set_xticks(places, [str(r.queries) for r in rows])
+  axes.set_xlabel("queries of a pass, for each image")
+  axes.set_ylabel("milliseconds")
+  axes.set_title("Where the time of a pass goes")
+  axes.set_ylim(0, 1.08 * max(below + ms(r.whole for r in rows)))
+  axes.legend(loc="upper left")
+  with layout.replacing(path) as partial:
+    figure.savefig(partial, format="png", dpi=120)

@@ -1,0 +1,83 @@
+"""What is promised of the model that comes with the package."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+import ssd_jax
+from ssd_jax import checkpoints, features, metrics, quality
+from ssd_jax.config import UserError
+from ssd_jax.data import sources
+from ssd_jax.decoding.ar import AR
+from ssd_jax.loading import EMBEDDED
+from ssd_jax.training.tokenizer import psnr, reconstruct
+
+
+@pytest.fixture(scope="module")
+def pipe():
+  return ssd_jax.load("emoji")
+
+
+def test_weights_are_small():
+  """All parts together stay under 40 MB."""
+  files = [path for path in EMBEDDED.rglob("*") if path.is_file()]
+  assert 20e6 < sum(path.stat().st_size for path in files) < 40e6
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+  """Weights that differ from their checksum do not load."""
+  folder = tmp_path / "vq"
+  shutil.copytree(EMBEDDED / "vq", folder)
+  assert set(checkpoints.restore(folder)) >= {"codebook", "decoder"}
+  largest = max((p for p in folder.rglob("*") if p.is_file()),
+                key=lambda path: path.stat().st_size)
+  blob = bytearray(largest.read_bytes())
+  blob[len(blob) // 2] ^= 1
+  largest.write_bytes(blob)
+  with pytest.raises(UserError, match="got a damaged checkpoint"):
+    checkpoints.restore(folder)
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda x: x[::-1], "tokenizer .* that was changed after the trunk"),
+    (lambda x: x[:512], r"codebook of shape \(512, 16\)"),
+])
+def test_another_tokenizer_is_found(tmp_path, change, match):
+  """A trunk loads only beside the tokenizer whose codes it learned."""
+  folder = tmp_path / "model"
+  shutil.copytree(EMBEDDED, folder)
+  vq = checkpoints.restore(folder / "vq")
+  checkpoints.save(folder / "vq", {**vq, "codebook": change(vq["codebook"])})
+  with pytest.raises(UserError, match=match):
+    ssd_jax.load(folder)
+
+
+@pytest.mark.slow
+def test_held_out_pictures_keep_their_features(pipe):
+  """The tokenizer shows emoji it never saw at 26 dB, with all of its codes."""
+  held = sources.EmojiSource("validation")
+  images = np.stack([held[i]["image"] for i in range(len(held))])
+  drawn, codes = reconstruct(pipe.family.vq, pipe.vq_params, images)
+  assert psnr(drawn, images).mean() > 26
+  assert len(np.unique(codes)) > 0.95 * 1024
+
+
+@pytest.mark.slow
+def test_a_picture_does_not_depend_on_its_neighbours(pipe):
+  """The same tokens alone and in a batch of four."""
+  prompts = ["red heart", "flag: Kenya", "bug", "relieved face"]
+  one, four = (pipe.generate(prompts, "exact", batch=b) for b in (1, 4))
+  np.testing.assert_array_equal(one.tokens, four.tokens)
+  np.testing.assert_array_equal(one.passes, four.passes)
+
+
+@pytest.mark.slow
+def test_pictures_are_what_was_asked(pipe):
+  """Of training captions most find their emoji among its ten nearest."""
+  prompts = quality.emoji_captions("train")[:32]
+  drawn = pipe.generate(prompts, AR(), batch=16)
+  ranks = metrics.retrieval_ranks(
+      features.image_features(drawn.images), metrics.emoji_gallery(),
+      quality.emoji_targets(prompts))
+  assert metrics.recall_at(ranks, 10) >= 0.5
