@@ -34,6 +34,9 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %w = (s32[], f32[4]) while(%t), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
   %done = bf16[4,8]{1,0} all-gather-done(%ag)
   %all-reduce.4 = f32[10]{0} all-reduce(%z), replica_groups={{0,1,2,3}}
+  %cp.1 = f32[4]{0} collective-permute(%a), channel_id=7
+  %cp.2 = f32[4]{0} collective-permute(%b), channel_id=7
+  %rs = f32[4]{0} reduce-scatter(%c), channel_id=8, replica_groups=mesh['x'=2,'y'=2] {'y'}
 }
 """  # noqa: E501
 
@@ -44,6 +47,8 @@ def test_collectives_of_loops_count_as_often_as_they_run():
   assert found["all-reduce"] == hlo.Collective(
       "all-reduce", 5 + 1, 5 * 32 + 40, 4)
   assert found["all-gather"] == hlo.Collective("all-gather", 5, 5 * 64, 4)
+  assert found["collective-permute"].count == 1  # two steps of one
+  assert found["reduce-scatter"].group == 2
   # A ring of 4 sends each byte 1.5 times.
   assert found["all-reduce"].seconds(1.0, 0.0) == pytest.approx(300)
 
@@ -146,6 +151,18 @@ def test_a_trunk_of_seven_billion_is_but_shapes():
   assert 6.5e9 < planning.count(network.params["trunk"]) < 7e9
   assert all(isinstance(x, jax.ShapeDtypeStruct)
              for x in jax.tree.leaves(network.params))
+
+
+def test_the_page_shows_what_was_compiled():
+  """docs/plan.md's tables are those of docs/plans.jsonl, no row is missing."""
+  spec = importlib.util.spec_from_file_location(
+      "plans", ROOT / "docs" / "plans.py")
+  plans = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(plans)
+  found = plans.kept()
+  drawn = len(plans.CONFIGS) * len(plans.SLICES)
+  assert len(found) == drawn + len(plans.TRAINED) * len(plans.TRAINED_ON)
+  assert plans.PAGE.read_text("utf-8").endswith(plans.tables(found))
 
 
 def test_unknown_slices_are_one_line():

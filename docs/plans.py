@@ -1,0 +1,176 @@
+"""Writes the tables of docs/plan.md: all families on TPUs of three kinds.
+
+    pip install 'ssd-jax[plan]'
+    python docs/plans.py
+
+Every row is what `infer.plan` reports for it, but that the whole program is
+compiled for the first slice alone: its memory is that of shapes and mesh, which
+are the same for all. Rows are kept in docs/plans.jsonl as they are compiled, a
+minute each; those that are there are not compiled again: remove the file to
+renew them.
+"""
+
+import importlib
+import json
+import pathlib
+import sys
+
+import jax.numpy as jnp
+
+FOLDER = pathlib.Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))  # for configs/
+
+from ssd_jax import (  # noqa: E402
+    checkpoints,
+    chips,
+    plan as planning,
+    schedules,
+    sharding,
+)
+from ssd_jax.decoding import by_name  # noqa: E402
+from ssd_jax.training import plan as training_plan  # noqa: E402
+
+CONFIGS = ("lumina", "anole", "emu3", "janus_pro:7b", "llamagen", "emoji")
+SLICES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+DECODERS = ("ssd", "ar", "exact")  # the first is compiled, all share its pass
+COUNTED = ("ssd", "ar")  # whose passes do not depend on the picture
+MESH = "tensor=4"
+TRAINED = ("lumina",)
+TRAINED_ON = ("v5e:4x4",)
+TRAINED_MESH = "data=4,tensor=4"
+ROWS = FOLDER / "plans.jsonl"
+PAGE = FOLDER / "plan.md"
+MARK = "<!-- written by docs/plans.py -->\n"
+
+
+def settings_of(name):
+  """The settings of configs/NAME.py[:variant]."""
+  module, _, variant = name.partition(":")
+  get = importlib.import_module(f"configs.{module}").get_config
+  return get(variant) if variant else get()
+
+
+def drawing(name, topology, memory):
+  """What a pass of each decoder takes.
+
+  Args:
+    name: Of a config.
+    topology: For which a pass is compiled.
+    memory: Of the whole program, or None to compile that too.
+  """
+  network, mesh, chip = _of(name, topology, MESH)
+  plans = {text: planning.Plan(network, by_name.parse(text), mesh, 1)
+           for text in DECODERS}
+  first = plans[DECODERS[0]]
+  if memory is None:
+    memory = planning.memory_of(first.compile_drawing())
+  layers = network.generator.cfg.n_layers
+  sent = planning.sent_by(*first.compile_pass(), layers, mesh.size)
+  passes = {text: schedules.fixed_passes(plan.decoder, network.model)
+            for text, plan in plans.items()}
+  return {
+      "billions": planning.count(network.params["trunk"]) / 1e9,
+      "memory": memory, "fits": memory <= chip.memory,
+      "sent": {x.kind: x.count for x in sent},
+      "decoders": {text: {
+          "queries": plan.queries, "passes": passes[text],
+          "parts": planning.parts(first, plan.queries, chip, sent)}
+          for text, plan in plans.items()}}
+
+
+def training(name, topology):
+  """What `infer.plan --train` reports."""
+  network, mesh, chip = _of(name, topology, TRAINED_MESH)
+  return training_plan.report(network, settings_of(name), mesh, chip, None)
+
+
+def _of(name, topology, mesh):
+  devices = chips.devices_of(topology)
+  network = planning.Network.of(settings_of(name), jnp.bfloat16)
+  return (network, sharding.make_mesh(mesh, devices),
+          chips.chip_of(devices[0]))
+
+
+def kept():
+  """{(kind, config, slice): report} of what was compiled before."""
+  lines = ROWS.read_text("utf-8").splitlines() if ROWS.exists() else []
+  return {tuple(key): report for key, report in map(json.loads, lines)}
+
+
+def rows():
+  """{(kind, config, slice): report}, of which missing ones are compiled."""
+  wanted = [("draw", name, topology)
+            for topology in SLICES for name in CONFIGS]
+  wanted += [("train", name, topology)
+             for topology in TRAINED_ON for name in TRAINED]
+  found = kept()
+  for key in wanted:
+    if key in found:
+      continue
+    print(*key, flush=True)
+    kind, name, topology = key
+    if kind == "train":
+      found[key] = training(name, topology)
+    else:
+      whole = found.get((kind, name, SLICES[0]))
+      found[key] = drawing(name, topology, whole and whole["memory"])
+    checkpoints.write_text(
+        ROWS, "".join(f"{json.dumps(row)}\n" for row in found.items()))
+  return {key: found[key] for key in wanted}
+
+
+def drawn_table(found):
+  """One line per slice and family."""
+  lines = [
+      "| slice | family | 10^9 weights | GB per device | fits | "
+      + " | ".join(f"`{x}`: queries, ms per pass, bound" for x in DECODERS)
+      + " | s per image: " + ", ".join(f"`{x}`" for x in COUNTED) + " |",
+      "|---" * (6 + len(DECODERS)) + "|"]
+  for (_, name, topology), row in found.items():
+    cells, images = [], []
+    for text, part in row["decoders"].items():
+      took = part["parts"]
+      least = max(took["compute"], took["memory"]) + took["collectives"]
+      cells.append(f"{part['queries']}, {1e3 * least:.3g}, "
+                   f"{max(took, key=took.get)}")
+      if text in COUNTED:
+        images.append(f"{part['passes'] * least:.3g}")
+    lines.append(" | ".join([
+        f"| {topology}", name, f"{row['billions']:.3g}",
+        f"{row['memory'] / 1e9:.3g}", "yes" if row["fits"] else "no", *cells,
+        ", ".join(images)]) + " |")
+  return "\n".join(lines)
+
+
+def trained_table(found):
+  """One line per slice and family."""
+  lines = [
+      "| slice | family | 10^9 trained | batch | largest that fits at once | "
+      "accumulated in | GB per device | s per step | hours | dollars |",
+      "|---" * 10 + "|"]
+  for (_, name, topology), row in found.items():
+    lines.append(" | ".join(str(x) for x in [
+        f"| {topology}", name, f"{row['trained_parameters'] / 1e9:.2f}",
+        row["batch"], row["largest_batch"], row["accumulate"],
+        f"{row['memory_per_device'] / 1e9:.2f}", f"{row['step_seconds']:.2f}",
+        f"{row['hours']:.2f}", row["dollars"]]) + " |")
+  return "\n".join(lines)
+
+
+def tables(found):
+  """What stands below the page's mark."""
+  of_kind = lambda kind: {k: v for k, v in found.items() if k[0] == kind}
+  return "\n\n".join([
+      f"## One image, `--mesh {MESH}`", drawn_table(of_kind("draw")),
+      f"## A step of train.mtp, `--train --mesh {TRAINED_MESH}`",
+      trained_table(of_kind("train"))]) + "\n"
+
+
+def main():
+  """Compiles what is missing and writes both tables below the page's mark."""
+  above, _, _ = PAGE.read_text("utf-8").partition(MARK)
+  checkpoints.write_text(PAGE, f"{above}{MARK}\n{tables(rows())}")
+
+
+if __name__ == "__main__":
+  main()
