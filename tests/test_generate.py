@@ -63,11 +63,16 @@ def test_thousands_of_pictures_are_written_as_they_come(tmp_path):
     album.add(Picture(index, f"p{index}", image, None, index + 1, None))
     assert len(list(tmp_path.glob("*.png"))) == 70 - index
   album.close()
+  assert 63 in np.asarray(Image.open(album.sheet))
   assert album.passes == list(range(1, 71)) and album.prompts[69] == "p69"
   assert [p.name for p in album.paths[:2]] == ["0000_p0.png", "0001_p1.png"]
-  assert "first 64" in album.notes[0]
+  assert len(album.notes) == 1 and "first 64" in album.notes[0]
+  later = generate.Album(tmp_path, {"seed": 1})
+  later.add(Picture(0, "p0", np.zeros((2, 3, 3), np.uint8), None, 1, None))
+  later.close()
+  assert "also holds 69 pictures" in later.notes[0]
+  assert later.sheet is None and not album.sheet.exists()
   assert np.asarray(Image.open(album.paths[69])).max() == 69
-  assert 63 in np.asarray(Image.open(album.sheet))
 
 
 def test_same_seed_same_bytes(capsys, tmp_path):

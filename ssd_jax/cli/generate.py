@@ -123,9 +123,11 @@ class Album:
 
   def close(self) -> None:
     """Writes the contact sheet of the first pictures, if there are several."""
+    sheet = self._folder / "contact_sheet.png"
     if len(self._written) == 1:
+      sheet.unlink(missing_ok=True)  # of an earlier run
       return
-    self.sheet = self._folder / "contact_sheet.png"
+    self.sheet = sheet
     if jax.process_index() == 0:
       prompts, images = zip(
           *(self._first[i] for i in sorted(self._first)), strict=True)
@@ -148,10 +150,15 @@ class Album:
 
   @property
   def notes(self) -> list[str]:
-    """What the user should know about the contact sheet."""
-    if len(self._written) == len(self._first):
-      return []
-    return [f"the contact sheet shows the first {len(self._first)} pictures"]
+    """What the user should know about the folder."""
+    notes, count = [], len(self._first)
+    if len(self._written) > count:
+      notes.append(f"the contact sheet shows the first {count} pictures")
+    others = set(self._folder.glob("[0-9]" * 4 + "_*.png")) - set(self.paths)
+    if others:
+      notes.append(
+          f"{self._folder} also holds {len(others)} pictures of earlier runs")
+    return notes
 
 
 def file_name(prompt: str) -> str:
