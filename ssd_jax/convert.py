@@ -6,7 +6,7 @@ folder beside the target, with a journal of what is done: an interrupted
 conversion goes on where it stopped, and the target appears by one rename.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 import dataclasses
 import fcntl
 import functools
@@ -83,9 +83,12 @@ class Job:
     """Changes with the files, the settings and the dtype."""
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns)
              for found in self.found for f in found.files]
-    text = json.dumps([files, self.recipe.family, self.recipe.settings,
+    sha256 = lambda data: hashlib.sha256(data).hexdigest()
+    assets = [(f.name, f.stat().st_size, sha256(f.read_bytes()))
+              for f in self.assets]
+    text = json.dumps([files, assets, self.recipe.family, self.recipe.settings,
                        self.dtype], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256(text.encode())
 
   def units(self) -> Iterable[Unit]:
     """Everything that is to be done."""
@@ -140,10 +143,15 @@ def _open(part: Part, folders: dict[str, pathlib.Path]) -> Checkpoint:
   return tensors.open_checkpoint(inside, part.inside)
 
 
+def tokenizer_places(given: Container[str]) -> tuple[str, ...]:
+  """Flags of the places that may hold the tokenizer, the first one first."""
+  return ("tokenizer",) if "tokenizer" in given else ("source", "text_encoder")
+
+
 def _asset(folders: dict[str, pathlib.Path], pattern: str) -> pathlib.Path:
   """A file of the tokenizer, where the flags say, or beside other parts."""
-  places = [folders["tokenizer"]] if "tokenizer" in folders else [
-      folders[flag] for flag in ("source", "text_encoder") if flag in folders]
+  places = [folders[flag] for flag in tokenizer_places(folders)
+            if flag in folders]
   for place in places:
     folder = place if place.is_dir() else place.parent
     files = sorted(folder.glob(pattern))
@@ -226,7 +234,7 @@ def convert(
   report = finished(job, out)
   if report is not None:
     return report
-  work = out.with_name(f".{out.name}.converting")
+  work = _workplace(out)
   _check_disk(job, out, work)
   work.mkdir(parents=True, exist_ok=True)
   with open(work / "lock", "w") as lock:
@@ -239,12 +247,19 @@ def convert(
     done = _write_arrays(job, work, progress)
     report = _assemble(job, work, done, time.monotonic() - start)
     os.rename(work / "model", out)
-  shutil.rmtree(work)
+  shutil.rmtree(work, ignore_errors=True)
   return report
 
 
+def _workplace(out: pathlib.Path) -> pathlib.Path:
+  return out.with_name(f".{out.name}.converting")
+
+
 def finished(job: Job, out: pathlib.Path) -> dict[str, Any] | None:
-  """The report in `out` if it holds this conversion, None if it is free."""
+  """The report in `out` if it holds this conversion, None if it is free.
+
+  What a conversion that was stopped at its very end left beside it goes.
+  """
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
     return None
   file = out / "report.json"
@@ -252,6 +267,7 @@ def finished(job: Job, out: pathlib.Path) -> dict[str, Any] | None:
   if report.get("fingerprint") != job.fingerprint:
     raise UserError(f"got {out}, which holds something else, expected a new "
                     "folder; choose another --out or remove it")
+  shutil.rmtree(_workplace(out.absolute()), ignore_errors=True)
   return report
 
 
@@ -266,74 +282,80 @@ def _check_disk(job: Job, out: pathlib.Path, work: pathlib.Path) -> None:
 
 
 def _write_arrays(job: Job, work: pathlib.Path, progress) -> dict[str, dict]:
-  """Writes what the journal lacks; the journal's entries by unit."""
-  journal = work / "journal.jsonl"
-  done = _read_journal(journal, job.fingerprint)
-  if not done:
-    shutil.rmtree(work / "arrays", ignore_errors=True)
-    shutil.rmtree(work / "model", ignore_errors=True)
-    journal.write_text(json.dumps({"fingerprint": job.fingerprint}) + "\n")
+  """Writes what is not there yet; the journal's entries by unit."""
+  journal, arrays = work / "journal.jsonl", work / "arrays"
+  noted = stores.read_journal(journal, job.fingerprint)
+  if noted:
+    stores.take_back(arrays, work / "model", job.leaves)
+  else:
+    shutil.rmtree(arrays, ignore_errors=True)
+  shutil.rmtree(work / "model", ignore_errors=True)
+  done = _still_there(job, arrays, noted)
+  stores.write_journal(journal, job.fingerprint, done.values())
   with open(journal, "a") as f:
     for unit in job.units():
       if unit.name not in done:
-        done[unit.name] = entry = _write_unit(job, work, unit)
+        done[unit.name] = entry = _write_unit(job, arrays, unit)
         f.write(json.dumps(entry) + "\n")
         f.flush()
       progress(done[unit.name]["bytes"])
   return done
 
 
-def _read_journal(journal: pathlib.Path, fingerprint: str) -> dict[str, dict]:
-  if not journal.is_file():
-    return {}
-  lines = journal.read_text().split("\n")[:-1]  # a torn last line is dropped
-  if not lines or json.loads(lines[0]).get("fingerprint") != fingerprint:
-    return {}
-  return {entry["unit"]: entry for entry in map(json.loads, lines[1:])}
+def _still_there(
+    job: Job, arrays: pathlib.Path, noted: dict[str, dict]
+) -> dict[str, dict]:
+  """Of the journal, the arrays that hold what it says; others are removed.
+
+  What was noted may have been lost since: disks write late.
+  """
+  entries: dict[str, list[dict]] = {path: [] for path in job.leaves}
+  for unit in job.units():
+    if unit.name in noted:
+      entries[unit.row.target].append(noted[unit.name])
+  kept: dict[str, dict] = {}
+  for path, mine in entries.items():
+    folder, (shape, dtype) = stores.place(arrays, path), job.leaves[path]
+    if mine and stores.holds(folder, shape, dtype, mine):
+      kept |= {entry["unit"]: entry for entry in mine}
+    else:
+      shutil.rmtree(folder, ignore_errors=True)
+  return kept
 
 
-def _write_unit(job: Job, work: pathlib.Path, unit: Unit) -> dict[str, Any]:
+def _write_unit(job: Job, arrays: pathlib.Path, unit: Unit) -> dict[str, Any]:
   """Writes one piece; its entry in the journal."""
   row, found = unit.row, job.found[unit.part].tensors
-  arrays = []
+  read = []
   for source in row.sources:
     first = source.rows[0] if source.rows else 0
     stop = source.rows[1] if source.rows else unit.stop
     stop = stop if unit.stop is None else first + unit.stop
-    arrays.append(found[source.name].read(first + unit.start, stop))
+    read.append(found[source.name].read(first + unit.start, stop))
   shape, dtype = job.leaves[row.target]
-  value = np.ascontiguousarray(row.convert(*arrays).astype(dtype))
-  store = stores.open_array(
-      stores.place(work / "arrays", row.target), shape, dtype,
-      row.layer is not None)
-  if row.layer is not None:
-    store[row.layer].write(value).result()
-  elif value.shape == shape:
-    store.write(value).result()
-  else:
-    first = row.at + unit.start
-    store[first:first + len(value)].write(value).result()
+  value = np.ascontiguousarray(row.convert(*read).astype(dtype))
+  is_layer = row.layer is not None
+  value = value[None] if is_layer else value
+  first = row.layer if is_layer else row.at + unit.start
+  stores.write(stores.place(arrays, row.target), shape, value, first, is_layer)
   return {
       "unit": unit.name, "sources": [s.name for s in row.sources],
-      "bytes": value.nbytes,
-      "sha256": hashlib.sha256(value.reshape(-1).view(np.uint8)).hexdigest(),
+      "first": first, "rows": len(value), "bytes": value.nbytes,
+      "sha256": stores.digest(value),
   }
 
 
 def _assemble(
     job: Job, work: pathlib.Path, done: dict[str, dict], seconds: float
 ) -> dict[str, Any]:
-  """Makes the model folder of the arrays; its report. Can be repeated."""
+  """Makes the model folder of the arrays; its report."""
   model = work / "model"
   for top in sorted({path.split("/")[0] for path in job.leaves}):
     paths = [p for p in job.leaves if p.startswith(top + "/")]
-    if not (model / top).exists():
-      stores.write_skeleton(model / top, [p.split("/")[1:] for p in paths])
+    stores.write_skeleton(model / top, [p.split("/")[1:] for p in paths])
     for path in paths:
-      array = stores.place(work / "arrays", path)
-      if array.exists():
-        shutil.rmtree(stores.place(model, path))
-        os.rename(array, stores.place(model, path))
+      shutil.rmtree(stores.place(model, path), ignore_errors=True)
+      os.rename(stores.place(work / "arrays", path), stores.place(model, path))
     checkpoints.write_json(model / top / checkpoints.CHECKSUMS, {
         path.partition("/")[2]: stores.checksum(stores.place(model, path))
         for path in paths})
@@ -360,5 +382,6 @@ def _report(job: Job, done: dict[str, dict], seconds: float) -> dict[str, Any]:
       "files": [{"name": f.name, "bytes": f.stat().st_size}
                 for found in job.found for f in found.files],
       "arrays": [{"array": e["unit"], "from": e["sources"],
-                  "sha256": e["sha256"]} for e in done.values()],
+                  "sha256": e["sha256"]}
+                 for e in (done[unit.name] for unit in job.units())],
   }

@@ -1,12 +1,9 @@
 """Tensors of published checkpoints, read from disk piece by piece.
 
 Two file formats are read without their frameworks: safetensors, and the zip
-archives of `torch.save`. The pickle in the latter is parsed by an unpickler
-that knows tensors and nothing else: it imports and calls nothing of what the
-file names.
+archives of `torch.save`, whose pickle `unpickle` parses.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 import dataclasses
 import io
@@ -17,10 +14,12 @@ import pickle
 import struct
 from typing import Any
 import zipfile
+import zlib
 
 import ml_dtypes
 import numpy as np
 
+from ssd_jax import unpickle
 from ssd_jax.config import UserError
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -30,22 +29,13 @@ _SAFE_DTYPES = {
     "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
     "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }
-_TORCH_DTYPES = {
-    "DoubleStorage": np.float64, "FloatStorage": np.float32,
-    "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
-    "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
-}
-# What trainers leave beside the weights; read as nothing.
-_INERT = (
-    "argparse.", "omegaconf.", "pytorch_lightning.", "lightning.",
-    "lightning_fabric.", "numpy.", "torch.", "typing.", "pathlib.",
-    "collections.", "copyreg._reconstructor", "builtins.object",
-    "builtins.set", "builtins.dict", "builtins.int", "builtins.list",
-    "_codecs.encode",
-)
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _WRAPPERS = ("model", "module", "state_dict")
+_DEEPEST = 4  # wrappers in each other
+# What a parser of damaged bytes may raise; each becomes one line.
+_DAMAGE = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+    RuntimeError, MemoryError, EOFError, struct.error, zlib.error,
+    pickle.UnpicklingError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,18 +175,23 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
       dtype = np.dtype(_SAFE_DTYPES[entry["dtype"]])
       shape = tuple(entry["shape"])
       start, stop = entry["data_offsets"]
-      if stop - start != math.prod(shape) * dtype.itemsize or start < 0:
+      unpickle.check_counts(name, start, stop, *shape)
+      if stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"wrong size of {name}")
       end = max(end, stop)
       tensors[name] = Tensor(file, 8 + length + start, shape, dtype)
-  except (ValueError, KeyError, TypeError, AttributeError,
-          struct.error) as error:
-    raise UserError(f"got a damaged {file} ({error}), expected a safetensors "
-                    f"file; {_AGAIN}") from error
+  except _DAMAGE as error:
+    raise UserError(f"got a damaged {file} ({_short(error)}), expected a "
+                    f"safetensors file; {_AGAIN}") from error
   if 8 + length + end > size:
     raise UserError(f"got a truncated {file} of {size} bytes, expected "
                     f"{8 + length + end}; {_AGAIN}")
   return tensors
+
+
+def _short(error: BaseException) -> str:
+  """What an error says, in one line."""
+  return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -222,7 +217,7 @@ def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
       if order in entries and archive.read(order).strip() != b"little":
         raise UserError(f"got a big-endian {file}, expected little-endian "
                         "numbers; save it again on another machine")
-      unpickler = _Unpickler(archive.read(pickled[0]), file)
+      unpickler = unpickle.Unpickler(archive.read(pickled[0]), file)
       tree = unpickler.load()
       with open(file, "rb") as f:
         place = lambda storage: _data_offset(
@@ -233,14 +228,15 @@ def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
         f"got {file}, no zip archive, truncated, or written before torch 1.6, "
         f"expected a whole file of torch.save; {_AGAIN}, or load and save it "
         "with a newer torch") from error
-  except (KeyError, pickle.UnpicklingError, EOFError, IndexError,
-          AttributeError, TypeError, struct.error) as error:
-    raise UserError(f"got a damaged {file} ({error}), expected a file of "
-                    f"torch.save; {_AGAIN}") from error
+  except UserError:
+    raise
+  except _DAMAGE as error:
+    raise UserError(f"got a damaged {file} ({_short(error)}), expected a file "
+                    f"of torch.save; {_AGAIN}") from error
 
 
 def _data_offset(
-    f: io.BufferedReader, info: zipfile.ZipInfo, storage: "_Storage"
+    f: io.BufferedReader, info: zipfile.ZipInfo, storage: unpickle.Storage
 ) -> int:
   """The first byte of a storage, an entry of a zip archive."""
   if info.file_size < storage.count * storage.dtype.itemsize:
@@ -253,107 +249,26 @@ def _data_offset(
   return info.header_offset + 30 + name + extra
 
 
-@dataclasses.dataclass
-class _Storage:
-  dtype: np.dtype
-  key: str
-  count: int
-
-
-@dataclasses.dataclass
-class _View:
-  storage: _Storage
-  offset: int
-  shape: tuple[int, ...]
-  strides: tuple[int, ...]
-
-
-class _Nothing:
-  """Stands for every object that is no tensor."""
-
-  def __new__(cls, *args, **kwargs):
-    del args, kwargs
-    return super().__new__(cls)
-
-  def __init__(self, *args, **kwargs):
-    del args, kwargs
-
-  def __call__(self, *args, **kwargs):
-    return self
-
-  def __setstate__(self, state):
-    del state
-
-  def __setitem__(self, key, value):
-    del key, value
-
-  def append(self, value):
-    """Drops it."""
-    del value
-
-  def extend(self, values):
-    """Drops them."""
-    del values
-
-  def __hash__(self):
-    return id(self)
-
-
-class _Unpickler(pickle.Unpickler):
-  """Reads tensors as views of storages; imports nothing."""
-
-  def __init__(self, data: bytes, file: pathlib.Path):
-    super().__init__(io.BytesIO(data), encoding="utf-8")
-    self._file = file
-
-  def find_class(self, module: str, name: str) -> Any:
-    """Our stand-in for a global that the pickle names."""
-    full = f"{_PYTHON_2.get(module, module)}.{name}"
-    if full == "collections.OrderedDict":
-      return OrderedDict
-    if full == "torch._utils._rebuild_tensor_v2":
-      return lambda storage, offset, shape, strides, *_: _View(
-          storage, offset, tuple(shape), tuple(strides))
-    if full == "torch._utils._rebuild_parameter":
-      return lambda data, *_: data
-    if full == "torch.Size":
-      return tuple
-    if module == "torch" and name in _TORCH_DTYPES:
-      return np.dtype(_TORCH_DTYPES[name])
-    if any(full.startswith(known) for known in _INERT):
-      return _Nothing
-    raise UserError(
-        f"got {self._file} that asks for {full}, expected weights only; do not "
-        "use this file unless you trust it, and then save its state dict alone")
-
-  def persistent_load(self, pid: Any) -> _Storage:
-    """The storage that a persistent id names."""
-    kind, dtype, key, _, count = pid
-    if kind != "storage" or not isinstance(dtype, np.dtype):
-      raise pickle.UnpicklingError(f"unknown storage {pid!r}")
-    return _Storage(dtype, str(key), count)
-
-
 def _state_dict(
     tree: Any, file: pathlib.Path, place
 ) -> dict[str, Tensor]:
   """The tensors of what was pickled, out of its wrappers."""
-  while isinstance(tree, dict) and not any(
-      isinstance(value, _View) for value in tree.values()):
+  for _ in range(_DEEPEST):  # tensors may lie beside a wrapper, too
     inner = [tree[name] for name in _WRAPPERS
-             if isinstance(tree.get(name), dict)]
-    if not inner:
-      raise UserError(f"got {file} without tensors, expected a state dict; "
-                      "check the file")
-    tree = inner[0]
+             if isinstance(tree, dict) and isinstance(tree.get(name), dict)]
+    tree = inner[0] if inner else tree
   if not isinstance(tree, dict):
     raise UserError(f"got {file} that holds no dictionary, expected a state "
                     "dict; check the file")
-  return {str(name): _tensor(view, file, place)
-          for name, view in tree.items() if isinstance(view, _View)}
+  views = {str(name): view for name, view in tree.items()
+           if isinstance(view, unpickle.View)}
+  if not views:
+    raise UserError(f"got {file} without tensors, expected a state dict; "
+                    "check the file")
+  return {name: _tensor(view, file, place) for name, view in views.items()}
 
 
-def _tensor(view: _View, file: pathlib.Path, place) -> Tensor:
+def _tensor(view: unpickle.View, file: pathlib.Path, place) -> Tensor:
   dtype = view.storage.dtype
   dense: list[int] = []
   step = 1

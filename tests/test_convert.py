@@ -1,121 +1,19 @@
-"""Conversion: formats, checks, resumption; no PyTorch needed."""
+"""Conversion: checks and resumption; no PyTorch needed."""
 
-import argparse
-from collections import OrderedDict
-import io
 import json
-import pickle
-import sys
+import os
+import resource
+import shutil
 import types
-import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
 from toy_weights import write_safetensors
 
-from ssd_jax import checkpoints, convert, hub, tensors
+from ssd_jax import checkpoints, convert
 from ssd_jax.config import UserError
 from ssd_jax.families import janus
-
-
-class _Storage:
-  """What a pickled tensor refers to."""
-
-  def __init__(self, array):
-    self.array = array
-
-
-class _Tensor:
-  """A view of a storage, pickled as torch pickles tensors."""
-
-  def __init__(self, storage, offset, shape, strides):
-    self.args = (storage, offset, shape, strides, False, OrderedDict())
-
-  def __reduce__(self):
-    return sys.modules["torch._utils"]._rebuild_tensor_v2, self.args
-
-
-def _global(module, name):
-  def function(*args):
-    raise AssertionError(f"{module}.{name} was called")
-
-  function.__module__, function.__qualname__ = module, name
-  function.__name__ = name
-  return function
-
-
-@pytest.fixture
-def torch_file(tmp_path, monkeypatch):
-  """Writes an object with tensors as torch.save does."""
-  root, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
-  for kind in ("FloatStorage", "BFloat16Storage"):
-    setattr(root, kind, _global("torch", kind))
-  utils._rebuild_tensor_v2 = _global("torch._utils", "_rebuild_tensor_v2")
-  monkeypatch.setitem(sys.modules, "torch", root)
-  monkeypatch.setitem(sys.modules, "torch._utils", utils)
-
-  def write(value, name="model.pt"):
-    data, storages = io.BytesIO(), []
-
-    class Pickler(pickle.Pickler):
-      def persistent_id(self, obj):
-        if not isinstance(obj, _Storage):
-          return None
-        storages.append(obj.array)
-        kind = ("BFloat16Storage" if obj.array.dtype == ml_dtypes.bfloat16
-                else "FloatStorage")
-        return ("storage", getattr(root, kind), str(len(storages) - 1), "cpu",
-                obj.array.size)
-
-    Pickler(data, protocol=2).dump(value)
-    with zipfile.ZipFile(tmp_path / name, "w") as archive:
-      archive.writestr("model/data.pkl", data.getvalue())
-      for i, array in enumerate(storages):
-        archive.writestr(f"model/data/{i}", array.tobytes())
-    return tmp_path / name
-
-  return write
-
-
-def test_safetensors_are_read_in_pieces(tmp_path):
-  """Values, types and row ranges are those written."""
-  arrays = {"a": np.arange(12, dtype=np.float32).reshape(4, 3),
-            "b": np.ones((2, 5), ml_dtypes.bfloat16)}
-  write_safetensors(tmp_path / "x.safetensors", arrays)
-  found = tensors.read_file(tmp_path / "x.safetensors")
-  assert found["b"].read().dtype == ml_dtypes.bfloat16
-  np.testing.assert_array_equal(found["a"].read(1, 3), arrays["a"][1:3])
-
-
-def test_torch_files_are_read_without_torch(torch_file):
-  """Views, wrappers and a trainer's leftovers are understood."""
-  data = np.arange(24, dtype=np.float32)
-  half = np.arange(4).astype(ml_dtypes.bfloat16)
-  file = torch_file({
-      "model": OrderedDict(
-          turned=_Tensor(_Storage(data), 2, (3, 4), (1, 3)),
-          plain=_Tensor(_Storage(half), 0, (2, 2), (2, 1))),
-      "args": argparse.Namespace(lr=1.0), "steps": 3})
-  found = tensors.read_file(file)
-  assert set(found) == {"turned", "plain"}
-  expected = data[2:14].reshape(4, 3).T
-  np.testing.assert_array_equal(found["turned"].read(), expected)
-  np.testing.assert_array_equal(found["turned"].read(1, 3), expected[1:3])
-  np.testing.assert_array_equal(found["plain"].read(1, 2), [[2, 3]])
-
-
-def test_pickles_are_not_executed(torch_file, tmp_path):
-  """A pickle that asks for a system call is refused by name."""
-
-  class Attack:
-    def __reduce__(self):
-      return eval, (f"open({str(tmp_path / 'pwned')!r}, 'w')",)
-
-  file = torch_file({"model": {"x": Attack()}})
-  with pytest.raises(UserError, match="builtins.eval"):
-    tensors.read_file(file)
-  assert not (tmp_path / "pwned").exists()
 
 
 def tiny():
@@ -226,6 +124,122 @@ def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):
   assert (out / "report.json").stat().st_mtime_ns == before
 
 
+class Stop(BaseException):
+  """A kill."""
+
+
+def stopped(source, out, at):
+  """Starts a conversion that is killed after so many pieces."""
+  left = iter(range(at - 1, -1, -1))
+
+  def progress(_):
+    if next(left) == 0:
+      raise Stop
+
+  with pytest.raises(Stop):
+    run(source, out, progress=progress)
+  return out.with_name(f".{out.name}.converting")
+
+
+def test_a_torn_journal_is_mended(source, tmp_path):
+  """A line cut by a kill spoils neither the next run nor the one after it."""
+  work = stopped(source, tmp_path / "out", 20)
+  journal = work / "journal.jsonl"
+  journal.write_bytes(journal.read_bytes()[:-30])
+  stopped(source, tmp_path / "out", 25)
+  lines = journal.read_text().splitlines()
+  assert len(lines) == 26 and all(json.loads(line) for line in lines)
+  run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    lambda file: file.write_bytes(b"x")])
+def test_what_the_disk_lost_is_written_again(source, tmp_path, damage):
+  """The journal is not believed: pieces that differ from it are redone."""
+  work = stopped(source, tmp_path / "out", 20)
+  layers = work / "arrays" / "trunk" / "layers.attn.q"
+  damage(next(f for f in layers.iterdir() if f.name.startswith("0.")))
+  run(source, tmp_path / "out")
+  expected = published(janus.recipe(tiny()))
+  trunk = checkpoints.restore(tmp_path / "out" / "trunk")
+  np.testing.assert_array_equal(
+      trunk["layers"]["attn"]["q"][0, :, 0],
+      expected["language_model.model.layers.0.self_attn.q_proj.weight"].T[:, :4]
+  )
+
+
+def test_every_rename_can_be_the_last(source, tmp_path, monkeypatch):
+  """Killed before a step of the assembly, and again, it still ends."""
+  rename, count, out = os.rename, 0, tmp_path / "out"
+  is_array = lambda path: "arrays" in str(path)
+  for is_last in (
+      lambda a, b, n: is_array(a) and n == 1,  # its place has been cleared
+      lambda a, b, n: is_array(a) and n == 9,
+      lambda a, b, n: is_array(b) and n == 3,  # on the way back
+      lambda a, b, n: b == out):
+
+    def kill(a, b, is_last=is_last):
+      nonlocal count
+      count += is_array(a) or is_array(b)
+      if is_last(a, b, count):
+        raise Stop
+      rename(a, b)
+
+    count = 0
+    monkeypatch.setattr(convert.os, "rename", kill)
+    with pytest.raises(Stop):
+      run(source, out)
+    assert not out.exists()
+  monkeypatch.setattr(convert.os, "rename", rename)
+  run(source, out)
+  np.testing.assert_array_equal(
+      checkpoints.restore(out / "trunk")["embedding"][:15],
+      published(janus.recipe(tiny()))[
+          "language_model.model.embed_tokens.weight"])
+
+
+def test_leftovers_of_a_finished_conversion_go(source, tmp_path, monkeypatch):
+  """Killed after the last rename, the next run removes the workplace."""
+  remove = shutil.rmtree
+
+  def kill(path, *args, **kwargs):
+    if path.name.endswith(".converting"):
+      raise Stop
+    remove(path, *args, **kwargs)
+
+  monkeypatch.setattr(convert.shutil, "rmtree", kill)
+  with pytest.raises(Stop):
+    run(source, tmp_path / "out")
+  assert list(tmp_path.glob(".out*"))
+  monkeypatch.setattr(convert.shutil, "rmtree", remove)
+  run(source, tmp_path / "out")
+  assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_corrected_tokenizer_is_another_conversion(source):
+  """A folder made with other files of the tokenizer is not called done."""
+  opened = lambda: convert.open_job(
+      janus.recipe(tiny()), {"source": source}, "float32").fingerprint
+  before = opened()
+  assert opened() == before
+  (source / "tokenizer.json").write_text("[]")
+  assert opened() != before
+
+
+def test_a_write_that_fails_is_one_line(source, tmp_path):
+  """A disk that fills up on the way is told, and the run can go on."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+  try:
+    with pytest.raises(UserError, match="free space") as error:
+      run(source, tmp_path / "out")
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert "\n" not in str(error.value)
+  run(source, tmp_path / "out")
+
+
 def _truncate(folder):
   file = folder / "model-0.safetensors"
   file.write_bytes(file.read_bytes()[:-7])
@@ -305,46 +319,3 @@ def test_other_folders_are_left_alone(source, tmp_path):
   (tmp_path / "out" / "diary").write_text("dear")
   with pytest.raises(UserError, match="something else"):
     run(source, tmp_path / "out")
-
-
-class FakeHub(types.ModuleType):
-  """huggingface_hub over a local folder."""
-
-  def __init__(self, folder, error=None):
-    super().__init__("huggingface_hub")
-    self.folder, self.error, self.fetched = folder, error, []
-
-  def HfApi(self):
-    return self
-
-  def list_repo_files(self, name, revision=None):
-    if self.error:
-      raise self.error
-    return [str(p.relative_to(self.folder)) for p in self.folder.rglob("*")
-            if p.is_file()]
-
-  def hf_hub_download(self, name, file, revision=None):
-    self.fetched.append(file)
-    return str(self.folder / file)
-
-
-def test_only_what_is_needed_is_downloaded(source, monkeypatch):
-  """An index brings its shards, not everything in the repository."""
-  fake = FakeHub(source)
-  (source / "pytorch_model.bin").write_text("not needed")
-  monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-  recipe = janus.recipe(tiny())
-  wanted = [recipe.parts[0].inside, recipe.tokenizer]
-  assert hub.folder_of("hf:a/b", wanted) == source
-  assert sorted(fake.fetched) == [
-      "model-0.safetensors", "model-1.safetensors",
-      "model.safetensors.index.json", "tokenizer.json"]
-
-
-def test_hub_errors_are_one_line(source, monkeypatch):
-  """A gated or absent repository tells what to do."""
-  fake = FakeHub(source, OSError("403 Client Error\nmore"))
-  monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-  with pytest.raises(UserError, match="HF_TOKEN") as error:
-    hub.folder_of("hf:a/b", [("x",)])
-  assert "\n" not in str(error.value)

@@ -36,8 +36,8 @@ def janus_config():
 def emu3_config():
   config = emu3.get_config("3:2")
   config.area = 6 * 4 * 4  # 2 x 3 cells of 4 px
-  config.ids.update(start=300, end_of_row=301, image=302, begin_of_image=303,
-                    first_code=304)
+  config.ids.update(specials=260, start=300, end_of_row=301, image=302,
+                    begin_of_image=303, first_code=304)
   config.suffix, config.negative = " in the rain", "blue dog"
   shrink_trunk(config, 304 + CODES, kv=2)
   shrink_vq(config, levels=3, dim=4, z=4)

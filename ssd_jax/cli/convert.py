@@ -15,7 +15,8 @@ RECIPES = {
     "llamagen": llamagen.recipe, "lumina": lumina.recipe,
     "anole": anole.recipe, "janus": janus.recipe, "emu3": emu3.recipe,
 }
-_PLACES = ("source", "vq", "text_encoder", "tokenizer")
+_WHAT = {"source": "trunk", "vq": "image tokenizer",
+         "text_encoder": "T5 encoder", "tokenizer": "tokenizer of texts"}
 
 
 def define_flags() -> None:
@@ -23,10 +24,9 @@ def define_flags() -> None:
   where = "a folder or hf:ORG/NAME"
   flags.DEFINE_string("source", None, f"The trunk's checkpoint: {where}.")
   flags.DEFINE_string("out", None, "The model folder to be made.")
-  for name, what in (("vq", "image tokenizer"), ("text_encoder", "T5 encoder"),
-                     ("tokenizer", "tokenizer of texts")):
+  for name in ("vq", "text_encoder", "tokenizer"):
     flags.DEFINE_string(
-        name, None, f"The {what}'s files: {where}; default: in --source."
+        name, None, f"The {_WHAT[name]}'s files: {where}; default: in --source."
         + (" `none` leaves it out: prompts are then files of its features."
            if name == "text_encoder" else ""))
   flags.DEFINE_enum(
@@ -42,14 +42,14 @@ def body() -> None:
   for name in ("source", "out"):
     if not getattr(values, name):
       raise UserError(f"got no --{name}, expected a folder; give one")
-  given = {name: getattr(values, name) for name in _PLACES
+  given = {name: getattr(values, name) for name in _WHAT
            if getattr(values, name)}
   if given.get("text_encoder") == "none":
     del given["text_encoder"]
     recipe = recipe.without_text_encoder()
   _check_places(recipe, given)
-  folders = {name: hub.folder_of(source, _wanted(recipe, name, given))
-             for name, source in given.items()}
+  folders = fetched(
+      recipe, {name: hub.Place(source) for name, source in given.items()})
   job = convert.open_job(recipe, folders, values.dtype)
   out = pathlib.Path(values.out)
   if convert.finished(job, out) is not None:
@@ -90,15 +90,45 @@ def _check_places(recipe: Recipe, given: dict[str, str]) -> None:
           f"{recipe.family}; leave it out")
 
 
-def _wanted(recipe: Recipe, flag: str, given: dict) -> list[tuple[str, ...]]:
-  """What is looked for in the place that a flag names."""
-  home = lambda name: name if name in given else "source"
-  wanted = [
-      part.patterns if part.flag == flag else part.inside
-      for part in recipe.parts if home(part.flag) == flag]
-  if home("tokenizer") == flag:
-    wanted += [(pattern,) for pattern in recipe.tokenizer]
-  return wanted
+def fetched(
+    recipe: Recipe, places: dict[str, hub.Place]
+) -> dict[str, pathlib.Path]:
+  """The local folder of each flag; nothing is fetched before all is found.
+
+  Raises:
+    UserError: when a place lacks what is looked for there, or is out of reach.
+  """
+  wanted: dict[str, list[tuple[str, ...]]] = {name: [] for name in places}
+  for part in recipe.parts:
+    is_own = part.flag in places
+    flag = part.flag if is_own else "source"
+    patterns = part.patterns if is_own else part.inside
+    if not (is_own and places[flag].path.is_file()):
+      _find(_WHAT[part.flag], part.flag, [places[flag]], patterns)
+    wanted[flag].append(patterns)
+  flags = [name for name in convert.tokenizer_places(places) if name in places]
+  for pattern in recipe.tokenizer:
+    found = _find(_WHAT["tokenizer"], "tokenizer",
+                  [places[name] for name in flags], (pattern,))
+    wanted[flags[found]].append((pattern,))
+  return {name: place.folder(wanted[name]) for name, place in places.items()}
+
+
+def _find(
+    what: str, flag: str, places: list[hub.Place], patterns: tuple[str, ...]
+) -> int:
+  """The index of the first place that has a file.
+
+  Raises:
+    UserError: when none has.
+  """
+  for i, place in enumerate(places):
+    if place.has(patterns):
+      return i
+  raise UserError(
+      f"got {' and '.join(place.source for place in places)} without any of "
+      f"{', '.join(patterns)}, expected the {what}'s files; say where they "
+      f"are with --{flag}")
 
 
 def main() -> None:

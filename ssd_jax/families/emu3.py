@@ -61,8 +61,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       video=True))
   config.theta = 1_000_000.0
   config.ids = ml_collections.ConfigDict(dict(
-      start=151_849, end_of_row=151_846, image=151_851, begin_of_image=151_852,
-      first_code=151_854))
+      specials=151_643, start=151_849, end_of_row=151_846, image=151_851,
+      begin_of_image=151_852, first_code=151_854))
   config.area = 720 * 720  # pixels
   config.ratio = variant  # width:height
   config.suffix = " masterpiece, film grained, best quality."
@@ -134,11 +134,24 @@ class Emu3(Published):
     lines = self.tokenizer_file(_RANKS).read_bytes().splitlines()
     pairs = (line.split() for line in lines if line)
     ranks = {base64.b64decode(word): int(rank) for word, rank in pairs}
+    self.check_ranks(ranks)
     return tiktoken.Encoding("emu3", pat_str=_WORDS, mergeable_ranks=ranks,
                              special_tokens={})
 
+  def check_ranks(self, ranks: dict[bytes, int]) -> None:
+    """Raises UserError unless words end where the special tokens begin."""
+    count = self.config.ids.specials
+    if sorted(ranks.values()) != list(range(count)):
+      raise UserError(
+          f"got {_RANKS} with {len(ranks)} pieces of words, expected those of "
+          f"the ids 0 to {count - 1}, each once; convert again with its own "
+          "tokenizer files")
+
   def check_ids(self, names: list[str]) -> None:
-    """Raises UserError unless the vision tokens' names are where ids say."""
+    """Raises UserError unless the vision tokens' names are where ids say.
+
+    The first line is the token before the picture, the others follow it.
+    """
     ids = self.config.ids
     codes = [f"<|visual token {code:06d}|>"
              for code in (0, self.trunk.vocab_out - 1)]
@@ -146,9 +159,8 @@ class Emu3(Published):
                 "<|image start|>": ids.begin_of_image, codes[0]: ids.first_code,
                 codes[1]: ids.first_code + self.trunk.vocab_out - 1}
     place = {name.strip(): line for line, name in enumerate(names)}
-    first = ids.image - place.get("<|image token|>", 0)
     for name, index in expected.items():
-      if place.get(name, -1) + first != index:
+      if ids.image + place.get(name, -1) != index:
         raise UserError(
             f"got {_VISION} without {name!r} at id {index}, expected "
             "Emu3-Gen's; convert again with its own tokenizer files")

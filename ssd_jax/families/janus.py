@@ -102,7 +102,7 @@ class Janus(Published):
   def streams(self, text: str) -> tuple[Ids, Ids]:
     """A turn of a conversation; and as much padding."""
     start, pad, image = map(self._id, (_START, _PAD, _IMAGE))
-    words = f"<|User|>: {text}\n\n<|Assistant|>:"
+    words = f"<|User|>: {text.strip()}\n\n<|Assistant|>:"
     prompt = (start, *self.text_ids(words), image)
     return prompt, (start, *[pad] * (len(prompt) - 2), image)
 

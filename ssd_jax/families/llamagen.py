@@ -79,6 +79,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.theta = 10_000.0
   config.side = int(pixels) // 16  # cells
   config.tokenizer = "" if config.classes else "tokenizer.json"
+  # Published code takes a scale below 1 for 1; here it leans to no condition.
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=4.0, temperature=1.0, top_k=2000, top_p=1.0) if config.classes
       else dict(guidance=7.5, temperature=1.0, top_k=1000, top_p=1.0))

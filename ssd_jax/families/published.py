@@ -120,7 +120,10 @@ class Published:
   def text_tokenizer(self):
     """The checkpoint's own tokenizer of texts (`tokenizers.Tokenizer`)."""
     file = self.tokenizer_file(self.config.tokenizer)
-    return need("tokenizers", "text").Tokenizer.from_file(str(file))
+    tokenizer = need("tokenizers", "text").Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()  # files may hold what a trainer had set
+    tokenizer.no_padding()
+    return tokenizer
 
   def tokenizer_file(self, name: str) -> pathlib.Path:
     """A file of the model's tokenizer."""
