@@ -8,17 +8,19 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import math
 import os
 import pathlib
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax import checkpoints, sharding
+from ssd_jax import checkpoints, names, sharding
 from ssd_jax.config import UserError, from_config_dict
 from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
 from ssd_jax.models.drafter import DrafterConfig, bind_drafter
@@ -145,14 +147,21 @@ def _vq_shapes(family: Any) -> Params:
 
 
 def random_params(family: Any) -> Params:
-  """{"trunk": random parameters}, in the dtype they are used in."""
-  generator = family.generator
+  """{"trunk": random parameters}, in the dtype they are used in.
 
-  @jax.jit
-  def make(key):
-    return jax.tree.map(lambda x: x.astype(_dtype()), generator.init(key))
+  Arrays are made one by one, the largest first: drawing an array takes up to
+  four times its memory in float32, for a while.
+  """
+  init = lambda key: names.leaves(family.generator.init(key)["trunk"], "trunk")
 
-  return sharding.create(make, jax.random.key(0))
+  def make(path, key):
+    return {path: init(key)[path].astype(_dtype())}
+
+  key, made = jax.random.key(0), dict[str, jax.Array]()
+  shapes = jax.eval_shape(init, key)
+  for path in sorted(shapes, key=lambda path: -math.prod(shapes[path].shape)):
+    made |= sharding.create(jax.jit(functools.partial(make, path)), key)
+  return traverse_util.unflatten_dict(made, sep="/")
 
 
 def _pipeline(

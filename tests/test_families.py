@@ -241,6 +241,15 @@ def test_memory_is_looked_at_first(monkeypatch):
     loading.from_config(lumina.get_config())
 
 
+def test_random_weights_are_those_of_init():
+  """Made one by one to spare memory, arrays are those of the whole."""
+  config = CONFIGS["llamagen_class"]()
+  family = loading.FAMILIES[config.family]({"config": config.to_dict()}, None)
+  made = loading.random_params(family)
+  jax.tree.map(np.testing.assert_array_equal, made,
+               jax.jit(family.generator.init)(jax.random.key(0)))
+
+
 def test_choices_of_a_made_model():
   """Size and ratio are open until drawing; what weights fix is not."""
   settings = {"family": "lumina", "config": lumina.get_config().to_dict()}
