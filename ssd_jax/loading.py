@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax import checkpoints, names, sharding
+from ssd_jax import checkpoints, memory, names, sharding
 from ssd_jax.config import UserError, from_config_dict
 from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
 from ssd_jax.models.drafter import DrafterConfig, bind_drafter
@@ -209,7 +209,7 @@ def _check_memory(family: Any) -> None:
   """Raises UserError when the trunk does not fit into memory."""
   shapes = jax.eval_shape(family.generator.init, jax.random.key(0))
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
-  needed, free = count * np.dtype(_dtype()).itemsize, _free_memory()
+  needed, free = count * np.dtype(_dtype()).itemsize, memory.free()
   needed //= sharding.parameters_apart()
   if free is not None and needed > free:
     raise UserError(
@@ -217,18 +217,6 @@ def _check_memory(family: Any) -> None:
         f"{needed / 1e9:.1f} GB of them here in {np.dtype(_dtype())}, expected "
         f"at most the {free / 1e9:.1f} GB of free memory; choose a smaller "
         "model or a larger machine, or share it by --mesh tensor=8")
-
-
-def _free_memory() -> int | None:
-  """Bytes free on the device, or None where nobody tells."""
-  stats = jax.local_devices()[0].memory_stats()
-  if stats:
-    return stats["bytes_limit"] - stats["bytes_in_use"]
-  table = pathlib.Path("/proc/meminfo")
-  if not table.is_file():
-    return None
-  lines = dict(line.split(":") for line in table.read_text().splitlines())
-  return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def require(name: str | os.PathLike, family: str) -> None:

@@ -24,6 +24,7 @@ from ssd_jax.decoding import engine
 from ssd_jax.extras import need
 from ssd_jax.grid import Grid
 from ssd_jax.models import rope
+from ssd_jax.models.apart import for_drawing
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.transformer import TrunkConfig
 from ssd_jax.sampling import Sampling
@@ -174,7 +175,7 @@ class Ours:
         np.arange(cfg.vocab_in, dtype=np.int32), jnp.dtype(setting.dtype))
     self._setting = setting
     self.model: Model = generator.model()
-    self.params = read_llama(cfg, theirs.model.state_dict())
+    self.params = for_drawing(read_llama(cfg, theirs.model.state_dict()))
     rows = (setting.batch, setting.prompt)
     self._prompt = Prompt(
         jnp.asarray(setting.prompts, jnp.int32), jnp.ones(rows, bool),

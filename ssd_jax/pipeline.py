@@ -17,6 +17,7 @@ from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name, engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.relaxed import neighbour_table
+from ssd_jax.models.apart import for_drawing
 from ssd_jax.progress import Clock, Listener, Progress
 from ssd_jax.sampling import Sampling
 from ssd_jax.streaming import Order, Picture, Stream
@@ -196,18 +197,24 @@ class Pipeline:
         guided))
 
   def params_for(self, decoder: engine.Decoder) -> Params:
-    """Parameters, with the table of neighbouring codes for who reads one.
+    """Parameters in the form that this device draws with.
 
-    It is made of the tokenizer's codebook, without one of the trunk's input
-    table, when a decoder that has `neighbours` first asks.
+    For who reads one, with the table of neighbouring codes. It is made of the
+    tokenizer's codebook, without one of the trunk's input table, when a decoder
+    that has `neighbours` first asks.
     """
+    params = self._drawing
     count = min(getattr(decoder, "neighbours", 0), self.model.vocab - 1)
-    if count < 1 or "neighbours" in self.params:
-      return self.params
+    if count < 1 or "neighbours" in params:
+      return params
     if count not in self._neighbours:
       table_VK = neighbour_table(self._codes_VE(), count)
       self._neighbours[count] = jnp.asarray(table_VK)
-    return {**self.params, "neighbours": self._neighbours[count]}
+    return {**params, "neighbours": self._neighbours[count]}
+
+  @functools.cached_property
+  def _drawing(self) -> Params:
+    return for_drawing(self.params)
 
   @functools.cached_property
   def _neighbours(self) -> dict[int, jax.Array]:

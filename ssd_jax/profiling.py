@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ssd_jax import sampling as sampling_lib
 from ssd_jax.decoding import acceptance, engine
 from ssd_jax.decoding.acceptance import Drafts
+from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.jacobi import SJD
 from ssd_jax.models import transformer
 from ssd_jax.pipeline import Pipeline
@@ -91,14 +92,15 @@ class Profiler:
     self._settings, guided = pipe.sampling(**sampling)
     self._prompt, _ = pipe.family.encode_prompts([text] * batch, guided)
     self._streams = 1 + guided
+    self._params = pipe.params_for(AR())
     self._cache = jax.jit(lambda: pipe.model.prefill(
-        pipe.params, self._prompt, 0)[1])()
+        self._params, self._prompt, 0)[1])()
     self._programs: dict[int, Any] = {}
 
   @functools.cached_property
   def counts(self) -> tuple[int, int]:
     """(bytes of weights, keys and values; weights that multiply queries)."""
-    trunk = {k: v for k, v in self.pipe.params["trunk"].items()
+    trunk = {k: v for k, v in self._params["trunk"].items()
              if k != "embedding" and not k.startswith("caption")}
     leaves = jax.tree.leaves(trunk)
     moved = sum(x.nbytes for x in leaves + jax.tree.leaves(self._cache))
@@ -153,7 +155,7 @@ class Profiler:
 
     def run():
       hidden, held[0] = forward(
-          self.pipe.params, held[0], self._prompt, queries)
+          self._params, held[0], self._prompt, queries)
       return hidden
 
     return seconds_of(run)
@@ -177,7 +179,7 @@ class Profiler:
     hidden = self._normal(
         self._streams, self.batch, count, self._hidden_width)
     hidden = hidden.astype(self._cache.k.dtype)
-    return self.pipe.model.logits, (self.pipe.params, hidden)
+    return self.pipe.model.logits, (self._params, hidden)
 
   @property
   def _hidden_width(self) -> int:
@@ -227,7 +229,7 @@ class Profiler:
       return self._sample(logits, key, slots)
 
     return draft, (
-        self.pipe.params, hidden.astype(self._cache.k.dtype), tokens,
+        self._params, hidden.astype(self._cache.k.dtype), tokens,
         jax.random.key(0), jnp.arange(count))
 
   def _normal(self, *shape: int, seed: int = 0) -> jax.Array:
@@ -235,7 +237,7 @@ class Profiler:
 
   def _decoded(self, queries: int) -> Callable[[], engine.Decoded]:
     """Draws a batch with a window of so many queries."""
-    args = (self.pipe.params, self._prompt, self._settings, jax.random.key(0),
+    args = (self._params, self._prompt, self._settings, jax.random.key(0),
             jnp.arange(self.batch))
     if queries not in self._programs:
       self._programs[queries] = engine.decode.lower(

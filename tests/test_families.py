@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy_families import CONFIGS
 
-from ssd_jax import loading
+from ssd_jax import loading, memory
 from ssd_jax.cli.convert import RECIPES
 from ssd_jax.config import UserError
 from ssd_jax.families import anole, emu3, janus, llamagen, lumina, published
@@ -236,7 +236,7 @@ def test_random_weights_need_no_files(name):
 
 def test_memory_is_looked_at_first(monkeypatch):
   """A trunk that cannot fit is an error before it is made."""
-  monkeypatch.setattr(loading, "_free_memory", lambda: 10**10)
+  monkeypatch.setattr(memory, "free", lambda: 10**10)
   with pytest.raises(UserError, match="got a trunk of 6.8 billion"):
     loading.from_config(lumina.get_config())
 

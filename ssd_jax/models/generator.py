@@ -152,10 +152,12 @@ class Generator:
     return sharding.whole(rows.astype(self.dtype))
 
   def _apply(self, params: Params, *args, **kwargs):
-    trunk, weights = self.trunk, params["trunk"]
+    weights = params["trunk"]
+    trunk = self.trunk.clone(apart="layers" not in weights)
     if int8.is_quantized(weights):  # layers become floats one by one
       trunk = trunk.clone(packed=True)
-      weights = {**int8.dequantize(weights), "layers": weights["layers"]}
+      layers = {k: v for k, v in weights.items() if k.startswith("layers")}
+      weights = int8.dequantize(weights) | layers
     return trunk.apply({"params": weights}, *args, **kwargs)
 
   def _turns(self, positions: jax.Array) -> jax.Array:

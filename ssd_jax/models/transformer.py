@@ -3,7 +3,8 @@
 Pre-norm RMSNorm, SwiGLU, no biases, rotary positions given per slot, optional
 per-head LayerNorm of queries and keys (Chameleon). Layers are stacked along
 axis 0 of their parameters and run by `nn.scan`; the cache rides in the carry,
-so that no second copy of it is made.
+so that no second copy of it is made. Or they are apart, one after another in
+the program: see models/apart.py.
 """
 
 import dataclasses
@@ -175,7 +176,9 @@ class Attention(nn.Module):
             1.0, "fan_in", "normal", in_axis=(0, 1), out_axis=2),
         (cfg.n_heads, cfg.head_dim, cfg.d_model),
     )
-    return jnp.einsum("sqnh,nhd->sqd", y, o.astype(y.dtype)), cache
+    # One product of two matrices: left to itself XLA turns the weights around.
+    y_SQE = y.reshape(*y.shape[:2], -1)
+    return y_SQE @ o.astype(y.dtype).reshape(-1, cfg.d_model), cache
 
 
 class SwiGLU(nn.Module):
@@ -227,11 +230,13 @@ class Trunk(nn.Module):
     cfg: Sizes and options.
     taps: Layers whose outputs are appended to the hidden states.
     packed: Whether the layers' matrices are in int8.
+    apart: Whether each layer has parameters of its own.
   """
 
   cfg: TrunkConfig
   taps: tuple[int, ...] = ()
   packed: bool = False
+  apart: bool = False
 
   def setup(self):  # noqa: D102
     cfg = self.cfg
@@ -240,14 +245,18 @@ class Trunk(nn.Module):
     )
     block = nn.remat(Layer, prevent_cse=False) if cfg.remat else Layer
     block = int8.dequantized(block) if self.packed else block
-    self.layers = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-        length=cfg.n_layers,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )(cfg, emit=bool(self.taps))
+    if self.apart:
+      self.layers = [
+          block(cfg, emit=bool(self.taps)) for _ in range(cfg.n_layers)]
+    else:
+      self.layers = nn.scan(
+          block,
+          variable_axes={"params": 0},
+          split_rngs={"params": True},
+          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+          length=cfg.n_layers,
+          metadata_params={nn.PARTITION_NAME: "layers"},
+      )(cfg, emit=bool(self.taps))
     self.final_norm = RMSNorm(cfg.norm_eps)
     width = cfg.head_hidden or cfg.d_model
     self.head = self.param("head", _dense, (width, cfg.vocab_out))
@@ -278,11 +287,17 @@ class Trunk(nn.Module):
       cache: Keys and values of every slot, or None.
       slots_SQ: Where the queries are written; out of range is dropped.
     """
-    layers = jnp.arange(self.cfg.n_layers)
-    (x_SQD, cache), every_LSQD = self.layers(
-        (sharding.whole(x_SQD), cache), layers, cos_sin_SQh2, visible_SQX,
-        slots_SQ,
-    )
+    carry = (sharding.whole(x_SQD), cache)
+    rest = (cos_sin_SQh2, visible_SQX, slots_SQ)
+    if self.apart:
+      every_LSQD = []
+      for index, layer in enumerate(self.layers):
+        carry, x_SQD = layer(carry, index, *rest)
+        every_LSQD.append(x_SQD)
+    else:
+      carry, every_LSQD = self.layers(
+          carry, jnp.arange(self.cfg.n_layers), *rest)
+    x_SQD, cache = carry
     x_SQD = sharding.whole(x_SQD)  # else what follows would cut the loop's
     if self.taps:
       tapped = [every_LSQD[layer] for layer in self.taps]

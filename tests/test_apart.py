@@ -1,0 +1,75 @@
+"""Layers apart: the same drawing, without copies of weights in the loop."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import testkit as kit
+
+from ssd_jax import hlo, memory
+from ssd_jax.decoding import by_name, engine
+from ssd_jax.models import apart as apart_lib
+from ssd_jax.models.apart import apart, for_drawing
+
+
+@pytest.fixture(autouse=True)
+def tiny_is_large(monkeypatch):
+  """Trunks of any size are copied."""
+  monkeypatch.setattr(apart_lib, "_LEAST", 0)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_layers_apart_draw_what_stacked_layers_draw(guidance):
+  """Decoders see the same model in both forms of its parameters."""
+  pipe = kit.tiny(3, 3, vocab=7, guidance=guidance)
+  settings, guided = pipe.sampling()
+  prompt, _ = pipe.family.encode_prompts(["ab"] * 2, guided)
+  drawn = [
+      engine.decode(pipe.model, by_name.parse("sjd"), params, prompt, settings,
+                    jax.random.key(3), jnp.arange(2)).tokens
+      for params in (pipe.params, for_drawing(pipe.params))]
+  np.testing.assert_array_equal(*drawn)
+
+
+def test_taps_come_in_the_order_of_layers_from_both_forms():
+  """States of the same layers are appended, whichever form is given."""
+  pipe = kit.tiny()
+  generator = dataclasses.replace(pipe.family.generator, taps=(1, 0))
+  prompt, _ = pipe.family.encode_prompts(["ab"], False)
+  tokens = jnp.zeros((1, generator.grid.length), jnp.int32)
+  found = [generator.hidden({"trunk": trunk}, prompt, tokens)
+           for trunk in (pipe.params["trunk"], apart(pipe.params["trunk"]))]
+  np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_small_trunks_and_those_without_room_stay_stacked(monkeypatch):
+  """Layers are copied where that pays and a copy fits twice over."""
+  params = kit.tiny().params
+  monkeypatch.setattr(memory, "free", lambda: 0)
+  assert for_drawing(params) is params
+  monkeypatch.setattr(memory, "free", lambda: None)  # nobody tells
+  assert "layers_0" in for_drawing(params)["trunk"]
+  monkeypatch.setattr(apart_lib, "_LEAST", 1e8)
+  assert for_drawing(params) is params
+
+
+def test_no_weight_is_moved_in_the_loop(monkeypatch):
+  """The loop multiplies by weights where they lie; stacked ones it copies."""
+  monkeypatch.setattr(hlo, "MOVES", ("copy", "transpose", "dynamic-slice"))
+  jax.config.update("jax_disable_most_optimizations", False)
+  try:
+    pipe = kit.tiny(3, 3, vocab=7)
+    settings, guided = pipe.sampling()
+    prompt, _ = pipe.family.encode_prompts(["ab"], guided)
+    stacked = jax.tree.leaves(pipe.params["trunk"]["layers"]["mlp"])
+    smallest = min(x.nbytes // len(x) for x in stacked)
+    moved = [
+        hlo.moves_in_loops(engine.decode.lower(
+            pipe.model, by_name.parse("ar"), params, prompt, settings,
+            jax.random.key(0), jnp.arange(1)).compile().as_text(), smallest)
+        for params in (pipe.params, for_drawing(pipe.params))]
+  finally:
+    jax.config.update("jax_disable_most_optimizations", True)
+  assert moved[0] and not moved[1]
