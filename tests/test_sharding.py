@@ -70,6 +70,17 @@ def test_bad_meshes_end_in_one_line(text):
     sharding.make_mesh(text)
 
 
+def test_the_mesh_flag_makes_devices_of_a_cpus_cores():
+  """--mesh data=2 works on a CPU as it is; no more devices than cores."""
+  code = ("from ssd_jax.cli import run; import jax\n"
+          "run._split_cpu(2); print(len(jax.devices()))\n"
+          "run._split_cpu(9); print(len(jax.devices()))")  # too late: no error
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  out = subprocess.run([sys.executable, "-c", code], env=environment,
+                       check=True, capture_output=True, text=True)
+  assert out.stdout.split() == [str(min(2, os.cpu_count()))] * 2
+
+
 def test_every_parameter_of_a_rule_exists():
   """The table names nothing that no model has."""
   from ssd_jax import testing

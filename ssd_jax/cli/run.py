@@ -3,6 +3,8 @@
 from collections.abc import Callable
 import contextlib
 import inspect
+import math
+import os
 import pathlib
 import sys
 from typing import NoReturn
@@ -18,7 +20,8 @@ _DEFAULT = pathlib.Path(__file__).parent.parent / "families" / "emoji.py"
 
 MESH = flags.DEFINE_string(
     "mesh", "", "How devices share the work, such as data=2,fsdp=1,tensor=4; "
-    "default: one device, of several hosts all by data.")
+    "on a CPU each core can be a device. Default: one device, of several hosts "
+    "all by data.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, for several hosts outside "
     "Cloud TPU and Slurm.")
@@ -95,6 +98,8 @@ def _devices():
   if is_alone and not MESH.value:
     yield
     return
+  if not is_job:
+    _split_cpu(math.prod(sharding.parse(MESH.value).values()))
   with jax.set_mesh(sharding.make_mesh(MESH.value)):
     try:
       yield
@@ -102,6 +107,14 @@ def _devices():
       if is_alone or isinstance(error, UserError):
         raise
       hosts.end_with_error(error)
+
+
+def _split_cpu(count: int) -> None:
+  """Makes so many devices of the CPU's cores, unless the user has said."""
+  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return
+  with contextlib.suppress(RuntimeError):  # devices have been counted already
+    jax.config.update("jax_num_cpu_devices", min(count, os.cpu_count() or 1))
 
 
 def refuse_unused(*used: str) -> None:
