@@ -45,10 +45,11 @@ def emu3_config():
 
 
 def llamagen_class_config():
-  config = llamagen.get_config("c2i_B_256")
+  config = llamagen.get_config("c2i_B_256_ds8")
   config.classes, config.side = 10, 4
   shrink_trunk(config, 11 + CODES)
   shrink_vq(config)
+  config.vq.update(ch_mult=(1, 2, 2, 4), attn_levels=(3,))
   return config
 
 

@@ -49,6 +49,7 @@ _STAGES = {"t2i_XL_256": "t2i_XL_stage1_256", "t2i_XL_512": "t2i_XL_stage2_512"}
 VARIANTS = (
     *(f"c2i_{size}_{pixels}" for pixels in (256, 384) for size in _SIZES),
     *_STAGES)
+_FINE = "_ds8"  # ends variants with the tokenizer of 8 px cells
 _CODES = 16_384
 _KEEP = ("trunk", "vq", "t5", "theta", "classes", "side", "sampling",
          "tokenizer")
@@ -56,11 +57,17 @@ _END = "</s>"
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Settings of a published checkpoint; "" is "c2i_XL_384"."""
+  """Settings of a published checkpoint; "" is "c2i_XL_384".
+
+  Of classes, "_ds8" behind a variant takes the published tokenizer of 8 px
+  cells, for trunks that were trained on it; none is published.
+  """
   variant = variant or "c2i_XL_384"
-  if variant not in VARIANTS:
+  is_fine = variant.startswith("c2i") and variant.endswith(_FINE)
+  base = variant.removesuffix(_FINE) if is_fine else variant
+  if base not in VARIANTS:
     raise published.bad_variant("llamagen", variant, VARIANTS)
-  kind, size, pixels = variant.split("_")
+  kind, size, pixels = base.split("_")
   layers, heads, width = _SIZES[size]
   config = ml_collections.ConfigDict()
   config.family = "llamagen"
@@ -75,9 +82,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       interleaved=True, caption_dim=0 if config.classes else 2048,
       caption_slots=0 if config.classes else 120))
   config.vq = vq16()
+  if is_fine:
+    config.vq.update(ch_mult=(1, 2, 2, 4), attn_levels=(3,))
+  cell = 8 if is_fine else 16  # px
+  config.vq_file = f"vq_ds{cell}_{kind}.pt"
   config.t5 = ml_collections.ConfigDict()
   config.theta = 10_000.0
-  config.side = int(pixels) // 16  # cells
+  config.side = int(pixels) // cell  # cells
   config.tokenizer = "" if config.classes else "tokenizer.json"
   # Published code takes a scale below 1 for 1; here it leans to no condition.
   config.sampling = ml_collections.ConfigDict(dict(
@@ -235,12 +246,11 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
   """How a model folder is made of the published files."""
   family = LlamaGen(config)
   vq = family.vq.cfg
-  kind = "c2i" if config.classes else "t2i"
   parts = [
       Part("source", (config.file, f"**/{config.file}"),
            Table(tuple(_trunk_rows(family)), (r"freqs_cis",)),
            published.trunk_shapes(family.trunk)),
-      Part("vq", (f"vq_ds16_{kind}.pt", f"**/vq_ds16_{kind}.pt"),
+      Part("vq", (config.vq_file, f"**/{config.vq_file}"),
            Table(tuple(vq_rows(vq, "raster")), (r"quantize\.codebook_used",)),
            vq_shapes(vq)),
   ]

@@ -13,9 +13,6 @@ from references import FAMILIES, TEXTS
 import torch
 from toy_weights import CODES
 
-from ssd_jax import loading
-from ssd_jax.families.published import Published
-
 
 def main() -> None:
   """Computes and writes every array."""
@@ -34,16 +31,12 @@ def main() -> None:
 
 def compute(name: str, reference) -> dict[str, np.ndarray]:
   """Prompts, logits, pixels and codes of a family."""
-  config = reference.config
-  made: Published = loading.FAMILIES[config.family](
-      {"config": config.to_dict()}, None)
-  grid = made.grid
   rng = np.random.default_rng(0)
-  tokens = rng.integers(0, CODES, grid.length)
-  tokens = np.where(grid.is_forced, CODES, tokens)
+  tokens = np.array(
+      reference.sequence(rng.integers(0, CODES, reference.length)))
   text = "3" if name == "llamagen_class" else TEXTS[0]
   pixels = reference.decode(torch.tensor(rng.integers(
-      0, CODES, (1, grid.rows, grid.cols))))
+      0, CODES, (1, reference.rows, reference.cols))))
   values = {"tokens": tokens, "pixels": pixels.numpy(),
             "codes": reference.encode(torch.tanh(pixels)).numpy()}
   for stream, conditional in (("cond", True), ("uncond", False)):

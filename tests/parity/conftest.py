@@ -1,11 +1,12 @@
-"""These tests need the extra `parity`: PyTorch and transformers."""
+"""These tests need the extra `parity`: PyTorch, transformers, diffusers."""
 
 import importlib.util
 import pathlib
 import sys
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
-_NEEDED = ("torch", "transformers", "tokenizers", "tiktoken", "bs4", "ftfy")
+_NEEDED = ("torch", "transformers", "tokenizers", "tiktoken", "bs4", "ftfy",
+           "diffusers")
 _MISSING = [name for name in _NEEDED if not importlib.util.find_spec(name)]
 collect_ignore_glob = ["test_*.py"] if _MISSING else []
 

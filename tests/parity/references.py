@@ -7,94 +7,46 @@ without a cache, one row at a time, with prompts of its own making.
 
 import argparse
 import base64
-import json
 import re
 
-import safetensors.torch
-import tokenizers
+from original_files import (
+    fill,
+    frozen,
+    read_ids,
+    renamed,
+    write_safetensors,
+    write_shards,
+    write_tokenizer,
+)
 import torch
 import torch_gpt
 import torch_vq
 from toy_families import CONFIGS
-from toy_weights import CODES, DIM, HEADS, HIDDEN, LAYERS, toy
+from toy_weights import CODES, DIM, HEADS, HIDDEN, LAYERS
 import transformers
 from transformers.models.chameleon import modeling_chameleon
-from transformers.models.emu3 import modeling_emu3
+import transformers_vq
 
-WORDS = ("a", "red", "blue", "cat", "dog", "in", "the", "rain")
 TEXTS = ("a red cat", "the dog in the blue rain")
 _PIECES = [bytes([i]) for i in range(256)] + [b"ca", b"cat", b"re", b"red"]
-
-
-def fill(tensors):
-  """Gives tensors the numbers that their names determine, in place."""
-  for name, x in tensors.items():
-    if x.is_floating_point():
-      x.copy_(torch.from_numpy(toy(name, tuple(x.shape))))
-
-
-def frozen(model):
-  """The model without dropout and gradients."""
-  return model.eval().requires_grad_(False)
-
-
-def renamed(tensors, prefix="", suffix=""):
-  """Tensors with longer names."""
-  return {f"{prefix}{name}{suffix}": x for name, x in tensors.items()}
-
-
-def write_tokenizer(file, special):
-  """A tokenizer of whole words; unknown ones share an id."""
-  vocab = dict(special)
-  free = (i for i in range(10**6) if i not in set(special.values()))
-  for word in ("<unk>", *WORDS):
-    vocab[word] = next(free)
-  model = tokenizers.models.WordLevel(vocab, unk_token="<unk>")
-  tokenizer = tokenizers.Tokenizer(model)
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  tokenizer.add_special_tokens(list(special))
-  file.parent.mkdir(parents=True, exist_ok=True)
-  tokenizer.save(str(file))
-
-
-def read_ids(file, text):
-  """Ids of a text by a tokenizer file."""
-  tokenizer = tokenizers.Tokenizer.from_file(str(file))
-  return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def write_safetensors(file, tensors):
-  """One file."""
-  file.parent.mkdir(parents=True, exist_ok=True)
-  safetensors.torch.save_file(
-      {name: x.contiguous().clone() for name, x in tensors.items()}, file)
-
-
-def write_shards(folder, tensors, stem, tail):
-  """Two shards and their index."""
-  keys, index = sorted(tensors), {}
-  for i, part in enumerate((keys[::2], keys[1::2])):
-    name = f"{stem}-{i + 1:05d}-of-00002.{tail}"
-    shard = {key: tensors[key] for key in part}
-    if tail == "safetensors":
-      write_safetensors(folder / name, shard)
-    else:
-      torch.save(shard, folder / name)
-    index |= dict.fromkeys(part, name)
-  (folder / f"{stem}.{tail}.index.json").write_text(
-      json.dumps({"metadata": {}, "weight_map": index}))
 
 
 class Reference:
   """A toy model.
 
   Attributes:
-    config: The same family's settings here.
+    config: The same family's settings here; what conversion is told.
     trunk: Its tensors by published name.
     tokenizer: Of images.
+    rows, cols: The picture in codes.
+    row_ends: Whether a token of its own ends each row; it is CODES here.
+    mult: Channel multipliers of the tokenizer of images.
+    words: The file of the tokenizer of words.
   """
 
-  name, style = "", "taming"
+  name, words = "", "tokenizer.json"
+  rows, cols, row_ends = 4, 4, False
+  mult = (1, 2)
 
   def __init__(self):
     self.config = CONFIGS[self.name]()
@@ -102,17 +54,28 @@ class Reference:
     fill(self.vq_tensors())
     self.trunk = self.make_trunk()
 
+  @property
+  def length(self):
+    """Tokens up to the last code."""
+    return self.rows * (self.cols + self.row_ends) - self.row_ends
+
+  def is_row_end(self, slot):
+    """Whether the token there is no code."""
+    return self.row_ends and (slot + 1) % (self.cols + 1) == 0
+
+  def sequence(self, codes):
+    """Tokens: the codes, row ends in their places."""
+    return [CODES if self.is_row_end(slot) else int(code)
+            for slot, code in enumerate(codes)]
+
   def make_tokenizer(self):
-    vq = self.config.vq
-    return frozen(torch_vq.Tokenizer(
-        self.style, vq.ch, vq.ch_mult, vq.num_res_blocks, vq.z_channels,
-        CODES, vq.code_dim))
+    return transformers_vq.Chameleon(32, self.mult, 1, 16, CODES, 8)
 
   def vq_tensors(self):
-    return self.tokenizer.state_dict()
+    return self.tokenizer.tensors()
 
   def ids(self, text):
-    return read_ids(self.folder / self.config.tokenizer, text)
+    return read_ids(self.folder / self.words, text)
 
   def decode(self, codes):
     return self.tokenizer.decode(codes)
@@ -125,6 +88,8 @@ class Lumina(Reference):
   """transformers' Chameleon, image logits taken before they are masked."""
 
   name = "lumina"
+  rows, cols, row_ends = 2, 6, True  # 96x32 px of 16 px cells
+  mult = (1, 1, 1, 1, 2)
   norm_rows = 1
 
   def make_trunk(self):
@@ -182,10 +147,12 @@ class AnoleHF(Lumina):
   """The same trunk in the layout of a transformers fork, tokenizer inside."""
 
   name = "anole_hf"
+  rows, cols, row_ends = 4, 4, False
+  mult = (1, 2)
   norm_rows = HEADS
 
   def vq_tensors(self):
-    return renamed(self.tokenizer.state_dict(), "model.vqmodel.")
+    return renamed(self.tokenizer.tensors(), "model.vqmodel.")
 
   def save(self, folder):
     self.folder = folder
@@ -200,10 +167,10 @@ class AnoleHF(Lumina):
 class AnoleNative(AnoleHF):
   """Meta's layout: neighbouring pairs, one norm for all heads."""
 
-  name = "anole"
+  name, words = "anole", "text_tokenizer.json"
 
   def vq_tensors(self):
-    return self.tokenizer.state_dict()
+    return self.tokenizer.tensors()
 
   def make_trunk(self):
     self.model = frozen(torch_gpt.Anole(96, DIM, LAYERS, HEADS, HIDDEN))
@@ -228,14 +195,17 @@ class AnoleNative(AnoleHF):
 class Janus(Reference):
   """transformers' Janus, its tensors renamed to the published names."""
 
-  name, style = "janus", "raster"
+  name = "janus"
   start, pad, image = 60, 61, 62
+  head_hidden = 48
+
+  def make_tokenizer(self):
+    return transformers_vq.Janus(32, self.mult, 1, 16, CODES, 8, self.cols)
 
   def vq_tensors(self):
-    return renamed(self.tokenizer.state_dict(), "gen_vision_model.")
+    return renamed(self.tokenizer.tensors(), "gen_vision_model.")
 
   def make_trunk(self):
-    hidden = self.config.trunk.head_hidden
     self.model = model = frozen(transformers.JanusForConditionalGeneration(
         transformers.JanusConfig(
             text_config=dict(
@@ -253,8 +223,8 @@ class Janus(Reference):
                 image_token_embed_dim=DIM)))).model
     # transformers ties two widths that the original keeps apart.
     head = model.generation_head
-    head.proj_out = frozen(torch.nn.Linear(DIM, hidden))
-    head.vision_head = frozen(torch.nn.Linear(hidden, CODES))
+    head.proj_out = frozen(torch.nn.Linear(DIM, self.head_hidden))
+    head.vision_head = frozen(torch.nn.Linear(self.head_hidden, CODES))
     tensors = renamed(model.language_model.state_dict(),
                       "language_model.model.")
     tensors["gen_embed.weight"] = model.generation_embeddings.weight.data
@@ -298,18 +268,11 @@ class Emu3(Reference):
   """transformers' Emu3, its tokenizer's tensors renamed as published."""
 
   name = "emu3"
+  rows, cols, row_ends = 2, 3, True
+  mult = (1, 1, 2)
 
   def make_tokenizer(self):
-    vq = self.config.vq
-    return frozen(modeling_emu3.Emu3VQVAE(transformers.Emu3VQVAEConfig(
-        codebook_size=CODES, embed_dim=4, latent_channels=4,
-        base_channels=vq.ch, channel_multiplier=list(vq.ch_mult),
-        num_res_blocks=1, attn_resolutions=[2], hidden_size=2 * vq.ch)))
-
-  def vq_tensors(self):
-    return {published_emu3(name): x[..., None, None]
-            if "_proj.weight" in name else x
-            for name, x in self.tokenizer.state_dict().items()}
+    return transformers_vq.Emu3(32, self.mult, 1, 4, CODES, 4)
 
   def make_trunk(self):
     text = transformers.Emu3TextConfig(
@@ -349,32 +312,15 @@ class Emu3(Reference):
     logits = self.model(torch.tensor([prompt + codes])).logits[0]
     return logits[len(prompt) - 1:, 304:].numpy()
 
-  @torch.no_grad()
-  def encode(self, pixels):
-    sizes = torch.tensor([pixels.shape[-2:]] * len(pixels))
-    found = self.tokenizer.encode(pixels, image_sizes=sizes)
-    return torch.stack(list(found.image_tokens))
-
-
-def published_emu3(name):
-  """The published name of a tensor of transformers' Emu3 tokenizer."""
-  for ours, theirs in (
-      (".down_block.down.", ".down."), (".up_block.up.", ".up."),
-      (".middle_block.", ".mid."), (".q_proj.", ".q."), (".k_proj.", ".k."),
-      (".v_proj.", ".v."), (".out_proj.", ".proj_out."),
-      ("mid.attn_norm.", "mid.attn_1.norm.")):
-    name = name.replace(ours, theirs)
-  head, norms, tail = name.partition("attn_norms.")
-  if norms:
-    index, _, rest = tail.partition(".")
-    name = f"{head}attn.{index}.norm.{rest}"
-  return name
-
 
 class LlamaGenClass(Reference):
   """LlamaGen for classes, in its own trainer's file."""
 
-  name, style = "llamagen_class", "raster"
+  name = "llamagen_class"
+  mult = (1, 2, 2, 4)  # its tokenizer of 8 px cells
+
+  def make_tokenizer(self):
+    return torch_vq.Tokenizer(32, self.mult, 1, 16, CODES, 8)
 
   def make_trunk(self):
     self.model = frozen(torch_gpt.LlamaGen(
@@ -386,8 +332,8 @@ class LlamaGenClass(Reference):
     torch.save({"model": self.trunk | {"freqs_cis": torch.ones(2)},
                 "optimizer": {"state": {0: {"step": torch.ones(1)}}},
                 "steps": 7, "args": argparse.Namespace(lr=1e-4, epochs=3)},
-               folder / "c2i_B_256.pt")
-    torch.save({"model": self.vq_tensors()}, folder / "vq_ds16_c2i.pt")
+               folder / "c2i_B_256_ds8.pt")
+    torch.save({"model": self.vq_tensors()}, folder / "vq_ds8_c2i.pt")
 
   def prompt(self, text, conditional):
     return [int(text) if conditional else 10]
@@ -402,8 +348,11 @@ class LlamaGenClass(Reference):
 class LlamaGenText(Reference):
   """LlamaGen for captions, with transformers' T5 encoder."""
 
-  name, style = "llamagen_text", "raster"
+  name = "llamagen_text"
   slots, width = 12, 32
+
+  def make_tokenizer(self):
+    return torch_vq.Tokenizer(32, self.mult, 1, 16, CODES, 8)
 
   def make_trunk(self):
     self.t5 = frozen(transformers.T5EncoderModel(transformers.T5Config(

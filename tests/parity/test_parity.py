@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from references import FAMILIES, TEXTS
 import torch
+import torch_vq
 from toy_weights import CODES
+import transformers
+import transformers_vq
 
 import ssd_jax
-from ssd_jax import convert, sampling
+from ssd_jax import convert, families, sampling
 from ssd_jax.cli.convert import RECIPES
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
@@ -41,17 +44,17 @@ def case(request, tmp_path_factory):
   return Case(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def _sequences(grid):
+def _sequences(reference):
   """int [2, N] of random codes, end-of-row tokens in their places."""
-  tokens = np.random.default_rng(0).integers(0, CODES, (2, grid.length))
-  return np.where(grid.is_forced, CODES, tokens)
+  codes = np.random.default_rng(0).integers(0, CODES, (2, reference.length))
+  return np.array([reference.sequence(row) for row in codes])
 
 
 def test_logits(case):
   """Logits of both streams at every slot are those of the original."""
   family = case.family
   prompt, _ = family.encode_prompts(case.texts, True)
-  sequences = _sequences(family.grid)
+  sequences = _sequences(case.reference)
   generator = family.generator
   logits = jax.jit(lambda params, *args: generator.logits(
       params, generator.hidden(params, *args)))
@@ -75,27 +78,30 @@ def test_greedy_tokens(case):
       family.generator.model(), AR(), case.params, prompt, settings,
       jax.random.key(0), jnp.arange(2))
   for text, picture in zip(case.texts, np.asarray(decoded.tokens)):
-    assert picture.ravel().tolist() == _greedy(case.reference, text,
-                                               family.grid)
+    assert picture.tolist() == _greedy(case.reference, text)
 
 
-def _greedy(reference, text, grid):
-  tokens = []
-  for slot in range(grid.length):
-    if grid.is_forced[slot]:
+def _greedy(reference, text):
+  """The picture's rows."""
+  tokens, picture = [], [[]]
+  for slot in range(reference.length):
+    if reference.is_row_end(slot):
       tokens.append(CODES)
       continue
+    if len(picture[-1]) == reference.cols:
+      picture.append([])
     cond, uncond = (reference.logits(text, stream, tokens)[-1]
                     for stream in (True, False))
     tokens.append(int(np.argmax(uncond + _GUIDANCE * (cond - uncond))))
-  return [t for t, forced in zip(tokens, grid.is_forced) if not forced]
+    picture[-1].append(tokens[-1])
+  return picture
 
 
 def test_pictures(case):
   """Codes become the original's pixels, and pixels its codes."""
   family = case.family
-  codes = np.random.default_rng(1).integers(
-      0, CODES, (2, family.grid.rows, family.grid.cols))
+  shape = (2, case.reference.rows, case.reference.cols)
+  codes = np.random.default_rng(1).integers(0, CODES, shape)
   apply = jax.jit(family.vq.apply, static_argnames="method")
   vq = lambda x, method: np.asarray(
       apply({"params": case.vq_params}, jnp.asarray(x), method=method))
@@ -112,3 +118,54 @@ def test_pictures(case):
   assert np.array_equal(vq(latents, "quantize"), again.numpy())
   assert len(np.unique(again)) > 2
   assert family.decode(case.vq_params, codes).dtype == np.uint8
+
+
+_TOKENIZERS = {  # where in the recipe, whose tensors by published name
+    "llamagen:c2i_XL_384": (1, lambda: torch_vq.Tokenizer(
+        128, (1, 1, 2, 2, 4), 2, 256, 16384, 8)),
+    "llamagen:c2i_B_256_ds8": (1, lambda: torch_vq.Tokenizer(
+        128, (1, 2, 2, 4), 2, 256, 16384, 8)),
+    "lumina:768": (1, lambda: transformers_vq.Chameleon(
+        128, (1, 1, 2, 2, 4), 2, 256, 8192, 256)),
+    "janus:1b": (0, lambda: transformers_vq.Janus(
+        128, (1, 1, 2, 2, 4), 2, 256, 16384, 8, 24)),
+    "emu3:1:1": (1, lambda: transformers_vq.Emu3(
+        256, (1, 2, 2, 4), 2, 4, 32768, 4)),
+}
+
+
+@pytest.mark.parametrize("name", _TOKENIZERS)
+def test_tokenizers_of_full_size(name):
+  """Conversion expects the original's names and shapes at full size."""
+  number, make = _TOKENIZERS[name]
+  with torch.device("meta"):
+    theirs = {key: tuple(x.shape) for key, x in make().tensors().items()
+              if not key.endswith(("codebook_used", "num_batches_tracked"))}
+  family, _, variant = name.partition(":")
+  config = getattr(families, family).get_config(variant)
+  prefix = "gen_vision_model." if family == "janus" else ""
+  rows = RECIPES[family](config).parts[number].table.rows
+  ours = {source.name: source.shape for row in rows for source in row.sources
+          if row.target.startswith("vq/")}
+  assert ours == {prefix + key: shape for key, shape in theirs.items()}
+
+
+_MASKED = {"lumina": 8192, "anole": 8192, "janus": 16384, "emu3": 32768,
+           "llamagen": 16384}
+
+
+@pytest.mark.parametrize("name", _MASKED)
+def test_law_of_sampling(name):
+  """The default law is what transformers' own steps make of the logits."""
+  law = getattr(families, name).get_config().sampling
+  logits = 4 * np.random.default_rng(3).normal(size=(2, 3, _MASKED[name]))
+  cond, uncond = torch.tensor(logits, dtype=torch.float32)
+  scores = uncond + law.guidance * (cond - uncond)
+  steps = [transformers.TemperatureLogitsWarper(law.temperature)]
+  steps += [transformers.TopKLogitsWarper(law.top_k)] if law.top_k else []
+  steps += [transformers.TopPLogitsWarper(law.top_p)] if law.top_p < 1 else []
+  for step in steps:
+    scores = step(None, scores)
+  ours = sampling.target(
+      jnp.asarray(logits, jnp.float32), sampling.Sampling.make(**law))
+  np.testing.assert_allclose(ours, scores.softmax(-1).numpy(), atol=1e-6)

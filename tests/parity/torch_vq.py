@@ -1,8 +1,8 @@
 """The published image tokenizers in plain PyTorch, attribute by attribute.
 
 Written from the papers and the published tensors' names, independent of the
-JAX code: VQGAN with the names of taming-transformers (Chameleon) and of
-LlamaGen.
+JAX code: LlamaGen's VQGAN; and the decoder with the names of
+taming-transformers (Chameleon), which transformers lacks.
 """
 
 import torch
@@ -98,27 +98,22 @@ class Middle(nn.Module):
 
 class Encoder(nn.Module):
 
-  def __init__(self, ch, mult, n_res, z, style):
+  def __init__(self, ch, mult, n_res, z):
     super().__init__()
-    raster = style == "raster"
     self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-    levels, c = [], ch
+    self.conv_blocks, c = nn.ModuleList(), ch
     for i, m in enumerate(mult):
       last = i == len(mult) - 1
-      levels.append(Level(c, ch * m, n_res, raster and last,
-                          "res" if raster else "block"))
+      self.conv_blocks.append(Level(c, ch * m, n_res, last, "res"))
       c = ch * m
       if not last:
-        levels[-1].downsample = Down(c)
-    self.levels = "conv_blocks" if raster else "down"
-    setattr(self, self.levels, nn.ModuleList(levels))
-    self.mid = (nn.ModuleList([Res(c, c), Attn(c), Res(c, c)]) if raster
-                else Middle(c))
+        self.conv_blocks[-1].downsample = Down(c)
+    self.mid = nn.ModuleList([Res(c, c), Attn(c), Res(c, c)])
     self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, z, 3, padding=1)
 
   def forward(self, x):
     x = self.conv_in(x)
-    for level in getattr(self, self.levels):
+    for level in self.conv_blocks:
       x = level(x)
       if hasattr(level, "downsample"):
         x = level.downsample(x)
@@ -127,6 +122,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+  """`style` is "raster" (LlamaGen) or "taming" (Chameleon)."""
 
   def __init__(self, ch, mult, n_res, z, style):
     super().__init__()
@@ -173,28 +169,28 @@ class Quantizer(nn.Module):
 
 
 class Tokenizer(nn.Module):
-  """`style` is "raster" (LlamaGen, Janus: unit codes) or "taming"."""
+  """LlamaGen's: codes are compared on the unit sphere."""
 
-  def __init__(self, style, ch, mult, n_res, z, codes, dim):
+  def __init__(self, ch, mult, n_res, z, codes, dim):
     super().__init__()
-    self.unit = style == "raster"
-    self.encoder = Encoder(ch, mult, n_res, z, style)
-    self.decoder = Decoder(ch, mult, n_res, z, style)
+    self.encoder = Encoder(ch, mult, n_res, z)
+    self.decoder = Decoder(ch, mult, n_res, z, "raster")
     self.quantize = Quantizer(codes, dim)
-    if self.unit:
-      self.quantize.register_buffer("codebook_used", torch.zeros(65536))
+    self.quantize.register_buffer("codebook_used", torch.zeros(65536))
     self.quant_conv = nn.Conv2d(z, dim, 1)
     self.post_quant_conv = nn.Conv2d(dim, z, 1)
 
+  def tensors(self):
+    return self.state_dict()
+
   def codes(self):
-    table = self.quantize.embedding.weight
-    return F.normalize(table, dim=-1) if self.unit else table
+    return F.normalize(self.quantize.embedding.weight, dim=-1)
 
   @torch.no_grad()
   def encode(self, pixels):
     """int64 [B, R, C] of pixels [B, 3, H, W] in [-1, 1]."""
     z = self.quant_conv(self.encoder(pixels)).permute(0, 2, 3, 1)
-    z = F.normalize(z, dim=-1) if self.unit else z
+    z = F.normalize(z, dim=-1)
     flat = z.reshape(-1, z.shape[-1])
     return torch.cdist(flat, self.codes()).argmin(-1).reshape(z.shape[:-1])
 
