@@ -336,7 +336,7 @@ def _write_unit(job: Job, arrays: pathlib.Path, unit: Unit) -> dict[str, Any]:
   value = np.ascontiguousarray(row.convert(*read).astype(dtype))
   is_layer = row.layer is not None
   value = value[None] if is_layer else value
-  first = row.layer if is_layer else row.at + unit.start
+  first = row.at + unit.start if row.layer is None else row.layer
   stores.write(stores.place(arrays, row.target), shape, value, first, is_layer)
   return {
       "unit": unit.name, "sources": [s.name for s in row.sources],

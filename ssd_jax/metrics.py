@@ -159,13 +159,11 @@ def kernel_distance(
   names_a, names_b = names or np.split(
       np.arange(len(a_NF) + len(b_MF)), [len(a_NF)])
   count = max(min(subsets, fewest // 2), 1)
-  a, b, names_a, names_b = (
-      np.array_split(x, count) for x in (
-          np.asarray(a_NF, np.float64), np.asarray(b_MF, np.float64),
-          names_a, names_b))
+  cut = lambda x: np.array_split(x, count)
+  a, b = (cut(np.asarray(x, np.float64)) for x in (a_NF, b_MF))
+  of_a, of_b = cut(names_a), cut(names_b)
   sums = [_kernel_sums(*sides) for sides in (
-      (a, a, names_a, names_a), (b, b, names_b, names_b),
-      (a, b, names_a, names_b))]
+      (a, a, of_a, of_a), (b, b, of_b, of_b), (a, b, of_a, of_b))]
 
   def distance(keep_K):
     same_a, same_b, cross = (

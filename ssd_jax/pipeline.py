@@ -190,7 +190,8 @@ class Pipeline:
     decoder = by_name.parse(decoder) if isinstance(decoder, str) else decoder
     if isinstance(prompts, Sequence):
       count = len(prompts) * num_images
-      first_image, batch = _indices(first_image, count, 1), min(batch, count)
+      first_image = _indices(first_image, count, 1).tolist()
+      batch = min(batch, count)
     batch = sharding.even_batch(batch, 1 + guided)
     return Stream(self, Order(
         prompts, decoder, num_images, seed, batch, first_image, settings,

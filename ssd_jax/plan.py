@@ -121,9 +121,9 @@ class Plan:
                          "lanternpp": {"drafter"}, "cascade": {"drafter"}}.get(
                              self.decoder.name, set())
     params = {k: v for k, v in self.network.params.items() if k in kinds}
-    if getattr(self.decoder, "neighbours", 0):
+    if neighbours := getattr(self.decoder, "neighbours", 0):
       params["neighbours"] = jax.ShapeDtypeStruct(
-          (self.network.model.vocab, self.decoder.neighbours), np.int32)
+          (self.network.model.vocab, neighbours), np.int32)
     return abstract(params, sharding.shardings(params, self.mesh))
 
   @functools.cached_property

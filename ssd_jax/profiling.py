@@ -218,7 +218,7 @@ class Profiler:
   def _drafting(self, count: int):
     """One cell drafted by a spatial head for each query."""
     model = self.pipe.model
-    if model.draft is None:
+    if not any(model.heads):
       return None, ()
     shape = (self._streams, self.batch, count)
     hidden = self._normal(*shape, self._hidden_width)

@@ -14,6 +14,7 @@ from ssd_jax import features, metrics
 from ssd_jax.config import UserError
 from ssd_jax.data import sources
 from ssd_jax.data.pictures import hash_fraction, to_square
+from ssd_jax.images import Images, OnDemand
 from ssd_jax.metrics import Estimate, Gap
 from ssd_jax.shards import Run
 
@@ -153,7 +154,7 @@ def _pictures(
     num_images: int,
 ) -> dict:
   """The figures of `Quality` that come from features."""
-  found = {}
+  found: dict[str, float | Estimate] = {}
   real_MF, prompt_N = references.real_MF, np.arange(len(own_NF)) // num_images
   target_N = references.target_N
   # A picture that names no emoji is of nothing that another shows.
@@ -201,7 +202,7 @@ def emoji_captions(split: str | None) -> list[str]:
   return list(dict.fromkeys(labels))
 
 
-class FolderPictures(Sequence):
+class FolderPictures(OnDemand):
   """The real pictures of a folder, square, read when asked for.
 
   Raises:
@@ -210,34 +211,27 @@ class FolderPictures(Sequence):
 
   def __init__(self, folder: str, pixels: int = features.INPUT_SIZE):
     kinds = (".png", ".jpg", ".jpeg", ".webp")
-    self._files = sorted(
+    files = sorted(
         f for f in pathlib.Path(folder).glob("*") if f.suffix.lower() in kinds)
-    self._pixels = pixels
-    if len(self._files) < 2:
+    super().__init__(files, lambda file: _read_square(file, pixels))
+    if len(files) < 2:
       raise UserError(
-          f"got {len(self._files)} pictures in --real_images {folder}, "
+          f"got {len(files)} pictures in --real_images {folder}, "
           "expected two or more .png, .jpg or .webp; check the folder")
-    for file in self._files:
+    for file in files:
       try:
         with Image.open(file):
           pass
       except Exception as error:  # a huge one raises no OSError
         raise _unreadable(file) from error
 
-  def __len__(self) -> int:
-    return len(self._files)
 
-  def __getitem__(self, index: int | slice) -> np.ndarray:
-    if isinstance(index, slice):
-      return np.stack([self._read(file) for file in self._files[index]])
-    return self._read(self._files[index])
-
-  def _read(self, file: pathlib.Path) -> np.ndarray:
-    try:
-      with Image.open(file) as picture:
-        return to_square(picture, self._pixels)
-    except Exception as error:  # a decoder may raise anything on bad bytes
-      raise _unreadable(file) from error
+def _read_square(file: pathlib.Path, pixels: int) -> np.ndarray:
+  try:
+    with Image.open(file) as picture:
+      return to_square(picture, pixels)
+  except Exception as error:  # a decoder may raise anything on bad bytes
+    raise _unreadable(file) from error
 
 
 def _unreadable(file: pathlib.Path) -> UserError:
@@ -247,7 +241,7 @@ def _unreadable(file: pathlib.Path) -> UserError:
 
 
 def make_references(
-    texts: Sequence[str], real: Sequence[np.ndarray] | None
+    texts: Sequence[str], real: Images | None
 ) -> References:
   """What pictures are compared with: real ones, and the gallery of emoji.
 

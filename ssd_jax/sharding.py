@@ -147,8 +147,8 @@ def spec(path: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
   """
   for end, names in RULES:
     if f"/{path}".endswith(f"/{end}") and len(shape) >= len(names):
-      names = (None,) * (len(shape) - len(names)) + names
-      axes = [tuple(a for a in _LOGICAL[n] if mesh.shape[a] > 1) for n in names]
+      each = (None,) * (len(shape) - len(names)) + names
+      axes = [tuple(a for a in _LOGICAL[n] if mesh.shape[a] > 1) for n in each]
       for place, (size, shared) in enumerate(zip(shape, axes, strict=True)):
         _check_even(f"dimension {place} of {path}", size, shared, mesh)
       return PartitionSpec(*(shared or None for shared in axes))
@@ -234,8 +234,8 @@ def cache_spec(shape: Sequence[int], mesh: Any) -> PartitionSpec:
   """Of keys or values [L, S, K, X, H]: rows and key/value heads."""
   rows, heads = rows_spec(shape[1], 5, mesh, 1), shape[2]
   shared = "tensor" if heads % mesh.shape["tensor"] == 0 else None
-  rows = rows[1] if len(rows) else None
-  return PartitionSpec(None, rows, shared, None, None)
+  own = rows[1] if len(rows) else None
+  return PartitionSpec(None, own, shared, None, None)
 
 
 def constrain_cache(cache: KVCache) -> KVCache:

@@ -26,6 +26,7 @@ import numpy as np
 from ssd_jax import layout, likelihood
 from ssd_jax.config import UserError
 from ssd_jax.decoding import engine
+from ssd_jax.images import Images, OnDemand
 
 _VERSION = 3  # raise it when shards hold something else
 
@@ -57,7 +58,7 @@ class Figures:
   session: np.ndarray
 
 
-class Pictures(Sequence):
+class Pictures(OnDemand):
   """Pictures, uint8 [H, W, 3] each, read from their shards when asked for.
 
   A slice is an array [n, H, W, 3]. Only the last shard read stays in memory, so
@@ -65,21 +66,11 @@ class Pictures(Sequence):
   """
 
   def __init__(self, paths: Sequence[pathlib.Path], sizes: Sequence[int]):
-    self._places = [
+    places = [
         (path, i) for path, size in zip(paths, sizes, strict=True)
         for i in range(size)]
-    self._read = functools.lru_cache(maxsize=1)(_read_images)
-
-  def __len__(self) -> int:
-    return len(self._places)
-
-  def __getitem__(self, index: int | slice) -> np.ndarray:
-    if isinstance(index, slice):
-      return np.stack([self._at(place) for place in self._places[index]])
-    return self._at(self._places[index])
-
-  def _at(self, place: tuple[pathlib.Path, int]) -> np.ndarray:
-    return self._read(place[0])[place[1]]
+    shard = functools.lru_cache(maxsize=1)(_read_images)
+    super().__init__(places, lambda place: shard(place[0])[place[1]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +78,10 @@ class Run(Figures):
   """What a decoder drew.
 
   Attributes:
-    images: Sequence of N pictures whose slices are uint8 [n, H, W, 3].
+    images: N pictures whose slices are uint8 [n, H, W, 3].
   """
 
-  images: Sequence[np.ndarray]
+  images: Images
 
 
 def key(weights: str, pipe: Any, decoder: Any, facts: dict[str, Any]) -> str:

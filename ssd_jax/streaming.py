@@ -132,7 +132,8 @@ class _Batch:
     self._key = jax.random.key(order.seed)
     self._who: list[tuple[int, str] | None] = [None] * order.batch
     self._passes_B = np.zeros(order.batch, np.int64)
-    self._loop = self._drawn = None
+    self._loop: engine.LoopState | None = None
+    self._drawn: list[Any] = []
     self.passes = 0
 
   def free(self) -> list[int]:
@@ -142,14 +143,15 @@ class _Batch:
   def admit(self, place: int, index: int, text: str, prompt: Prompt) -> None:
     """Prefills a prompt into a place."""
     sampling = self._order.sampling
-    if self._loop is None:
-      self._loop = self._run(
+    loop = self._loop
+    if loop is None:
+      loop = self._run(
           refill.empty, prompt, sampling, batch=self._order.batch)
     # The longest prompt so far says how many slots all have.
-    self._loop = refill.widen_batch(self._loop, prompt.tokens.shape[1])
-    prompt = refill.widen(prompt, self._loop.prompt.tokens.shape[1])
+    loop = refill.widen_batch(loop, prompt.tokens.shape[1])
+    prompt = refill.widen(prompt, loop.prompt.tokens.shape[1])
     self._loop = self._run(
-        refill.admit, prompt, sampling, self._key, self._loop,
+        refill.admit, prompt, sampling, self._key, loop,
         np.int32(index), np.int32(place))
     self._who[place], self._passes_B[place] = (index, text), 1
 

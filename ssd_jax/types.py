@@ -15,6 +15,7 @@ from typing import Any
 import flax.struct
 import jax
 
+from ssd_jax.config import UserError
 from ssd_jax.grid import Grid
 
 Params = Any
@@ -52,8 +53,7 @@ class Prompt:
   features: jax.Array | None = None
 
 
-@flax.struct.dataclass
-class Queries:
+class Queries(flax.struct.PyTreeNode):
   """The slots fed in a pass. One image's inside a decoder, a batch's outside.
 
   Attributes:
@@ -92,6 +92,11 @@ class Drafter:
   width: int
 
 
+def _no_heads(*unused: object) -> jax.Array:
+  raise UserError("got a model without spatial heads, expected some; train "
+                  "them with train.mtp")
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """A network as decoding knows it: pure functions of `params`, which is
@@ -113,7 +118,7 @@ class Model:
     draft: (params, direction, offset, hidden [..., D], tokens [...]) -> float32
       logits [..., V] of the cell `offset` to the right ("horizontal") or below
       ("vertical") of the cell that holds `tokens` and was predicted from
-      `hidden`; None where no spatial heads are at hand.
+      `hidden`. Without spatial heads, a UserError that says so.
     heads: (horizontal, vertical) numbers of spatial heads.
     drafter: Of draft trees; None where none is at hand.
   """
@@ -124,6 +129,6 @@ class Model:
   forward: Callable[..., tuple[jax.Array, KVCache]]
   logits: Callable[[Params, jax.Array], jax.Array]
   embed: Callable[[Params, jax.Array], jax.Array]
-  draft: Callable[..., jax.Array] | None = None
+  draft: Callable[..., jax.Array] = _no_heads
   heads: tuple[int, int] = (0, 0)
   drafter: Drafter | None = None

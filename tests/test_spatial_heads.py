@@ -168,7 +168,7 @@ def test_bound_model_drafts(pipe):
       params, "vertical", 2, jnp.zeros((2, 16)), jnp.zeros(2, jnp.int32)
   ).shape == (2, 5)
   assert dataclasses.replace(
-      model, draft=None, heads=(0, 0)
+      model, draft=type(model).draft, heads=(0, 0)
   ) == heads.generator.model()
 
 

@@ -54,7 +54,8 @@ def body() -> None:
     if _TRACE.value:  # needs all pictures together
       output = pipe.generate(
           prompts, decoder, trace=True, on_batch=bar.update, **args)
-      times, notes = (output.compile_seconds, output.seconds), output.notes
+      times = output.compile_seconds, output.seconds
+      notes = list(output.notes)
       for picture in output.pictures:
         album.add(picture)
     else:

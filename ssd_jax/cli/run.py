@@ -141,9 +141,9 @@ def _bad_flag(error: BaseException) -> str:
   """What is wrong with the flags; of a config that fails, why it fails."""
   told = _first_line(error)
   if not isinstance(error, flags.Error) or told.endswith(":"):
-    while told.endswith(":") and (error.__cause__ or error.__context__):
-      error = error.__cause__ or error.__context__
-      told = _first_line(error)
+    while told.endswith(":") and (
+        cause := error.__cause__ or error.__context__):
+      error, told = cause, _first_line(cause)
     if "expected" in told:
       return told
     told = f"--config, {type(error).__name__}: {told}"

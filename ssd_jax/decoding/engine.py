@@ -28,8 +28,7 @@ from ssd_jax.sampling import Sampling
 from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
 
 
-@flax.struct.dataclass
-class Context:
+class Context(flax.struct.PyTreeNode):
   """What a decoder knows of its image in a pass.
 
   Attributes:
@@ -136,8 +135,7 @@ class Decoded:
   history: jax.Array | None
 
 
-@flax.struct.dataclass
-class LoopState:
+class LoopState(flax.struct.PyTreeNode):
   """Images being drawn together; the carry of the loop.
 
   Attributes:

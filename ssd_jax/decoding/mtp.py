@@ -25,8 +25,7 @@ _DEFAULT_HEADS = 5
 _DRAFT, _TEST, _REDRAW = 0, 1, 2  # purposes of a pass' noise
 
 
-@flax.struct.dataclass
-class MTPState:
+class MTPState(flax.struct.PyTreeNode):
   """One image's progress.
 
   Attributes:

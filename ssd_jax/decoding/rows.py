@@ -29,8 +29,7 @@ from ssd_jax.types import Queries
 TEST, REDRAW, DRAFT, REFRESH = range(4)
 
 
-@flax.struct.dataclass
-class Rows:
+class Rows(flax.struct.PyTreeNode):
   """One image's progress; W = R x M cells of the window, row by row.
 
   Attributes:
@@ -60,8 +59,7 @@ class Rows:
   plan: Any = None
 
 
-@flax.struct.dataclass
-class Verdict:
+class Verdict(flax.struct.PyTreeNode):
   """What a pass says about the cell that each query predicts.
 
   Attributes:

@@ -68,7 +68,6 @@ class Jacobi:
   init: str = "random"
   tail: str = "full"
 
-  lossless = True
   acceptance = "exact"
   coupling = "none"
 
@@ -77,6 +76,11 @@ class Jacobi:
     check(self.init in first_drafts.INITS, "init", self.init,
           f"one of {', '.join(first_drafts.INITS)}")
     check(self.tail in TAILS, "tail", self.tail, f"one of {', '.join(TAILS)}")
+
+  @property
+  def lossless(self) -> bool:
+    """Whatever the drafts are."""
+    return True
 
   def num_queries(self, grid: Grid) -> int:
     """Queries of a pass; a forced slot needs one beside the sampled one's."""

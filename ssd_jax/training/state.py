@@ -15,8 +15,7 @@ from ssd_jax.config import LoopConfig, OptimizerConfig
 Params = Any
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """The whole state of a run; what a checkpoint holds beside the data stream.
 
   Attributes:
