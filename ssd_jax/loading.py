@@ -78,7 +78,8 @@ def load(
   try:
     choose(settings, choices or {})
     family = FAMILIES[known](settings, folder)
-    _check_memory(family)
+    shapes = _shapes(family)
+    _check_memory(family, shapes, None if random_weights else folder)
   except (KeyError, AttributeError, TypeError) as error:
     raise UserError(
         f"got {folder / 'model.json'} that lacks a setting ({error}), expected "
@@ -88,7 +89,6 @@ def load(
     params = random_params(family)
   else:
     params = {"trunk": checkpoints.restore(folder / "trunk")}
-    shapes = jax.eval_shape(family.generator.init, jax.random.key(0))
     checkpoints.check_shapes(
         folder / "trunk", params["trunk"], shapes["trunk"])
   found = {"heads": heads, "drafter": drafter}
@@ -96,7 +96,7 @@ def load(
     if extras and (folder / kind).is_dir() and not random_weights:
       found[kind] = found[kind] or folder / kind
   vq_params = checkpoints.restore(folder / "vq")
-  checkpoints.check_shapes(folder / "vq", vq_params, _vq_shapes(family))
+  checkpoints.check_shapes(folder / "vq", vq_params, shapes["vq"])
   _check_tokenizer(folder, settings)
   found["model"] = folder
   return _pipeline(family, params, vq_params, found, int8)
@@ -119,7 +119,7 @@ def from_config(
     UserError: when a setting is wrong or memory is too small.
   """
   family = FAMILIES[config.family]({"config": config.to_dict()}, None)
-  _check_memory(family)
+  _check_memory(family, _shapes(family), None)
   vq_params = jax.jit(_init_vq, static_argnums=0)(family)
   return _pipeline(family, random_params(family), vq_params,
                    {"heads": heads, "drafter": drafter}, int8)
@@ -142,8 +142,10 @@ def _init_vq(family: Any) -> Params:
   return family.vq.init(jax.random.key(1), picture)["params"]
 
 
-def _vq_shapes(family: Any) -> Params:
-  return jax.eval_shape(lambda: _init_vq(family))
+def _shapes(family: Any) -> Params:
+  """{"trunk": ..., "vq": ...}, nothing of it made."""
+  trunk = jax.eval_shape(family.generator.init, jax.random.key(0))
+  return trunk | {"vq": jax.eval_shape(lambda: _init_vq(family))}
 
 
 def random_params(family: Any) -> Params:
@@ -205,18 +207,41 @@ def choose(settings: dict[str, Any], choices: Mapping[str, Any]) -> None:
       config[top] = value
 
 
-def _check_memory(family: Any) -> None:
-  """Raises UserError when the trunk does not fit into memory."""
-  shapes = jax.eval_shape(family.generator.init, jax.random.key(0))
-  count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
-  needed, free = count * np.dtype(_dtype()).itemsize, memory.free()
-  needed //= sharding.parameters_apart()
+def _check_memory(
+    family: Any, shapes: Params, folder: pathlib.Path | None
+) -> None:
+  """Raises UserError when a model and one picture of it do not fit.
+
+  Args:
+    family: That is to draw.
+    shapes: Of its arrays.
+    folder: The model's; None for random weights.
+  """
+  free, size = memory.free(), np.dtype(_dtype()).itemsize
+  counts = [math.prod(x.shape) for x in jax.tree.leaves(shapes["trunk"])]
+  trunk = sum(counts)
+  apart = sharding.parameters_apart()
+  needed = (trunk + _cached(family)) * size // apart + 4 * sum(
+      math.prod(x.shape) for x in jax.tree.leaves(shapes["vq"]))  # float32
+  if folder is None:  # the largest array while it is drawn
+    needed = max(needed, 4 * 4 * max(counts) // apart)
+  elif jax.default_backend() == "cpu":  # what was read, until it is cast
+    needed += sum(
+        file.stat().st_size for file in (folder / "trunk").rglob("*"))
   if free is not None and needed > free:
     raise UserError(
-        f"got a trunk of {count / 1e9:.1f} billion parameters, "
-        f"{needed / 1e9:.1f} GB of them here in {np.dtype(_dtype())}, expected "
-        f"at most the {free / 1e9:.1f} GB of free memory; choose a smaller "
-        "model or a larger machine, or share it by --mesh tensor=8")
+        f"got a trunk of {trunk / 1e9:.1f} billion parameters, with which one "
+        f"picture takes {needed / 1e9:.1f} GB here in {np.dtype(_dtype())}, "
+        f"expected at most the {free / 1e9:.1f} GB of free memory; choose a "
+        "smaller model or a larger machine, or share it by --mesh tensor=8")
+
+
+def _cached(family: Any) -> int:
+  """Keys' and values' numbers of one picture, its prompt's left out."""
+  cfg, grid = family.generator.cfg, family.generator.grid
+  streams = 1 + (family.sampling["guidance"] != 1.0)
+  return (2 * cfg.n_layers * streams * cfg.n_kv_heads * grid.length
+          * cfg.head_dim)
 
 
 def require(name: str | os.PathLike, family: str) -> None:

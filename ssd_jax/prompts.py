@@ -8,20 +8,20 @@ LONGEST = 10_000  # characters
 
 
 def clean(prompt: str, longest: int = LONGEST) -> str:
-  """A prompt without control characters and surplus white space.
+  """A prompt as it was typed, without control characters.
 
-  >>> clean(" a red\\n heart ")
-  'a red heart'
+  White space stays: a family strips or folds it where its original does.
+
+  >>> clean(" a red\\n heart\\x07 ")
+  ' a red\\n heart '
 
   Raises:
     UserError: when it is empty or too long.
   """
-  printable = "".join(
-      " " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c
-      for c in prompt
-  )
-  text = " ".join(printable.split())
-  if not text:
+  text = "".join(
+      c for c in prompt
+      if c in "\t\n\r" or unicodedata.category(c) not in ("Cc", "Cs"))
+  if not text.strip():
     raise UserError(
         f"got an empty prompt {prompt[:20]!r}, expected a few words; say what "
         "to draw"

@@ -14,9 +14,11 @@ from ssd_jax.cli.convert import RECIPES
 from ssd_jax.config import UserError
 from ssd_jax.families import anole, emu3, janus, llamagen, lumina, published
 from ssd_jax.names import copy
+from ssd_jax.prompts import clean
 
 _CONFIGS = {
-    **{f"llamagen:{v}": (llamagen, v) for v in llamagen.VARIANTS},
+    **{f"llamagen:{v}": (llamagen, v)
+       for v in (*llamagen.VARIANTS, "c2i_B_256_ds8")},
     **{f"lumina:{v}": (lumina, v) for v in lumina.VARIANTS},
     **{f"anole:{v}": (anole, v) for v in anole.VARIANTS},
     **{f"janus:{v}": (janus, v) for v in janus.VARIANTS},
@@ -90,6 +92,7 @@ def published_size(part):
     ("lumina:768", 0, None, None),
     ("emu3:1:1", 0, None, 8.49e9),
     ("llamagen:c2i_B_256", 1, 343, 71.9e6),
+    ("llamagen:c2i_B_256_ds8", 1, None, 70e6),
     ("lumina:768", 1, 293, 68.7e6),
     ("emu3:1:1", 1, 495 - 8, 270.7e6),
     ("janus:1b", 0, None, 1_556_937_355),
@@ -107,6 +110,21 @@ def test_published_sizes(name, part, tensors, parameters):
   assert tensors in (None, count)
   is_exact = isinstance(parameters, int)
   assert size == pytest.approx(parameters, rel=0 if is_exact else 2e-3)
+
+
+@pytest.mark.parametrize("name, guidance, temperature, top_k, top_p", [
+    ("llamagen:c2i_XL_384", 4.0, 1.0, 2000, 1.0),  # sample_c2i.py
+    ("llamagen:t2i_XL_512", 7.5, 1.0, 1000, 1.0),  # sample_t2i.py
+    ("lumina:768", 4.0, 1.0, 2000, 1.0),  # README
+    ("anole:native", 3.0, 0.7, 0, 0.9),
+    ("janus:1b", 5.0, 1.0, 0, 1.0),
+    ("emu3:1:1", 3.0, 1.0, 2048, 1.0),
+])
+def test_published_sampling(name, guidance, temperature, top_k, top_p):
+  """Guidance and sampling are by default those of the authors' scripts."""
+  family, variant = _CONFIGS[name]
+  assert family.get_config(variant).sampling.to_dict() == dict(
+      guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def test_lumina_sizes():
@@ -235,10 +253,16 @@ def test_random_weights_need_no_files(name):
 
 
 def test_memory_is_looked_at_first(monkeypatch):
-  """A trunk that cannot fit is an error before it is made."""
-  monkeypatch.setattr(memory, "free", lambda: 10**10)
+  """A trunk that does not fit with tokenizer and cache is never made."""
+  family = lumina.Lumina(lumina.get_config())
+  # Two streams of 48 rows, of 49 tokens but for the last.
+  cache = 2 * 32 * 2 * 32 * (48 * 49 - 1) * 128
+  needed = 4 * (6_778_500_000 + cache + 68_700_000)
+  monkeypatch.setattr(memory, "free", lambda: int(0.998 * needed))
   with pytest.raises(UserError, match="got a trunk of 6.8 billion"):
-    loading.from_config(lumina.get_config())
+    loading.from_config(family.config)
+  monkeypatch.setattr(memory, "free", lambda: int(1.002 * needed))
+  loading._check_memory(family, loading._shapes(family), None)
 
 
 def test_random_weights_are_those_of_init():
@@ -303,11 +327,17 @@ def test_emu3_ids_are_checked(tmp_path):
     family.check_ranks({k: i for k, i in ranks.items() if i != 7})
 
 
-def test_janus_strips_the_prompt():
-  """Blanks around a prompt do not reach the model."""
+def test_prompts_as_they_are_typed():
+  """Blanks reach the model as in the original: Janus' strips the ends."""
+  typed = clean(" a  red\ncat ")
+  for family in (lumina.Lumina(lumina.get_config()),
+                 anole.Anole(anole.get_config()),
+                 emu3.Emu3(emu3.get_config())):
+    ids = bytes(i for i in spelled(family).streams(typed)[0] if 0 < i < 256)
+    assert b" a  red\ncat " in ids
   family = spelled(janus.Janus(janus.get_config()))
-  assert family.streams(" a cat\n") == family.streams("a cat")
-  assert family.streams("a  cat") != family.streams("a cat")
+  assert family.streams(typed) == family.streams("a  red\ncat")
+  assert family.streams(typed) != family.streams("a red cat")
 
 
 def test_tokenizers_neither_cut_nor_pad(tmp_path, monkeypatch):
