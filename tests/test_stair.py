@@ -43,6 +43,8 @@ def test_what_is_lossless_is_known_for_a_grid():
   ):
     assert is_lossless(decoder, wide) is expected
   assert is_lossless(Stair(), row)
+  assert not is_lossless(Stair(lookahead=6, lenience=0.5), wide)
+  assert not is_lossless(Stair(lenience=0.5), row)
 
 
 @pytest.mark.slow
@@ -84,6 +86,23 @@ def test_sure_cells_wait_less():
   bound = latest_passes(model.grid, Stair(lookahead=0, rows=6))
   assert hasty.passes.mean() < steady.passes.mean()
   assert (hasty.commit_pass <= bound).all()
+
+
+def test_lenience_saves_passes():
+  """The more leniently drafts are tested, the fewer passes."""
+  model = kit.chain(6, 8, vocab=9)
+  passes = [
+      kit.run(model, Stair(lookahead=4, lenience=lenience), 16).passes.mean()
+      for lenience in (1.0, 0.5, 0.1)]
+  assert passes[0] > passes[1] > passes[2]
+
+
+@pytest.mark.slow
+def test_the_law_of_lenience_is_told_apart():
+  """Drafts that pass too often show, though whole rows are waited for."""
+  pipe = kit.tiny(**_WIDE)
+  out = kit.draw(pipe, Stair(lookahead=3, lenience=0.3))
+  assert kit.p_value(pipe, out.tokens) < 1e-3
 
 
 @pytest.mark.parametrize("queries", [1, 5])
@@ -148,7 +167,9 @@ def test_impossible_settings_are_one_line():
   """What cannot be is a UserError, not a crash."""
   for settings in (
       dict(lookahead=-1), dict(rows=0), dict(entry=-1), dict(queries=0),
-      dict(sure=-0.1), dict(drafts="guess"),
+      dict(sure=-0.1), dict(drafts="guess"), dict(lenience=0.0),
+      dict(lenience=1.5), dict(lenience=float("nan")),
+      dict(lenience=0.5, coupled=True),
   ):
     with pytest.raises(UserError, match="^got .*, expected .*$"):
       Stair(**settings)

@@ -99,7 +99,7 @@ def start(
 
 def judge(
     ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
-    coupled: bool = False,
+    coupled: bool = False, lenience: float = 1.0,
 ) -> Verdict:
   """Tests the drafts that were looked at and redraws those that fail.
 
@@ -111,6 +111,8 @@ def judge(
     coupled: Draw every cell with its own noise, the same in every pass; a draft
       passes if it is drawn again. Else drafts pass with min(1, p / q) and are
       redrawn from the residual, with the pass's noise.
+    lenience: What q is multiplied by in that test; below 1 relaxed (Leviathan
+      et al. 2023, appendix A.5).
   """
   grid = ctx.model.grid
   is_forced_N = jnp.asarray(grid.is_forced)
@@ -133,7 +135,8 @@ def judge(
   else:
     drafts = Drafts(draft_Q, q_QV, jnp.zeros_like(is_open_Q))
     u_Q = jax.random.uniform(ctx.pass_key(TEST), cells_Q.shape)
-    passed_Q = had_draft_Q & acceptance.accept_exact(p_QV, drafts, u_Q)
+    passed_Q = had_draft_Q & acceptance.accept_exact(
+        p_QV, drafts, lenience * u_Q)
     left_QV = jnp.where(
         had_draft_Q[:, None], acceptance.residual(p_QV, drafts), p_QV
     )

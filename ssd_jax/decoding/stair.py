@@ -53,6 +53,7 @@ class _Staircase:
 
   row_causal = False
   sure = 0.0
+  lenience = 1.0
 
   def __post_init__(self):
     check(self.entry >= 0, "entry", self.entry, ">= 0")
@@ -95,7 +96,8 @@ class _Staircase:
   ) -> Rows:
     """State with every draft tested and each row's next cells final."""
     grid = ctx.model.grid
-    verdict = rows_lib.judge(ctx, state, queries, p_QV, self.coupled)
+    verdict = rows_lib.judge(
+        ctx, state, queries, p_QV, self.coupled, self.lenience)
     final_Q = self._climb(grid, state, verdict)
     state = rows_lib.commit(
         state, queries, verdict, verdict.had_draft, final_Q
@@ -231,11 +233,14 @@ class Stair(_Staircase):
       above; from the number of columns on, the output's law is AR's.
     sure: Entropy in nats up to which a cell needs none of these, but only those
       to the left of the one above.
+    lenience: What a draft's q is multiplied by when it is tested: below 1 more
+      drafts pass than the model would have it.
     row_causal: Hide the drafts of other rows (PJD's mask).
   """
 
   lookahead: int = 2
   sure: float = 0.0
+  lenience: float = 1.0
   row_causal: bool = False
   name = "stair"
   lossless = False
@@ -244,10 +249,14 @@ class Stair(_Staircase):
     super().__post_init__()
     check(self.lookahead >= 0, "lookahead", self.lookahead, ">= 0")
     check(self.sure >= 0, "sure", self.sure, ">= 0")
+    check(0 < self.lenience <= 1, "lenience", self.lenience, "in (0, 1]")
+    check(self.lenience == 1 or not self.coupled, "lenience", self.lenience,
+          "1 with coupled=true, which tests no drafts")
 
   def lossless_on(self, grid: Grid) -> bool:
     """Whether rows wait for the whole of the row above."""
-    return grid.rows == 1 or (self.lookahead >= grid.cols and not self.sure)
+    waits = self.lookahead >= grid.cols and not self.sure
+    return self.lenience == 1 and (grid.rows == 1 or waits)
 
   def _lookahead(self, cols: int) -> int:
     return min(self.lookahead, cols)
