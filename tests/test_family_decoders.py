@@ -28,7 +28,8 @@ from ssd_jax.models.spatial_heads import (
 from ssd_jax.pipeline import Pipeline
 from ssd_jax.sampling import Sampling
 
-_NAMES = ("lumina", "anole", "janus", "emu3", "llamagen_text")
+_NAMES = ("lumina", "anole", "janus", "emu3", "llamagen_class",
+          "llamagen_text")
 _ROWS = ([60, 61, 37], [60, 62, 63, 61, 37], [37, 43], [37, 43])  # cond, uncond
 _QUICKLY = {"xla_backend_optimization_level": 0,
             "xla_llvm_disable_expensive_passes": True}
@@ -67,6 +68,8 @@ def pipeline(name):
 
 def prompt_of(name, family):
   """Two prompts of different lengths and their unconditional rows."""
+  if name == "llamagen_class":
+    return family.encode_prompts(["3", "7"], guided=True)[0]
   if name != "llamagen_text":
     return left_padded(_ROWS, family.grid.length)
   features = jax.random.normal(jax.random.key(1), (2, 12, 32))
