@@ -182,7 +182,8 @@ def emoji_targets(texts: Sequence[str]) -> np.ndarray:
   """int [N]: place of the emoji that each text names in the gallery, or -1."""
   records = sources.EmojiSource("all").records
   places = {record.label: i for i, record in reversed([*enumerate(records)])}
-  return np.array([places.get(text, -1) for text in texts])
+  return np.array([places.get(" ".join(text.split()), -1)
+                   for text in texts])
 
 
 def emoji_captions(split: str | None) -> list[str]:
