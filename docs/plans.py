@@ -35,7 +35,7 @@ SLICES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 DECODERS = ("ssd", "ar", "exact")  # the first is compiled, all share its pass
 COUNTED = ("ssd", "ar")  # whose passes do not depend on the picture
 MESH = "tensor=4"
-TRAINED = ("lumina",)
+TRAINED = ("lumina", "janus_pro:7b")
 TRAINED_ON = ("v5e:4x4",)
 TRAINED_MESH = "data=4,tensor=4"
 ROWS = FOLDER / "plans.jsonl"

@@ -1,5 +1,6 @@
 """Plans: counts by hand, by XLA and by drawing agree; reports are complete."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -99,6 +100,25 @@ def test_a_step_of_training_is_planned(network):
   small = chips.Chip(1e12, 1e11, 1e6, 1e9, 1.0)
   found = training_plan.report(network, config, mesh, small, 64)
   assert not found["fits"] and found["largest_batch"] == 0
+
+
+@pytest.mark.parametrize("bend", [0.0, 0.4])
+def test_the_largest_batch_is_found_in_few_programs(bend):
+  """Of a memory that is a line, exactly; of a bent one, to an eighth."""
+  tried = []
+
+  @functools.cache
+  def needed(batch):
+    tried.append(batch)
+    return 800 + batch + int(bend * max(batch - 200, 0))
+
+  assert training_plan.largest(needed, 4, 700.0) == (804, 0)
+  tried.clear()
+  _, found = training_plan.largest(needed, 4, 2000.0)
+  assert len(tried) <= 12
+  best = max(n for n in range(4, 1300, 4) if needed(n) <= 2000)
+  assert best * 7 / 8 <= found <= best and (bend or found == best)
+  assert needed(found) <= 2000
 
 
 def plan_of(*args):

@@ -1,5 +1,6 @@
 """What a step of train.mtp costs on devices that need not be there."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -67,10 +68,11 @@ def report(
         f"a multiple of data x fsdp = {parts}")
   compiled = functools.cache(lambda images: _compiled(
       network, with_batch(cfg, images), mesh))
-  memory, largest = _largest(compiled, parts, chip)
+  memory, most = largest(
+      lambda images: compiled(images)[1], parts, _RESERVE * chip.memory)
   # What does not fit at once is accumulated in parts that do.
   each = max((n for n in range(parts, batch + 1, parts)
-              if batch % n == 0 and n <= largest), default=0)
+              if batch % n == 0 and n <= most), default=0)
   fits = each > 0
   program, planned = compiled(each or parts)
   sent = hlo.collectives(program.as_text(), mesh.size) if fits else []
@@ -86,7 +88,7 @@ def report(
       "parameters": planning.count(network.params["trunk"]),
       "trained_parameters": planning.count(network.params["heads"]),
       "memory_per_device": planned if fits else memory,
-      "fits": fits, "largest_batch": largest, "bytes_per_pass": None,
+      "fits": fits, "largest_batch": most, "bytes_per_pass": None,
       "flops_per_pass": int(flops),
       "collectives": {x.kind: {"count": x.count * repeats,
                                "bytes": x.bytes * repeats} for x in sent},
@@ -115,16 +117,33 @@ def _compiled(network, cfg, mesh: Mesh) -> tuple[Any, int]:
     return None, used
 
 
-def _largest(compiled, parts: int, chip: chips.Chip) -> tuple[int, int]:
+def largest(
+    needed: Callable[[int], int], parts: int, room: float
+) -> tuple[int, int]:
   """(bytes on a device for the smallest batch, the largest batch that fits).
 
-  Memory is a line over the batch: two programs give it, a third checks it.
+  Memory is nearly a line over the batch: two programs give it. Where its guess
+  is too much, the batches below are halved, and every other time the line
+  between the ends is followed, until they are within an eighth.
+
+  Args:
+    needed: Bytes on a device for a batch, compiled once for each.
+    parts: Of which batches are multiples.
+    room: Bytes on a device.
   """
-  room = _RESERVE * chip.memory
-  one, two = compiled(parts)[1], compiled(2 * parts)[1]
+  one, two = needed(parts), needed(2 * parts)
   if one > room:
     return one, 0
-  count = 1 + math.floor((room - one) / max(two - one, 1))
-  while count > 1 and compiled(count * parts)[1] > room:
-    count -= max(1, count // 8)
-  return one, count * parts
+  fits, over = 1, 1 + math.floor((room - one) / max(two - one, 1))
+  if needed(over * parts) <= room:
+    return one, over * parts
+  share = 0.5
+  while over - fits > max(1, fits // 8):
+    tried = fits + max(1, int(share * (over - fits)))
+    if needed(tried * parts) <= room:
+      fits = tried
+    else:
+      over = tried
+    low, high = needed(fits * parts), needed(over * parts)
+    share = 0.5 if share != 0.5 else (room - low) / (high - low)
+  return one, fits * parts
