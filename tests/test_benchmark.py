@@ -271,7 +271,7 @@ def test_captions_and_targets():
   held = quality.emoji_captions("validation")
   assert captions[:len(held)] == held and len(captions) > 1800
   assert not set(held) & set(quality.emoji_captions("train"))
-  place, none = quality.emoji_targets([held[0], "no such emoji"])
+  place, none = quality.emoji_targets([f" {held[0]}\n", "no such emoji"])
   assert EmojiSource("all").records[place].label == held[0] and none == -1
 
 
