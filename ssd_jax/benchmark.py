@@ -72,7 +72,7 @@ class Job:
 def parse_entries(
     text: str, seed: int, known: Mapping[str, type] = by_name.DECODERS
 ) -> list[Entry]:
-  """The decoders of "ar,ssd:rounds=1+lag=1,ar:seed=1".
+  """The decoders of "ar,ssd:rounds=1+vertical=2,ar:seed=1".
 
   `seed=` is the run's: a decoder without it has `seed`. `known` are classes by
   name.

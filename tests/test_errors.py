@@ -67,6 +67,16 @@ def test_any_text_is_a_decoder_or_one_line(text):
   assert hash(decoder) == hash(by_name.parse(text))
 
 
+@pytest.mark.parametrize("text", [
+    "ssd:rounds=2147483648", "sjd:window=5000000000+tail=reference",
+    "ssd:rounds=1+rounds=3", "mtp:rounds=3", "ssd:lag=1",
+])
+def test_settings_that_nothing_can_read_are_one_line(text):
+  """Numbers beyond all counts, a key twice, what another mode would read."""
+  with pytest.raises(UserError, match="^got .*, expected .*; change "):
+    by_name.parse(text)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(exclude_categories=()), max_size=200))
 def test_any_text_is_a_prompt_or_one_line(text):

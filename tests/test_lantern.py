@@ -123,6 +123,9 @@ def test_bad_settings_are_one_line():
     LanternPP(multiplier=0.5)
   with pytest.raises(UserError, match="got delta=nan"):
     Lantern(delta=float("nan"))
+  with pytest.raises(UserError, match="got drafts='coupled'"):
+    Lantern(drafts="coupled")  # its bound would not hold
+  assert Lantern(drafts="coupled", delta=0.0).lossless
   with pytest.raises(UserError, match="below the 3 codes"):
     Lantern(neighbours=7).scratch(tiny().model)
   with pytest.raises(UserError, match="without a table"):

@@ -148,7 +148,8 @@ def test_impossible_settings_are_one_line():
   for settings in (
       dict(lag=0), dict(rounds=-1), dict(vertical=0), dict(schedule="late"),
       dict(schedule="pipelined", lag=4), dict(schedule="pipelined", vertical=2),
-      dict(drafts="best"),
+      dict(drafts="best"), dict(lag=1), dict(staged_rounds=3),
+      dict(schedule="staged", lag=1),  # nothing would read it
   ):
     with pytest.raises(UserError, match="got .*, expected .*"):
       SSD(**settings)

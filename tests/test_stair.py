@@ -22,6 +22,8 @@ _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     (_ENDED, Stair(lookahead=2, drafts="above", queries=5), 4),
     _slow(_ENDED, Exact(drafts="both", entry=2), 1),
     _slow(_WIDE, Exact(drafts="copy", queries=2), 4),
+    _slow(dict(rows=4, cols=2, vocab=2), Exact(rows=2), 4),  # rows wait
+    _slow(_WIDE, Stair(lookahead=3), 1),
     _slow(_WIDE, Exact(drafts="around", entry=0), 4),
     _slow(_ENDED, Stair(lookahead=2, row_causal=True, rows=2), 4),
     _slow(dict(_ENDED, vocab=3, rows=2, guidance=2.0, top_k=2),

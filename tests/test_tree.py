@@ -39,7 +39,9 @@ def test_published_shapes_and_names():
 
 
 @pytest.mark.parametrize("name", [
-    "", "oak", "0/2", "00", "0-1", "dynamic-0-1-1", "99-99-99"])
+    "", "oak", "0/2", "00", "0-1", "dynamic-0-1-1", "99-99-99",
+    "dynamic-12-2-2",  # more nodes than are drafted
+    "-".join(["99"] * 10)])  # more than a machine word counts
 def test_a_name_that_is_no_tree_is_an_error(name):
   """Impossible trees are refused in one line."""
   with pytest.raises(UserError, match="got .*expected"):

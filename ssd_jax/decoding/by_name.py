@@ -8,7 +8,7 @@ import pathlib
 import runpy
 from typing import Any
 
-from ssd_jax.config import UserError
+from ssd_jax.config import UserError, check
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.engine import Decoder
 from ssd_jax.decoding.gsd import GSD
@@ -21,6 +21,8 @@ from ssd_jax.decoding.stair import Exact, Stair
 from ssd_jax.decoding.tree import Eagle
 from ssd_jax.decoding.zipar import ZipAR
 
+_LARGEST = 1_000_000  # of a whole number: nothing counts further
+
 DECODERS: dict[str, type] = {
     cls.name: cls
     for cls in (AR, MTP, SJD, Coupled, Continuation, GSD, ZipAR, PJD, SSD,
@@ -29,7 +31,7 @@ DECODERS: dict[str, type] = {
 
 
 def parse(text: str, known: Mapping[str, type] = DECODERS) -> Decoder:
-  """The decoder that a text such as "ssd:rounds=1+lag=1" names.
+  """The decoder that a text such as "ssd:rounds=1+vertical=2" names.
 
   >>> parse("sjd:window=8+init=repeat_left").window
   8
@@ -58,7 +60,10 @@ def parse(text: str, known: Mapping[str, type] = DECODERS) -> Decoder:
           f"got setting {part!r} of decoder {name!r}, expected key=value with "
           f"a key of {sorted(fields)}; correct it"
       )
+    check(key not in values, key, value, "it once")
     values[key] = _value(name, key, value, fields[key].type)
+    is_small = not isinstance(values[key], int) or values[key] <= _LARGEST
+    check(is_small, key, value, f"at most {_LARGEST}")
   return cls(**values)
 
 

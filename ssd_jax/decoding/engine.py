@@ -126,7 +126,7 @@ class Decoded:
     commit_pass: int32 [B, R, C], pass at which each cell became final; 1 is
       the prefill.
     history: int32 [B, passes, R, C], tokens and drafts after each pass, or
-      None.
+      None. Of N slots the first N passes, and the last.
   """
 
   tokens: jax.Array
@@ -317,7 +317,8 @@ def _record(
   is_new = state.final & (loop.commit_pass == 0)
   history = loop.history
   if history is not None:
-    history = history.at[:, jnp.max(passes) - 1].set(state.tokens, mode="drop")
+    at = jnp.minimum(jnp.max(passes), history.shape[1]) - 1
+    history = history.at[:, at].set(state.tokens)
   return loop.replace(
       cache=cache, decoder=state, passes=passes, history=history,
       commit_pass=jnp.where(is_new, passes[:, None], loop.commit_pass))

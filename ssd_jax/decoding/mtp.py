@@ -56,7 +56,7 @@ class MTP:
       one: lossless. "coupled" does so by the noise of each slot, and so gives
       AR's tokens. "correct" redraws every draft that fails on its own and keeps
       them all after `rounds` passes and one that commits them: lossy.
-    rounds: Of "correct".
+    rounds: Of "correct"; None for 1.
     cross_rows: Whether drafts run on over row ends. A published baseline on
       grids with end-of-row tokens starts anew in each row.
 
@@ -65,7 +65,7 @@ class MTP:
 
   horizontal: int | None = None
   verify: str = "exact"
-  rounds: int = 1
+  rounds: int | None = None
   cross_rows: bool = True
 
   name = "mtp"
@@ -73,7 +73,10 @@ class MTP:
   def __post_init__(self):
     check(self.verify in VERIFY, "verify", repr(self.verify),
           f"one of {VERIFY}")
-    check(self.rounds >= 0, "rounds", self.rounds, ">= 0")
+    check(self.rounds is None or self.rounds >= 0, "rounds", self.rounds,
+          ">= 0")
+    check(self.rounds is None or self.verify == "correct", "rounds",
+          self.rounds, "none, or verify=correct")
     check(self.horizontal is None or self.horizontal >= 1, "horizontal",
           self.horizontal, ">= 1")
 
@@ -174,7 +177,8 @@ class MTP:
         ctx, _choose(is_single, corrected, state),
         jnp.maximum(state.count, 1), source, hidden_GQD,
     )
-    is_over = is_single | (state.round >= self.rounds)
+    rounds = 1 if self.rounds is None else self.rounds
+    is_over = is_single | (state.round >= rounds)
     return _choose(is_over, settled, corrected)
 
   def _settle(

@@ -106,6 +106,7 @@ class Lantern(_Neighbourly):
   def __post_init__(self):
     super().__post_init__()
     check(0 <= self.delta <= 1, "delta", self.delta, "in [0, 1]")
+    self._refuse_coupled()
 
   @property
   def lossless(self) -> bool:
@@ -142,6 +143,7 @@ class LanternPP(_Neighbourly):
     super().__post_init__()
     check(1 <= self.multiplier < float("inf"), "multiplier", self.multiplier,
           "a number >= 1")
+    self._refuse_coupled()
 
   @property
   def lossless(self) -> bool:
@@ -185,6 +187,7 @@ class Cascade(Eagle):
       value = getattr(self, name)
       is_number = isinstance(value, (int, float)) and np.isfinite(value)
       check(is_number, name, value, "a number, above 1 for never")
+    self._refuse_coupled()
 
   @property
   def lossless(self) -> bool:

@@ -125,9 +125,10 @@ def judge(
   is_at = lambda x_N: x_N.at[cells_Q].get(mode="fill", fill_value=False)
   is_open_Q = ~is_none_Q & ~is_at(state.final)
   draft_Q = state.tokens.at[cells_Q].get(mode="fill", fill_value=0)
-  # A stand-in was not drawn: its q is zero.
+  # A stand-in was not drawn: its q is zero. One that is no number was, or the
+  # loop would never end.
   had_draft_Q = (
-      is_open_Q & is_at(state.known) & (acceptance.at(q_QV, draft_Q) > 0)
+      is_open_Q & is_at(state.known) & (acceptance.at(q_QV, draft_Q) != 0)
   )
   if coupled:
     drawn_Q = sampling.sample(p_QV, ctx.token_noise(cells_Q))

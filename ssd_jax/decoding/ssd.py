@@ -54,8 +54,9 @@ class SSD:
       after the other; "staged" gives each but the first `staged_rounds` more,
       once the one above is committed; "pipelined" lets a row enter every `lag`
       passes, while those above are still being corrected.
-    staged_rounds: Of "staged".
-    lag: Of "pipelined"; rounds + 1 is "joint".
+    staged_rounds: Of "staged"; None for 4.
+    lag: Of "pipelined"; None for 2, or rounds + 1 if that is less, which is
+      "joint".
     adaptive: A row whose round changed nothing needs no further one: it has
       been fed as it stands.
     drafts: "sample" from the heads' distributions, or their "argmax".
@@ -66,8 +67,8 @@ class SSD:
   rounds: int = 2
   horizontal_rounds: int = 1
   schedule: str = "joint"
-  staged_rounds: int = 4
-  lag: int = 2
+  staged_rounds: int | None = None
+  lag: int | None = None
   adaptive: bool = False
   drafts: str = "sample"
 
@@ -79,7 +80,7 @@ class SSD:
                          ("horizontal_rounds", 0), ("staged_rounds", 0),
                          ("lag", 1)):
       value = getattr(self, field)
-      check(value >= least, field, value, f">= {least}")
+      check(value is None or value >= least, field, value, f">= {least}")
     check(self.schedule in SCHEDULES, "schedule", self.schedule,
           f"one of {', '.join(SCHEDULES)}")
     check(self.drafts in DRAFTS, "drafts", self.drafts,
@@ -87,7 +88,12 @@ class SSD:
     if self.schedule == "pipelined":
       check(self.vertical == 1, "vertical", self.vertical,
             "1 where rows enter one by one")
-      rows_lib.clamp(self, "lag", self.rounds + 1, "rounds + 1")
+      check((self.lag or 1) <= self.rounds + 1, "lag", self.lag,
+            f"at most {self.rounds + 1} (rounds + 1)")
+    for field, schedule in (("lag", "pipelined"), ("staged_rounds", "staged")):
+      value = getattr(self, field)
+      check(value is None or self.schedule == schedule, field, value,
+            f"none, or schedule={schedule}")
 
   def scratch(self, model: Model) -> int:
     """None."""
@@ -155,7 +161,7 @@ class SSD:
     plan = state.plan
     if self.schedule != "pipelined":
       # A block's next row begins its own rounds.
-      more = self.staged_rounds if self.schedule == "staged" else 0
+      more = self._more_rounds()
       is_next = (lead > state.lead) & (lead < entered)
       plan = plan.replace(
           rounds=plan.rounds.at[lead].max(jnp.where(is_next, more, 0))
@@ -228,7 +234,13 @@ class SSD:
     return min(rows, model.grid.rows)
 
   def _lag(self) -> int:
-    return min(self.lag, self.rounds + 1)
+    return min(2, self.rounds + 1) if self.lag is None else self.lag
+
+  def _more_rounds(self) -> int:
+    """Of a block's rows but the first, once the one above is committed."""
+    if self.schedule != "staged":
+      return 0
+    return 4 if self.staged_rounds is None else self.staged_rounds
 
   def _heads(self, model: Model) -> tuple[int, int]:
     """Horizontal and vertical heads in use."""

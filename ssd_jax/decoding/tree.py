@@ -120,6 +120,15 @@ class Eagle:
         "would bias sampled ones",
     )
 
+  def _refuse_coupled(self) -> None:
+    """Raises UserError when a relaxed test would meet coupled drafts.
+
+    A draft picked with the noise of the draw wins far more often for a little
+    mass than a draft that knows nothing of it: no bound would hold.
+    """
+    check(self.lossless or self.drafts != "coupled", "drafts", "'coupled'",
+          f"top or sampled where {self.name} relaxes")
+
   @property
   def lossless(self) -> bool:
     """Always."""

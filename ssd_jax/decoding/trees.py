@@ -16,11 +16,12 @@ import dataclasses
 import functools
 import heapq
 import itertools
+import operator
 import re
 
 import numpy as np
 
-from ssd_jax.config import UserError
+from ssd_jax.config import UserError, check
 
 Path = tuple[int, ...]
 MAX_NODES = 1024
@@ -207,10 +208,11 @@ def parse(name: str) -> Tree:
   if re.fullmatch(r"dynamic-\d+-\d+-\d+", name):
     numbers = [int(part) for part in name.split("-")[1:]]
     if min(numbers) >= 1 and max(numbers) <= MAX_NODES:
-      return Dynamic(*numbers)
+      return _all_drafted(Dynamic(*numbers))
   if re.fullmatch(r"\d+(-\d+)*", name):
     children = tuple(int(part) for part in name.split("-"))
-    if min(children) >= 1 and np.cumprod(children).sum() <= MAX_NODES:
+    levels = itertools.accumulate(children, operator.mul)  # of any size
+    if min(children) >= 1 and sum(levels) <= MAX_NODES:
       return branching(children)
   elif re.fullmatch(r"\d+(/\d+)*", name):
     return _from_paths(name)
@@ -244,6 +246,14 @@ def fit(name: str, length: int, vocab: int) -> Tree:
     return Dynamic(min(tree.nodes, length, most), width, depth)
   fits = lambda path: len(path) <= levels and max(path) < vocab
   return Static(tuple(filter(fits, tree.paths))[:length])
+
+
+def _all_drafted(tree: Dynamic) -> Dynamic:
+  """The tree; raises UserError when it has more nodes than are drafted."""
+  check(tree.nodes <= tree.candidates, "nodes", tree.nodes,
+        f"at most the {tree.candidates} that {tree.depth} levels of "
+        f"{tree.width} children draft in a dynamic tree")
+  return tree
 
 
 def _from_paths(text: str) -> Static:

@@ -156,7 +156,7 @@ class Jacobi:
       return jnp.bool_(True)
     if self.tail == "full":
       return jnp.bool_(False)
-    return following >= grid.length - self.window - 2
+    return following >= grid.length - min(self.window, grid.length) - 2
 
   def _equate(
       self, ctx: Context, slots_Q: jax.Array, p_QV: jax.Array, drafts: Drafts,

@@ -24,6 +24,7 @@ Source: Li et al. 2024, arXiv:2401.15077, section 4.2; 2025, arXiv:2503.01840.
 from collections.abc import Mapping
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 
@@ -96,7 +97,13 @@ class DrafterTraining:
 
   def __post_init__(self):
     for name in ("state_weight", "token_weight", "noise"):
-      check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+      check(0 <= getattr(self, name) < math.inf, name, getattr(self, name),
+            "a number >= 0")
+    check(self.state_weight + self.token_weight > 0, "token_weight",
+          self.token_weight, "more than 0, or state_weight to be")
+    check(-1 <= self.likeness <= 1, "likeness", self.likeness, "in [-1, 1]")
+    check(len(set(self.taps)) == len(self.taps), "taps", self.taps,
+          "each layer once")
     check(0 <= self.redundancy <= 1, "redundancy", self.redundancy,
           "in [0, 1]")
     for name in ("unroll", "eval_images", "depth"):
