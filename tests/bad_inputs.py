@@ -14,6 +14,7 @@ import traceback
 from unittest import mock
 
 from absl import flags
+import jax
 
 from ssd_jax import loading
 from ssd_jax.cli import run as cli
@@ -42,6 +43,15 @@ ANY = {
         "--config", "configs/emoji.py", "--config.colour=red"],
     "a config value of the wrong kind": [
         "--config", "configs/emoji.py", "--config.pixels=many"],
+}
+JOB = {
+    "a mesh of an unknown axis": ["--mesh", "rows=2"],
+    "a mesh without a number": ["--mesh", "data"],
+    "a mesh of more devices than there are": ["--mesh", "tensor=9999"],
+    "half a job of several hosts": ["--coordinator", "localhost:1"],
+    "a process beyond its job": [
+        "--coordinator", "localhost:1", "--num_processes", "2", "--process_id",
+        "2"],
 }
 SHARED = {
     "no checkpoint there": ["--checkpoint", "{dir}/nowhere"],
@@ -80,13 +90,41 @@ DECODER = {
     "a setting out of range": "sjd:window=0",
     "heads that the model does not have": "ssd:horizontal=99",
 }
+BENCHMARK = {
+    "a decoder named twice": ["--decoders", "ar,ar"],
+    "no prompts": ["--num_prompts", "0"],
+    "no pictures": ["--num_images", "0"],
+    "a split that does not exist": ["--split", "test"],
+    "a folder of real pictures that is not there": [
+        "--real_images", "{dir}/no"],
+    "real pictures that are damaged": ["--real_images", "{dir}/torn"],
+    "an export that does not exist": ["--export", "coco"],
+    "prompts that are not the export's": ["--export", "geneval"],
+    "too few pictures for the export": ["--export", "dpg"],
+    "too few draws": ["--exactness", "--draws", "10"],
+    "a checkpoint for --exactness": ["--exactness", "--checkpoint", "{dir}/no"],
+    "decoders for --profile": ["--profile", "--decoders", "ar"],
+    "a file of decoders without any": ["--decoder_file", "{dir}/nothing.py"],
+}
+COMPARE = {
+    "a size that does not exist": ["--size", "2t"],
+    "no layers": ["--layers", "0"],
+    "a width without whole heads": ["--width", "100"],
+    "a single code": ["--vocab", "1"],
+    "tokens that are no square": ["--tokens", "60"],
+    "no prompt": ["--prompt_tokens", "0"],
+    "no rounds": ["--rounds", "0"],
+    "a batch of none": ["--batch", "0"],
+    "a decoder that does not exist": ["--loops", "ar,stare"],
+}
 PLAN = {
     "a slice that does not exist": ["--topology", "v9z:1x1"],
-    "a mesh of an unknown axis": ["--mesh", "rows=2"],
-    "a mesh of more devices than there are": ["--mesh", "tensor=9999"],
     "a batch of none": ["--batch", "0"],
     "passes below one": ["--passes", "0"],
     "a batch below zero to train on": ["--train", "--batch", "-1"],
+    "a decoder to train": ["--train", "--decoder", "ar"],
+    "a plot that is a folder": ["--plot", "{dir}/empty"],
+    "a plot below a file": ["--plot", "{dir}/words.txt/plot.png"],
 }
 TRAINED = {
     "a working directory that is a file": ["--workdir", "{dir}/words.txt"],
@@ -125,6 +163,7 @@ CONVERT = {
 
 def make_files(folder: pathlib.Path) -> None:
   """Writes the bad files that the cases name."""
+  jax.devices()  # before a mesh can divide this process's CPU
   texts = {
       "words.txt": "mine\n", "empty.txt": "\n \n", "one.txt": "a red heart\n",
       "long.txt": "x" * 10_001, "syntax.py": "def get_config(:",
@@ -138,6 +177,9 @@ def make_files(folder: pathlib.Path) -> None:
     (folder / name).write_text(text)
   (folder / "bytes.txt").write_bytes(bytes(range(128, 256)))
   (folder / "empty").mkdir()
+  for name in ("1.png", "2.png"):
+    (folder / "torn").mkdir(exist_ok=True)
+    (folder / "torn" / name).write_bytes(b"\x89PNG\r\n")
   (folder / "torch").mkdir()
   (folder / "torch" / "model.safetensors").write_bytes(b"\xff" * 9)
   from PIL import Image
@@ -156,6 +198,10 @@ def cases():
   for name in (*DRAWING, "convert", *TRAINING, "plan", "compare"):
     for what, args in ANY.items():
       yield name, what, [*PROMPT.get(name, []), *args]
+  for name in (*DRAWING, *TRAINING, "plan"):
+    for what, args in JOB.items():
+      if name != "plan" or args[0] == "--mesh":  # it runs nowhere
+        yield name, what, [*PROMPT.get(name, []), *args]
   for name in DRAWING:
     for what, args in SHARED.items():
       yield name, what, [*PROMPT.get(name, []), *args]
@@ -172,14 +218,17 @@ def cases():
   yield "generate", "no pictures", ["--prompt", "a", "--num_images", "0"]
   yield "generate", "a file of decoders without any", [
       "--prompt", "a", "--decoder_file", "{dir}/nothing.py"]
-  yield "benchmark", "a decoder named twice", ["--decoders", "ar,ar"]
-  yield "benchmark", "no prompts", ["--num_prompts", "0"]
+  for what, args in BENCHMARK.items():
+    yield "benchmark", what, args
   yield "evidence", "no prompts", ["--num_prompts", "0"]
   yield "demo", "a port beyond 65535", ["--port", "70000"]
   yield "demo", "an address of another machine", ["--host", "192.0.2.1"]
   yield "demo", "a benchmark that is not there", ["--bench", "{dir}/no"]
+  yield "demo", "a batch of none", ["--batch", "0"]
   for what, args in PLAN.items():
     yield "plan", what, args
+  for what, args in COMPARE.items():
+    yield "compare", what, args
   for what, args in CONVERT.items():
     yield "convert", what, ["--config", "configs/llamagen.py", *args]
   yield "convert", "a family that is not converted", [
@@ -196,8 +245,15 @@ def cases():
   yield "ar", "no tokenizer trained", ["--config", "configs/emoji.py:smoke"]
 
 
-def feed(name: str, args: list[str], folder: pathlib.Path):
-  """(exit status, stderr, files written) of a command with bad input."""
+def feed(name: str, args: list[str], folder: pathlib.Path, instead=None):
+  """(exit status, stderr, files written) of a command with bad input.
+
+  Args:
+    name: Of the command.
+    args: Its arguments.
+    folder: Where the files of the cases are.
+    instead: Body to run in place of the command's own.
+  """
   out = folder / "out"
   shutil.rmtree(out, ignore_errors=True)
   args = [x.format(dir=folder, out=out) for x in args]
@@ -206,6 +262,7 @@ def feed(name: str, args: list[str], folder: pathlib.Path):
   if name in TRAINING and "--workdir" not in args:
     args += ["--workdir", str(out)]
   body, define = _command(name)
+  body, runs_here = instead or body, not instead and name != "plan"
   error = io.StringIO()
   with mock.patch("sys.argv", [name, *args]), (
       _flags_of(name, define)), contextlib.redirect_stderr(error), (
@@ -218,7 +275,7 @@ def feed(name: str, args: list[str], folder: pathlib.Path):
       flags.FLAGS[flag].unparse()
     sys.modules.pop("config_config", None)  # the file of the case before
     try:
-      cli.main(body, [name, *args])
+      cli.main(body, [name, *args], runs_here=runs_here)
       status = 0
     except SystemExit as end:
       status = end.code

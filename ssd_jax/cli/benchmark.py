@@ -248,6 +248,10 @@ def _write_report(
 
 def _profile() -> None:
   """Measures passes of the flags' model."""
+  _refuse_flags(
+      "profile", "batch", "checkpoint", "drafter", "guidance", "heads", "int8",
+      "num_prompts", "out", "prompts_file", "random_weights", "split",
+      "temperature", "top_k", "top_p")
   need("matplotlib.figure", "bench")
   text = _items()[0].prompt
   out = common.writable_folder(common.OUT.value or "bench")

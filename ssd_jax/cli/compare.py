@@ -59,8 +59,6 @@ def define_flags() -> None:
 
 def body() -> None:
   """Compares what the flags say."""
-  for module in ("torch", "transformers"):
-    need(module, "parity")
   if flags.FLAGS["config"].present:
     raise UserError("got --config, expected none: the trunk is that of --size; "
                     "leave it out")
@@ -68,6 +66,8 @@ def body() -> None:
   check(rounds >= 1, "rounds", rounds, ">= 1")
   labels = [x.strip() for x in flags.FLAGS.loops.split(",") if x.strip()]
   loops = [by_name.parse(label) for label in labels]
+  for module in ("torch", "transformers"):
+    need(module, "parity")
   out = common.writable_folder(common.OUT.value or "compare")
   theirs = Theirs(setting)
   ours = Ours(setting, theirs)
@@ -94,10 +94,11 @@ def _setting() -> Setting:
   """What the flags ask for."""
   values = flags.FLAGS
   layers, width, head_dim, vocab, dtype = _SIZES[values.size]
-  width = values.width or width
+  given = lambda value, default: default if value is None else value
+  width = given(values.width, width)
   return Setting(
-      values.layers or layers, width, min(head_dim, width),
-      values.vocab or vocab, values.tokens, values.prompt_tokens,
+      given(values.layers, layers), width, min(head_dim, width),
+      given(values.vocab, vocab), values.tokens, values.prompt_tokens,
       1 if common.BATCH.value is None else common.BATCH.value,
       values.dtype or dtype, common.SEED.value)
 

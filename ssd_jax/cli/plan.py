@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ssd_jax import chips, plan as planning, schedules, sharding
 from ssd_jax.cli import run as cli
-from ssd_jax.config import check
+from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name
 from ssd_jax.extras import need
 from ssd_jax.training import plan as training_plan
@@ -43,6 +43,7 @@ def body() -> None:
   for name in ("batch", "passes"):
     value = getattr(args, name)
     check(value is None or value >= 1, name, value, ">= 1")
+  _check_mode(args)
   devices = chips.devices_of(args.topology)
   text = cli.MESH.value or f"tensor={_fitting(len(devices))}"
   mesh = sharding.make_mesh(text, devices)
@@ -62,6 +63,19 @@ def body() -> None:
   tell(found)
   if args.json:
     print(json.dumps(found))
+
+
+def _check_mode(args: flags.FlagValues) -> None:
+  """Raises UserError for what --train does not read and plots without place."""
+  for name in ("decoder", "passes", "plot"):
+    if args.train and args[name].present:
+      raise UserError(f"got --{name} with --train, which does not read it, "
+                      "expected only --batch; leave it out")
+  if args.plot and pathlib.Path(args.plot).is_dir():
+    raise UserError(f"got --plot {args.plot}, which is a folder, expected a "
+                    "file; add a name that ends in .png")
+  if args.plot:
+    pathlib.Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _fitting(devices: int) -> int:
@@ -156,7 +170,6 @@ def plot(found: dict, path: pathlib.Path) -> None:
   axes.axvline(found["queries"], linestyle=":", color="grey")
   axes.set(xlabel="queries of a pass", ylabel="least milliseconds of a pass",
            title=f"{found['family']} on {found['topology']}, {found['mesh']}")
-  path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}")
   figure.savefig(partial, format="png")
   partial.replace(path)

@@ -60,7 +60,7 @@ def main(
     rest = flags.FLAGS(argv)
     _ = flags.FLAGS.config.family  # a file that fails says so at first sight
   except Exception as error:  # a config is a program, and may raise anything
-    fail(_bad_flag(error))
+    fail(_bad_flag(error, argv))
   if len(rest) > 1:
     fail(f"got argument {rest[1]!r}, expected flags only; see --help")
   try:
@@ -137,9 +137,15 @@ def fail(message: str) -> NoReturn:
   sys.exit(2)
 
 
-def _bad_flag(error: BaseException) -> str:
+def _bad_flag(error: BaseException, argv: list[str]) -> str:
   """What is wrong with the flags; of a config that fails, why it fails."""
   told = _first_line(error)
+  key = told.strip("\"'")
+  for name in (arg.partition("=")[0] for arg in argv):
+    if isinstance(error, (AttributeError, KeyError)) and (
+        name.startswith("--config.") and key in name.split(".")):
+      return (f"got {name}, and the config has no {key}, expected one of the "
+              "keys that its file sets; correct it")
   if not isinstance(error, flags.Error) or told.endswith(":"):
     while told.endswith(":") and (
         cause := error.__cause__ or error.__context__):

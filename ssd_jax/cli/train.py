@@ -63,14 +63,13 @@ def ar() -> None:
   config, workdir = _settings("prompt_slots", "trunk", "ar", "sampling")
   vq_cfg = from_config_dict(VQConfig, config.vq)
   cfg = from_config_dict(ar_training.ARConfig, config.ar)
-  vq_params = checkpoints.cast(
-      checkpoints.restore(workdir / "model" / "vq"), np.float32
-  )
+  captioned = _splits(config)
+  vq_params = checkpoints.cast(_tokenizer_of(workdir), np.float32)
   splits = {
       name: ar_training.encode_split(
           VQ(vq_cfg), vq_params, source, workdir / "ar" / f"{name}_tokens.npy"
       )
-      for name, source in _splits(config).items()
+      for name, source in captioned.items()
   }
   words = Vocabulary.build(splits["train"].texts(), config.prompt_slots)
   generator = emoji.generator(config.trunk, vq_cfg, config.pixels, words)
@@ -82,6 +81,15 @@ def ar() -> None:
   )
   emoji.write_settings(workdir / "model", config, words)
   print(f"wrote {workdir / 'model'}")
+
+
+def _tokenizer_of(workdir: pathlib.Path) -> Any:
+  folder = workdir / "model" / "vq"
+  if not folder.is_dir():
+    raise UserError(
+        f"got no tokenizer at {folder}, expected a trained one; run "
+        f"python -m train.tokenizer --workdir {workdir} before")
+  return checkpoints.restore(folder)
 
 
 def mtp() -> None:
