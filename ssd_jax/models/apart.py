@@ -18,14 +18,18 @@ _LEAST = 100e6
 def for_drawing(params: Params) -> Params:
   """The parameters; of a large trunk on a CPU with a copy of layers, apart.
 
-  They stay as they are under a mesh, and where there is no room for the copy.
+  They stay as they are under a mesh, where there is no room for the copy, and
+  where the trunk is no `Generator`'s: nobody else would find the layers.
   """
+  trunk = params.get("trunk", {})
+  if not (isinstance(trunk, dict) and "layers" in trunk):
+    return params
   is_cpu = jax.default_backend() == "cpu" and sharding.current() is None
-  size = sum(x.nbytes for x in jax.tree.leaves(params["trunk"]["layers"]))
+  size = sum(x.nbytes for x in jax.tree.leaves(trunk["layers"]))
   room = memory.free()
   if not is_cpu or size < _LEAST or (room is not None and 2 * size > room):
     return params
-  return {**params, "trunk": apart(params["trunk"])}
+  return {**params, "trunk": apart(trunk)}
 
 
 def apart(trunk: Params) -> Params:
