@@ -3,9 +3,13 @@
 import importlib.util
 import pathlib
 import re
+import shlex
 
+from absl import flags
+import bad_inputs
 import pytest
 
+from ssd_jax import benchmark, sharding
 from ssd_jax.config import UserError
 from ssd_jax.decoding import by_name
 
@@ -29,13 +33,31 @@ def commands():
   for page in PAGES:
     text = page.read_text("utf-8")
     texts = [t for _, kind, t in blocks(page) if kind != "python"]
-    texts += re.findall(r"`(python -m [^`]*)`", text)
+    texts += [t.replace("\n", " ")
+              for t in re.findall(r"`(python -m [^`]*)`", text)]
     for part in texts:
       part = part.replace("\\\n", " ")
       for line in re.findall(r"python -m ((?:infer|train)\.[^&\n]*)", part):
-        words = line.partition("#")[0].replace('"', " ").split()
-        found.append((page.name, " ".join(words)))
+        line = line.partition("#")[0].strip()
+        if line.count('"') % 2:  # of a command in quotes
+          line = line.rstrip('"')
+        found.append((page.name, shlex.join(shlex.split(line))))
   return sorted(set(found))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_run_or_marked(page):
+  """CI runs the commands of a block, or a comment says why it does not."""
+  ci = _joined((ROOT / ".ci" / "run").read_text())
+  for mark, kind, text in blocks(page):
+    for command in re.findall(
+        r"python (?:-m )?(?:infer|train|docs/).*|gcloud .*",
+        text.replace("\\\n", " ")):
+      assert kind == "python" or mark or _joined(command) in ci, command
+
+
+def _joined(text):
+  return " ".join(text.replace("\\\n", " ").split())
 
 
 @pytest.mark.parametrize("name", ["extending.md"])
@@ -76,9 +98,9 @@ def test_a_file_without_decoders_is_one_line(tmp_path, text):
 
 
 @pytest.mark.parametrize("page,line", commands())
-def test_commands_of_the_pages_exist(page, line):
-  """Their modules, flags, files, variants and settings are there."""
-  module, *args = line.split()
+def test_commands_of_the_pages_exist(page, line, tmp_path, monkeypatch):
+  """Their modules, flags, files, variants, settings and decoders are there."""
+  module, *args = shlex.split(line)
   spec = importlib.util.find_spec(module)
   assert spec is not None, module
   area, name = module.split(".")
@@ -89,29 +111,27 @@ def test_commands_of_the_pages_exist(page, line):
       flag for source in sources for flag in _FLAG.findall(source.read_text())}
   if name == "convert":
     flags |= {"vq", "text_encoder", "tokenizer"}  # defined in a loop
-  config = ROOT / "configs" / "emoji.py"
-  for index, arg in enumerate(args):
+  for arg in args:
     if not arg.startswith("--"):
       continue
-    flag, _, value = arg[2:].partition("=")
-    if flag == "config":
-      config = value or args[index + 1]
+    flag = arg[2:].partition("=")[0]
     top = flag.removeprefix("no") if flag.startswith("no") else flag
     assert flag.partition(".")[0] in flags or top in flags, f"--{flag}"
-  settings = config_of(str(config))
-  for arg in args:
-    if arg.startswith("--config."):
-      key = arg[len("--config."):].partition("=")[0]
-      assert key.partition(".")[0] in settings, arg
+  monkeypatch.chdir(ROOT)
+  status, said, _ = bad_inputs.feed(name, args, tmp_path, look)
+  assert (status, said) == (0, "")
 
 
-def config_of(text):
-  """The settings of configs/NAME.py[:variant]."""
-  file, _, variant = text.partition(":")
-  spec = importlib.util.spec_from_file_location("config", ROOT / file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(variant) if variant else module.get_config()
+def look():
+  """What a command reads of its flags: config, decoders, mesh."""
+  flag = {name: flags.FLAGS[name].value for name in flags.FLAGS
+          if flags.FLAGS[name].present}
+  assert flags.FLAGS.config.family
+  for name in {"decoder", "decoders", "loops"} & flag.keys():
+    if "decoder_file" not in flag and "$" not in flag[name]:
+      benchmark.parse_entries(flag[name], 0)
+  if "mesh" in flag:
+    sharding.parse(flag["mesh"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
