@@ -7,7 +7,8 @@ const WAIT = 300;  // ms between looks at a job
 const LONGEST = 8;  // s of a replay
 const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
 const images = new Map();  // by address
-let info, job = null, lanes = [], shown = 0, asHeat = false, clock = 0;
+let info, job = null, lanes = [], shown = 0, asHeat = false, clock = 0,
+    replays = 0;
 
 const make = (tag, text, kind) => {
   const node = document.createElement(tag);
@@ -240,12 +241,12 @@ function render() {
 
 // All lanes from the start, in the time that they took.
 function replay() {
-  const mine = job.id;
+  const mine = job.id, turn = ++replays;
   const longest = Math.max(...job.lanes.map((lane) => lane.seconds));
   const speed = Math.max(longest / LONGEST, longest < 2 ? longest / 2 : 1);
   const start = performance.now();
   const tick = (now) => {
-    if (!job || job.id !== mine) return;
+    if (!job || job.id !== mine || turn !== replays) return;
     const time = Math.max((now - start) / 1000 * speed, 1e-3);
     clock = time < longest ? time : 0;
     render();
