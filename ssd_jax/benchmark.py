@@ -19,6 +19,7 @@ from ssd_jax import shards
 from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name, engine
 from ssd_jax.pipeline import Pipeline
+from ssd_jax.sampling import Overrides
 from ssd_jax.shards import Run
 
 
@@ -51,7 +52,7 @@ class Job:
   prompts: tuple[str, ...]
   num_images: int = 1
   batch: int = 1
-  sampling: tuple[tuple[str, float | None], ...] = ()
+  sampling: Overrides = dataclasses.field(default_factory=Overrides)
 
   def __post_init__(self):
     check(len(self.prompts) >= 1, "num_prompts", len(self.prompts), ">= 1")
@@ -143,7 +144,7 @@ def _paths(
 ) -> list[list[pathlib.Path]]:
   """The shard of each entry and batch."""
   weights = shards.fingerprint((pipe.params, pipe.vq_params))
-  settings, _ = pipe.sampling(**dict(job.sampling))
+  settings, _ = pipe.sampling(**job.sampling)
   resolved = [float(x) for x in jax.tree.leaves(settings)]
   names = [
       f"{start:06d}-{shards.digest(job.texts[start:start + job.batch])}.npz"
@@ -161,7 +162,7 @@ def _draw(pipe: Pipeline, entry: Entry, job: Job, start: int):
   texts += [texts[-1]] * (job.batch - len(texts))
   return texts, pipe.generate(
       texts, entry.decoder, seed=entry.seed, batch=job.batch,
-      first_image=start, **dict(job.sampling))
+      first_image=start, **job.sampling)
 
 
 _SESSION = time.time_ns()  # of this process
@@ -172,7 +173,7 @@ def measure(pipe: Pipeline, entry: Entry, job: Job, start: int) -> Run:
   texts, out = _draw(pipe, entry, job, start)
   size = min(job.batch, len(job.texts) - start)
   nll, entropy = pipe.nll(
-      out.tokens, texts, batch=min(job.batch, 4), **dict(job.sampling))
+      out.tokens, texts, batch=min(job.batch, 4), **job.sampling)
   memory = pipe.program_bytes(entry.decoder)
   return Run(
       out.tokens[:size], out.passes[:size], out.commit_pass[:size],
@@ -211,7 +212,7 @@ def traits(pipe: Pipeline, decoder: engine.Decoder, job: Job) -> Traits:
     return pipe.model.forward(params, cache, prompt, queries)
 
   model = dataclasses.replace(pipe.model, forward=forward)
-  settings, guided = pipe.sampling(**dict(job.sampling))
+  settings, guided = pipe.sampling(**job.sampling)
   prompt, _ = pipe.family.encode_prompts(list(job.prompts[:1]), guided)
   jax.eval_shape(
       lambda params, prompt: engine.decode(

@@ -129,7 +129,7 @@ def checksum(
   total = 0
   for piece in pieces:
     flat = np.ascontiguousarray(piece).reshape(-1)
-    total = zlib.crc32(flat.view(np.uint8), total)
+    total = zlib.crc32(flat.view(np.uint8).data, total)
   return f"{np.dtype(dtype)} {list(shape)} {total:08x}"
 
 

@@ -5,9 +5,12 @@ them sees a ConfigDict.
 """
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+  from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 class UserError(ValueError):
@@ -35,9 +38,9 @@ def from_config_dict(cls: type[T], values: Any) -> T:
     )
   kwargs = {}
   for name in values:
-    value = values[name]
-    if dataclasses.is_dataclass(fields[name].type):
-      value = from_config_dict(fields[name].type, value)
+    value, kind = values[name], fields[name].type
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+      value = from_config_dict(kind, value)
     elif isinstance(value, (list, tuple)):
       value = tuple(value)
     kwargs[name] = value

@@ -8,6 +8,7 @@ at the slot that was fed: those that decoding compares.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 
 from ssd_jax import sampling as sampling_lib
 from ssd_jax.pipeline import Pipeline
+from ssd_jax.sampling import Overrides
 from ssd_jax.types import KVCache, Model, Prompt, Queries
 
 ALTERNATIVES = 8
@@ -55,7 +57,7 @@ class Evidence:
 def collect(
     pipe: Pipeline, tokens_BRC: np.ndarray, prompts: Sequence[str],
     batch: int = 4, on_batch: Callable[[int], None] = lambda count: None,
-    **sampling: float | None,
+    **sampling: Unpack[Overrides],
 ) -> Evidence:
   """What pictures that the model drew say.
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ssd_jax.config import UserError, check
+from ssd_jax.images import Images
 from ssd_jax.layout import replacing, save_picture
 
 LAYOUTS = ("geneval", "dpg")
@@ -119,7 +120,7 @@ def _parti(path: pathlib.Path) -> list[Item]:
 
 def export(
     layout: str, folder: pathlib.Path, items: Sequence[Item],
-    images: Sequence[np.ndarray],
+    images: Images,
 ) -> None:
   """Writes pictures as an official scorer reads them.
 
@@ -186,7 +187,7 @@ def _export_geneval(folder: pathlib.Path, item: Item, pictures) -> None:
     partial.write_text(json.dumps(item.metadata), "utf-8")
 
 
-def _grid(pictures: Sequence[np.ndarray]) -> Image.Image:
+def _grid(pictures: Images) -> Image.Image:
   """Four pictures, row by row, without a margin: the scorer cuts them apart."""
   rows = [np.concatenate(pictures[i:i + 2], axis=1) for i in (0, 2)]
   return Image.fromarray(np.concatenate(rows))

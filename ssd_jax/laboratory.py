@@ -13,6 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 from scipy import optimize, stats
 
@@ -123,9 +124,10 @@ def draw(
       lambda *x: np.concatenate(x).reshape(index.size, *x[0].shape[2:]), *parts)
 
 
-def count(pipe: Pipeline, tokens: np.ndarray) -> np.ndarray:
+def count(pipe: Pipeline, tokens: ArrayLike) -> np.ndarray:
   """int [I]: how often each image was drawn, ordered as `enumerate_law`."""
-  cells = tokens.reshape(len(tokens), -1)
+  images = np.asarray(tokens)
+  cells = images.reshape(len(images), -1)
   places = pipe.model.vocab ** np.arange(cells.shape[1])[::-1]
   return np.bincount(
       cells @ places, minlength=pipe.model.vocab ** cells.shape[1])

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
+import operator
 import os
 import pathlib
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.relaxed import neighbour_table
 from ssd_jax.models.apart import for_drawing
 from ssd_jax.progress import Clock, Listener, Progress
-from ssd_jax.sampling import Sampling
+from ssd_jax.sampling import Overrides, Sampling
 from ssd_jax.streaming import Order, Picture, Stream
 from ssd_jax.types import Model, Params, Prompt
 
@@ -99,7 +100,7 @@ class Pipeline:
       on_batch: Callable[[int], None] | None = None,
       on_pass: Callable[[Progress], None] | None = None,
       first_image: int | Sequence[int] = 0,
-      **sampling: float | None,
+      **sampling: Unpack[Overrides],
   ) -> Output:
     """Draws `num_images` pictures for each prompt.
 
@@ -144,14 +145,13 @@ class Pipeline:
       images = decode_images(self.vq_params, decoded.tokens)
       chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,
                decoded.history)
-      chunks.append([None if x is None else sharding.fetch(x)[:len(part)]
-                     for x in chunk])
+      drawn = operator.itemgetter(slice(len(part)))
+      chunks.append(jax.tree.map(drawn, sharding.fetch(chunk)))
       notes += [note for note in said if note not in notes]
       if on_batch:
         on_batch(len(part))
-    arrays = [None if x[0] is None else np.concatenate(x)
-              for x in zip(*chunks, strict=True)]
-    images, tokens, passes, commit_pass, history = arrays
+    images, tokens, passes, commit_pass, history = jax.tree.map(
+        lambda *x: np.concatenate(x), *chunks)
     return Output(
         images, tokens, passes, commit_pass, tuple(texts), history,
         tuple(notes), clock.compiling, clock.rest(),
@@ -166,7 +166,7 @@ class Pipeline:
       seed: int = 0,
       batch: int = 8,
       first_image: int | Sequence[int] = 0,
-      **sampling: float | None,
+      **sampling: Unpack[Overrides],
   ) -> Stream:
     """The pictures that `generate` draws, one by one as they finish.
 
@@ -229,7 +229,7 @@ class Pipeline:
     codes_V = jnp.arange(self.model.vocab)
     return np.asarray(self.model.embed(self.params, codes_V), np.float32)
 
-  def sampling(self, **overrides: float | None) -> tuple[Sampling, bool]:
+  def sampling(self, **overrides: Unpack[Overrides]) -> tuple[Sampling, bool]:
     """(settings of the target distribution, whether two streams are run)."""
     values = dict(self.family.sampling)
     unknown = set(overrides) - set(values)
@@ -262,7 +262,7 @@ class Pipeline:
 
   def nll(
       self, tokens: np.ndarray, prompts: Sequence[str], batch: int = 4,
-      **sampling: float | None,
+      **sampling: Unpack[Overrides],
   ) -> tuple[np.ndarray, np.ndarray]:
     """(surprisal of each code, entropy there), float32 [B, R, C], in nats.
 
@@ -399,8 +399,9 @@ def _indices(
 ) -> np.ndarray:
   """int32 [I]: index of each picture, then of what fills the last batch."""
   padded = -(-count // batch) * batch
-  if np.ndim(first) == 0:
-    return np.asarray(first + np.arange(padded), np.int32)
-  check(len(first) == count, "first_image", f"{len(first)} indices",
+  given = np.asarray(first)
+  if given.ndim == 0:
+    return np.asarray(given + np.arange(padded), np.int32)
+  check(len(given) == count, "first_image", f"{len(given)} indices",
         f"one index, or one for each of {count} pictures")
-  return np.pad(np.asarray(first, np.int32), (0, padded - count), "edge")
+  return np.pad(given.astype(np.int32), (0, padded - count), "edge")

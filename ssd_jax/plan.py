@@ -78,11 +78,10 @@ class Network:
       text = "0" if self.family.config.get("classes") else _TEXT
       return self.family.encode_prompts([text] * batch, guided)[0]
     rows, slots = batch * (1 + guided), trunk.caption_slots
-    shape = lambda *sizes, dtype=np.int32: jax.ShapeDtypeStruct(sizes, dtype)
-    return Prompt(
-        shape(rows, slots), shape(rows, slots, dtype=bool),
-        shape(rows, slots + self.model.grid.length),
-        shape(rows, slots, trunk.caption_dim, dtype=self.generator.dtype))
+    return jax.eval_shape(lambda: Prompt(
+        jnp.zeros((rows, slots), np.int32), jnp.zeros((rows, slots), bool),
+        jnp.zeros((rows, slots + self.model.grid.length), np.int32),
+        jnp.zeros((rows, slots, trunk.caption_dim), self.generator.dtype)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,8 +181,9 @@ class Plan:
     params = abstract(params, sharding.shardings(params, self.mesh))
     shape = (1, rows, cfg.n_kv_heads, self.slots, cfg.head_dim)
     place = NamedSharding(self.mesh, sharding.cache_spec(shape, self.mesh))
-    cache = KVCache(*[jax.ShapeDtypeStruct(
-        shape, generator.dtype, sharding=place)] * 2)
+    cache = jax.eval_shape(
+        lambda: KVCache(*[jnp.zeros(shape, generator.dtype)] * 2))
+    cache = abstract(cache, jax.tree.map(lambda _: place, cache))
     queries = self._queries(rows)
     sampling = everywhere(self.settings[0], self.mesh)
 
@@ -206,10 +206,11 @@ class Plan:
 
   def _queries(self, rows: int) -> Queries:
     """Shapes of a pass's queries with places."""
-    whole = lambda *sizes, dtype=np.int32: jax.ShapeDtypeStruct(
-        (rows, self.queries, *sizes), dtype)
+    each = (rows, self.queries)
     length = self.slots - self.prompt.tokens.shape[1]
-    queries = Queries(whole(), whole(), whole(), whole(length, dtype=bool))
+    ids = lambda: jnp.zeros(each, np.int32)
+    queries = jax.eval_shape(lambda: Queries(
+        ids(), ids(), ids(), jnp.zeros((*each, length), bool)))
     return abstract(queries, rows_of(queries, self.mesh))
 
   def counts(self, queries: int) -> tuple[float, float]:

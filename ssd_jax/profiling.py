@@ -10,7 +10,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import time
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from ssd_jax.decoding.jacobi import SJD
 from ssd_jax.models import transformer
 from ssd_jax.pipeline import Pipeline
 from ssd_jax.roofline import Machine, seconds_of
+from ssd_jax.sampling import Overrides
 from ssd_jax.types import KVCache, Queries
 
 QUERIES = (1, 2, 4, 8, 16, 32, 64)
@@ -55,8 +56,8 @@ class Row:
   @property
   def rest(self) -> float:
     """Of the loop, beyond the parts that a pass of SJD has."""
-    used = [self.parts[k] for k in PARTS if k != "drafting"]
-    return self.whole - sum(used)
+    return self.whole - sum(
+        self.parts[k] or 0.0 for k in PARTS if k != "drafting")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,12 @@ class Host:
   passes: int
 
 
+def _timed(function: Callable, args: tuple, machine: Machine) -> float:
+  """Seconds of a compiled function, less what the call itself takes."""
+  run = jax.jit(function)
+  return max(seconds_of(lambda: run(*args)) - machine.dispatch, 0.0)
+
+
 class Profiler:
   """A model's passes.
 
@@ -86,7 +93,10 @@ class Profiler:
     batch: Images drawn together.
   """
 
-  def __init__(self, pipe: Pipeline, text: str, batch: int, **sampling: Any):
+  def __init__(
+      self, pipe: Pipeline, text: str, batch: int,
+      **sampling: Unpack[Overrides],
+  ):
     self.pipe, self.batch = pipe, batch
     self._text, self._choices = text, sampling
     self._settings, guided = pipe.sampling(**sampling)
@@ -114,8 +124,9 @@ class Profiler:
     attended = fed * keys.shape[0] * keys.shape[3]
     cfg = self.pipe.family.generator.cfg
     flops = 2.0 * fed * weights + 4.0 * attended * cfg.n_heads * cfg.head_dim
+    attention = _timed(*self._attention(queries), machine)
     return Row(
-        queries, parts, self._seconds("attention", queries, machine),
+        queries, parts, attention,
         self._whole(queries), moved, flops,
         max(moved / machine.bandwidth, flops / machine.flops))
 
@@ -130,13 +141,10 @@ class Profiler:
     if name == "trunk":
       return max(self._trunk(queries) - machine.dispatch, 0.0)
     make = dict(
-        attention=self._attention, head=self._head, sampling=self._sampling,
-        acceptance=self._acceptance, drafting=self._drafting)[name]
+        head=self._head, sampling=self._sampling, acceptance=self._acceptance,
+        drafting=self._drafting)[name]
     function, args = make(queries)
-    if function is None:
-      return None
-    run = jax.jit(function)
-    return max(seconds_of(lambda: run(*args)) - machine.dispatch, 0.0)
+    return None if function is None else _timed(function, args, machine)
 
   def _queries(self, count: int) -> Queries:
     """Slots in the middle of the image."""
@@ -160,7 +168,7 @@ class Profiler:
 
     return seconds_of(run)
 
-  def _attention(self, count: int):
+  def _attention(self, count: int) -> tuple[Callable, tuple]:
     """Every layer's products with the cache, one after the other."""
     cfg, cache = self.pipe.family.generator.cfg, self._cache
     q = self._normal(self._rows, count, cfg.n_heads, cfg.head_dim)

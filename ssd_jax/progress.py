@@ -40,7 +40,7 @@ class Listener:
   for all calls, so that another listener compiles nothing anew.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._lock = threading.Lock()
     self._on_pass: Callable[[Progress], None] | None = None
     self._count = 0

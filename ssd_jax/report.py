@@ -61,7 +61,8 @@ def row(
       "passes": {
           "mean": float(run.passes.mean()), "min": int(run.passes.min()),
           "max": int(run.passes.max())},
-      "pass_ratio": ratio(ar and ar.passes.mean(), run.passes.mean()),
+      "pass_ratio": ratio(None if ar is None else ar.passes.mean(),
+                          run.passes.mean()),
       "queries": traits.queries,
       "seconds": {
           "median": float(median), "q25": float(q25), "q75": float(q75)},
@@ -218,7 +219,8 @@ def panels(
   again = _rerun(pairs)
   gap, kid = "likelihood gap to ar, nats per cell", "KID to ar's pictures"
   gaps = [(r["nll_gap"], r["nll_gap_interval"]) for r in rows]
-  found = [(gap, gaps, again and _around_zero(again[0]["nll_gap_interval"]))]
+  found: list[tuple[str, Sequence[Any], Sequence[float] | None]] = [
+      (gap, gaps, again and _around_zero(again[0]["nll_gap_interval"]))]
   if all(d["kid_to_ar"] is not None for r, d in pairs if r is not ar[0]):
     kids = [d["kid_to_ar"] and (d["kid_to_ar"][0], _interval(d["kid_to_ar"]))
             for d in details]

@@ -9,11 +9,22 @@ acceptance tests and residual draws is keyed by the pass as well; reusing it
 would bias the law.
 """
 
+from typing import TypedDict
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 BISECTIONS = 32  # of a float32's exponent and mantissa
+
+
+class Overrides(TypedDict, total=False):
+  """What a call sets of the target distribution; None is the model's own."""
+
+  guidance: float | None
+  temperature: float | None
+  top_k: int | None
+  top_p: float | None
 
 
 @flax.struct.dataclass

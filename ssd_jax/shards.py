@@ -148,7 +148,7 @@ def fingerprint(tree: Any) -> str:
     array = np.ascontiguousarray(leaf)
     name = f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}"
     total.update(name.encode())
-    total.update(array.reshape(-1).view(np.uint8))
+    total.update(array.reshape(-1).view(np.uint8).data)
   return total.hexdigest()
 
 

@@ -99,7 +99,7 @@ def holds(
 def digest(value: np.ndarray) -> str:
   """SHA-256 of an array's bytes."""
   data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-  return hashlib.sha256(data).hexdigest()
+  return hashlib.sha256(data.data).hexdigest()
 
 
 def _open(folder: pathlib.Path) -> ts.TensorStore:

@@ -1,7 +1,8 @@
 """Pictures one by one as they finish, of any number of prompts."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -89,7 +90,7 @@ class Stream:
 
   def _draw(self) -> Iterator[Picture]:
     waiting = self._waiting()
-    finished: list[tuple[Picture, jax.Array]] = []
+    finished: list[tuple[Callable[..., Picture], jax.Array]] = []
     batch = _Batch(self._pipe, self._order, self.clock)
     while True:
       for place in batch.free():
@@ -98,8 +99,8 @@ class Stream:
           break
         batch.admit(place, *item)
       is_busy = batch.start()  # draws on while the last ones are handed over
-      for picture, image in finished:
-        yield dataclasses.replace(picture, image=sharding.fetch(image)[0])
+      for finish, image in finished:
+        yield finish(image=sharding.fetch(image)[0])
       if not is_busy:
         return
       finished = batch.finish()
@@ -163,17 +164,18 @@ class _Batch:
         refill.advance, self._order.sampling, self._key, self._loop)
     return True
 
-  def finish(self) -> list[tuple[Picture, jax.Array]]:
-    """(picture without its image, image [1, H, W, 3]) of who is done."""
+  def finish(self) -> list[tuple[Callable[..., Picture], jax.Array]]:
+    """(picture but for its `image`, image [1, H, W, 3]) of who is done."""
     decoded, is_done_B = sharding.fetch(self._drawn)
     self.passes += int(max(decoded.passes - self._passes_B))
     self._passes_B = np.asarray(decoded.passes, np.int64)
-    found = []
+    found: list[tuple[Callable[..., Picture], jax.Array]] = []
     for place, who in enumerate(self._who):
       if who is not None and is_done_B[place]:
         tokens = decoded.tokens[place]
-        picture = Picture(*who, None, tokens, int(decoded.passes[place]),
-                          decoded.commit_pass[place])
+        picture = functools.partial(
+            Picture, *who, tokens=tokens, passes=int(decoded.passes[place]),
+            commit_pass=decoded.commit_pass[place])
         found.append((picture, self._paint(jnp.asarray(tokens[None]))))
         self._who[place] = None
     return found

@@ -76,7 +76,7 @@ class Tensor:
     data = np.empty(count * size, np.uint8)
     with open(self.file, "rb") as f:
       f.seek(self.offset + first * size)
-      if f.readinto(data) != data.size:
+      if f.readinto(data.data) != data.size:
         raise UserError(f"got a truncated {self.file}, expected the bytes of "
                         f"all its tensors; {_AGAIN}")
     return data.view(self.dtype)
@@ -277,7 +277,7 @@ def _tensor(view: unpickle.View, file: pathlib.Path, place) -> Tensor:
     step *= n
   last = view.offset + sum(
       (n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
-  if last >= view.storage.count and math.prod(view.shape):
+  if last >= view.storage.count and 0 not in view.shape:
     raise pickle.UnpicklingError("a tensor beyond its storage")
   ordered = all(n == 1 or a == b for n, a, b in zip(
       view.shape, view.strides, dense, strict=True))

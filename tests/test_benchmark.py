@@ -183,7 +183,7 @@ def test_shards_are_used_again_only_for_the_same_question(measured, tmp_path):
   assert count(pipe, entries("sjd"), job) == 2
   assert count(pipe, entries("sjd:window=3"), job) == 2
   assert count(pipe, entries("ar"), dataclasses.replace(job, batch=2)) == 1
-  warm = dataclasses.replace(job, sampling=(("temperature", 0.5),))
+  warm = dataclasses.replace(job, sampling={"temperature": 0.5})
   assert count(pipe, entries("ar"), warm) == 2
   # A model whose own temperature that is asks the same question.
   config = pipe.family.config.copy_and_resolve_references()

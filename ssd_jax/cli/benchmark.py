@@ -41,6 +41,7 @@ from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name
 from ssd_jax.exporters import Item
 from ssd_jax.extras import MissingExtra, need
+from ssd_jax.images import Images
 from ssd_jax.pipeline import Pipeline
 from ssd_jax.prompts import clean
 from ssd_jax.quality import FolderPictures
@@ -93,18 +94,18 @@ def body() -> None:
   job = Job(
       tuple(item.prompt for item in items), common.NUM_IMAGES.value,
       1 if common.BATCH.value is None else common.BATCH.value,
-      tuple(common.sampling().items()))
+      common.sampling())
   if _EXPORT.value:
     exporters.check_exportable(_EXPORT.value, items, job.num_images)
   if _HUB.value:
     hub_metrics.check_installed()
-  real = _REAL.value and FolderPictures(_REAL.value)
+  real = FolderPictures(_REAL.value) if _REAL.value else None
   pipe = common.load_pipeline()
   # Before any work: a decoder that the model cannot run ends here.
   traits = [benchmark.traits(pipe, e.decoder, job) for e in entries]
   out = common.writable_folder(common.OUT.value or "bench")
   runs = _run(pipe, entries, job, out)
-  qualities = _assess(entries, job, runs, real or None)
+  qualities = _assess(entries, job, runs, real)
   hubs = [_hub_figures(run, job) if _HUB.value else None for run in runs]
   first = _index(entries, None)
   ar = None if first is None else runs[first]
@@ -163,7 +164,7 @@ def _index(entries: Sequence[Entry], other_than: int | None) -> int | None:
 
 def _assess(
     entries: Sequence[Entry], job: Job, runs: Sequence[Run],
-    real: Sequence[np.ndarray] | None,
+    real: Images | None,
 ) -> list[quality.Quality]:
   """Quality figures; without the weights of the features, likelihoods only."""
   ar = _index(entries, None)
@@ -222,12 +223,12 @@ def _write_report(
 ) -> None:
   """Writes and prints what was found."""
   device = jax.devices()[0]
-  sampling, _ = pipe.sampling(**dict(job.sampling))
+  sampling, _ = pipe.sampling(**job.sampling)
   settings = dict(
       checkpoint=common.CHECKPOINT.value or "emoji", prompts=list(job.prompts),
       num_images=job.num_images, batch=job.batch,
       **{k: round(float(getattr(sampling, k)), 6)
-         for k in dict(job.sampling)})
+         for k in job.sampling})
   versions = dict(
       ssd_jax=__version__, jax=jax.__version__, numpy=np.__version__,
       python=platform.python_version())

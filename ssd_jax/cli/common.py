@@ -12,6 +12,7 @@ from ssd_jax import loading
 from ssd_jax.cli import run as cli
 from ssd_jax.config import UserError
 from ssd_jax.pipeline import Pipeline
+from ssd_jax.sampling import Overrides
 
 PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file", None, "Prompts: UTF-8 text with one per line, or an "
@@ -53,17 +54,17 @@ def load_pipeline() -> Pipeline:
   """
   config = flags.FLAGS.config
   checkpoint = CHECKPOINT.value or config.get("checkpoint", "")
-  extras = {"heads": _HEADS.value, "drafter": _DRAFTER.value,
-            "int8": _INT8.value}
+  heads, drafter = _HEADS.value, _DRAFTER.value
   if config.family != "emoji" and not CHECKPOINT.value:
     if _RANDOM_WEIGHTS.value:
-      return loading.from_config(config, **extras)
+      return loading.from_config(config, heads, drafter, _INT8.value)
     loading.require(checkpoint, config.family)
   cli.refuse_unused(
       "checkpoint", "sampling", *loading.CHOICES.get(config.family, ()))
   pipe = loading.load(
       checkpoint or "emoji", random_weights=_RANDOM_WEIGHTS.value,
-      choices=_choices(config), **extras)
+      choices=_choices(config), heads=heads, drafter=drafter,
+      int8=_INT8.value)
   if flags.FLAGS["config"].present and config.family != pipe.family.name:
     raise UserError(
         f"got --config of family {config.family!r} and a model of "
@@ -83,7 +84,7 @@ def _choices(config) -> dict[str, Any]:
   return chosen | config_flags.get_override_values(flag)
 
 
-def sampling() -> dict[str, float | None]:
+def sampling() -> Overrides:
   """The flags' settings of the target distribution, None for the model's."""
   return {
       "guidance": _GUIDANCE.value, "temperature": _TEMPERATURE.value,

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import sys
+from typing import Any
 
 from absl import flags
 import jax
@@ -45,7 +46,7 @@ def body() -> None:
   common.use_compilation_cache()
   pipe = common.load_pipeline()
   album = Album(out, _settings(pipe))
-  args = dict(
+  args: dict[str, Any] = dict(
       num_images=number, seed=common.SEED.value,
       batch=8 if common.BATCH.value is None else common.BATCH.value,
       **common.sampling())

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import dataclasses
 import pathlib
 import sys
+from typing import Unpack
 
 import jax
 import tqdm
@@ -19,6 +20,7 @@ from ssd_jax.extras import need
 from ssd_jax.pipeline import Pipeline
 from ssd_jax.profiling import PARTS, Host, Profiler, Row
 from ssd_jax.roofline import Machine
+from ssd_jax.sampling import Overrides
 
 _WORDS = """
 A pass feeds Q slots of each image. *trunk* (*attention*, its products with \
@@ -41,7 +43,7 @@ The host, for {images} image(s) of {passes} passes in {whole:.0f} ms: prompt \
 
 def profile(
     pipe: Pipeline, text: str, batch: int, out: pathlib.Path,
-    queries: Sequence[int] = profiling.QUERIES, **sampling: float | None,
+    queries: Sequence[int] = profiling.QUERIES, **sampling: Unpack[Overrides],
 ) -> None:
   """Measures passes of a model and writes what was found."""
   profiler = Profiler(pipe, text, batch, **sampling)

@@ -12,7 +12,7 @@ from ssd_jax.config import UserError, check
 
 def stream(
     source: Any,
-    load: Callable[[Any, int, np.random.Generator], dict],
+    load: Callable[[Any, int, np.random.Generator], Any],
     batch: int,
     seed: int,
     shard: tuple[int, int] | None = None,

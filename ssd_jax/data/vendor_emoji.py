@@ -18,6 +18,8 @@ import zipfile
 
 from PIL import Image
 
+from ssd_jax.config import UserError
+
 PIXELS = 128
 QUALITY = 90
 _TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
@@ -64,7 +66,11 @@ def group_of(code: str) -> str:
 def read_captions(tarball: str) -> dict[str, dict]:
   """Code -> {label, tags} for every emoji and skin-tone variant."""
   with tarfile.open(tarball) as tar:
-    entries = json.load(tar.extractfile("package/en/data.json"))
+    file = tar.extractfile("package/en/data.json")
+    if file is None:
+      raise UserError(f"got {tarball} without captions in package/en/data.json,"
+                      " expected emojibase-data's tarball; pack it anew")
+    entries = json.load(file)
   captions = {}
   for entry in entries:
     for variant in [entry, *entry.get("skins", [])]:

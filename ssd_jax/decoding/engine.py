@@ -16,7 +16,7 @@ does not depend on its neighbours.
 
 from collections.abc import Callable
 import functools
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import flax.struct
 import jax
@@ -65,6 +65,10 @@ class Context(flax.struct.PyTreeNode):
     return sampling_lib.target(logits_GV, self.sampling)
 
 
+# A context of no image yet, or of the axes that are mapped over.
+outline: Callable[..., Context] = Context
+
+
 class Decoder(Protocol):
   """A frozen dataclass of static settings with three pure functions.
 
@@ -77,6 +81,7 @@ class Decoder(Protocol):
   """
 
   name: str
+  __dataclass_fields__: ClassVar[dict[str, Any]]
 
   @property
   def lossless(self) -> bool:
@@ -184,7 +189,7 @@ def decode(
       image_B, the tokens and which are final [B, R, C]; static. The loop runs
       on without waiting for it, but copies these arrays to the host.
   """
-  call = Context(key, None, None, params, sampling, model)
+  call = outline(key, None, None, params, sampling, model)
   cells = jnp.asarray(model.grid.slot_of)
 
   def tell(loop: LoopState) -> LoopState:
@@ -267,7 +272,7 @@ def _unstack(x_SD: jax.Array, batch: int) -> jax.Array:
 
 def _over_images(model: Model, function):
   """`function` of one image's context and arrays, over the batch."""
-  axes = Context(None, 0, 0, None, None, model)
+  axes = outline(None, 0, 0, None, None, model)
 
   def call(ctx, *args):
     return jax.vmap(function, in_axes=(axes, *(0 for _ in args)))(ctx, *args)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ssd_jax import sharding
 from ssd_jax.decoding import engine
-from ssd_jax.decoding.engine import Context, Decoded, Decoder, LoopState
+from ssd_jax.decoding.engine import Decoded, Decoder, LoopState
 from ssd_jax.sampling import Sampling
 from ssd_jax.types import KVCache, Model, Params, Prompt
 
@@ -35,7 +35,7 @@ def empty(
     sampling: Of the target distribution.
     batch: Places; static.
   """
-  call = Context(jax.random.key(0), None, None, params, sampling, model)
+  call = engine.outline(jax.random.key(0), None, None, params, sampling, model)
   rows = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), prompt)
   begin = functools.partial(engine.begin, decoder, call)
   shapes = jax.eval_shape(begin, rows, jnp.zeros(batch, jnp.int32))
@@ -64,7 +64,7 @@ def admit(
     image: int32 [], index over the whole call.
     place: int32 [], in the batch.
   """
-  call = Context(key, None, None, params, sampling, model)
+  call = engine.outline(key, None, None, params, sampling, model)
   new = engine.begin(decoder, call, prompt, image[None])
   batch = len(loop.image)
 
@@ -97,7 +97,7 @@ def advance(
     key: Of the call.
     loop: The batch; donated.
   """
-  call = Context(key, None, None, params, sampling, model)
+  call = engine.outline(key, None, None, params, sampling, model)
   done_B = loop.is_done
   nobody_new = lambda loop: jnp.all(loop.is_done == done_B)
   loop = jax.lax.while_loop(

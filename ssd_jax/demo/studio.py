@@ -101,8 +101,8 @@ class Studio:
     key = request.decoder, request.guidance == 1.0
     with self._tracing:
       if key not in self._lossless:
-        job = benchmark.Job((request.prompt,), sampling=(
-            ("guidance", request.guidance),))
+        job = benchmark.Job(
+            (request.prompt,), sampling={"guidance": request.guidance})
         traits = benchmark.traits(self.pipe, request.decoder, job)
         self._lossless[key] = traits.is_lossless
         while len(self._lossless) > 10 * self.limits.decoders:
@@ -238,7 +238,7 @@ class _Painter:
       with self._change:
         self._change.wait_for(
             lambda: self._tokens is not None or not self._is_open)
-        if not self._is_open:
+        if self._tokens is None or not self._is_open:
           return
         tokens, self._tokens = self._tokens, None
       start = time.monotonic()

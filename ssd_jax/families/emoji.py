@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,8 +153,8 @@ class Emoji:
 
   def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
     """uint8 [B, H, W, 3], the pictures of codes."""
-    return to_uint8(
-        self.vq.apply({"params": vq_params}, tokens_BRC, method="decode"))
+    x: Any = self.vq.apply({"params": vq_params}, tokens_BRC, method="decode")
+    return to_uint8(x)
 
   def encode_prompts(
       self, prompts: Sequence[str], guided: bool

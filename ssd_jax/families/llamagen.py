@@ -145,18 +145,19 @@ class LlamaGen(Published):
     """
     if self.config.classes:
       return self._classes(prompts, guided), []
-    given = [str(prompt).endswith(".npy") for prompt in prompts]
+    texts = [str(prompt) for prompt in prompts]
+    given = [text.endswith(".npy") for text in texts]
     if any(given) and not all(given):
       raise UserError("got files of features and captions, expected one kind; "
                       "draw them in two calls")
     shape = (len(prompts), self.condition_slots, self.trunk.caption_dim)
     if all(given):
-      features, mask, notes = captions.read_features(prompts, shape)
+      features, mask, notes = captions.read_features(texts, shape)
     elif self.folder is None:
-      features, mask, notes = captions.random_features(prompts, shape)
+      features, mask, notes = captions.random_features(texts, shape)
     else:
       encode = functools.partial(self._encode_text, self._text_params)
-      ids, mask, notes = self._caption_ids(prompts)
+      ids, mask, notes = self._caption_ids(texts)
       features = np.asarray(encode(ids, mask))
     return self.from_features(features, mask, guided), notes
 

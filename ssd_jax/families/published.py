@@ -113,8 +113,8 @@ class Published:
 
   def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
     """uint8 [B, H, W, 3], the pictures of codes."""
-    return to_uint8(
-        self.vq.apply({"params": vq_params}, tokens_BRC, method="decode"))
+    x: Any = self.vq.apply({"params": vq_params}, tokens_BRC, method="decode")
+    return to_uint8(x)
 
   @functools.cached_property
   def text_tokenizer(self):

@@ -221,10 +221,9 @@ class SpatialHeads:
 
   def model(self) -> Model:
     """The generator's functions with drafting."""
+    horizontal, vertical = (self.cfg.count(name) for name in DIRECTIONS)
     return dataclasses.replace(
-        self.generator.model(), draft=self.draft,
-        heads=tuple(self.cfg.count(name) for name in DIRECTIONS),
-    )
+        self.generator.model(), draft=self.draft, heads=(horizontal, vertical))
 
   def _module(self, direction: str) -> Predictors:
     return Predictors(

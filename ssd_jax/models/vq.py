@@ -218,6 +218,7 @@ class Decoder(nn.Module):
     """Returns [B, H * downsample, W * downsample, 3], about [-1, 1]."""
     cfg = self.cfg
     if cfg.video:
+      assert codes_BRCZ is not None, "a video's decoder sees the codes"
       z_BHWC, codes_BRCZ = self._first_frame(z_BHWC, codes_BRCZ)
     x = _conv(cfg.ch * cfg.ch_mult[-1], 3, "conv_in")(z_BHWC)
     x = MidBlock(cfg, name="mid")(x, codes_BRCZ)
