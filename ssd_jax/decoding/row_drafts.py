@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ssd_jax import sampling
+from ssd_jax import sampling as sampling_lib
 from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.rows import DRAFT, Rows
@@ -36,18 +36,20 @@ def draw(
     tokens_K = jnp.argmax(q_KV, axis=-1).astype(jnp.int32)
     q_KV = jax.nn.one_hot(tokens_K, q_KV.shape[-1])
   elif how == "coupled":
-    tokens_K = sampling.sample(q_KV, ctx.token_noise(slots_K))
+    tokens_K = sampling_lib.sample(q_KV, ctx.token_noise(slots_K))
   else:
     key = jax.random.fold_in(ctx.pass_key(DRAFT), purpose)
-    tokens_K = sampling.sample(q_KV, jax.random.gumbel(key, q_KV.shape))
+    tokens_K = sampling_lib.sample(q_KV, jax.random.gumbel(key, q_KV.shape))
   return Drafts(tokens_K, q_KV, jnp.zeros(slots_K.shape, bool))
 
 
 def spread(
     ctx: Context, state: Rows, direction: str, offset: int,
-    source: tuple[jax.Array, jax.Array],
+    source: tuple[jax.Array, jax.Array], is_due: jax.Array,
 ) -> jax.Array:
   """float32 [K, V]: what the heads say about the cells `offset` further.
+
+  Zeros, for nothing, in passes in which no image of the batch is due.
 
   Args:
     ctx: Of the pass.
@@ -55,14 +57,43 @@ def spread(
     direction: "horizontal" or "vertical".
     offset: In cells.
     source: (slots [K], states that predicted them [G, K, D]).
+    is_due: bool [], whether it is asked for.
   """
   slots_K, hidden_GKD = source
-  tokens_GK = jnp.broadcast_to(
-      state.tokens[slots_K], hidden_GKD.shape[:2]
-  )
-  return ctx.target(
-      ctx.model.draft(ctx.params, direction, offset, hidden_GKD, tokens_GK)
-  )
+
+  def say(params, sampling, hidden_GKD, tokens_K):
+    tokens_GK = jnp.broadcast_to(tokens_K, hidden_GKD.shape[:2])
+    logits_GKV = ctx.model.draft(
+        params, direction, offset, hidden_GKD, tokens_GK)
+    return sampling_lib.target(logits_GKV, sampling)
+
+  return _when_due(is_due, say, ctx.params, ctx.sampling, hidden_GKD,
+                   state.tokens[slots_K])
+
+
+def _when_due(is_due: jax.Array, function, *args) -> jax.Array:
+  """`function(*args)`, or zeros in passes in which it is due for no image.
+
+  A `lax.cond` of one image becomes a select once images are a batch, and both
+  sides run. Here the condition is the batch's.
+  """
+
+  def branch(function, is_due, args):
+    out = jax.eval_shape(function, *args)
+    zeros = lambda *_: jnp.zeros(out.shape, out.dtype)
+    return jax.lax.cond(is_due, function, zeros, *args)
+
+  @jax.custom_batching.custom_vmap
+  def of_image(is_due, args):
+    return branch(function, is_due, args)
+
+  @of_image.def_vmap
+  def of_batch(size, is_batched, is_due_B, args):
+    del size
+    axes = jax.tree.map(lambda batched: 0 if batched else None, is_batched[1])
+    return branch(jax.vmap(function, axes), jnp.any(is_due_B), args), True
+
+  return of_image(is_due, args)
 
 
 def no_pass(grid: Grid, hidden_GD: jax.Array) -> Fed:

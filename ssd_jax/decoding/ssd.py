@@ -184,7 +184,8 @@ class SSD:
     hidden_G1D, _ = row_drafts.predictors(state, fed, last)
     reach = min(self._heads(ctx.model)[0], cols - 1)
     q_KV = jnp.concatenate([
-        row_drafts.spread(ctx, state, "horizontal", offset, (last, hidden_G1D))
+        row_drafts.spread(
+            ctx, state, "horizontal", offset, (last, hidden_G1D), is_due)
         for offset in range(1, reach + 1)
     ])
     slots_K = count + jnp.arange(reach)
@@ -214,7 +215,7 @@ class SSD:
       row = entered + offset - 1
       is_new = is_due & (row < grid.rows)
       q_CV = row_drafts.spread(
-          ctx, state, "vertical", offset, (source_C, hidden_GCD)
+          ctx, state, "vertical", offset, (source_C, hidden_GCD), is_new
       )
       slots_C = source_C + offset * grid.row_slots
       drafts = row_drafts.draw(ctx, q_CV, slots_C, self.drafts, offset)

@@ -167,7 +167,8 @@ class _Staircase:
       source = jnp.zeros(1, jnp.int32), state.hidden[:, None]
       reach = min(ctx.model.heads[0], cols_K.shape[0])
       heads = [
-          row_drafts.spread(ctx, state, "horizontal", offset, source)
+          row_drafts.spread(
+              ctx, state, "horizontal", offset, source, jnp.bool_(True))
           for offset in range(1, reach + 1)
       ]
       # Beyond the furthest head, its guess is as good as any.
@@ -192,7 +193,7 @@ class _Staircase:
         & (jnp.sum(state.final[above_C]) >= entry)
         & (needed < self._size(grid))
     )
-    q_CV = self._guess(ctx, state, fed, above_C)
+    q_CV = self._guess(ctx, state, fed, above_C, is_due)
     slots_C = above_C + grid.row_slots
     drafts = row_drafts.draw(ctx, q_CV, slots_C, self._how(), _ROW_BELOW)
     index_C = rows_lib.window_index(moved, row, cols_C)
@@ -200,9 +201,10 @@ class _Staircase:
     return moved.replace(entered=row + is_due)
 
   def _guess(
-      self, ctx: Context, state: Rows, fed: Fed, above_C: jax.Array
+      self, ctx: Context, state: Rows, fed: Fed, above_C: jax.Array,
+      is_due: jax.Array,
   ) -> jax.Array:
-    """float32 [C, V]: what the row below a row is drafted from."""
+    """float32 [C, V]: what the row below a row is drafted from, if it is."""
     place = rows_lib.place(ctx.model.grid, above_C)
     q_CV = state.q[rows_lib.window_index(state, *place)]
     if self.drafts == "copy":
@@ -214,7 +216,7 @@ class _Staircase:
       return q_CV
     hidden_GCD, is_fed_C = row_drafts.predictors(state, fed, above_C)
     heads_CV = row_drafts.spread(
-        ctx, state, "vertical", 1, (above_C, hidden_GCD)
+        ctx, state, "vertical", 1, (above_C, hidden_GCD), is_due
     )
     if self.drafts == "both":
       heads_CV = (heads_CV + q_CV) / 2
