@@ -31,6 +31,10 @@ def test_published_shapes_and_names():
   mc_sim = trees.parse("mc_sim")
   assert (mc_sim.nodes, mc_sim.depth) == (25, 5)
   assert [len(level) for level in mc_sim.inner] == [1, 4, 4, 1, 1]
+  extended = trees.parse("naive_extend")
+  assert (extended.nodes, extended.depth) == (57, 5)
+  inner = {path[:-1] for path in extended.paths}
+  assert len(set(extended.paths) - inner) == 33  # leaves
   assert trees.parse("medusa").nodes == 63
   assert trees.parse("2-2-1").nodes == 2 + 4 + 4
   assert trees.parse("1/0/00") == trees.static([(0, 0), (1,), (0,)])
@@ -41,7 +45,8 @@ def test_published_shapes_and_names():
 @pytest.mark.parametrize("name", [
     "", "oak", "0/2", "00", "0-1", "dynamic-0-1-1", "99-99-99",
     "dynamic-12-2-2",  # more nodes than are drafted
-    "-".join(["99"] * 10)])  # more than a machine word counts
+    "-".join(["99"] * 10),  # more than a machine word counts
+    pytest.param("2-" + "9" * 5000, id="digits")])
 def test_a_name_that_is_no_tree_is_an_error(name):
   """Impossible trees are refused in one line."""
   with pytest.raises(UserError, match="got .*expected"):

@@ -16,6 +16,7 @@ takes nothing. The law of a token is off by at most the mass that moved.
 """
 
 import dataclasses
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +186,7 @@ class Cascade(Eagle):
     super().__post_init__()
     for name in ("tau_position", "tau_sequence"):
       value = getattr(self, name)
-      is_number = isinstance(value, (int, float)) and np.isfinite(value)
+      is_number = isinstance(value, numbers.Real) and np.isfinite(value)
       check(is_number, name, value, "a number, above 1 for never")
     self._refuse_coupled()
 

@@ -116,7 +116,7 @@ class Eagle:
     is_dynamic = isinstance(trees.parse(self.tree), trees.Dynamic)
     check(
         self.drafts != "sampled" or not is_dynamic, "drafts", "'sampled'",
-        "top or coupled, since a dynamic tree keeps nodes by their tokens and "
+        "top, or a static tree: a dynamic one keeps nodes by their tokens and "
         "would bias sampled ones",
     )
 

@@ -3,6 +3,7 @@
 A tree is named by a string, so that command lines can say it:
 
   "mc_sim", "medusa", "binary"    static, published
+  "naive_extend"                  static, published: LANTERN's
   "dynamic", "dynamic_lantern"    grown by the drafter's scores, published
   "dynamic-59-10-8"               59 nodes, 10 children each, 8 levels
   "4-2-1"                         4 children, each has 2, each of those has 1
@@ -26,10 +27,17 @@ from ssd_jax.config import UserError, check
 Path = tuple[int, ...]
 MAX_NODES = 1024
 
-# EAGLE's choices of 25 nodes and Medusa's of 63, as ranks along each path.
+# EAGLE's choices of 25 nodes, LANTERN's of 57 (of its static trees the default)
+# and Medusa's of 63, as ranks along each path.
 _MC_SIM = (
     "0/1/2/3/00/01/02/10/11/20/21/30/000/001/002/010/011/020/021/100/0000/"
     "0001/0002/00000/00001"
+)
+_NAIVE_EXTEND = (
+    "0/1/2/3/4/00/01/02/03/10/11/12/20/21/22/30/31/40/000/001/002/003/010/"
+    "011/012/020/021/022/030/031/100/101/110/200/0000/0001/0002/0003/0010/"
+    "0011/0012/0020/0021/0030/0100/0101/0110/0200/00000/00001/00002/00010/"
+    "00011/00100/00101/00110/00200"
 )
 _MEDUSA = (
     "0/1/2/3/4/5/6/7/8/9/00/01/02/03/04/05/06/07/08/09/10/11/12/13/14/15/16/"
@@ -190,6 +198,7 @@ def spell(tree: Static) -> str:
 
 _PUBLISHED: dict[str, Callable[[], Tree]] = {
     "mc_sim": lambda: _from_paths(_MC_SIM),
+    "naive_extend": lambda: _from_paths(_NAIVE_EXTEND),
     "medusa": lambda: _from_paths(_MEDUSA),
     "binary": lambda: branching((2, 2, 2, 2)),
     "dynamic": lambda: Dynamic(59, 10, 8),
@@ -205,11 +214,11 @@ def parse(name: str) -> Tree:
   """
   if name in _PUBLISHED:
     return _PUBLISHED[name]()
-  if re.fullmatch(r"dynamic-\d+-\d+-\d+", name):
+  if re.fullmatch(r"dynamic(-\d{1,9}){3}", name):
     numbers = [int(part) for part in name.split("-")[1:]]
     if min(numbers) >= 1 and max(numbers) <= MAX_NODES:
       return _all_drafted(Dynamic(*numbers))
-  if re.fullmatch(r"\d+(-\d+)*", name):
+  if re.fullmatch(r"\d{1,9}(-\d{1,9})*", name):
     children = tuple(int(part) for part in name.split("-"))
     levels = itertools.accumulate(children, operator.mul)  # of any size
     if min(children) >= 1 and sum(levels) <= MAX_NODES:
