@@ -11,8 +11,9 @@ from ssd_jax.decoding.ssd import SSD
 from ssd_jax.decoding.stair import Exact, Stair
 from ssd_jax.decoding.tree import Eagle
 from ssd_jax.decoding.zipar import ZipAR
+from ssd_jax.drawn import Output
 from ssd_jax.loading import load
-from ssd_jax.pipeline import Output, Pipeline
+from ssd_jax.pipeline import Pipeline
 from ssd_jax.progress import Progress
 
 __version__ = "0.1.0"

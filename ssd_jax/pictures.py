@@ -16,8 +16,9 @@ from PIL import Image
 from ssd_jax import layout
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.engine import Decoder
+from ssd_jax.drawn import Output
 from ssd_jax.extras import need
-from ssd_jax.pipeline import Output, Pipeline
+from ssd_jax.pipeline import Pipeline
 
 _BLANK = 236  # grey of cells that hold nothing yet
 _DIM = 0.5  # share of that grey in drafts

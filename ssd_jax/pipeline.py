@@ -11,62 +11,20 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from ssd_jax import likelihood, sampling as sampling_lib, saving, sharding
 from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name, engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.relaxed import neighbour_table
+from ssd_jax.drawn import Output
 from ssd_jax.models.apart import for_drawing
 from ssd_jax.progress import Clock, Listener, Progress
 from ssd_jax.sampling import Overrides, Sampling
-from ssd_jax.streaming import Order, Picture, Stream
+from ssd_jax.streaming import Order, Stream
 from ssd_jax.types import Model, Params, Prompt
 
 _LARGEST = 10_000  # guidance or temperature
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-  """Pictures and how they came to be; B images in the order of the prompts.
-
-  Attributes:
-    images: uint8 [B, H, W, 3].
-    tokens: int32 [B, R, C].
-    passes: int32 [B], trunk forwards per image.
-    commit_pass: int32 [B, R, C], the pass at which each cell became final.
-    prompts: The prompt of each image.
-    history: int32 [B, passes, R, C], tokens and drafts after each pass, if
-      traced.
-    notes: What the user should know about the prompts.
-    compile_seconds: Time spent compiling.
-    seconds: Time of the rest.
-  """
-
-  images: np.ndarray
-  tokens: np.ndarray
-  passes: np.ndarray
-  commit_pass: np.ndarray
-  prompts: tuple[str, ...]
-  history: np.ndarray | None
-  notes: tuple[str, ...]
-  compile_seconds: float
-  seconds: float
-
-  @property
-  def pil_images(self) -> list[Image.Image]:
-    """The pictures as PIL images."""
-    return [Image.fromarray(image) for image in self.images]
-
-  @property
-  def pictures(self) -> list[Picture]:
-    """Each by itself, numbered from 0."""
-    return [
-        Picture(i, *each[:3], int(each[3]), each[4])
-        for i, each in enumerate(zip(
-            self.prompts, self.images, self.tokens, self.passes,
-            self.commit_pass, strict=True))]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,7 +84,7 @@ class Pipeline:
     texts = [text for text in prompts for _ in range(num_images)]
     settings, guided = self.sampling(**sampling)
     batch = sharding.even_batch(min(batch, len(texts)), 1 + guided)
-    decoder = by_name.parse(decoder) if isinstance(decoder, str) else decoder
+    decoder = _decoder(decoder)
     index_I = _indices(first_image, len(texts), batch)
     chunks, notes, clock = [], [], Clock()
     for start in range(0, len(texts), batch):
@@ -165,6 +123,7 @@ class Pipeline:
       num_images: int = 1,
       seed: int = 0,
       batch: int = 8,
+      on_step: Callable[[float], None] | None = None,
       first_image: int | Sequence[int] = 0,
       **sampling: Unpack[Overrides],
   ) -> Stream:
@@ -179,6 +138,8 @@ class Pipeline:
       num_images: Per prompt.
       seed: Same seed, same pictures.
       batch: Pictures drawn together.
+      on_step: Called every few passes with how much has become final since, in
+        pictures; all that it is told sums up to their number.
       first_image: Index of the first picture; or the index of each.
       **sampling: guidance, temperature, top_k or top_p instead of the family's.
 
@@ -187,7 +148,7 @@ class Pipeline:
     """
     _check_call(prompts, num_images, seed, batch)
     settings, guided = self.sampling(**sampling)
-    decoder = by_name.parse(decoder) if isinstance(decoder, str) else decoder
+    decoder = _decoder(decoder)
     if isinstance(prompts, Sequence):
       count = len(prompts) * num_images
       first_image = _indices(first_image, count, 1).tolist()
@@ -195,7 +156,7 @@ class Pipeline:
     batch = sharding.even_batch(batch, 1 + guided)
     return Stream(self, Order(
         prompts, decoder, num_images, seed, batch, first_image, settings,
-        guided))
+        guided, on_step))
 
   def params_for(self, decoder: engine.Decoder) -> Params:
     """Parameters in the form that this device draws with.
@@ -387,11 +348,22 @@ def _check_call(
     prompts: Iterable[str], num_images: int, seed: int, batch: int
 ) -> None:
   """Raises UserError when a number is out of range or there is no prompt."""
+  if isinstance(prompts, str):
+    raise UserError(f"got the text {prompts[:40]!r} as prompts, expected a "
+                    "list of texts; put it into brackets")
   if isinstance(prompts, Sequence):
     check(len(prompts) > 0, "prompts", prompts, "at least one")
   check(num_images >= 1, "num_images", num_images, ">= 1")
   check(batch >= 1, "batch", batch, ">= 1")
   check(0 <= seed < 2**32, "seed", seed, "in [0, 2^32)")
+
+
+def _decoder(given: engine.Decoder | str) -> engine.Decoder:
+  """With its settings, which a text names."""
+  if isinstance(given, type):
+    raise UserError(f"got the class {given.__name__} as decoder, expected one "
+                    f"with its settings; write {given.__name__}()")
+  return by_name.parse(given) if isinstance(given, str) else given
 
 
 def _indices(

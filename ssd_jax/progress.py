@@ -1,14 +1,16 @@
-"""How a call that draws pictures tells how far it is, pass by pass."""
+"""How whoever waits is told how far it is: pictures pass by pass, and bars."""
 
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import sys
 import threading
 import time
 from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,36 @@ class Listener:
         jax.effects_barrier()
       finally:
         self._on_pass = None
+
+
+class Bar(tqdm.tqdm):
+  """A bar with the time left; a log gets it as a line a minute instead.
+
+  What takes less than that leaves nothing in a log.
+  """
+
+  MINUTE = 60.0
+
+  def __init__(self, *args: Any, **kwargs: Any) -> None:
+    self._is_log = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    self._start = self._told = time.monotonic()
+    super().__init__(
+        *args, file=sys.stderr, leave=not self._is_log, **kwargs)
+
+  def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    """Shows how far it is; in a log when it is time, and at the end."""
+    if not self._is_log:
+      return super().display(msg, pos)
+    now, is_end = time.monotonic(), msg is not None
+    if now - (self._start if is_end else self._told) >= self.MINUTE:
+      self._told = now
+      print(self, file=self.fp, flush=True)
+    return False
+
+  def clear(self, nolock: bool = False) -> None:
+    """Makes room for another line, which a log has."""
+    if not self._is_log:
+      super().clear(nolock)
 
 
 class Clock:

@@ -12,30 +12,12 @@ import numpy as np
 
 from ssd_jax import sharding
 from ssd_jax.decoding import engine, refill
+from ssd_jax.drawn import Picture
 from ssd_jax.progress import Clock
 from ssd_jax.sampling import Sampling
 from ssd_jax.types import Prompt
 
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-  """A picture and how it came to be.
-
-  Attributes:
-    index: Over the whole call; keys its noise.
-    prompt: Its text.
-    image: uint8 [H, W, 3].
-    tokens: int32 [R, C].
-    passes: Trunk forwards that it took part in.
-    commit_pass: int32 [R, C], the pass at which each cell became final.
-  """
-
-  index: int
-  prompt: str
-  image: np.ndarray
-  tokens: np.ndarray
-  passes: int
-  commit_pass: np.ndarray
+_PASSES = 16  # after which whoever waits is told how far it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +43,7 @@ class Order:
   first_image: int | Sequence[int]
   sampling: Sampling
   guided: bool
+  on_step: Callable[[float], None] | None = None
 
 
 class Stream:
@@ -103,8 +86,11 @@ class Stream:
         yield finish(image=sharding.fetch(image)[0])
       if not is_busy:
         return
+      told = batch.drawn
       finished = batch.finish()
       self.passes = batch.passes
+      if self._order.on_step:
+        self._order.on_step(batch.drawn - told)
 
   def _waiting(self) -> Iterator[tuple[int, str, Prompt]]:
     """(index, text, prompt) of each picture."""
@@ -125,6 +111,7 @@ class _Batch:
 
   Attributes:
     passes: Trunk forwards of all places together.
+    drawn: Pictures so far, those of which only a part is final in part.
   """
 
   def __init__(self, pipe: Any, order: Order, clock: Clock):
@@ -134,8 +121,8 @@ class _Batch:
     self._who: list[tuple[int, str] | None] = [None] * order.batch
     self._passes_B = np.zeros(order.batch, np.int64)
     self._loop: engine.LoopState | None = None
-    self._drawn: list[Any] = []
-    self.passes = 0
+    self._found: list[Any] = []
+    self.passes, self.drawn, self._ended = 0, 0.0, 0
 
   def free(self) -> list[int]:
     """Places that nobody has."""
@@ -157,18 +144,22 @@ class _Batch:
     self._who[place], self._passes_B[place] = (index, text), 1
 
   def start(self) -> bool:
-    """Lets the device draw until somebody is done; whether there is one."""
+    """Lets the device draw for a while; whether there is somebody to draw."""
     if not any(self._who):
       return False
-    self._loop, *self._drawn = self._run(
-        refill.advance, self._order.sampling, self._key, self._loop)
+    self._loop, *self._found = self._run(
+        refill.advance, self._order.sampling, self._key, self._loop,
+        np.int32(_PASSES))
     return True
 
   def finish(self) -> list[tuple[Callable[..., Picture], jax.Array]]:
     """(picture but for its `image`, image [1, H, W, 3]) of who is done."""
-    decoded, is_done_B = sharding.fetch(self._drawn)
+    decoded, is_done_B = sharding.fetch(self._found)
     self.passes += int(max(decoded.passes - self._passes_B))
     self._passes_B = np.asarray(decoded.passes, np.int64)
+    taken = [place for place, who in enumerate(self._who) if who is not None]
+    is_final = decoded.commit_pass[taken] > 0
+    self.drawn = self._ended + float(is_final.mean((1, 2)).sum())
     found: list[tuple[Callable[..., Picture], jax.Array]] = []
     for place, who in enumerate(self._who):
       if who is not None and is_done_B[place]:
@@ -178,6 +169,7 @@ class _Batch:
             commit_pass=decoded.commit_pass[place])
         found.append((picture, self._paint(jnp.asarray(tokens[None]))))
         self._who[place] = None
+    self._ended += len(found)
     return found
 
   def _paint(self, tokens: jax.Array) -> jax.Array:

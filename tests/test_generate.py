@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from ssd_jax.cli import generate, run
-from ssd_jax.streaming import Picture
+from ssd_jax.drawn import Picture
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from toy_families import CONFIGS
 
-from ssd_jax import loading, testing
+from ssd_jax import loading, streaming, testing
 from ssd_jax.config import UserError
+from ssd_jax.decoding.ar import AR
 
 PROMPTS = ["a", "longer", "b", "wor", "c"]
 
@@ -78,9 +79,20 @@ def test_prompts_of_any_length_share_a_batch():
     np.testing.assert_array_equal(picture.tokens, alone.tokens[0])
 
 
+def test_whoever_waits_is_told_every_few_passes(pipe, monkeypatch):
+  """Steps sum up to the pictures, many a picture, and change none."""
+  monkeypatch.setattr(streaming, "_PASSES", 1)
+  steps = []
+  stream = pipe.stream(PROMPTS, batch=2, seed=3, on_step=steps.append)
+  assert_same(stream, pipe.generate(PROMPTS, batch=4, seed=3))
+  assert sum(steps) == pytest.approx(len(PROMPTS))
+  assert len(steps) == stream.passes > len(PROMPTS) and min(steps) > 0
+
+
 @pytest.mark.parametrize("wrong", [
     dict(prompts=[]), dict(num_images=0), dict(batch=0), dict(seed=-1),
-    dict(first_image=[1, 2]), dict(top_p=2.0)])
+    dict(first_image=[1, 2]), dict(top_p=2.0), dict(prompts="a heart"),
+    dict(decoder=AR), dict(decoder="no")])
 def test_mistakes_are_told_before_anything_is_drawn(pipe, wrong):
   """What a user gets wrong ends the call, not the first picture."""
   with pytest.raises(UserError, match="got .*expected"):

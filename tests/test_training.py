@@ -151,7 +151,8 @@ def test_a_picture_may_stay_where_it_is():
 def test_codes_of_other_pictures_are_not_taken(tmp_path, monkeypatch):
   """Kept codes belong to their pictures and tokenizer; others are made anew."""
   monkeypatch.setattr(
-      ar, "reconstruct", lambda vq, params, images: (None, images[..., 0]))
+      ar, "reconstruct",
+      lambda vq, params, images, on_batch: (None, images[..., 0]))
 
   class Source(list):
     def variants(self, index):

@@ -19,7 +19,6 @@ import sys
 from absl import flags
 import jax
 import numpy as np
-import tqdm
 
 from ssd_jax import (
     __version__,
@@ -43,6 +42,7 @@ from ssd_jax.exporters import Item
 from ssd_jax.extras import MissingExtra, need
 from ssd_jax.images import Images
 from ssd_jax.pipeline import Pipeline
+from ssd_jax.progress import Bar
 from ssd_jax.prompts import clean
 from ssd_jax.quality import FolderPictures
 
@@ -145,8 +145,7 @@ def _run(
     pipe: Pipeline, entries: Sequence[Entry], job: Job, out: pathlib.Path
 ) -> list[Run]:
   """What the entries drew, with a progress bar."""
-  with tqdm.tqdm(total=len(job.texts) * len(entries), unit="image",
-                 file=sys.stderr) as bar:
+  with Bar(total=len(job.texts) * len(entries), unit="image") as bar:
     def on_step(label, images):
       bar.set_description(label if images else f"compiling {label}")
       bar.update(images)
@@ -177,7 +176,7 @@ def _assess(
     references = quality.make_references(job.texts, real)
     found = [
         features.image_features(run.images)
-        for run in tqdm.tqdm(runs, "features", unit="decoder", file=sys.stderr)]
+        for run in Bar(runs, "features", unit="decoder")]
   return quality.assess(runs, ar, rerun, job.num_images, found, references)
 
 
@@ -273,7 +272,7 @@ def _exactness() -> None:
   findings = []
   tests = [(e, group) for e in entries for group in laboratory.GROUPS]
   tests.append((Entry("control", laboratory.Control(), 0), 1))
-  for entry, group in tqdm.tqdm(tests, unit="run", file=sys.stderr):
+  for entry, group in Bar(tests, unit="run"):
     findings.append(laboratory.examine(
         pipe, entry.decoder, entry.label, _DRAWS.value, group, entry.seed))
   text = laboratory.table(findings) + laboratory.sensitivity(

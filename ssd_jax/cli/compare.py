@@ -7,13 +7,11 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import platform
-import sys
 from typing import Any
 
 from absl import flags
 import jax
 import numpy as np
-import tqdm
 
 from ssd_jax import __version__, checkpoints
 from ssd_jax.cli import common, run as cli
@@ -21,6 +19,7 @@ from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name
 from ssd_jax.extras import need
 from ssd_jax.opponents import Contestant, Drawn, Ours, Setting, Theirs, race
+from ssd_jax.progress import Bar
 
 _SIZES = {  # layers, width, head_dim, vocab, dtype
     "100m": (12, 768, 64, 8192, "float32"),
@@ -81,7 +80,7 @@ def body() -> None:
       Contestant(label, _loop(ours, decoder), ours.queries(decoder))
       for label, decoder in zip(labels, loops, strict=True)]
   total = (1 + rounds) * len(contestants)
-  with tqdm.tqdm(total=total, unit="drawing", file=sys.stderr) as bar:
+  with Bar(total=total, unit="drawing") as bar:
     def on_draw(label):
       bar.set_description(label)
       bar.update()

@@ -3,13 +3,13 @@
 import pathlib
 
 from absl import flags, logging
-from tqdm import tqdm
 
 from ssd_jax import convert, hub
 from ssd_jax.cli import run as cli
 from ssd_jax.config import UserError
 from ssd_jax.families import anole, emu3, janus, llamagen, lumina
 from ssd_jax.names import Recipe
+from ssd_jax.progress import Bar
 
 RECIPES = {
     "llamagen": llamagen.recipe, "lumina": lumina.recipe,
@@ -55,8 +55,8 @@ def body() -> None:
   if convert.finished(job, out) is not None:
     print(f"{out} already holds this conversion; nothing to do")
     return
-  with tqdm(total=job.size, unit="B", unit_scale=True, desc="converting",
-            disable=None) as bar:
+  with Bar(total=job.size, unit="B", unit_scale=True,
+           desc="converting") as bar:
     report = convert.convert(job, out, bar.update)
   counts = ", ".join(f"{name} {count:,}"
                      for name, count in report["parameters"].items())

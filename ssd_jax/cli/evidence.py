@@ -5,17 +5,16 @@
 """
 
 import pathlib
-import sys
 
 from absl import flags
 import numpy as np
-import tqdm
 
 from ssd_jax import checkpoints, evidence, exporters, layout, quality
 from ssd_jax.cli import common, run as cli
 from ssd_jax.config import check
 from ssd_jax.evidence import THRESHOLDS, Evidence
 from ssd_jax.extras import need
+from ssd_jax.progress import Bar
 from ssd_jax.prompts import clean
 
 
@@ -34,7 +33,7 @@ def body() -> None:
   out = common.writable_folder(common.OUT.value or "evidence")
   pipe = common.load_pipeline()
   batch = 4 if common.BATCH.value is None else common.BATCH.value
-  with tqdm.tqdm(total=2 * len(prompts), unit="image", file=sys.stderr) as bar:
+  with Bar(total=2 * len(prompts), unit="image") as bar:
     drawn = pipe.generate(
         prompts, seed=common.SEED.value, batch=batch, on_batch=bar.update,
         **common.sampling())

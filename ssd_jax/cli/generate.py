@@ -3,24 +3,23 @@
 import json
 import pathlib
 import re
-import sys
 from typing import Any
 
 from absl import flags
 import jax
 import numpy as np
 from PIL import Image, PngImagePlugin
-import tqdm
 
 from ssd_jax import __version__, exporters, pictures, sharding
 from ssd_jax.cli import common, run as cli
 from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name, engine
 from ssd_jax.decoding.ar import AR
+from ssd_jax.drawn import Output, Picture
 from ssd_jax.layout import captioned, save_picture
-from ssd_jax.pipeline import Output, Pipeline
+from ssd_jax.pipeline import Pipeline
+from ssd_jax.progress import Bar
 from ssd_jax.prompts import clean
-from ssd_jax.streaming import Picture
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
 _DECODER = flags.DEFINE_string(
@@ -46,35 +45,43 @@ def body() -> None:
   common.use_compilation_cache()
   pipe = common.load_pipeline()
   album = Album(out, _settings(pipe))
-  args: dict[str, Any] = dict(
-      num_images=number, seed=common.SEED.value,
-      batch=8 if common.BATCH.value is None else common.BATCH.value,
-      **common.sampling())
-  with tqdm.tqdm(
-      total=len(prompts) * number, unit="image", file=sys.stderr) as bar:
-    if _TRACE.value:  # needs all pictures together
-      output = pipe.generate(
-          prompts, decoder, trace=True, on_batch=bar.update, **args)
-      times = output.compile_seconds, output.seconds
-      notes = list(output.notes)
-      for picture in output.pictures:
-        album.add(picture)
-    else:
-      stream = pipe.stream(prompts, decoder, **args)
-      for picture in stream:
-        album.add(picture)
-        bar.update()
-      times = stream.clock.compiling, stream.clock.rest()
-      notes = stream.notes
+  times, notes, output = _draw(pipe, prompts, decoder, album)
   album.close()
   sharding.meet("pictures are written")
   if jax.process_index():
     return  # the first host tells
   for note in [*notes, *album.notes]:
     print(f"note: {note}")
-  if _TRACE.value:
+  if output:
     _write_trace(pipe, output, decoder, album.paths)
   _report(pipe, decoder, album, times)
+
+
+def _draw(
+    pipe: Pipeline, prompts: list[str], decoder: engine.Decoder, album: "Album"
+) -> tuple[tuple[float, float], list[str], Output | None]:
+  """((seconds of compiling, the rest), notes, all pictures for --trace)."""
+  number = common.NUM_IMAGES.value
+  args: dict[str, Any] = dict(
+      num_images=number, seed=common.SEED.value,
+      batch=8 if common.BATCH.value is None else common.BATCH.value,
+      **common.sampling())
+  with Bar(total=len(prompts) * number, unit="image",
+           unit_scale=not _TRACE.value, desc="compiling") as bar:
+    def on_step(pictures):
+      bar.set_description("drawing", refresh=False)
+      bar.update(pictures)
+
+    if _TRACE.value:  # needs all pictures together
+      output = pipe.generate(
+          prompts, decoder, trace=True, on_batch=on_step, **args)
+      for picture in output.pictures:
+        album.add(picture)
+      return (output.compile_seconds, output.seconds), [*output.notes], output
+    stream = pipe.stream(prompts, decoder, on_step=on_step, **args)
+    for picture in stream:
+      album.add(picture)
+  return (stream.clock.compiling, stream.clock.rest()), stream.notes, None
 
 
 def read_prompts(given: list[str], file: str | None) -> list[str]:

@@ -9,16 +9,15 @@
 from collections.abc import Sequence
 import dataclasses
 import pathlib
-import sys
 from typing import Unpack
 
 import jax
-import tqdm
 
 from ssd_jax import checkpoints, layout, profiling, roofline
 from ssd_jax.extras import need
 from ssd_jax.pipeline import Pipeline
 from ssd_jax.profiling import PARTS, Host, Profiler, Row
+from ssd_jax.progress import Bar
 from ssd_jax.roofline import Machine
 from ssd_jax.sampling import Overrides
 
@@ -51,8 +50,8 @@ def profile(
   queries = sorted({min(count, most) for count in queries})
   machine = roofline.measure_machine(
       profiler.counts[0], pipe.family.generator.dtype)
-  rows = [profiler.row(count, machine) for count in tqdm.tqdm(
-      queries, unit="row", file=sys.stderr)]
+  rows = [profiler.row(count, machine) for count in Bar(
+      queries, unit="row")]
   host = profiler.host(queries[-1])
   profiler.trace(out / "trace", queries[-1])
   text = table(rows) + _words(rows, machine, host, batch)

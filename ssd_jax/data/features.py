@@ -17,7 +17,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from ssd_jax import sharding
 from ssd_jax.config import UserError, check
@@ -27,6 +26,7 @@ from ssd_jax.decoding.ar import AR
 from ssd_jax.grid import Grid
 from ssd_jax.models.fingerprint import fingerprint, same_trunk
 from ssd_jax.models.generator import Generator
+from ssd_jax.progress import Bar
 from ssd_jax.sampling import Sampling
 from ssd_jax.training.preemption import Preemption
 from ssd_jax.types import Params, Prompt
@@ -116,17 +116,18 @@ def draw(
   _claim(folder, _manifest(teacher, captions, cfg))
   shards = _shards(folder, len(captions), cfg.shard)
   is_first = jax.process_index() == 0
-  bar = tqdm.tqdm(total=len(captions), desc=folder.name, unit="image",
-                  disable=not is_first)
+  bar = Bar(total=len(captions), desc=folder.name, unit="image",
+            disable=not is_first)
   # All hosts draw every shard together: none may think another is there.
   is_there = sharding.agree(np.array([path.exists() for path, _ in shards]))
   with bar, Preemption() as preemption:
     for (path, images), skip in zip(shards, is_there, strict=True):
-      if not skip:
-        drawn = _draw_images(teacher, captions, images, cfg, preemption)
-        if is_first:
-          _write_whole(path, drawn)
-      bar.update(len(images))
+      if skip:
+        bar.update(len(images))
+        continue
+      drawn = _draw_images(teacher, captions, images, cfg, preemption, bar)
+      if is_first:
+        _write_whole(path, drawn)
   sharding.meet(f"drawn {folder.name}")
   grid = teacher.generator.grid
   tokens = [_read(path, (len(images), grid.cells)) for path, images in shards]
@@ -216,7 +217,8 @@ def _shards(folder: pathlib.Path, count: int, size: int):
 
 
 def _draw_images(
-    teacher, captions, images, cfg: DrawConfig, preemption: Preemption
+    teacher, captions, images, cfg: DrawConfig, preemption: Preemption,
+    bar: Bar,
 ) -> np.ndarray:
   """Codes [images, cells] in the smallest unsigned type that holds them."""
   model, drawn = teacher.generator.model(), []
@@ -238,6 +240,7 @@ def _draw_images(
     )
     tokens = sharding.fetch(out.tokens)
     drawn.append(tokens.reshape(batch, -1)[:len(part)])
+    bar.update(len(part))
   return np.concatenate(drawn).astype(np.min_scalar_type(model.vocab - 1))
 
 

@@ -2,7 +2,7 @@
 
   empty     a batch of which no place is taken
   admit     prefills one prompt into a free place
-  advance   runs passes until somebody is done
+  advance   runs passes until somebody is done, or a number of them is made
 
 Three programs of static shapes. Each image has its own number of passes and its
 own noise, so it becomes what `engine.decode` draws, whoever is beside it.
@@ -85,7 +85,7 @@ def admit(
     jax.jit, static_argnames=("model", "decoder"), donate_argnames="loop")
 def advance(
     model: Model, decoder: Decoder, params: Params, sampling: Sampling,
-    key: jax.Array, loop: LoopState,
+    key: jax.Array, loop: LoopState, most: jax.Array,
 ) -> tuple[LoopState, Decoded, jax.Array]:
   """(the batch when one more of its images is done, what is drawn, who is).
 
@@ -96,13 +96,15 @@ def advance(
     sampling: Of the target distribution.
     key: Of the call.
     loop: The batch; donated.
+    most: int32 [], passes after which it returns, though nobody is done.
   """
   call = engine.outline(key, None, None, params, sampling, model)
   done_B = loop.is_done
   nobody_new = lambda loop: jnp.all(loop.is_done == done_B)
-  loop = jax.lax.while_loop(
-      lambda loop: ~jnp.all(loop.is_done) & nobody_new(loop),
-      functools.partial(engine.step, decoder, call), loop)
+  _, loop = jax.lax.while_loop(
+      lambda x: (x[0] < most) & ~jnp.all(x[1].is_done) & nobody_new(x[1]),
+      lambda x: (x[0] + 1, engine.step(decoder, call, x[1])),
+      (jnp.int32(0), loop))
   return _in_place(loop), engine.decoded(model, loop), loop.is_done
 
 

@@ -15,7 +15,8 @@ from ssd_jax.config import UserError
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.demo.jobs import Job, Lane, Limits, Picture, Request, parse
-from ssd_jax.pipeline import Output, Pipeline
+from ssd_jax.drawn import Output
+from ssd_jax.pipeline import Pipeline
 from ssd_jax.progress import Progress
 
 _SHARE = 0.1  # of the time that may go into pictures of unfinished grids

@@ -18,6 +18,7 @@ from ssd_jax.data import pipeline
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.text import Vocabulary, words_of
 from ssd_jax.models.vq import VQ
+from ssd_jax.progress import Bar
 from ssd_jax.training import loop
 from ssd_jax.training.state import (
   TrainState,
@@ -117,7 +118,9 @@ def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
   if cache.exists():
     tokens = np.load(cache)
   else:
-    _, ids = reconstruct(vq, params, images)
+    with Bar(total=len(images), desc="pictures to codes", unit="picture",
+             disable=jax.process_index() > 0) as bar:
+      _, ids = reconstruct(vq, params, images, on_batch=bar.update)
     tokens = ids.reshape(len(images), -1)
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = cache.with_suffix(f".{jax.process_index()}.partial.npy")

@@ -18,10 +18,10 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 import tensorboardX
-import tqdm
 
 from ssd_jax import checkpoints, sharding
 from ssd_jax.config import LoopConfig, UserError
+from ssd_jax.progress import Bar
 from ssd_jax.training.preemption import Preemption
 from ssd_jax.training.state import TrainState
 
@@ -204,7 +204,7 @@ class _Log:
     if is_first:
       self._writer = tensorboardX.SummaryWriter(
           str(folder / "logs"), purge_step=start)
-    self.bar = tqdm.tqdm(
+    self.bar = Bar(
         range(start, steps), initial=start, total=steps, desc=folder.name,
         mininterval=1.0, disable=not is_first)
 

@@ -13,6 +13,7 @@ blank cells get tokens that no caption predicts but that give away the picture,
 and a trunk learns to read those instead of the caption.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 
@@ -191,7 +192,10 @@ def update_codebook(codes_VZ, stats: CodebookStats, batch, key, starts, cfg):
   return total / count[:, None], CodebookStats(count, total)
 
 
-def reconstruct(vq: VQ, params, images: np.ndarray, batch: int = 16):
+def reconstruct(
+    vq: VQ, params, images: np.ndarray, batch: int = 16,
+    on_batch: Callable[[int], None] = lambda count: None,
+):
   """(pixels [N, H, W, 3] in [-1, 1], ids [N, R, C]) of uint8 images."""
 
   @jax.jit
@@ -205,6 +209,7 @@ def reconstruct(vq: VQ, params, images: np.ndarray, batch: int = 16):
     chunk = images[start:start + batch]
     pad = np.concatenate([chunk, np.repeat(chunk[-1:], batch - len(chunk), 0)])
     outs.append([np.asarray(x)[:len(chunk)] for x in run(params, pad)])
+    on_batch(len(chunk))
   pixels, ids = (np.concatenate(x) for x in zip(*outs, strict=True))
   return pixels, ids
 

@@ -1,0 +1,69 @@
+"""What was drawn: pictures, and how they came to be."""
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A picture and how it came to be.
+
+  Attributes:
+    index: Over the whole call; keys its noise.
+    prompt: Its text.
+    image: uint8 [H, W, 3].
+    tokens: int32 [R, C].
+    passes: Trunk forwards that it took part in.
+    commit_pass: int32 [R, C], the pass at which each cell became final.
+  """
+
+  index: int
+  prompt: str
+  image: np.ndarray
+  tokens: np.ndarray
+  passes: int
+  commit_pass: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """Pictures and how they came to be; B images in the order of the prompts.
+
+  Attributes:
+    images: uint8 [B, H, W, 3].
+    tokens: int32 [B, R, C].
+    passes: int32 [B], trunk forwards per image.
+    commit_pass: int32 [B, R, C], the pass at which each cell became final.
+    prompts: The prompt of each image.
+    history: int32 [B, passes, R, C], tokens and drafts after each pass, if
+      traced.
+    notes: What the user should know about the prompts.
+    compile_seconds: Time spent compiling.
+    seconds: Time of the rest.
+  """
+
+  images: np.ndarray
+  tokens: np.ndarray
+  passes: np.ndarray
+  commit_pass: np.ndarray
+  prompts: tuple[str, ...]
+  history: np.ndarray | None
+  notes: tuple[str, ...]
+  compile_seconds: float
+  seconds: float
+
+  @property
+  def pil_images(self) -> list[Image.Image]:
+    """The pictures as PIL images."""
+    return [Image.fromarray(image) for image in self.images]
+
+  @property
+  def pictures(self) -> list[Picture]:
+    """Each by itself, numbered from 0."""
+    return [
+        Picture(i, *each[:3], int(each[3]), each[4])
+        for i, each in enumerate(zip(
+            self.prompts, self.images, self.tokens, self.passes,
+            self.commit_pass, strict=True))]
