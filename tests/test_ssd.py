@@ -1,7 +1,9 @@
 """SSD: published counts, equal schedules, and where it is exact."""
 
+import collections
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import testkit as kit
@@ -65,6 +67,24 @@ def test_a_trunk_changes_no_count():
   pipe = kit.tiny(rows=6, cols=7, end_of_row=True, guidance=2.0)
   out = kit.draw(pipe, SSD(rounds=1), 2)
   assert out.passes.tolist() == [1 + 2 * 2 + 5 * 2] * 2
+
+
+def test_heads_speak_only_when_they_are_due():
+  """Per image one group of row 0 in three passes, then a row in three."""
+  asked = []
+  pipe = kit.tiny(4, 4, guidance=2.0)
+
+  def draft(params, direction, offset, hidden, tokens):
+    jax.debug.callback(lambda _: asked.append((direction, offset)), tokens[0])
+    return pipe.model.draft(params, direction, offset, hidden, tokens)
+
+  heard = dataclasses.replace(pipe, model=dataclasses.replace(
+      pipe.model, draft=draft))
+  out = kit.draw(heard, SSD(horizontal=2, horizontal_rounds=1), 2)
+  jax.effects_barrier()
+  assert out.passes.tolist() == [1 + 2 * 2 + 3 * 3] * 2
+  groups = {("horizontal", 1): 2, ("horizontal", 2): 2, ("vertical", 1): 3}
+  assert collections.Counter(asked) == {k: 2 * n for k, n in groups.items()}
 
 
 def test_a_lag_of_a_whole_row_is_joint():

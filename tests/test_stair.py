@@ -46,6 +46,7 @@ def test_what_is_lossless_is_known_for_a_grid():
     assert is_lossless(decoder, wide) is expected
   assert is_lossless(Stair(), row)
   assert not is_lossless(Stair(lookahead=6, lenience=0.5), wide)
+  assert is_lossless(Stair(lookahead=9), wide)
   assert not is_lossless(Stair(lenience=0.5), row)
 
 
@@ -83,8 +84,9 @@ def test_images_do_not_depend_on_the_batch(end_of_row, decoder):
 def test_sure_cells_wait_less():
   """Cells of no entropy need no lookahead, and the bound is shorter by it."""
   model = kit.chain(6, 8, vocab=9)
-  steady = kit.run(model, Stair(lookahead=6, rows=6), 16)
-  hasty = kit.run(model, Stair(lookahead=6, rows=6, sure=9.0), 16)
+  steady = kit.run(model, Stair(lookahead=6, rows=6, queries=36), 16)
+  hasty = kit.run(
+      model, Stair(lookahead=6, rows=6, sure=9.0, queries=36), 16)
   bound = latest_passes(model.grid, Stair(lookahead=0, rows=6))
   assert hasty.passes.mean() < steady.passes.mean()
   assert (hasty.commit_pass <= bound).all()
@@ -107,6 +109,18 @@ def test_the_law_of_lenience_is_told_apart():
   assert kit.p_value(pipe, out.tokens) < 1e-3
 
 
+def test_defaults_follow_the_grid():
+  """Two rows of queries; leniently, but where the law would else be AR's."""
+  model = kit.chain(6, 8, vocab=9)
+  plain = kit.run(model, Stair(), 16)
+  spelt = kit.run(model, Stair(lookahead=4, lenience=0.7, queries=16), 16)
+  np.testing.assert_array_equal(plain.tokens, spelt.tokens)
+  np.testing.assert_array_equal(plain.commit_pass, spelt.commit_pass)
+  waits = kit.run(model, Stair(lookahead=8), 16)
+  strict = kit.run(model, Stair(lookahead=8, lenience=1.0), 16)
+  np.testing.assert_array_equal(waits.tokens, strict.tokens)
+
+
 @pytest.mark.parametrize("queries", [1, 5])
 def test_few_queries_cost_passes(queries):
   """However few slots a pass may feed, a cell is won in each."""
@@ -123,7 +137,8 @@ def test_few_queries_cost_passes(queries):
 def test_passes_are_bounded(lookahead, rows, entry):
   """A cell per row and pass once the rows above are far enough."""
   model = kit.chain(6, 8, vocab=9)
-  decoder = Stair(lookahead=lookahead, rows=rows, entry=entry)
+  decoder = Stair(
+      lookahead=lookahead, rows=rows, entry=entry, queries=rows * 8)
   out = kit.run(model, decoder, 16)
   latest = latest_passes(model.grid, decoder)
   assert (out.commit_pass <= latest).all()

@@ -35,7 +35,7 @@ class _Staircase:
       as it is drafted itself.
     rows: Rows in flight.
     queries: Slots fed in a pass, the first of those that have something to say;
-      None is enough for all of them (`Exact`: as many as a row has).
+      None is as many as two rows have (`Exact`: one row).
     drafts: Where a row's first drafts come from: "heads" (horizontal in row 0,
       vertical below), "above" (the distribution of the cell above; in row 0 of
       cell 0), "around" (those of the three cells above, blurred), "copy" (the
@@ -51,9 +51,9 @@ class _Staircase:
   drafts: str = "auto"
   coupled: bool = False
 
+  default_rows = 1  # whose slots a pass feeds where `queries` is None
   row_causal = False
   sure = 0.0
-  lenience = 1.0
 
   def __post_init__(self):
     check(self.entry >= 0, "entry", self.entry, ">= 0")
@@ -97,7 +97,7 @@ class _Staircase:
     """State with every draft tested and each row's next cells final."""
     grid = ctx.model.grid
     verdict = rows_lib.judge(
-        ctx, state, queries, p_QV, self.coupled, self.lenience)
+        ctx, state, queries, p_QV, self.coupled, self._lenience(grid))
     final_Q = self._climb(grid, state, verdict)
     state = rows_lib.commit(
         state, queries, verdict, verdict.had_draft, final_Q
@@ -107,14 +107,14 @@ class _Staircase:
   def _lookahead(self, cols: int) -> int:
     raise NotImplementedError
 
+  def _lenience(self, grid: Grid) -> float:
+    """What a draft's q is multiplied by when it is tested."""
+    return 1.0
+
   def _size(self, grid: Grid) -> int:
     most = min(self.rows, grid.rows) * grid.row_slots
-    wanted = self.queries or self._enough(grid) or most
+    wanted = self.queries or self.default_rows * grid.row_slots
     return min(max(wanted, 1 + int(grid.end_of_row)), most)
-
-  def _enough(self, grid: Grid) -> int | None:
-    """Queries where none are asked for; None is all that can be open."""
-    return None
 
   def _needed(self, model: Model, state: Rows) -> jax.Array:
     """bool [N]: slots to feed.
@@ -230,38 +230,56 @@ class _Staircase:
 class Stair(_Staircase):
   """Cell by cell, `lookahead` cells behind the row above.
 
+  Without settings it is the best trade-off that was measured (docs/results.md).
+
   Attributes:
     lookahead: Final cells of the row above right of, and including, the one
-      above; from the number of columns on, the output's law is AR's.
+      above; from the number of columns on, the output's law is AR's. None is 4,
+      or fewer than the columns.
     sure: Entropy in nats up to which a cell needs none of these, but only those
       to the left of the one above.
     lenience: What a draft's q is multiplied by when it is tested: below 1 more
-      drafts pass than the model would have it.
+      drafts pass than the model would have it (Leviathan et al. 2023,
+      arXiv:2211.17192, appendix A.5). None is 0.7, and 1 where nothing else
+      keeps the law from being AR's.
     row_causal: Hide the drafts of other rows (PJD's mask).
   """
 
-  lookahead: int = 2
+  lookahead: int | None = None
   sure: float = 0.0
-  lenience: float = 1.0
+  lenience: float | None = None
   row_causal: bool = False
+  default_rows = 2
   name = "stair"
   lossless = False
 
   def __post_init__(self):
     super().__post_init__()
-    check(self.lookahead >= 0, "lookahead", self.lookahead, ">= 0")
+    check(self.lookahead is None or self.lookahead >= 0, "lookahead",
+          self.lookahead, ">= 0")
     check(self.sure >= 0, "sure", self.sure, ">= 0")
-    check(0 < self.lenience <= 1, "lenience", self.lenience, "in (0, 1]")
-    check(self.lenience == 1 or not self.coupled, "lenience", self.lenience,
-          "1 with coupled=true, which tests no drafts")
+    check(self.lenience is None or 0 < self.lenience <= 1, "lenience",
+          self.lenience, "in (0, 1]")
+    check(self.lenience in (None, 1) or not self.coupled, "lenience",
+          self.lenience, "1 with coupled=true, which tests no drafts")
 
   def lossless_on(self, grid: Grid) -> bool:
-    """Whether rows wait for the whole of the row above."""
-    waits = self.lookahead >= grid.cols and not self.sure
-    return self.lenience == 1 and (grid.rows == 1 or waits)
+    """Whether rows wait for the whole of the row above, and tests are AR's."""
+    return self._waits(grid) and self._lenience(grid) == 1
+
+  def _waits(self, grid: Grid) -> bool:
+    is_whole = self._lookahead(grid.cols) == grid.cols and not self.sure
+    return grid.rows == 1 or is_whole
 
   def _lookahead(self, cols: int) -> int:
+    if self.lookahead is None:
+      return max(min(4, cols - 1), 1)
     return min(self.lookahead, cols)
+
+  def _lenience(self, grid: Grid) -> float:
+    if self.lenience is not None:
+      return self.lenience
+    return 1.0 if self.coupled or self._waits(grid) else 0.7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,6 +296,7 @@ class Exact(_Staircase):
 
   rows: int = 3
   lookahead: int | None = None
+  default_rows = 1
   name = "exact"
   lossless = True
 
@@ -288,10 +307,6 @@ class Exact(_Staircase):
           "columns) for exact; leave it out, or use stair"
       )
     return cols
-
-  def _enough(self, grid: Grid) -> int:
-    return grid.row_slots
-
 
 def allow(
     fill_R: jax.Array, run_R: jax.Array, fed_R: jax.Array, ahead_RC: jax.Array
