@@ -132,7 +132,8 @@ def _value(name: str, key: str, text: str, kind: Any) -> Any:
         return tuple(int(x) for x in text.split(","))
     except ValueError:
       continue
-  expected = " or ".join(str(getattr(k, "__name__", k)) for k in kinds)
+  names = [getattr(kind, "__name__", str(kind)) for kind in kinds]
+  expected = " or ".join(names).replace("NoneType", "none")
   raise UserError(
       f"got {key}={text} for decoder {name!r}, expected {expected}; correct it"
   )
