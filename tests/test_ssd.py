@@ -4,12 +4,15 @@ import collections
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import testkit as kit
 
 from ssd_jax.config import UserError
 from ssd_jax.decoding.ssd import SSD
+from ssd_jax.grid import Grid
+from ssd_jax.types import Model
 
 _JANUS = (24, 24, False)
 _LUMINA = (48, 48, True)
@@ -87,6 +90,39 @@ def test_heads_speak_only_when_they_are_due():
   assert collections.Counter(asked) == {k: 2 * n for k, n in groups.items()}
 
 
+@pytest.mark.parametrize("end_of_row, vertical", [(False, 1), (True, 2)])
+def test_heads_read_the_state_and_the_token_of_their_cell(end_of_row, vertical):
+  """Drafts that nobody corrects say what they were drawn from."""
+  grid = Grid(5, 6, end_of_row)
+  slots, codes = np.asarray(grid.slot_of), 3 * grid.length
+  state_of_slot_0 = codes - 1  # the prefill's
+
+  def drawn(say):
+    model = Model(
+        grid, codes, lambda params, prompt, scratch: (
+            jnp.full((len(prompt.tokens), 1), state_of_slot_0), None),
+        lambda params, cache, prompt, queries: (
+            queries.positions[..., None], cache),
+        lambda params, hidden: jnp.zeros((*hidden.shape[:-1], codes)), None,
+        lambda params, direction, offset, hidden, tokens: 1e9 * jax.nn.one_hot(
+            say(offset, hidden[..., 0], tokens) % codes, codes), (3, vertical))
+    decoder = SSD(
+        horizontal=3, vertical=vertical, rounds=0, horizontal_rounds=0)
+    return kit.run(model, decoder, 1).tokens[0]
+
+  states = drawn(lambda offset, state, token: state)
+  tokens = drawn(lambda offset, state, token: token + offset)
+  for row, col in np.ndindex(grid.rows, grid.cols):
+    if (row, col) == (0, 0):
+      continue
+    source = ((row - 1) // vertical * vertical, col) if row else (
+        0, (col - 1) // 3 * 3)
+    offset = row - source[0] or col - source[1]
+    slot = slots[source] if row else source[1]
+    assert states[row, col] == (slot - 1 if slot else state_of_slot_0)
+    assert tokens[row, col] == (tokens[source] + offset) % codes
+
+
 def test_a_lag_of_a_whole_row_is_joint():
   """A pipeline with lag = rounds + 1 is the paper's, token for token."""
   model = kit.chain(6, 5, True, vocab=9)
@@ -112,6 +148,7 @@ def test_images_do_not_depend_on_the_batch(decoder):
 @pytest.mark.parametrize("grid, decoder", [
     (dict(rows=1, cols=4), SSD(horizontal=1)),
     (dict(rows=4, cols=1, end_of_row=True), SSD(rounds=1)),
+    (dict(rows=3, cols=1, top_k=2, top_p=0.9, guidance=2.0), SSD(rounds=1)),
 ])
 def test_blocks_of_one_cell_are_lossless(grid, decoder):
   """A round corrects a draft whose context is final to the target's law."""
