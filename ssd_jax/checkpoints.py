@@ -1,5 +1,6 @@
 """Parameters on disk: orbax folders, written whole or not at all."""
 
+import asyncio
 from collections.abc import Iterable
 import hashlib
 import json
@@ -145,17 +146,39 @@ def _damaged(folder: pathlib.Path, reason: str) -> UserError:
       "train or convert again")
 
 
+class _Patient(ocp.type_handlers.NumpyHandler):
+  """Reads all arrays to their end, also when one of them cannot be read.
+
+  orbax closes its event loop at the first failure; each read that ended later
+  would print that the loop is closed.
+  """
+
+  async def deserialize(self, infos, args=None):
+    """The arrays; raises the first failure."""
+    read = super().deserialize
+    args = args or [ocp.RestoreArgs()] * len(infos)
+    found = await asyncio.gather(
+        *(read([info], [arg]) for info, arg in zip(infos, args, strict=True)),
+        return_exceptions=True)
+    for one in found:
+      if isinstance(one, BaseException):
+        raise one
+    return [one[0] for one in found]
+
+
 def _checkpointer() -> ocp.Checkpointer:
   """Of this host alone: each reads for itself, the first one writes."""
-  index = jax.process_index()
-  if jax.process_count() == 1:
-    return ocp.PyTreeCheckpointer()
-  alone = ocp.options.MultiprocessingOptions(
-      primary_host=index, active_processes={index},
-      barrier_sync_key_prefix=f"host{index}")
+  index, options = jax.process_index(), ocp.options.MultiprocessingOptions()
+  if jax.process_count() > 1:
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index},
+        barrier_sync_key_prefix=f"host{index}")
+  handlers = ocp.type_handlers.create_type_handler_registry(
+      (np.ndarray, _Patient()), (jax.Array, ocp.type_handlers.ArrayHandler()))
   return ocp.Checkpointer(
-      ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
-      multiprocessing_options=alone)
+      ocp.PyTreeCheckpointHandler(
+          multiprocessing_options=options, type_handler_registry=handlers),
+      multiprocessing_options=options)
 
 
 def cast(tree: Any, dtype: Any) -> Any:
