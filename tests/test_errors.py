@@ -1,5 +1,6 @@
 """Hostile input: one line, exit status 2, nothing left behind."""
 
+import dataclasses
 import pathlib
 import re
 
@@ -97,3 +98,12 @@ def test_any_text_is_a_prompt_or_one_line(text):
   assert prompt == clean(prompt) and prompt.strip()
   assert not any(ord(c) < 32 and c not in "\t\n\r" for c in prompt)
   prompt.encode()
+
+
+@pytest.mark.parametrize("decoder", by_name.DECODERS.values())
+def test_defaults_can_be_typed_as_they_are_shown(decoder):
+  """The live page lists Python's values, None and False among them."""
+  shown = [(f.name, f.default) for f in dataclasses.fields(decoder)
+           if f.default is None or isinstance(f.default, bool)]
+  text = "+".join(f"{name}={value}" for name, value in shown)
+  assert by_name.parse(f"{decoder.name}:{text}") == decoder()

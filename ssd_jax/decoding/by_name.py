@@ -118,7 +118,7 @@ def _value(name: str, key: str, text: str, kind: Any) -> Any:
   for option in kinds:
     option = getattr(option, "__name__", option)
     try:
-      if option in ("None", "NoneType") and text == "none":
+      if option in ("None", "NoneType") and text.lower() == "none":
         return None
       if option == "bool" and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
