@@ -87,7 +87,7 @@ def test_each_relaxation_alone_and_both_save_passes():
 
 def test_thresholds_that_are_no_numbers_are_one_line():
   """NaN, infinity and text are refused; a number of numpy's is one."""
-  for bad in (float("nan"), float("inf"), "high", None):
-    with pytest.raises(UserError, match="got tau_position="):
+  for bad in (float("nan"), float("inf"), "0.9", None):
+    with pytest.raises(UserError, match=f"got tau_position={bad!r},"):
       Cascade(tau_position=bad)
   assert not Cascade(tau_position=np.float32(0.5)).lossless

@@ -187,7 +187,7 @@ class Cascade(Eagle):
     for name in ("tau_position", "tau_sequence"):
       value = getattr(self, name)
       is_number = isinstance(value, numbers.Real) and np.isfinite(value)
-      check(is_number, name, value, "a number, above 1 for never")
+      check(is_number, name, repr(value), "a number, above 1 for never")
     self._refuse_coupled()
 
   @property
