@@ -10,7 +10,15 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ssd_jax import benchmark, features, metrics, quality, report, testing
+from ssd_jax import (
+  benchmark,
+  features,
+  metrics,
+  progress,
+  quality,
+  report,
+  testing,
+)
 from ssd_jax.benchmark import Entry, Job, Run, Traits
 from ssd_jax.cli import benchmark as command, common, run as cli
 from ssd_jax.config import UserError
@@ -330,8 +338,9 @@ def on_tiny(monkeypatch):
   monkeypatch.setattr(features, "available", lambda: False)
 
 
-def test_the_command_without_features(on_tiny, capsys, tmp_path):
+def test_the_command_without_features(on_tiny, capsys, monkeypatch, tmp_path):
   """AR against itself: ratio 1, a gap inside its interval, one line on FD."""
+  monkeypatch.setattr(progress.Bar, "MINUTE", 0.0)  # a line each time
   arguments = ("--decoders", "ar,ar:seed=1", "--num_prompts", 18, "--batch", 6,
                "--out", tmp_path)
   status, out, err = call(capsys, *arguments)
