@@ -135,9 +135,15 @@ def checksum(
 
 
 def identity(folder: str | os.PathLike) -> str:
-  """A short name of the weights in a folder that `save` wrote."""
-  return hashlib.sha256(
-      (pathlib.Path(folder) / CHECKSUMS).read_bytes()).hexdigest()[:16]
+  """A short name of the weights in a folder that `save` wrote.
+
+  Raises:
+    UserError: when it was not, and has no checksums.
+  """
+  path = pathlib.Path(folder) / CHECKSUMS
+  if not path.is_file():
+    raise _damaged(path.parent, f"no {CHECKSUMS}")
+  return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _damaged(folder: pathlib.Path, reason: str) -> UserError:

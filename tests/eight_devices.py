@@ -11,13 +11,16 @@ import numpy as np
 
 from ssd_jax import hlo, sharding, testing
 from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
+from ssd_jax.data.features import Teacher
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.stair import Stair
 from ssd_jax.grid import Grid
+from ssd_jax.models.drafter import DraftNet
+from ssd_jax.models.spatial_heads import HeadsConfig, HeadsOptions, SpatialHeads
 from ssd_jax.models.text import Vocabulary
 from ssd_jax.pipeline import Pipeline
-from ssd_jax.training import ar
+from ssd_jax.training import ar, drafter, mtp
 from ssd_jax.training.state import (
     TrainState,
     apply_gradients,
@@ -97,6 +100,36 @@ def trained(pipe, kind, parts):
   return state, sharding.fetch(state.ema)
 
 
+def distilled(pipe, kind):
+  """Weights of heads or of a drafter after two steps on a frozen trunk."""
+  settings, guided = pipe.sampling()
+  trunk = sharding.place({"trunk": pipe.params["trunk"]})
+  teacher = Teacher(pipe.family.generator, trunk, pipe.family.encode_prompts,
+                    settings, guided)
+  cfg = OptimizerConfig(warmup_steps=0)
+  optimizer = make_optimizer(cfg, LoopConfig(steps=9))
+  if kind == "heads":
+    net = SpatialHeads(teacher.generator, HeadsConfig.make(
+        teacher.generator, HeadsOptions(2, 1), trunk))
+    step = mtp.make_step(net, mtp.MTPConfig(optimizer=cfg), optimizer)
+  else:
+    net = DraftNet(teacher.generator)
+    step = drafter.make_step(
+        net, teacher, drafter.DrafterTraining(optimizer=cfg, noise=0.0),
+        optimizer)
+  state = sharding.create(
+      lambda key: TrainState.make(net.init(key), optimizer, cfg),
+      jax.random.key(1))
+  prompt, _ = teacher.encode_prompts(list("abcdefgh"), kind == "drafter")
+  grid = pipe.model.grid
+  tokens = np.where(grid.is_forced, grid.forced_tokens(8), np.random.default_rng(
+      0).integers(0, 8, (8, grid.length))).astype(np.int32)
+  batch = sharding.join_rows({"prompt": prompt, "tokens": tokens}, 8)
+  for _ in range(2):
+    state, _ = step(teacher.params, state, batch)
+  return sharding.fetch(state.params)
+
+
 def places(state):
   """{path: which axes cut it} of a training state's larger arrays."""
   found = {}
@@ -116,8 +149,10 @@ def main():
   pipe, found = make_pipeline(), {"tokens": {}, "steps": {}}
   found["sent"] = {mesh: sent(pipe, mesh) for mesh in APART}
   decoders = (AR(), Stair())
+  kinds = ("heads", "drafter")
   alone = [draw(pipe, decoder) for decoder in decoders]
-  weights = {kind: trained(pipe, kind, 1)[1] for kind in ("muon",)}
+  weights = {"muon": trained(pipe, "muon", 1)[1]}
+  weights |= {kind: distilled(pipe, kind) for kind in kinds}
   found["accumulated"] = distance(weights["muon"], trained(pipe, "muon", 2)[1])
   for mesh in MESHES:
     with jax.set_mesh(sharding.make_mesh(mesh)):
@@ -125,7 +160,9 @@ def main():
           float((draw(pipe, decoder) == expected).mean())
           for decoder, expected in zip(decoders, alone, strict=True)]
       state, own = trained(pipe, "muon", 1)
-      found["steps"][mesh] = distance(own, weights["muon"])
+      found["steps"][mesh] = max(
+          distance(own, weights["muon"]),
+          *(distance(distilled(pipe, kind), weights[kind]) for kind in kinds))
       found["places"] = places(state)
   try:
     with jax.set_mesh(sharding.make_mesh("tensor=8")):

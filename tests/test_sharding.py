@@ -43,7 +43,8 @@ def test_a_pass_sends_what_it_must(found):
 
 
 def test_a_training_step_is_that_of_one_device(found):
-  """Two steps of Muon and AdamW on every mesh; and in accumulated parts."""
+  """Two steps of Muon and AdamW on every mesh, and in accumulated parts; two
+  of heads and of a drafter."""
   assert max(found["steps"].values()) < 2e-5
   assert found["accumulated"] < 2e-5
 

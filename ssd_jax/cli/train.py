@@ -65,6 +65,7 @@ def ar() -> None:
   cfg = from_config_dict(ar_training.ARConfig, config.ar)
   captioned = _splits(config)
   vq_params = checkpoints.cast(_tokenizer_of(workdir), np.float32)
+  tokenizer = checkpoints.identity(workdir / "model" / "vq")
   splits = {
       name: ar_training.encode_split(
           VQ(vq_cfg), vq_params, source, workdir / "ar" / f"{name}_tokens.npy"
@@ -74,7 +75,7 @@ def ar() -> None:
   words = Vocabulary.build(splits["train"].texts(), config.prompt_slots)
   generator = emoji.generator(config.trunk, vq_cfg, config.pixels, words)
   _begin(workdir / "ar", config, *_MODEL, "prompt_slots", "trunk", "ar",
-         tokenizer=checkpoints.identity(workdir / "model" / "vq"))
+         tokenizer=tokenizer)
   state = ar_training.run(generator, words, splits, cfg, str(workdir / "ar"))
   checkpoints.save(
       workdir / "model" / "trunk", state.eval_params["trunk"], _STORED
