@@ -12,9 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssd_jax import likelihood, sampling as sampling_lib, saving, sharding
-from ssd_jax.config import UserError, check
-from ssd_jax.decoding import by_name, engine
+from ssd_jax import (
+    calls,
+    likelihood,
+    sampling as sampling_lib,
+    saving,
+    sharding,
+)
+from ssd_jax.config import UserError
+from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.relaxed import neighbour_table
 from ssd_jax.drawn import Output
@@ -23,8 +29,6 @@ from ssd_jax.progress import Clock, Listener, Progress
 from ssd_jax.sampling import Overrides, Sampling
 from ssd_jax.streaming import Order, Stream
 from ssd_jax.types import Model, Params, Prompt
-
-_LARGEST = 10_000  # guidance or temperature
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,12 +84,13 @@ class Pipeline:
     Raises:
       UserError: when a number is out of range or there is no prompt.
     """
-    _check_call(prompts, num_images, seed, batch)
-    texts = [text for text in prompts for _ in range(num_images)]
+    calls.check_call(prompts, num_images, seed, batch, on_batch=on_batch,
+                     on_pass=on_pass)
+    texts = calls.texts_of(prompts, num_images)
     settings, guided = self.sampling(**sampling)
     batch = sharding.even_batch(min(batch, len(texts)), 1 + guided)
-    decoder = _decoder(decoder)
-    index_I = _indices(first_image, len(texts), batch)
+    decoder = calls.decoder_of(decoder)
+    index_I = calls.indices_of(first_image, len(texts), batch)
     chunks, notes, clock = [], [], Clock()
     for start in range(0, len(texts), batch):
       part = texts[start:start + batch]
@@ -146,17 +151,17 @@ class Pipeline:
     Raises:
       UserError: when a number is out of range or there is no prompt.
     """
-    _check_call(prompts, num_images, seed, batch)
+    calls.check_call(prompts, num_images, seed, batch, on_step=on_step)
     settings, guided = self.sampling(**sampling)
-    decoder = _decoder(decoder)
+    decoder = calls.decoder_of(decoder)
     if isinstance(prompts, Sequence):
       count = len(prompts) * num_images
-      first_image = _indices(first_image, count, 1).tolist()
+      first_image = calls.indices_of(first_image, count, 1).tolist()
       batch = min(batch, count)
     batch = sharding.even_batch(batch, 1 + guided)
     return Stream(self, Order(
-        prompts, decoder, num_images, seed, batch, first_image, settings,
-        guided, on_step))
+        map(calls.text_of, prompts), decoder, num_images, seed, batch,
+        first_image, settings, guided, on_step))
 
   def params_for(self, decoder: engine.Decoder) -> Params:
     """Parameters in the form that this device draws with.
@@ -198,14 +203,7 @@ class Pipeline:
       raise UserError(f"got setting {min(unknown)!r}, expected one of "
                       f"{sorted(values)}; correct it")
     values |= {k: v for k, v in overrides.items() if v is not None}
-    for name, value in values.items():
-      # Beyond these bounds logits or indices overflow.
-      bound = 2**31 - 1 if name == "top_k" else _LARGEST
-      check(abs(value) <= bound, name, value, f"a number of at most {bound}")
-    check(values["temperature"] >= 0, "temperature", values["temperature"],
-          ">= 0")
-    check(values["top_k"] >= 0, "top_k", values["top_k"], ">= 0, 0 for none")
-    check(0 < values["top_p"] <= 1, "top_p", values["top_p"], "in (0, 1]")
+    calls.check_sampling(values)
     return Sampling.make(**values), values["guidance"] != 1.0
 
   def log_prob(self, tokens: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
@@ -342,38 +340,3 @@ class Pipeline:
       decode = jax.jit(self.family.decode)
       self._executables[key] = decode.lower(self.vq_params, tokens).compile()
     return self._executables[key]
-
-
-def _check_call(
-    prompts: Iterable[str], num_images: int, seed: int, batch: int
-) -> None:
-  """Raises UserError when a number is out of range or there is no prompt."""
-  if isinstance(prompts, str):
-    raise UserError(f"got the text {prompts[:40]!r} as prompts, expected a "
-                    "list of texts; put it into brackets")
-  if isinstance(prompts, Sequence):
-    check(len(prompts) > 0, "prompts", prompts, "at least one")
-  check(num_images >= 1, "num_images", num_images, ">= 1")
-  check(batch >= 1, "batch", batch, ">= 1")
-  check(0 <= seed < 2**32, "seed", seed, "in [0, 2^32)")
-
-
-def _decoder(given: engine.Decoder | str) -> engine.Decoder:
-  """With its settings, which a text names."""
-  if isinstance(given, type):
-    raise UserError(f"got the class {given.__name__} as decoder, expected one "
-                    f"with its settings; write {given.__name__}()")
-  return by_name.parse(given) if isinstance(given, str) else given
-
-
-def _indices(
-    first: int | Sequence[int], count: int, batch: int
-) -> np.ndarray:
-  """int32 [I]: index of each picture, then of what fills the last batch."""
-  padded = -(-count // batch) * batch
-  given = np.asarray(first)
-  if given.ndim == 0:
-    return np.asarray(given + np.arange(padded), np.int32)
-  check(len(given) == count, "first_image", f"{len(given)} indices",
-        f"one index, or one for each of {count} pictures")
-  return np.pad(given.astype(np.int32), (0, padded - count), "edge")
