@@ -213,8 +213,9 @@ class Pipeline:
       tokens: int32 [B, R, C].
       prompts: One per grid.
     """
+    tokens = self._grids(tokens, prompts)
     p_BNV, slots = self._targets(tokens, prompts)
-    taken = np.asarray(tokens).reshape(len(tokens), -1)
+    taken = tokens.reshape(len(tokens), -1)
     p_BN = np.take_along_axis(p_BNV[:, slots], taken[..., None], -1)[..., 0]
     with np.errstate(divide="ignore"):
       return np.log(p_BN).sum(-1)
@@ -233,13 +234,14 @@ class Pipeline:
       batch: Grids looked at together.
       **sampling: As for `generate`.
     """
+    tokens = self._grids(tokens, prompts)
     settings, guided = self.sampling(**sampling)
     pairs = []
     for start in range(0, len(tokens), batch):
       part = np.arange(start, start + batch).clip(max=len(tokens) - 1)
       texts = [prompts[i] for i in part]
       prompt, _ = self.family.encode_prompts(texts, guided)
-      sequence = self.sequence(np.asarray(tokens)[part])
+      sequence = self.sequence(tokens[part])
       pair = self._surprisal(self.params, prompt, sequence, settings)
       pairs.append([np.asarray(x)[:len(tokens) - start] for x in pair])
     nll, entropy = (np.concatenate(x) for x in zip(*pairs, strict=True))
@@ -251,13 +253,20 @@ class Pipeline:
 
   def draw_tokens(self, tokens: np.ndarray, batch: int = 8) -> np.ndarray:
     """uint8 [B, H, W, 3]: the pictures of grids, int32 [B, R, C]."""
-    images = []
+    images, tokens = [], self._grids(tokens)
     for start in range(0, len(tokens), batch):
       part = np.arange(start, start + batch).clip(max=len(tokens) - 1)
-      ids = jnp.asarray(np.asarray(tokens)[part], jnp.int32)
+      ids = jnp.asarray(tokens[part])
       decoded = self.compiled_images(ids)(self.vq_params, ids)
       images.append(np.asarray(decoded)[:len(tokens) - start])
     return np.concatenate(images)
+
+  def _grids(
+      self, tokens: np.ndarray, prompts: Sequence[str] | None = None
+  ) -> np.ndarray:
+    """Checked: see `calls.grids_of`."""
+    return calls.grids_of(
+        tokens, self.model.grid, self.model.vocab, prompts)
 
   def program_bytes(self, decoder: engine.Decoder) -> int | None:
     """Peak memory of the largest program compiled for a decoder.
