@@ -1,5 +1,6 @@
 """What a user holds: progress pass by pass, saving, decoders by name."""
 
+from collections.abc import Iterator
 import json
 
 import jax
@@ -50,6 +51,72 @@ def test_decoders_by_name_and_pictures_by_index(pipe):
   np.testing.assert_array_equal(picked.tokens, made.tokens[[3, 0, 2]])
   with pytest.raises(UserError, match="first_image"):
     pipe.generate(["a"] * 3, first_image=[1, 2])
+
+
+class Changing(ssd_jax.SJD):
+  """A decoder that cannot be hashed, as those whose settings may change."""
+
+  __hash__ = None
+
+
+MISTAKES = [
+    (dict(prompts=3), "prompts=3, expected a list"),
+    (dict(prompts="red heart"), "put it into brackets"),
+    (dict(prompts=[None]), "the prompt None, expected a text"),
+    (dict(prompts=[["a"]]), "the prompt .* expected a text"),
+    (dict(prompts=(x for x in ())), "prompts=none, expected at least one"),
+    (dict(decoder="nope"), "expected one of .*'ar'"),
+    (dict(decoder="stare"), "did you mean 'stair'"),
+    (dict(decoder=ssd_jax.Stair), r"write Stair\(\)"),
+    (dict(decoder=None), r"got None as decoder, without a scratch\(\)"),
+    (dict(decoder=Changing()), "frozen=True"),
+    (dict(num_images=0), "num_images=0, expected >= 1"),
+    (dict(num_images=1.5), "num_images=1.5, expected a whole number"),
+    (dict(num_images=2**40), "num_images=.* at most"),
+    (dict(batch=0), "batch=0, expected >= 1"),
+    (dict(batch=None), "batch=None, expected a whole number"),
+    (dict(seed=-1), "seed=-1, expected in"),
+    (dict(seed="x"), "seed='x', expected a whole number"),
+    (dict(guidance="x"), "guidance='x', expected a number"),
+    (dict(guidance=float("nan")), "guidance=nan, expected a number"),
+    (dict(top_k=2.5), "top_k=2.5, expected a whole number"),
+    (dict(first_image=-1), "first_image=-1, expected indices"),
+    (dict(first_image=0.5), "first_image=0.5, expected whole numbers"),
+    (dict(on_pass=3), "on_pass=3, expected a function"),
+]
+
+
+@pytest.mark.parametrize(
+    "given,said", MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_mistakes_in_python_are_one_line(pipe, given, said):
+  """Of the wrong kind or out of range: what was expected, before all else."""
+  call = {"prompts": ["a"]} | given
+  with pytest.raises(UserError, match=said) as error:
+    pipe.generate(**call)
+  assert "\n" not in str(error.value)
+  if "on_pass" not in call and not isinstance(call["prompts"], Iterator):
+    with pytest.raises(UserError, match=said):
+      list(pipe.stream(**call))
+
+
+def test_grids_of_another_model_are_told(pipe):
+  """Another shape or code, or prompts that are too few, give no figures."""
+  one = np.zeros((1, 3, 4), int)
+  for wrong in (one[0], one[:, :2], one + 0.5, one + 5, one - 1):
+    with pytest.raises(UserError, match="got tokens .* expected"):
+      pipe.draw_tokens(wrong)
+    with pytest.raises(UserError, match="got tokens .* expected"):
+      pipe.log_prob(wrong, ["a"])
+  for prompts in ([], "a", ["a", "b"]):
+    with pytest.raises(UserError, match="one per grid"):
+      pipe.nll(one, prompts)
+
+
+def test_a_prompt_may_be_the_number_of_a_class(pipe):
+  """A number is its text, from numpy too."""
+  out = pipe.generate([7, np.int64(8)], num_images=np.int32(1))
+  assert out.prompts == ("7", "8")
+  assert [p.prompt for p in pipe.stream([7])] == ["7"]
 
 
 def test_saved_pipeline_draws_the_same(tmp_path):
