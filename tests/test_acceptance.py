@@ -50,6 +50,24 @@ def test_drawn_drafts_end_as_target(seed):
   np.testing.assert_allclose(law, p_V, atol=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_lenient_drafts_end_as_their_law(seed):
+  """Test and redraw lead to `lenient_law`, which no token exceeds p / l in."""
+  p_V, q_V = laws(seed)
+  rule = lambda *args: acceptance.accept_exact(*args, lenience=0.4)
+  law = np.zeros(VOCAB)
+  for token in range(VOCAB):
+    passes = probability(rule, p_V, q_V, token)
+    weight = float(q_V[token])
+    law[token] += weight * passes
+    law += weight * (1 - passes) * corrected(p_V, q_V, token)
+  drafts = Drafts(jnp.array([0]), q_V[None], jnp.array([False]))
+  found = lambda l: acceptance.lenient_law(p_V[None], drafts, l)[0]
+  np.testing.assert_allclose(found(0.4), law, atol=1e-3)
+  assert (found(0.4) <= p_V / 0.4 + 1e-6).all()
+  np.testing.assert_allclose(found(1.0), p_V, atol=1e-6)
+
+
 @pytest.mark.parametrize("token", range(VOCAB))
 def test_given_drafts_end_as_target(token):
   """A draft that was given, not drawn, is tested by a q of one at it."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import testkit as kit
 
+from ssd_jax import laboratory
 from ssd_jax.config import UserError
 from ssd_jax.decoding.engine import is_lossless
 from ssd_jax.decoding.stair import Exact, Stair
@@ -107,6 +108,21 @@ def test_the_law_of_lenience_is_told_apart():
   pipe = kit.tiny(**_WIDE)
   out = kit.draw(pipe, Stair(lookahead=3, lenience=0.3))
   assert kit.p_value(pipe, out.tokens) < 1e-3
+
+
+@pytest.mark.slow
+def test_lenience_bounds_every_cell():
+  """Where whole rows are waited for, no token is 1 / lenience times as probable
+  as the model says, given the cells before it; seen at the last cell."""
+  pipe = kit.tiny(**_WIDE)
+  out = kit.draw(pipe, Stair(lookahead=3, lenience=0.6), 60_000)
+  last = lambda counts: counts.reshape(-1, 2) / np.maximum(
+      counts.reshape(-1, 2).sum(1, keepdims=True), 1e-9)
+  drawn = laboratory.count(pipe, out.tokens)
+  error = 4 * 0.5 / np.sqrt(np.maximum(drawn.reshape(-1, 2).sum(1), 1))
+  bound = last(kit.law(pipe)) / 0.6
+  assert (last(drawn) <= bound + error[:, None]).all()
+  assert (last(drawn) > 1.2 * last(kit.law(pipe))).any()
 
 
 def test_defaults_follow_the_grid():

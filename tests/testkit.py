@@ -112,11 +112,12 @@ def _cut(count, batch, decode):
 
 def p_value(pipe, tokens):
   """Of the chi-square test against the exact joint law."""
-  return laboratory.chi_square(laboratory.count(pipe, tokens), _law(pipe))
+  return laboratory.chi_square(laboratory.count(pipe, tokens), law(pipe))
 
 
 @functools.cache
-def _law(pipe):
+def law(pipe):
+  """float64 [V ** cells]: AR's joint law of the tiny grid."""
   return laboratory.enumerate_law(pipe, _PROMPT)[1]
 
 

@@ -34,7 +34,7 @@ def at(p_QV: jax.Array, tokens_Q: jax.Array) -> jax.Array:
 
 
 def accept_exact(
-    p_QV: jax.Array, drafts: Drafts, u_Q: jax.Array
+    p_QV: jax.Array, drafts: Drafts, u_Q: jax.Array, lenience: float = 1.0
 ) -> jax.Array:
   """bool [Q]: whether each draft passes with probability min(1, p / q).
 
@@ -42,18 +42,37 @@ def accept_exact(
     p_QV: Targets.
     drafts: Of the same slots.
     u_Q: Uniform draws in [0, 1).
+    lenience: What q is multiplied by; below 1 more drafts pass (appendix A.5).
 
   Source: Leviathan et al. 2023, arXiv:2211.17192, algorithm 1.
   """
   q_Q = jnp.where(drafts.is_point, 1.0, at(drafts.q, drafts.tokens))
-  return u_Q * q_Q < at(p_QV, drafts.tokens)
+  return lenience * u_Q * q_Q < at(p_QV, drafts.tokens)
 
 
 def residual(p_QV: jax.Array, drafts: Drafts) -> jax.Array:
   """float32 [Q, V], not normalised: what a rejected draft is redrawn from."""
+  return sampling.residual(p_QV, _drawn_from(p_QV, drafts))
+
+
+def lenient_law(
+    p_QV: jax.Array, drafts: Drafts, lenience: float
+) -> jax.Array:
+  """float32 [Q, V]: what tokens are drawn from by a lenient test and redraw.
+
+  At most p / lenience, entry by entry, whatever q was; p where lenience is 1.
+  """
+  q_QV = _drawn_from(p_QV, drafts)
+  kept_QV = jnp.minimum(q_QV, p_QV / lenience)
+  left_QV = jnp.maximum(p_QV - q_QV, 0.0)
+  share_Q = (1.0 - jnp.sum(kept_QV, axis=-1)) / jnp.maximum(
+      jnp.sum(left_QV, axis=-1), 1e-30)
+  return kept_QV + jnp.clip(share_Q, 0.0, 1.0)[:, None] * left_QV
+
+
+def _drawn_from(p_QV: jax.Array, drafts: Drafts) -> jax.Array:
   is_draft_QV = jnp.arange(p_QV.shape[-1]) == drafts.tokens[:, None]
-  q_QV = jnp.where(drafts.is_point[:, None], is_draft_QV, drafts.q)
-  return sampling.residual(p_QV, q_QV)
+  return jnp.where(drafts.is_point[:, None], is_draft_QV, drafts.q)
 
 
 def count_prefix(accept_Q: jax.Array) -> jax.Array:

@@ -70,6 +70,8 @@ class Verdict(flax.struct.PyTreeNode):
     passed: bool [Q], the draft passed its test.
     tokens: int32 [Q], the draft if it passed, else a new draw.
     p: float32 [Q, V], targets.
+    law: float32 [Q, V], what the tokens are drawn from: p, but for leniently
+      tested drafts.
   """
 
   cells: jax.Array
@@ -79,6 +81,7 @@ class Verdict(flax.struct.PyTreeNode):
   passed: jax.Array
   tokens: jax.Array
   p: jax.Array
+  law: jax.Array
 
 
 def start(
@@ -111,8 +114,9 @@ def judge(
     coupled: Draw every cell with its own noise, the same in every pass; a draft
       passes if it is drawn again. Else drafts pass with min(1, p / q) and are
       redrawn from the residual, with the pass's noise.
-    lenience: What q is multiplied by in that test; below 1 relaxed (Leviathan
-      et al. 2023, appendix A.5).
+    lenience: What q is multiplied by in that test; below 1 relaxed. The law
+      that follows is kept as the next q: however often a cell is tested, no
+      token is more than 1 / lenience times as probable there as the model says.
   """
   grid = ctx.model.grid
   is_forced_N = jnp.asarray(grid.is_forced)
@@ -130,6 +134,7 @@ def judge(
   had_draft_Q = (
       is_open_Q & is_at(state.known) & (acceptance.at(q_QV, draft_Q) != 0)
   )
+  law_QV = p_QV
   if coupled:
     drawn_Q = sampling.sample(p_QV, ctx.token_noise(cells_Q))
     passed_Q = had_draft_Q & (drawn_Q == draft_Q)
@@ -137,15 +142,20 @@ def judge(
     drafts = Drafts(draft_Q, q_QV, jnp.zeros_like(is_open_Q))
     u_Q = jax.random.uniform(ctx.pass_key(TEST), cells_Q.shape)
     passed_Q = had_draft_Q & acceptance.accept_exact(
-        p_QV, drafts, lenience * u_Q)
+        p_QV, drafts, u_Q, lenience)
     left_QV = jnp.where(
         had_draft_Q[:, None], acceptance.residual(p_QV, drafts), p_QV
     )
+    if lenience < 1:
+      law_QV = jnp.where(
+          had_draft_Q[:, None],
+          acceptance.lenient_law(p_QV, drafts, lenience), p_QV
+      )
     noise_QV = jax.random.gumbel(ctx.pass_key(REDRAW), p_QV.shape)
     drawn_Q = sampling.sample(left_QV, noise_QV)
   return Verdict(
       cells_Q, index_Q, is_open_Q, had_draft_Q, passed_Q,
-      jnp.where(passed_Q, draft_Q, drawn_Q), p_QV,
+      jnp.where(passed_Q, draft_Q, drawn_Q), p_QV, law_QV,
   )
 
 
@@ -159,7 +169,7 @@ def commit(
     state: Before the pass.
     queries: Of the pass.
     verdict: On it.
-    redrawn_Q: bool, cells that take the verdict's token and target.
+    redrawn_Q: bool, cells that take the verdict's token and law.
     final_Q: bool, cells that become final.
   """
   nowhere, outside = state.tokens.shape[0], state.q.shape[0]
@@ -175,7 +185,7 @@ def commit(
       known=state.known.at[pick(redrawn_Q)].set(True, mode="drop"),
       written=state.written.at[queries.slots].set(True, mode="drop"),
       settled=state.settled | (fed_N & final_N),
-      q=state.q.at[index_Q].set(verdict.p, mode="drop"),
+      q=state.q.at[index_Q].set(verdict.law, mode="drop"),
   )
 
 
