@@ -240,11 +240,13 @@ class Stair(_Staircase):
       to the left of the one above.
     lenience: What a draft's q is multiplied by when it is tested: below 1 more
       drafts pass than the model would have it (Leviathan et al. 2023,
-      arXiv:2211.17192, appendix A.5). None is 0.7, and 1 where nothing else
+      arXiv:2211.17192, appendix A.5). None is 0.6, and 1 where nothing else
       keeps the law from being AR's.
     row_causal: Hide the drafts of other rows (PJD's mask).
   """
 
+  entry: int = 0
+  rows: int = 6
   lookahead: int | None = None
   sure: float = 0.0
   lenience: float | None = None
@@ -279,7 +281,7 @@ class Stair(_Staircase):
   def _lenience(self, grid: Grid) -> float:
     if self.lenience is not None:
       return self.lenience
-    return 1.0 if self.coupled or self._waits(grid) else 0.7
+    return 1.0 if self.coupled or self._waits(grid) else 0.6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
