@@ -4,12 +4,14 @@ import errno
 import itertools
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_training as tiny
@@ -19,6 +21,7 @@ from ssd_jax.config import UserError
 from ssd_jax.data import features
 from ssd_jax.data.features import DrawConfig
 from ssd_jax.training import loop
+from ssd_jax.training.state import bit_sums
 
 SCRIPT = pathlib.Path(tiny.__file__)
 
@@ -72,6 +75,47 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
   assert "checkpoint 8" in capsys.readouterr().err
   aside, = (tmp_path / "run" / "damaged").iterdir()
   assert aside.name.startswith("8-") and any(aside.iterdir())
+
+
+def test_a_single_bit_of_a_training_checkpoint_is_noticed(tmp_path, capsys):
+  """A number, or the place in the data, that differs from what was saved: the
+  checkpoint before it is taken, and the end is the same."""
+  whole = tiny.train(tmp_path / "whole", 8, width=8)
+  tiny.train(tmp_path / "run", 6, width=8)
+  folder = tmp_path / "run" / "checkpoints"
+  # The whole state of a smaller step, and the place of another.
+  shutil.rmtree(folder / "6" / "state")
+  shutil.copytree(folder / "2" / "state", folder / "6" / "state")
+  place, = (folder / "4" / "data").glob("*.json")
+  place.write_text(place.read_text().replace("32", "40"))
+  assert_same(tiny.train(tmp_path / "run", 8, width=8), whole)
+  said = capsys.readouterr().err
+  assert "checkpoint 6" in said and "checkpoint 4" in said
+
+
+def test_a_sum_tells_every_bit():
+  """Another one for each bit of each kind of number, whatever its place."""
+  kinds = [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, bool]
+  leaves = [jnp.ones((3, 5), kind) for kind in kinds]
+  before = [int(x) for x in bit_sums(leaves)]
+  for at, leaf in enumerate(leaves):
+    flat = np.array(leaf).view(np.uint8).reshape(-1)
+    for place in (0, flat.size // 2, flat.size - 1):
+      other = flat.copy()
+      other[place] ^= 1
+      other = jnp.asarray(other.view(leaf.dtype).reshape(leaf.shape))
+      assert int(bit_sums([other])[0]) != before[at]
+  swapped = jnp.array([[1.0, 2.0]]), jnp.array([[2.0, 1.0]])
+  assert len({int(x) for x in bit_sums(swapped)}) == 2
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs"])
+def test_a_file_in_place_of_a_runs_folder_is_one_line(tmp_path, name):
+  """Told before anything is trained; nothing waits for it for ever."""
+  (tmp_path / name).write_text("mine")
+  with pytest.raises(UserError, match=f"{name}, which is no folder"):
+    tiny.train(tmp_path, 2)
+  assert (tmp_path / name).read_text() == "mine"
 
 
 def test_other_settings_do_not_touch_a_runs_checkpoints(tmp_path):

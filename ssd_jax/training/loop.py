@@ -7,12 +7,14 @@ set, state and batches lie on it; see `sharding`.
 """
 
 from collections.abc import Callable, Mapping
+import json
 import math
 import os
 import pathlib
 import sys
 import time
 from typing import Any
+import zlib
 
 import grain
 import jax
@@ -23,7 +25,7 @@ from ssd_jax import checkpoints, sharding
 from ssd_jax.config import LoopConfig, UserError
 from ssd_jax.progress import Bar
 from ssd_jax.training.preemption import Preemption
-from ssd_jax.training.state import TrainState
+from ssd_jax.training.state import TrainState, bit_sums
 
 Metrics = Mapping[str, jax.Array]
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -53,6 +55,8 @@ def train(
   """
   folder = pathlib.Path(workdir).absolute()
   rows = cfg.batch // sharding.share()[1]
+  for name in ("checkpoints", "logs"):
+    _make_folder(folder / name)
   with _manager(folder, cfg) as manager, Preemption() as preemption:
     state, iterator = _restore(manager, sharding.place(state), data)
     start = int(state.step)
@@ -78,6 +82,16 @@ def train(
   return state
 
 
+def _make_folder(folder: pathlib.Path) -> None:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:  # orbax would wait for it
+    raise UserError(
+        f"got {folder}, which is no folder and cannot become one "
+        f"({error.strerror}), expected one to write to; remove it or choose "
+        "another workdir") from error
+
+
 def _manager(folder: pathlib.Path, cfg: LoopConfig) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(
       folder / "checkpoints",
@@ -92,6 +106,7 @@ def _save(manager, step, state, iterator) -> None:
     manager.save(step, args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         data=grain.checkpoint.CheckpointSave(iterator),
+        sums=ocp.args.JsonSave(_sums(state, iterator)),
     ))
   except (OSError, ValueError) as error:  # of this save or the one before
     raise _cannot_write(manager, step, error) from error
@@ -129,6 +144,7 @@ def _restore(manager, state: TrainState, data: grain.IterDataset):
       found = manager.restore(step, args=ocp.args.Composite(
           state=ocp.args.StandardRestore(shapes)))
       iterator = _resume(manager, step, data)
+      _check_sums(manager, step, _sums(found["state"], iterator))
     except Exception as error:  # orbax raises many kinds for a damaged file
       damaged[step] = error
       if jax.process_count() > 1:
@@ -145,6 +161,29 @@ def _restore(manager, state: TrainState, data: grain.IterDataset):
         "expected a whole one of this run; remove that folder to start anew"
     ) from newest
   return state, iter(data)
+
+
+def _sums(state: TrainState, iterator: Any) -> dict[str, int]:
+  """A number of each array, and of the place in the stream on one host."""
+  names, leaves = zip(
+      *jax.tree_util.tree_flatten_with_path(state)[0], strict=True)
+  sums = map(int, jax.device_get(bit_sums(leaves)))
+  found = dict(zip(map(jax.tree_util.keystr, names), sums, strict=True))
+  if jax.process_count() == 1:
+    place = json.dumps(iterator.get_state(), sort_keys=True, default=str)
+    found["data"] = zlib.crc32(place.encode())
+  return found
+
+
+def _check_sums(manager, step: int, found: Mapping[str, int]) -> None:
+  """Raises ValueError where what was restored is not what was saved."""
+  if not (pathlib.Path(manager.directory) / str(step) / "sums").is_dir():
+    return
+  saved = manager.restore(
+      step, args=ocp.args.Composite(sums=ocp.args.JsonRestore()))["sums"]
+  for name in saved.keys() & found.keys():
+    if saved[name] != found[name]:
+      raise ValueError(f"{name} differs from its checksum")
 
 
 def _check_same_run(manager, step: int, state: TrainState) -> None:
@@ -164,7 +203,7 @@ def _set_aside(manager, step: int) -> None:
   """Moves a damaged checkpoint out of the way and says where to."""
   folder = pathlib.Path(manager.directory)
   aside = folder.with_name("damaged") / f"{step}-{time.time_ns()}"
-  aside.parent.mkdir(exist_ok=True)
+  _make_folder(aside.parent)
   os.rename(folder / str(step), aside)
   manager.reload()
   print(f"checkpoint {step} of {folder} is damaged: moved to {aside}",

@@ -1,6 +1,6 @@
 """What a training run carries, and how it is updated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -132,3 +132,27 @@ def mean_gradients(
   first = gradients(jax.tree.map(lambda x: x[0], cuts))
   total, _ = jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], cuts))
   return jax.tree.map(lambda x: x / parts, total)
+
+
+@jax.jit
+def bit_sums(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+  """uint32 [] of each array, another one when a bit of it is.
+
+  Its words, each times an odd number of its place, modulo 2^32: exact in any
+  order, so that the same comes of any mesh.
+  """
+  return [_bit_sum(x) for x in leaves]
+
+
+def _bit_sum(x: jax.Array) -> jax.Array:
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
+  if x.dtype == bool:
+    x = x.astype(jnp.uint8)
+  words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+  place = jnp.zeros(x.shape, jnp.uint32)
+  for axis, size in enumerate(x.shape):
+    at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    place = place * jnp.uint32(size) + at
+  return jnp.sum(
+      words.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
