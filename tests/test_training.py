@@ -148,8 +148,10 @@ def test_a_picture_may_stay_where_it_is():
     TokenizerConfig(max_shift=-1)
 
 
-def test_codes_of_other_pictures_are_not_taken(tmp_path, monkeypatch):
-  """Kept codes belong to their pictures and tokenizer; others are made anew."""
+def test_codes_of_other_pictures_are_not_taken(
+    tmp_path, monkeypatch, capsys):
+  """Kept codes belong to their pictures and tokenizer; others are made anew,
+  and so are damaged ones."""
   monkeypatch.setattr(
       ar, "reconstruct",
       lambda vq, params, images, on_batch: (None, images[..., 0]))
@@ -167,6 +169,18 @@ def test_codes_of_other_pictures_are_not_taken(tmp_path, monkeypatch):
   assert len(list(tmp_path.iterdir())) == 2
   encode([1, 2], {"w": np.ones(1)})
   assert len(list(tmp_path.iterdir())) == 3
+  capsys.readouterr()
+  for path in tmp_path.iterdir():
+    whole = path.read_bytes()
+    flipped = whole.replace(b"\x01\x01", b"\x01\x03", 1)
+    for damaged in (b"", whole[:len(whole) // 2], flipped):
+      path.write_bytes(damaged)
+      encode([1, 2], {"w": np.ones(1)})
+      encode([0, 1, 2], {"w": np.zeros(1)})
+      codes = encode([1, 2], {"w": np.zeros(1)})
+      assert codes.tokens[:, 0].tolist() == [1, 2]
+      assert path.read_bytes() == whole and flipped != whole
+      assert capsys.readouterr().err.count("made again\n") == 1
 
 
 def test_few_held_out_pictures_are_a_batch():

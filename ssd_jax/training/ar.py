@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
   """The codes of a source's pictures, kept beside `cache` for the next run.
 
   The file's name holds a checksum of the pictures and the tokenizer: other ones
-  are encoded anew.
+  are encoded anew, and so is what a damaged file held.
   """
   captions: list[str] = []
   tags: list[tuple[str, ...]] = []
@@ -114,19 +115,31 @@ def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
   digest = hashlib.sha256(images.tobytes())
   for leaf in jax.tree.leaves(params):
     digest.update(np.asarray(leaf).tobytes())
-  cache = cache.with_name(f"{cache.stem}-{digest.hexdigest()[:16]}.npy")
-  if cache.exists():
-    tokens = np.load(cache)
-  else:
+  cache = cache.with_name(f"{cache.stem}-{digest.hexdigest()[:16]}.npz")
+  tokens = _read_codes(cache)
+  if tokens is None:
     with Bar(total=len(images), desc="pictures to codes", unit="picture",
              disable=jax.process_index() > 0) as bar:
       _, ids = reconstruct(vq, params, images, on_batch=bar.update)
     tokens = ids.reshape(len(images), -1)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix(f".{jax.process_index()}.partial.npy")
-    np.save(partial, tokens)
+    partial = cache.with_suffix(f".{jax.process_index()}.partial.npz")
+    np.savez(partial, tokens=tokens)
     os.replace(partial, cache)
   return TokenSource(tokens, tuple(captions), tuple(tags), tuple(items))
+
+
+def _read_codes(cache: pathlib.Path) -> np.ndarray | None:
+  """What the file holds; None where there is none, or not what was written."""
+  if not cache.exists():
+    return None
+  try:
+    with np.load(cache) as file:
+      return file["tokens"]  # zip knows the checksum
+  except Exception as error:  # zip and numpy raise many kinds
+    print(f"{cache} is damaged ({type(error).__name__}): made again",
+          file=sys.stderr)
+    return None
 
 
 def load_example(
