@@ -159,3 +159,13 @@ def test_every_decoder_has_a_paragraph_that_says_its_law():
     near = " ".join(paragraphs[own[0]:own[0] + 2]).lower()
     assert re.search("lossless|relaxed|token for token", near) or (
         name == "ar"), name
+
+
+def test_every_paper_of_the_readme_can_be_cited():
+  """The citation file has the papers of README, each with its authors."""
+  cited = (ROOT / "CITATION.cff").read_text("utf-8")
+  papers = re.findall(r"\d{4}\.\d{5}", (ROOT / "README.md").read_text("utf-8"))
+  assert papers and all(f'"arXiv:{paper}"' in cited for paper in papers)
+  entries = cited.split("- type: article")[1:]
+  assert len(entries) == len(set(papers))
+  assert all("family-names:" in entry for entry in entries)
