@@ -122,9 +122,10 @@ def distilled(pipe, kind):
       jax.random.key(1))
   prompt, _ = teacher.encode_prompts(list("abcdefgh"), kind == "drafter")
   grid = pipe.model.grid
-  tokens = np.where(grid.is_forced, grid.forced_tokens(8), np.random.default_rng(
-      0).integers(0, 8, (8, grid.length))).astype(np.int32)
-  batch = sharding.join_rows({"prompt": prompt, "tokens": tokens}, 8)
+  drawn = np.random.default_rng(0).integers(0, 8, (8, grid.length))
+  tokens = np.where(grid.is_forced, grid.forced_tokens(8), drawn)
+  batch = sharding.join_rows(
+      {"prompt": prompt, "tokens": tokens.astype(np.int32)}, 8)
   for _ in range(2):
     state, _ = step(teacher.params, state, batch)
   return sharding.fetch(state.params)

@@ -134,29 +134,32 @@ def judge(
   had_draft_Q = (
       is_open_Q & is_at(state.known) & (acceptance.at(q_QV, draft_Q) != 0)
   )
-  law_QV = p_QV
   if coupled:
     drawn_Q = sampling.sample(p_QV, ctx.token_noise(cells_Q))
-    passed_Q = had_draft_Q & (drawn_Q == draft_Q)
+    passed_Q, law_QV = had_draft_Q & (drawn_Q == draft_Q), p_QV
   else:
     drafts = Drafts(draft_Q, q_QV, jnp.zeros_like(is_open_Q))
-    u_Q = jax.random.uniform(ctx.pass_key(TEST), cells_Q.shape)
-    passed_Q = had_draft_Q & acceptance.accept_exact(
-        p_QV, drafts, u_Q, lenience)
-    left_QV = jnp.where(
-        had_draft_Q[:, None], acceptance.residual(p_QV, drafts), p_QV
-    )
-    if lenience < 1:
-      law_QV = jnp.where(
-          had_draft_Q[:, None],
-          acceptance.lenient_law(p_QV, drafts, lenience), p_QV
-      )
-    noise_QV = jax.random.gumbel(ctx.pass_key(REDRAW), p_QV.shape)
-    drawn_Q = sampling.sample(left_QV, noise_QV)
+    passed_Q, drawn_Q, law_QV = _test(ctx, p_QV, drafts, had_draft_Q, lenience)
   return Verdict(
       cells_Q, index_Q, is_open_Q, had_draft_Q, passed_Q,
       jnp.where(passed_Q, draft_Q, drawn_Q), p_QV, law_QV,
   )
+
+
+def _test(
+    ctx: Context, p_QV: jax.Array, drafts: Drafts, had_draft_Q: jax.Array,
+    lenience: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(bool [Q] passed, int32 [Q] redrawn, float32 [Q, V] the law of either)."""
+  where_drafted = lambda x_QV: jnp.where(had_draft_Q[:, None], x_QV, p_QV)
+  u_Q = jax.random.uniform(ctx.pass_key(TEST), had_draft_Q.shape)
+  passed_Q = acceptance.accept_exact(p_QV, drafts, u_Q, lenience)
+  noise_QV = jax.random.gumbel(ctx.pass_key(REDRAW), p_QV.shape)
+  left_QV = where_drafted(acceptance.residual(p_QV, drafts))
+  law_QV = p_QV
+  if lenience < 1:
+    law_QV = where_drafted(acceptance.lenient_law(p_QV, drafts, lenience))
+  return had_draft_Q & passed_Q, sampling.sample(left_QV, noise_QV), law_QV
 
 
 def commit(
