@@ -171,6 +171,7 @@ def make_files(folder: pathlib.Path) -> None:
       "nothing.py": "x = 3\n",
       "stranger/model.json": '{"family": "cubist"}',
       "broken/model.json": "{", "mute/a.txt": "",
+      "stranger/results.json": '{"rows": [3]}',
   }
   for name, text in texts.items():
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -224,6 +225,7 @@ def cases():
   yield "demo", "a port beyond 65535", ["--port", "70000"]
   yield "demo", "an address of another machine", ["--host", "192.0.2.1"]
   yield "demo", "a benchmark that is not there", ["--bench", "{dir}/no"]
+  yield "demo", "a benchmark of another kind", ["--bench", "{dir}/stranger"]
   yield "demo", "a batch of none", ["--batch", "0"]
   for what, args in PLAN.items():
     yield "plan", what, args

@@ -37,8 +37,8 @@ def body() -> None:
   hosts = list(_LOCAL) if values.host in _LOCAL else ["*"]
   app = server.make_app(studio, hosts, values.bench)
   config = uvicorn.Config(app, log_level="warning", server_header=False)
-  print(f"http://{values.host}:{listener.getsockname()[1]}  (Ctrl-C ends)",
-        flush=True)
+  host = f"[{values.host}]" if ":" in values.host else values.host
+  print(f"http://{host}:{listener.getsockname()[1]}  (Ctrl-C ends)", flush=True)
   try:
     uvicorn.Server(config).run([listener])
   finally:

@@ -36,8 +36,8 @@ _HEADERS = {
 }
 _LARGEST_BODY = 16_384
 _GALLERY = 24
-EXAMPLES = ("red heart", "smiling cat face", "rainbow", "fire", "pizza",
-            "green apple", "blue car", "snowman")
+EXAMPLES = ("red heart", "smiling cat face", "pizza", "peach", "money bag",
+            "firefighter", "pencil", "angry face with horns")
 
 
 def make_app(studio: Studio, hosts: list[str], bench: str | None = None) -> Any:
@@ -188,9 +188,15 @@ def _read_bench(folder: str | None) -> dict[str, Any]:
   """{"rows": results, "plot": PNG or None}; empty without a folder."""
   if folder is None:
     return {"rows": [], "plot": None}
-  results = checkpoints.read_json(pathlib.Path(folder) / "results.json")
-  plot = pathlib.Path(folder) / "pareto.png"
-  keys = ("decoder", "settings", "lossless", "pass_ratio", "latency_ratio",
-          "nll_gap")
-  rows = [{key: row.get(key) for key in keys} for row in results["rows"]]
+  file = pathlib.Path(folder) / "results.json"
+  plot = file.with_name("pareto.png")
+  keys = ("decoder", "settings", "seed", "lossless", "pass_ratio",
+          "latency_ratio", "nll_gap")
+  try:
+    found = checkpoints.read_json(file)["rows"]
+    rows = [{key: row[key] for key in keys} for row in found]
+  except (KeyError, TypeError) as error:
+    raise UserError(
+        f"got {file} without results, expected what infer.benchmark writes; "
+        "name its folder with --bench") from error
   return {"rows": rows, "plot": plot.read_bytes() if plot.is_file() else None}

@@ -72,6 +72,20 @@ def mistakes_are_told(page, out):
   page.locator("#settings").fill("")
 
 
+def empty_fields_are_the_models_own(page):
+  """No seed, guidance or number; Enter while it draws starts nothing."""
+  for name in ("seed", "guidance", "images"):
+    page.locator(f"#{name}").fill("")
+  page.locator("#prompt").fill("turned \u202e around")
+  for _ in range(3):
+    page.locator("#prompt").press("Enter")
+  wait_until_done(page)
+  expect(page.locator("#gallery button")).to_have_count(2)
+  expect(page.locator("#again")).to_contain_text("guidance=None")
+  expect(page.locator("#again")).to_contain_text(r"turned \u202e around")
+  print("empty fields:", page.locator("#again").inner_text())
+
+
 def hostile_prompts_stay_text(page, address):
   """Markup in a prompt is shown as it was typed and runs nowhere."""
   page.locator("#prompt").fill(HOSTILE)
@@ -152,6 +166,7 @@ def main():
     page = open_page(viewport={"width": 1200, "height": 900})
     draw_with_mouse(page, args.out)
     mistakes_are_told(page, args.out)
+    empty_fields_are_the_models_own(page)
     hostile_prompts_stay_text(page, address)
     page = open_page(viewport={"width": 1200, "height": 900},
                      reduced_motion="reduce", color_scheme="dark")

@@ -22,7 +22,9 @@ async function ask(url, values) {
     method: "POST", body: JSON.stringify(values),
     headers: { "Content-Type": "application/json" },
   };
-  const answer = await fetch(url, options);
+  const answer = await fetch(url, options).catch(() => {
+    throw new Error("No answer: is the server still running?");
+  });
   const body = await answer.json();
   if (!answer.ok) throw new Error(body.error);
   return body;
@@ -85,15 +87,21 @@ function fillForm() {
   showKeys();
 }
 
+// What was typed, or undefined for the server's own.
+function number(id) {
+  return $(id).value === "" ? undefined : Number($(id).value);
+}
+
 async function draw(event) {
   event.preventDefault();
+  if ($("draw").disabled) return;  // Enter, while another is drawn
   $("error").textContent = "";
   $("draw").disabled = true;
   try {
     const next = await ask("/api/jobs", {
       prompt: $("prompt").value, decoder: chosen(),
-      seed: Number($("seed").value), guidance: Number($("guidance").value),
-      images: Number($("images").value), race: $("race").checked,
+      seed: number("seed"), guidance: number("guidance"),
+      images: number("images"), race: $("race").checked,
     });
     open(next);
     if (innerWidth <= 760) $("stage").scrollIntoView();
@@ -212,7 +220,15 @@ function status() {
   if (job.state === "failed") return "Not drawn.";
   const most = Math.max(...job.lanes.map((lane) => lane.together));
   const shared = most > 1 ? `, in a batch of ${most}` : "";
-  return `Done: “${job.prompt}”, seed ${job.seed}${shared}.`;
+  // Isolated: a prompt may turn the direction of what follows it.
+  return `Done: “\u2068${job.prompt}\u2069”, seed ${job.seed}${shared}.`;
+}
+
+// A text as Python has it; marks of direction are spelled out.
+function literal(text) {
+  return JSON.stringify(text).replace(
+      /[\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
+      (mark) => "\\u" + mark.charCodeAt(0).toString(16));
 }
 
 function verdict() {
@@ -231,9 +247,10 @@ function render() {
   $("verdict").textContent = verdict();
   $("notes").textContent = job.notes.join(" ");
   $("again").textContent = is_done
-      ? `In Python: pipe.generate([${JSON.stringify(job.prompt)}], ` +
-        `${JSON.stringify(job.decoder)}, first_image=${job.seed}, ` +
-        `guidance=${job.guidance})` : "";
+      ? `In Python: pipe.generate([${literal(job.prompt)}], ` +
+        `${literal(job.decoder)}, first_image=${job.seed}, ` +
+        (job.images > 1 ? `num_images=${job.images}, ` : "") +
+        `guidance=${job.guidance ?? "None"})` : "";
   $("replay").hidden = !is_done;
   $("order").hidden = !is_done;
   $("order").setAttribute("aria-pressed", String(asHeat));
@@ -282,6 +299,7 @@ function bench() {
   const number = (x, digits) => x === null ? "–" : x.toFixed(digits);
   for (const row of info.bench) {
     const settings = Object.entries(row.settings).map((x) => x.join("="));
+    if (row.seed) settings.push(`seed=${row.seed}`);
     const line = make("tr");
     line.append(
         make("td", [row.decoder, ...settings].join(" ")),
