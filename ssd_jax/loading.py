@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 
 from ssd_jax import checkpoints, memory, names, sharding
-from ssd_jax.config import UserError, from_config_dict
+from ssd_jax.config import UserError, check, from_config_dict
 from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
 from ssd_jax.models.drafter import DrafterConfig, bind_drafter
 from ssd_jax.models.int8 import quantize
@@ -67,6 +67,9 @@ def load(
     UserError: when the folder is no model, damaged, or its parts do not belong
       together, memory is too small, or int8 is not possible here.
   """
+  _check_places(name=name, heads=heads, drafter=drafter)
+  check(choices is None or isinstance(choices, Mapping), "choices", choices,
+        "a dict of settings")
   folder = EMBEDDED if name == "emoji" else pathlib.Path(name)
   settings = checkpoints.read_json(folder / "model.json")
   known = settings.get("family") if isinstance(settings, dict) else None
@@ -100,6 +103,13 @@ def load(
   _check_tokenizer(folder, settings)
   found["model"] = folder
   return _pipeline(family, params, vq_params, found, int8)
+
+
+def _check_places(**places: Any) -> None:
+  for key, value in places.items():
+    is_open = value is None and key != "name"
+    check(is_open or isinstance(value, (str, os.PathLike)), key, repr(value),
+          "the name of a folder")
 
 
 def from_config(
@@ -197,10 +207,16 @@ def choose(settings: dict[str, Any], choices: Mapping[str, Any]) -> None:
   open_ = ("sampling", *CHOICES.get(family, ()))
   for key, value in choices.items():
     top, *rest = key.split(".")
-    if top not in open_ and top in config:
+    if top not in open_ and top != "checkpoint":  # which says where it is
       raise UserError(
           f"got --config.{key} for a made model of {family}, expected only "
           f"{', '.join(open_)}; leave it out, or make the model anew")
+    names = rest or (value if isinstance(value, Mapping) else [value])
+    unknown = [x for x in names if top == "sampling" and x not in config[top]]
+    if unknown:
+      raise UserError(
+          f"got {unknown[0]!r} in sampling, expected only "
+          f"{', '.join(config[top])}; correct it")
     if top in open_ and rest:
       config[top][rest[0]] = value
     elif top in open_:

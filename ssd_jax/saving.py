@@ -7,7 +7,7 @@ import tempfile
 from typing import Any
 
 from ssd_jax import checkpoints
-from ssd_jax.config import UserError
+from ssd_jax.config import UserError, check
 from ssd_jax.models import int8
 
 _WEIGHTS = ("trunk", "vq", "heads", "drafter")
@@ -27,6 +27,8 @@ def save(pipe: Any, folder: str | os.PathLike) -> None:
     UserError: when the pipeline came from no folder or is in int8, or `folder`
       is there.
   """
+  check(isinstance(folder, (str, os.PathLike)), "folder", repr(folder),
+        "the name of a new folder")
   folder = pathlib.Path(folder).absolute()
   if "model" not in pipe.folders:
     raise UserError(

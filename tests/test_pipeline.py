@@ -112,6 +112,21 @@ def test_grids_of_another_model_are_told(pipe):
       pipe.nll(one, prompts)
 
 
+@pytest.mark.parametrize("given,said", [
+    (dict(name=3), "name=3, expected the name of a folder"),
+    (dict(name=None), "name=None, expected the name"),
+    (dict(heads=3), "heads=3, expected the name"),
+    (dict(choices=3), "choices=3, expected a dict"),
+    (dict(choices={"colour": 3}), "colour .* expected only sampling"),
+    (dict(choices={"sampling.colour": 3}), "'colour' in sampling, .* top_p"),
+    (dict(choices={"sampling": 3}), "3 in sampling, .* top_p"),
+])
+def test_a_model_that_cannot_be_named_so_is_one_line(given, said):
+  """Before anything is read."""
+  with pytest.raises(UserError, match=said):
+    ssd_jax.load(**given)
+
+
 def test_a_prompt_may_be_the_number_of_a_class(pipe):
   """A number is its text, from numpy too."""
   out = pipe.generate([7, np.int64(8)], num_images=np.int32(1))
