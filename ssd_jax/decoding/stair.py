@@ -35,7 +35,7 @@ class _Staircase:
       as it is drafted itself.
     rows: Rows in flight.
     queries: Slots fed in a pass, the first of those that have something to say;
-      None is as many as two rows have (`Exact`: one row).
+      None is as many as three rows have (`Exact`: one row).
     drafts: Where a row's first drafts come from: "heads" (horizontal in row 0,
       vertical below), "above" (the distribution of the cell above; in row 0 of
       cell 0), "around" (those of the three cells above, blurred), "copy" (the
@@ -251,7 +251,7 @@ class Stair(_Staircase):
   sure: float = 0.0
   lenience: float | None = None
   row_causal: bool = False
-  default_rows = 2
+  default_rows = 3
   name = "stair"
   lossless = False
 
