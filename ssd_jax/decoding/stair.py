@@ -24,6 +24,9 @@ from ssd_jax.types import Model, Queries
 DRAFTS = ("auto", "heads", "above", "around", "copy", "both")
 _NEED_HEADS = ("heads", "both")
 _ROW_0, _ROW_BELOW = range(2)  # purposes of drafting
+# By default; with two streams about as many rows of a product as accelerators
+# take in the time in which they read the weights.
+_MOST_QUERIES = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class _Staircase:
       as it is drafted itself.
     rows: Rows in flight.
     queries: Slots fed in a pass, the first of those that have something to say;
-      None is as many as three rows have (`Exact`: one row).
+      None is as many as five rows have (`Exact`: one row), 256 at most.
     drafts: Where a row's first drafts come from: "heads" (horizontal in row 0,
       vertical below), "above" (the distribution of the cell above; in row 0 of
       cell 0), "around" (those of the three cells above, blurred), "copy" (the
@@ -113,7 +116,8 @@ class _Staircase:
 
   def _size(self, grid: Grid) -> int:
     most = min(self.rows, grid.rows) * grid.row_slots
-    wanted = self.queries or self.default_rows * grid.row_slots
+    wanted = self.queries or min(
+        self.default_rows * grid.row_slots, _MOST_QUERIES)
     return min(max(wanted, 1 + int(grid.end_of_row)), most)
 
   def _needed(self, model: Model, state: Rows) -> jax.Array:
@@ -251,7 +255,7 @@ class Stair(_Staircase):
   sure: float = 0.0
   lenience: float | None = None
   row_causal: bool = False
-  default_rows = 3
+  default_rows = 5
   name = "stair"
   lossless = False
 
