@@ -54,7 +54,7 @@ def test_drawn_drafts_end_as_target(seed):
 def test_lenient_drafts_end_as_their_law(seed):
   """Test and redraw lead to `lenient_law`, which no token exceeds p / l in."""
   p_V, q_V = laws(seed)
-  rule = lambda *args: acceptance.accept_exact(*args, lenience=0.4)
+  rule = lambda *args: acceptance.accept_exact(*args, lenience_Q=0.4)
   law = np.zeros(VOCAB)
   for token in range(VOCAB):
     passes = probability(rule, p_V, q_V, token)
@@ -62,7 +62,8 @@ def test_lenient_drafts_end_as_their_law(seed):
     law[token] += weight * passes
     law += weight * (1 - passes) * corrected(p_V, q_V, token)
   drafts = Drafts(jnp.array([0]), q_V[None], jnp.array([False]))
-  found = lambda l: acceptance.lenient_law(p_V[None], drafts, l)[0]
+  found = lambda l: acceptance.lenient_law(
+      p_V[None], drafts, jnp.array([l]))[0]
   np.testing.assert_allclose(found(0.4), law, atol=1e-3)
   assert (found(0.4) <= p_V / 0.4 + 1e-6).all()
   np.testing.assert_allclose(found(1.0), p_V, atol=1e-6)

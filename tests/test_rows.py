@@ -139,6 +139,27 @@ def test_a_token_is_settled_once_it_was_fed():
   np.testing.assert_array_equal(state.q[2], jnp.eye(4)[3])
 
 
+def test_the_first_test_of_a_draft_is_strict():
+  """Leniency is for what a pass has kept or drawn, not for first drafts."""
+  model = kit.chain(2, 40, vocab=4)
+  state = drafted(model, 1)
+  state = state.replace(q=jnp.full_like(state.q, 0.25))
+  queries = queries_of(model, state)
+  p = jnp.full((len(queries.slots), 4), 0.25).at[:, 0].set(0.1)
+  judge = lambda state, lenience: rows_lib.judge(
+      context(model), state, queries, p, lenience=lenience)
+  strict, first = judge(state, 1.0), judge(state, 0.3)
+  np.testing.assert_array_equal(first.passed, strict.passed)
+  np.testing.assert_allclose(first.law, p, atol=1e-6)
+  state = rows_lib.commit(
+      state.replace(tokens=jnp.zeros_like(state.tokens)), queries,
+      strict.replace(tokens=jnp.zeros_like(strict.tokens)), strict.had_draft,
+      jnp.zeros_like(strict.had_draft))
+  state = state.replace(q=jnp.full_like(state.q, 0.25))
+  again, lenient = judge(state, 1.0), judge(state, 0.3)
+  assert lenient.passed.sum() == again.had_draft.sum() > again.passed.sum()
+
+
 def test_a_token_without_a_distribution_is_no_draft():
   """What stands in for a token is drawn like a cell that holds none."""
   model = kit.chain(2, 3, vocab=4)

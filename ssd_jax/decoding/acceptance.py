@@ -34,7 +34,8 @@ def at(p_QV: jax.Array, tokens_Q: jax.Array) -> jax.Array:
 
 
 def accept_exact(
-    p_QV: jax.Array, drafts: Drafts, u_Q: jax.Array, lenience: float = 1.0
+    p_QV: jax.Array, drafts: Drafts, u_Q: jax.Array,
+    lenience_Q: jax.Array | float = 1.0,
 ) -> jax.Array:
   """bool [Q]: whether each draft passes with probability min(1, p / q).
 
@@ -42,12 +43,12 @@ def accept_exact(
     p_QV: Targets.
     drafts: Of the same slots.
     u_Q: Uniform draws in [0, 1).
-    lenience: What q is multiplied by; below 1 more drafts pass (appendix A.5).
+    lenience_Q: What q is multiplied by; below 1 more pass (appendix A.5).
 
   Source: Leviathan et al. 2023, arXiv:2211.17192, algorithm 1.
   """
   q_Q = jnp.where(drafts.is_point, 1.0, at(drafts.q, drafts.tokens))
-  return lenience * u_Q * q_Q < at(p_QV, drafts.tokens)
+  return lenience_Q * u_Q * q_Q < at(p_QV, drafts.tokens)
 
 
 def residual(p_QV: jax.Array, drafts: Drafts) -> jax.Array:
@@ -56,14 +57,14 @@ def residual(p_QV: jax.Array, drafts: Drafts) -> jax.Array:
 
 
 def lenient_law(
-    p_QV: jax.Array, drafts: Drafts, lenience: float
+    p_QV: jax.Array, drafts: Drafts, lenience_Q: jax.Array
 ) -> jax.Array:
   """float32 [Q, V]: what tokens are drawn from by a lenient test and redraw.
 
   At most p / lenience, entry by entry, whatever q was; p where lenience is 1.
   """
   q_QV = _drawn_from(p_QV, drafts)
-  kept_QV = jnp.minimum(q_QV, p_QV / lenience)
+  kept_QV = jnp.minimum(q_QV, p_QV / lenience_Q[:, None])
   left_QV = jnp.maximum(p_QV - q_QV, 0.0)
   share_Q = (1.0 - jnp.sum(kept_QV, axis=-1)) / jnp.maximum(
       jnp.sum(left_QV, axis=-1), 1e-30)

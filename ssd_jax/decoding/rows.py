@@ -38,6 +38,7 @@ class Rows(flax.struct.PyTreeNode):
     known: bool [N], slots that hold a token: forced, final or a draft.
     written: bool [N], slots that were ever fed.
     settled: bool [N], slots whose final token has been fed.
+    tested: bool [N], cells whose token a pass has kept or drawn.
     lead: int32 [], first row of the window.
     entered: int32 [], rows that were drafted; no others are fed.
     first: int32 [R], first column of each row of the window.
@@ -51,6 +52,7 @@ class Rows(flax.struct.PyTreeNode):
   known: jax.Array
   written: jax.Array
   settled: jax.Array
+  tested: jax.Array
   lead: jax.Array
   entered: jax.Array
   first: jax.Array
@@ -94,7 +96,7 @@ def start(
   none_N = jnp.zeros(grid.length, bool)
   return Rows(
       jnp.maximum(grid.forced_tokens(vocab), 0).at[0].set(token[0]),
-      final_N, final_N, none_N, none_N, jnp.int32(0), jnp.int32(1),
+      final_N, final_N, none_N, none_N, none_N, jnp.int32(0), jnp.int32(1),
       jnp.zeros(rows, jnp.int32),
       jnp.zeros((rows * width, vocab)).at[0].set(p_V), hidden_GD,
   )
@@ -102,7 +104,7 @@ def start(
 
 def judge(
     ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
-    coupled: bool = False, lenience: float = 1.0,
+    coupled: bool = False, lenience: float = 1.0, eager: bool = False,
 ) -> Verdict:
   """Tests the drafts that were looked at and redraws those that fail.
 
@@ -117,6 +119,8 @@ def judge(
     lenience: What q is multiplied by in that test; below 1 relaxed. The law
       that follows is kept as the next q: however often a cell is tested, no
       token is more than 1 / lenience times as probable there as the model says.
+    eager: Be lenient in a cell's first test too. Else that one is strict, so
+      that what its draft was made from leaves no trace.
   """
   grid = ctx.model.grid
   is_forced_N = jnp.asarray(grid.is_forced)
@@ -134,12 +138,19 @@ def judge(
   had_draft_Q = (
       is_open_Q & is_at(state.known) & (acceptance.at(q_QV, draft_Q) != 0)
   )
+  law_QV = p_QV
   if coupled:
     drawn_Q = sampling.sample(p_QV, ctx.token_noise(cells_Q))
-    passed_Q, law_QV = had_draft_Q & (drawn_Q == draft_Q), p_QV
+    passed_Q = had_draft_Q & (drawn_Q == draft_Q)
   else:
     drafts = Drafts(draft_Q, q_QV, jnp.zeros_like(is_open_Q))
-    passed_Q, drawn_Q, law_QV = _test(ctx, p_QV, drafts, had_draft_Q, lenience)
+    lenience_Q = jnp.where(eager | is_at(state.tested), lenience, 1.0)
+    passed_Q, drawn_Q = _test(ctx, p_QV, drafts, had_draft_Q, lenience_Q)
+    if lenience < 1:
+      law_QV = jnp.where(
+          had_draft_Q[:, None],
+          acceptance.lenient_law(p_QV, drafts, lenience_Q), p_QV
+      )
   return Verdict(
       cells_Q, index_Q, is_open_Q, had_draft_Q, passed_Q,
       jnp.where(passed_Q, draft_Q, drawn_Q), p_QV, law_QV,
@@ -148,18 +159,16 @@ def judge(
 
 def _test(
     ctx: Context, p_QV: jax.Array, drafts: Drafts, had_draft_Q: jax.Array,
-    lenience: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(bool [Q] passed, int32 [Q] redrawn, float32 [Q, V] the law of either)."""
-  where_drafted = lambda x_QV: jnp.where(had_draft_Q[:, None], x_QV, p_QV)
+    lenience_Q: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """(bool [Q] drafts that passed, int32 [Q] what is drawn for the others)."""
   u_Q = jax.random.uniform(ctx.pass_key(TEST), had_draft_Q.shape)
-  passed_Q = acceptance.accept_exact(p_QV, drafts, u_Q, lenience)
+  passed_Q = acceptance.accept_exact(p_QV, drafts, u_Q, lenience_Q)
+  left_QV = jnp.where(
+      had_draft_Q[:, None], acceptance.residual(p_QV, drafts), p_QV
+  )
   noise_QV = jax.random.gumbel(ctx.pass_key(REDRAW), p_QV.shape)
-  left_QV = where_drafted(acceptance.residual(p_QV, drafts))
-  law_QV = p_QV
-  if lenience < 1:
-    law_QV = where_drafted(acceptance.lenient_law(p_QV, drafts, lenience))
-  return had_draft_Q & passed_Q, sampling.sample(left_QV, noise_QV), law_QV
+  return had_draft_Q & passed_Q, sampling.sample(left_QV, noise_QV)
 
 
 def commit(
@@ -186,6 +195,7 @@ def commit(
       tokens=tokens_N,
       final=final_N,
       known=state.known.at[pick(redrawn_Q)].set(True, mode="drop"),
+      tested=state.tested.at[pick(redrawn_Q)].set(True, mode="drop"),
       written=state.written.at[queries.slots].set(True, mode="drop"),
       settled=state.settled | (fed_N & final_N),
       q=state.q.at[index_Q].set(verdict.law, mode="drop"),

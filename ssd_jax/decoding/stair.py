@@ -99,8 +99,11 @@ class _Staircase:
   ) -> Rows:
     """State with every draft tested and each row's next cells final."""
     grid = ctx.model.grid
+    # What heads say is near the model's law; copies of the row above are not,
+    # and if they passed leniently, pictures would run flat.
     verdict = rows_lib.judge(
-        ctx, state, queries, p_QV, self.coupled, self._lenience(grid))
+        ctx, state, queries, p_QV, self.coupled, self._lenience(grid),
+        eager=self._uses_heads(ctx.model))
     final_Q = self._climb(grid, state, verdict)
     state = rows_lib.commit(
         state, queries, verdict, verdict.had_draft, final_Q
@@ -244,8 +247,9 @@ class Stair(_Staircase):
       to the left of the one above.
     lenience: What a draft's q is multiplied by when it is tested: below 1 more
       drafts pass than the model would have it (Leviathan et al. 2023,
-      arXiv:2211.17192, appendix A.5). None is 0.6, and 1 where nothing else
-      keeps the law from being AR's.
+      arXiv:2211.17192, appendix A.5). A cell's first test is strict unless
+      heads drafted it. None is 0.6, and 1 where nothing else keeps the law
+      from being AR's.
     row_causal: Hide the drafts of other rows (PJD's mask).
   """
 
