@@ -269,13 +269,7 @@ def feed(name: str, args: list[str], folder: pathlib.Path, instead=None):
   with mock.patch("sys.argv", [name, *args]), (
       _flags_of(name, define)), contextlib.redirect_stderr(error), (
       contextlib.redirect_stdout(io.StringIO())):
-    flags.FLAGS.unparse_flags()
-    for flag in list(flags.FLAGS):
-      if flag.startswith("config."):  # an override of the case before
-        delattr(flags.FLAGS, flag)
-    for flag in flags.FLAGS:
-      flags.FLAGS[flag].unparse()
-    sys.modules.pop("config_config", None)  # the file of the case before
+    _forget_flags()
     try:
       cli.main(body, [name, *args], runs_here=runs_here)
       status = 0
@@ -283,8 +277,22 @@ def feed(name: str, args: list[str], folder: pathlib.Path, instead=None):
       status = end.code
     except Exception:  # for the test to see
       status = traceback.format_exc()
+    finally:
+      _forget_flags()
   written = [x for x in out.rglob("*") if x.is_file()] if out.is_dir() else []
   return status, error.getvalue(), written
+
+
+def _forget_flags() -> None:
+  """As no command was run: no flag given, no override, no file of settings."""
+  flags.FLAGS.unparse_flags()
+  for flag in list(flags.FLAGS):
+    if flag == "config" or flag.startswith("config."):
+      delattr(flags.FLAGS, flag)
+  cli.define_config()  # the flag itself remembers its overrides
+  for flag in flags.FLAGS:
+    flags.FLAGS[flag].unparse()
+  sys.modules.pop("config_config", None)
 
 
 def _command(name: str):
