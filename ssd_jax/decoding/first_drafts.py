@@ -47,8 +47,8 @@ def draft_first(
   if init.startswith("repeat"):
     near_Q, is_point_Q = tokens_N[source_Q], exists_Q
   else:
-    noise_QV = jax.random.gumbel(ctx.pass_key(_SAMPLE_PURPOSE), (size, vocab))
-    near_Q, is_point_Q = sampling.sample(q_QV, noise_QV), jnp.zeros(size, bool)
+    near_Q = sampling.draw(q_QV, ctx.pass_key(_SAMPLE_PURPOSE))
+    is_point_Q = jnp.zeros(size, bool)
   return Drafts(
       jnp.where(exists_Q, near_Q, random_Q),
       jnp.where(exists_Q[:, None], q_QV, 1.0 / vocab),

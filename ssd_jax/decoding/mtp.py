@@ -215,10 +215,9 @@ class MTP:
     q_KV = ctx.target(jnp.moveaxis(logits_KGV, 1, 0))
     slots = _slots(grid, state.last + 1 + jnp.arange(size))
     if self.verify == "coupled":
-      noise_KV = ctx.token_noise(slots)
+      drafts = sampling.sample(q_KV, ctx.token_noise(slots))
     else:
-      noise_KV = jax.random.gumbel(ctx.pass_key(_DRAFT), q_KV.shape)
-    drafts = sampling.sample(q_KV, noise_KV)
+      drafts = sampling.draw(q_KV, ctx.pass_key(_DRAFT))
     count = jnp.minimum(room, size)
     write = jnp.where(jnp.arange(size) < count, slots, grid.length)
     return state.replace(
@@ -243,14 +242,12 @@ class MTP:
     left_KV = jnp.where(
         exists[:, None], acceptance.residual(p_KV, drafts), p_KV
     )
-    noise_KV = jax.random.gumbel(ctx.pass_key(_REDRAW), p_KV.shape)
-    return sampling.sample(left_KV, noise_KV)
+    return sampling.draw(left_KV, ctx.pass_key(_REDRAW))
 
   def _draw_first(self, ctx: Context, p_V: jax.Array, slot) -> jax.Array:
     if self.verify == "coupled":
       return sampling.sample(p_V[None], ctx.token_noise(slot[None]))[0]
-    noise_V = jax.random.gumbel(ctx.pass_key(_REDRAW), p_V.shape)
-    return sampling.sample(p_V[None], noise_V[None])[0]
+    return sampling.draw(p_V[None], ctx.pass_key(_REDRAW))[0]
 
   def _drafts(self, model: Model) -> int:
     """Drafts K per pass."""

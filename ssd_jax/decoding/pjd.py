@@ -103,10 +103,9 @@ class PJD:
     run_H = rows_lib.run(grid, state, verdict)
     is_top_H = jnp.arange(grid.rows) == state.lead
     final_Q = verdict.is_open & (col_Q < (run_H + is_top_H)[row_Q])
-    noise_QV = jax.random.gumbel(ctx.pass_key(rows_lib.REFRESH), p_QV.shape)
-    verdict = verdict.replace(tokens=jnp.where(
-        final_Q, verdict.tokens, sampling.sample(p_QV, noise_QV)
-    ))
+    fresh_Q = sampling.draw(p_QV, ctx.pass_key(rows_lib.REFRESH))
+    verdict = verdict.replace(
+        tokens=jnp.where(final_Q, verdict.tokens, fresh_Q))
     at_Q = jnp.where(final_Q, verdict.cells, grid.length)
     fill_H = rows_lib.prefix(grid, state.final.at[at_Q].set(True, mode="drop"))
     # The cell after the last draft is one itself, if there is room for it.

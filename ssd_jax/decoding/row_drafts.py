@@ -39,7 +39,7 @@ def draw(
     tokens_K = sampling_lib.sample(q_KV, ctx.token_noise(slots_K))
   else:
     key = jax.random.fold_in(ctx.pass_key(DRAFT), purpose)
-    tokens_K = sampling_lib.sample(q_KV, jax.random.gumbel(key, q_KV.shape))
+    tokens_K = sampling_lib.draw(q_KV, key)
   return Drafts(tokens_K, q_KV, jnp.zeros(slots_K.shape, bool))
 
 

@@ -167,8 +167,8 @@ def _test(
   left_QV = jnp.where(
       had_draft_Q[:, None], acceptance.residual(p_QV, drafts), p_QV
   )
-  noise_QV = jax.random.gumbel(ctx.pass_key(REDRAW), p_QV.shape)
-  return had_draft_Q & passed_Q, sampling.sample(left_QV, noise_QV)
+  drawn_Q = sampling.draw(left_QV, ctx.pass_key(REDRAW))
+  return had_draft_Q & passed_Q, drawn_Q
 
 
 def commit(

@@ -189,11 +189,11 @@ class Jacobi:
     # A correction must not reuse the noise its draft was drawn with. A slot
     # without a draft to test may take the noise AR takes.
     is_shared_Q = ~failed_Q if self.coupling == "gumbel" else ~is_tested_Q
-    fresh_QV = jax.random.gumbel(ctx.pass_key(_DRAW_PURPOSE), p_QV.shape)
-    noise_QV = jnp.where(
-        is_shared_Q[:, None], ctx.token_noise(slots_Q), fresh_QV
+    drawn_Q = jnp.where(
+        is_shared_Q,
+        sampling.sample(law_QV, ctx.token_noise(slots_Q)),
+        sampling.draw(law_QV, ctx.pass_key(_DRAW_PURPOSE)),
     )
-    drawn_Q = sampling.sample(law_QV, noise_QV)
     return passed_Q, jnp.where(passed_Q, _pad(drafts.tokens), drawn_Q)
 
   def _advance(

@@ -25,7 +25,7 @@ from ssd_jax.types import Model, Params
 
 DIRECTIONS = ("horizontal", "vertical")
 INPUTS = ("h", "h+e", "e")
-TARGETS = ("pre", "post", "embedding", "token")
+TARGETS = ("pre", "post", "embedding", "token", "distribution")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ class HeadsOptions:
     inputs: "h+e", the hidden state and the embedding; "h" or "e" alone.
     target: What is predicted, and so how it is decoded: "pre", the hidden state
       before the final norm; "post", after it (then the input is so too);
-      "embedding", of the token; "token", as "pre" but trained on the token.
+      "embedding", of the token; "token", as "pre" but trained on the token;
+      "distribution", on all that the trunk says of it (distillation: ours).
     wrap: Horizontal pairs run on into the next row, as in one-dimensional
       multi-token prediction; else they end with the row.
   """

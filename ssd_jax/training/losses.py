@@ -81,6 +81,11 @@ def head_losses(
       loss_nSM = optax.softmax_cross_entropy_with_integer_labels(
           heads.logits(params, predicted), _aim(tokens_SM, target_nM)
       )
+    elif choice.target == "distribution":
+      p_SMV = jax.nn.softmax(heads.generator.logits(params, hidden_SMD))
+      loss_nSM = optax.softmax_cross_entropy(
+          heads.logits(params, predicted), _aim(p_SMV, target_nM)
+      )
     else:
       loss_nSM = smooth_l1(predicted, _aim(goal_SMD, target_nM))
     losses[name] = mean_where(loss_nSM, valid_nM)
