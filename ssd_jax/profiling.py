@@ -20,7 +20,7 @@ from ssd_jax.decoding import acceptance, engine
 from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.jacobi import SJD
-from ssd_jax.models import transformer
+from ssd_jax.models import attention
 from ssd_jax.pipeline import Pipeline
 from ssd_jax.roofline import Machine, seconds_of
 from ssd_jax.sampling import Overrides
@@ -177,7 +177,7 @@ class Profiler:
 
     def run(cache: KVCache, q, visible):
       def layer(q, kv):
-        return transformer.attend(q, *kv, visible), None
+        return attention.attend(q, *kv, visible), None
 
       return jax.lax.scan(layer, q, (cache.k, cache.v))[0]
 

@@ -1,4 +1,5 @@
-"""Layers apart: the same drawing, without copies of weights in the loop."""
+"""Forms of a trunk that a CPU draws with: the same drawing, without copies of
+weights in the loop."""
 
 import dataclasses
 
@@ -33,6 +34,37 @@ def test_layers_apart_draw_what_stacked_layers_draw(guidance):
   np.testing.assert_array_equal(*drawn)
 
 
+@pytest.fixture
+def in_tiles(monkeypatch):
+  """Trunks of any size are tiled, four columns to a tile."""
+  monkeypatch.setattr(apart_lib, "_LEAST_TILED", 0)
+  monkeypatch.setattr(apart_lib, "TILE", 4)
+
+
+@pytest.mark.parametrize("decoder", ["ar", "sjd"])
+def test_tiles_draw_what_whole_matrices_draw(in_tiles, decoder):
+  """Passes of few rows multiply by tiles, and draw the same."""
+  pipe = kit.tiny(3, 3, vocab=8, guidance=3.0)
+  settings, guided = pipe.sampling()
+  prompt, _ = pipe.family.encode_prompts(["ab"] * 2, guided)
+  params = for_drawing(pipe.params)
+  assert params["tiles"]["head"].shape[::2] == (2, 4)
+  # Whatever else is drawn with, an empty matrix would show.
+  broken = {**params, "tiles": jax.tree.map(jnp.zeros_like, params["tiles"])}
+  drawn = [
+      engine.decode(pipe.model, by_name.parse(decoder), each, prompt, settings,
+                    jax.random.key(3), jnp.arange(2)).tokens
+      for each in (pipe.params, params, broken)]
+  np.testing.assert_array_equal(drawn[0], drawn[1])
+  assert (drawn[2] != drawn[0]).any()
+
+
+def test_columns_that_make_no_whole_tiles_stay_whole(in_tiles):
+  """Of 7 codes no tiles of 4 can be made, so there are none."""
+  assert "tiles" not in for_drawing(kit.tiny(vocab=7).params)
+  assert "tiles" in for_drawing(kit.tiny(vocab=8).params)
+
+
 def test_taps_come_in_the_order_of_layers_from_both_forms():
   """States of the same layers are appended, whichever form is given."""
   pipe = kit.tiny()
@@ -55,21 +87,23 @@ def test_small_trunks_and_those_without_room_stay_stacked(monkeypatch):
   assert for_drawing(params) is params
 
 
-def test_no_weight_is_moved_in_the_loop(monkeypatch):
+def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
   """The loop multiplies by weights where they lie; stacked ones it copies."""
   monkeypatch.setattr(hlo, "MOVES", ("copy", "transpose", "dynamic-slice"))
   jax.config.update("jax_disable_most_optimizations", False)
   try:
-    pipe = kit.tiny(3, 3, vocab=7)
+    pipe = kit.tiny(3, 3, vocab=8)
     settings, guided = pipe.sampling()
     prompt, _ = pipe.family.encode_prompts(["ab"], guided)
+    tiled = for_drawing(pipe.params)
+    whole = {k: v for k, v in tiled.items() if k != "tiles"}
     stacked = jax.tree.leaves(pipe.params["trunk"]["layers"]["mlp"])
     smallest = min(x.nbytes // len(x) for x in stacked)
     moved = [
         hlo.moves_in_loops(engine.decode.lower(
             pipe.model, by_name.parse("ar"), params, prompt, settings,
             jax.random.key(0), jnp.arange(1)).compile().as_text(), smallest)
-        for params in (pipe.params, for_drawing(pipe.params))]
+        for params in (pipe.params, whole, tiled)]
   finally:
     jax.config.update("jax_disable_most_optimizations", True)
-  assert moved[0] and not moved[1]
+  assert moved[0] and not moved[1] and not moved[2]

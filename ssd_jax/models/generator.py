@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 
 from ssd_jax import sharding
 from ssd_jax.grid import Grid
-from ssd_jax.models import int8
+from ssd_jax.models import apart, int8
 from ssd_jax.models.transformer import Trunk, TrunkConfig
 from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
 
@@ -151,14 +152,17 @@ class Generator:
     rows = self._apply(params, ids, method="embed")
     return sharding.whole(rows.astype(self.dtype))
 
-  def _apply(self, params: Params, *args, **kwargs):
-    weights = params["trunk"]
-    trunk = self.trunk.clone(apart="layers" not in weights)
+  def _apply(self, params: Params, x: jax.Array, *args, **kwargs):
+    is_few = math.prod(x.shape[:-1]) <= apart.TILED_ROWS
+    is_tiled = is_few and "tiles" in params
+    weights = params["tiles" if is_tiled else "trunk"]
+    trunk = self.trunk.clone(
+        apart="layers" not in weights, tile=apart.TILE if is_tiled else 0)
     if int8.is_quantized(weights):  # layers become floats one by one
       trunk = trunk.clone(packed=True)
       layers = {k: v for k, v in weights.items() if k.startswith("layers")}
       weights = int8.dequantize(weights) | layers
-    return trunk.apply({"params": weights}, *args, **kwargs)
+    return trunk.apply({"params": weights}, x, *args, **kwargs)
 
   def _turns(self, positions: jax.Array) -> jax.Array:
     return jnp.asarray(self.rope)[positions]

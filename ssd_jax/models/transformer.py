@@ -8,13 +8,14 @@ the program: see models/apart.py.
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ssd_jax import sharding
-from ssd_jax.models import int8
+from ssd_jax.models import attention, int8
 from ssd_jax.models.rope import rotate
 from ssd_jax.types import KVCache
 
@@ -93,107 +94,97 @@ class HeadNorm(nn.Module):
     return (x * scale + bias).astype(x_SQNH.dtype)
 
 
-def attend(
-    q_SQNH: jax.Array, k_SKXH: jax.Array, v_SKXH: jax.Array,
-    visible_SQX: jax.Array,
-) -> jax.Array:
-  """[S, Q, N, H]: grouped-query attention, softmax in float32.
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+  """[..., N]: x @ w, of a matrix [K, N] or of its tiles [N / T, K, T].
 
-  Every pass reads the whole cache once. Heads stand before slots in it, so that
-  each head is one contiguous product: with slots first XLA turns the cache
-  around in every pass, which made an AR pass on a CPU 2.4 times as long.
+  Tiles are columns that lie in one piece each: see models/apart.py.
   """
-  streams, queries, heads, width = q_SQNH.shape
-  groups = heads // k_SKXH.shape[1]
-  q_SNQH = jnp.swapaxes(q_SQNH, 1, 2)
-  q_SKTH = q_SNQH.reshape(streams, -1, groups * queries, width)
-  logits = jnp.einsum(
-      "skth,skxh->sktx", q_SKTH, k_SKXH, preferred_element_type=jnp.float32)
-  logits = logits.reshape(streams, -1, groups, queries, k_SKXH.shape[2])
-  logits = jnp.where(
-      visible_SQX[:, None, None], logits * width**-0.5,
-      jnp.finfo(jnp.float32).min)
-  p = jax.nn.softmax(logits, axis=-1).astype(v_SKXH.dtype)
-  p_SKTX = p.reshape(streams, -1, groups * queries, k_SKXH.shape[2])
-  y_SNQH = jnp.einsum("sktx,skxh->skth", p_SKTX, v_SKXH).reshape(q_SNQH.shape)
-  return jnp.swapaxes(y_SNQH, 1, 2)
+  w = w.astype(x.dtype)
+  if w.ndim == 2:
+    return x @ w
+  x_MK = x.reshape(-1, x.shape[-1])
+  y_TMN = jax.lax.dot_general(
+      jnp.broadcast_to(x_MK, (len(w), *x_MK.shape)), w,
+      (((2,), (1,)), ((0,), (0,))))
+  return jnp.swapaxes(y_TMN, 0, 1).reshape(*x.shape[:-1], -1)
 
 
-def written(
-    cache_LSKXH: jax.Array, layer: jax.Array, slots_SQ: jax.Array,
-    new_SQKH: jax.Array,
-) -> jax.Array:
-  """[L, S, K, X, H]: the cache with slots of a layer set; those out of range
-  are dropped.
-
-  Rows are a batch of the scatter and not indices of it, so that devices that
-  share rows write their own without asking others.
-  """
-  places = jax.lax.ScatterDimensionNumbers(
-      update_window_dims=(2, 3), inserted_window_dims=(0, 3),
-      scatter_dims_to_operand_dims=(0, 3), operand_batching_dims=(1,),
-      scatter_indices_batching_dims=(0,))
-  at_SQ2 = jnp.stack([jnp.full_like(slots_SQ, layer), slots_SQ], axis=-1)
-  return jax.lax.scatter(
-      cache_LSKXH, at_SQ2, new_SQKH.astype(cache_LSKXH.dtype), places,
-      mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
+def matrix_shape(
+    inputs: tuple[int, ...], outputs: tuple[int, ...], tile: int
+) -> tuple[int, ...]:
+  """Of a matrix of so many inputs and outputs, or of its tiles."""
+  if not tile:
+    return (*inputs, *outputs)
+  return math.prod(outputs) // tile, math.prod(inputs), tile
 
 
 class Attention(nn.Module):
-  """Grouped-query attention over the cache, or over the queries themselves."""
+  """Grouped-query attention over the cache, or over the queries themselves.
+
+  Attributes:
+    cfg: Of the trunk.
+    tile: Columns of the tiles in which matrices are given; 0 if they are whole.
+  """
 
   cfg: TrunkConfig
+  tile: int = 0
 
   @nn.compact
   def __call__(self, x_SQD, cos_sin_SQh2, visible_SQX, cache, layer, slots_SQ):
     """Returns (output [S, Q, D], cache)."""
     cfg = self.cfg
-    heads = {"q": cfg.n_heads, "k": cfg.n_kv_heads, "v": cfg.n_kv_heads}
-    q, k, v = (
-        jnp.einsum(
-            "sqd,dnh->sqnh", x_SQD,
-            self.param(
-                name, nn.initializers.variance_scaling(
-                    1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2)),
-                (cfg.d_model, n, cfg.head_dim),
-            ).astype(x_SQD.dtype),
-        )
-        for name, n in heads.items()
-    )
+    into = nn.initializers.variance_scaling(
+        1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2))
+
+    def heads(name, count):
+      shape = (count, cfg.head_dim)
+      w = self.param(name, into, matrix_shape((cfg.d_model,), shape, self.tile))
+      if self.tile:
+        return product(x_SQD, w).reshape(*x_SQD.shape[:2], *shape)
+      return jnp.einsum("sqd,dnh->sqnh", x_SQD, w.astype(x_SQD.dtype))
+
+    q, k, v = (heads("q", cfg.n_heads), heads("k", cfg.n_kv_heads),
+               heads("v", cfg.n_kv_heads))
     if cfg.qk_norm:
       q, k = HeadNorm(name="q_norm")(q), HeadNorm(name="k_norm")(k)
     q = rotate(q, cos_sin_SQh2, cfg.interleaved)
     k = rotate(k, cos_sin_SQh2, cfg.interleaved)
     if cache is not None:
-      cache = KVCache(written(cache.k, layer, slots_SQ, k),
-                      written(cache.v, layer, slots_SQ, v))
+      cache = KVCache(attention.written(cache.k, layer, slots_SQ, k),
+                      attention.written(cache.v, layer, slots_SQ, v))
       k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
     else:
       k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    y = attend(q, k, v, visible_SQX)
+    y = attention.attend(q, k, v, visible_SQX)
     o = self.param(
         "o", nn.initializers.variance_scaling(
             1.0, "fan_in", "normal", in_axis=(0, 1), out_axis=2),
-        (cfg.n_heads, cfg.head_dim, cfg.d_model),
+        matrix_shape((cfg.n_heads, cfg.head_dim), (cfg.d_model,), self.tile),
     )
     # One product of two matrices: left to itself XLA turns the weights around.
-    y_SQE = y.reshape(*y.shape[:2], -1)
-    return y_SQE @ o.astype(y.dtype).reshape(-1, cfg.d_model), cache
+    o = o if self.tile else o.reshape(-1, cfg.d_model)
+    return product(y.reshape(*y.shape[:2], -1), o), cache
 
 
 class SwiGLU(nn.Module):
-  """down(silu(gate(x)) * up(x)), bias-free."""
+  """down(silu(gate(x)) * up(x)), bias-free.
+
+  Attributes:
+    features: Hidden width.
+    tile: As of `Attention`.
+  """
 
   features: int
+  tile: int = 0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns an array of the input's shape."""
-    d = x.shape[-1]
-    gate = self.param("gate", _dense, (d, self.features)).astype(x.dtype)
-    up = self.param("up", _dense, (d, self.features)).astype(x.dtype)
-    down = self.param("down", _dense, (self.features, d)).astype(x.dtype)
-    return (nn.silu(x @ gate) * (x @ up)) @ down
+    narrow, wide = (x.shape[-1],), (self.features,)
+    gate = self.param("gate", _dense, matrix_shape(narrow, wide, self.tile))
+    up = self.param("up", _dense, matrix_shape(narrow, wide, self.tile))
+    down = self.param("down", _dense, matrix_shape(wide, narrow, self.tile))
+    return product(nn.silu(product(x, gate)) * product(x, up), down)
 
 
 class Layer(nn.Module):
@@ -203,11 +194,13 @@ class Layer(nn.Module):
     cfg: Of the trunk.
     input_norm: Whether attention's input is normalised.
     emit: Whether the output is also given to the scan.
+    tile: As of `Attention`.
   """
 
   cfg: TrunkConfig
   input_norm: bool = True
   emit: bool = False
+  tile: int = 0
 
   @nn.compact
   def __call__(self, carry, layer, cos_sin, visible, slots):
@@ -215,11 +208,11 @@ class Layer(nn.Module):
     x, cache = carry
     cfg = self.cfg
     y = RMSNorm(cfg.norm_eps, name="attn_norm")(x) if self.input_norm else x
-    y, cache = Attention(cfg, name="attn")(
+    y, cache = Attention(cfg, self.tile, name="attn")(
         y, cos_sin, visible, cache, layer, slots)
     x = sharding.whole(x + y)
     y = RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
-    x = sharding.whole(x + SwiGLU(cfg.d_ff, name="mlp")(y))
+    x = sharding.whole(x + SwiGLU(cfg.d_ff, self.tile, name="mlp")(y))
     return (x, cache), x if self.emit else None
 
 
@@ -231,12 +224,14 @@ class Trunk(nn.Module):
     taps: Layers whose outputs are appended to the hidden states.
     packed: Whether the layers' matrices are in int8.
     apart: Whether each layer has parameters of its own.
+    tile: As of `Attention`; only with layers apart.
   """
 
   cfg: TrunkConfig
   taps: tuple[int, ...] = ()
   packed: bool = False
   apart: bool = False
+  tile: int = 0
 
   def setup(self):  # noqa: D102
     cfg = self.cfg
@@ -247,7 +242,8 @@ class Trunk(nn.Module):
     block = int8.dequantized(block) if self.packed else block
     if self.apart:
       self.layers = [
-          block(cfg, emit=bool(self.taps)) for _ in range(cfg.n_layers)]
+          block(cfg, emit=bool(self.taps), tile=self.tile)
+          for _ in range(cfg.n_layers)]
     else:
       self.layers = nn.scan(
           block,
@@ -259,7 +255,8 @@ class Trunk(nn.Module):
       )(cfg, emit=bool(self.taps))
     self.final_norm = RMSNorm(cfg.norm_eps)
     width = cfg.head_hidden or cfg.d_model
-    self.head = self.param("head", _dense, (width, cfg.vocab_out))
+    self.head = self.param(
+        "head", _dense, matrix_shape((width,), (cfg.vocab_out,), self.tile))
     if cfg.head_hidden:
       zeros = nn.initializers.zeros
       self.head_in = self.param("head_in", _dense, (cfg.d_model, width))
@@ -337,8 +334,8 @@ class Trunk(nn.Module):
   def project(self, y: jax.Array) -> jax.Array:
     """float32 [..., V], image logits of normalised hidden states."""
     if not self.cfg.head_hidden:
-      return (y @ self.head.astype(y.dtype)).astype(jnp.float32)
+      return product(y, self.head).astype(jnp.float32)
     y = y @ self.head_in.astype(y.dtype) + self.head_in_bias.astype(y.dtype)
     y = sharding.whole(nn.gelu(y, approximate=False))
-    y = (y @ self.head.astype(y.dtype)).astype(jnp.float32)
+    y = product(y, self.head).astype(jnp.float32)
     return y + self.head_bias.astype(jnp.float32)
