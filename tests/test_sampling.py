@@ -61,6 +61,37 @@ def test_sampling_follows_the_distribution():
   np.testing.assert_allclose(counts, p, atol=4 * np.sqrt(0.25 / len(images)))
 
 
+@pytest.mark.parametrize("vocab", [1, 3, 8, 100])
+def test_draws_by_inversion_follow_the_distribution(vocab):
+  """Frequencies follow p, which need not sum to one; what has none never comes."""
+  p_V = jax.random.dirichlet(jax.random.key(vocab), jnp.full(vocab, 0.5))
+  p_V = jnp.where(jnp.arange(vocab) % 3 == 2, 0.0, 7 * p_V)
+  keys = jax.random.split(jax.random.key(0), 50)
+  draw = jax.vmap(lambda key: sampling.draw(jnp.tile(p_V, (2000, 1)), key))
+  counts_V = np.bincount(draw(keys).ravel(), minlength=vocab)
+  expected_V = np.asarray(p_V / p_V.sum()) * counts_V.sum()
+  assert not counts_V[expected_V == 0].any()
+  error_V = np.abs(counts_V - expected_V)
+  assert (error_V <= 5 * np.sqrt(expected_V)).all()
+
+
+@pytest.mark.parametrize("p", [0.0, np.nan])
+def test_a_row_without_numbers_draws_a_token_that_exists(p):
+  """Nothing to draw from gives the first token, not one out of range."""
+  p_QV = jnp.full((2, 10), p)
+  assert (sampling.draw(p_QV, jax.random.key(0)) == 0).all()
+  noise_QV = jnp.zeros((2, 10))
+  assert (sampling.sample(p_QV, noise_QV) < 10).all()
+
+
+def test_rounding_never_draws_a_code_without_probability():
+  """Levels at the very end of the running sums stay on codes with mass."""
+  mass_QN = jnp.array([[0.25, 0.75, 0.0, 0.0], [0.0, 0.3, 0.0, 0.7]])
+  for level in (0.0, 0.25, 0.99999994, 1.0, 2.0):
+    place_Q, _ = sampling._invert(mass_QN, jnp.full(2, level))
+    assert (jnp.take_along_axis(mass_QN, place_Q[:, None], 1) > 0).all()
+
+
 def test_noise_is_keyed_by_image_and_slot_alone():
   """Whoever asks for a slot's noise, with whichever others, gets the same."""
   key = jax.random.key(5)

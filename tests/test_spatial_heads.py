@@ -132,7 +132,8 @@ def test_every_ablation_has_a_loss_and_a_law(pipe, inputs, target):
 
 
 @pytest.mark.parametrize("inputs, target", [
-    ("h", "pre"), ("h+e", "post"), ("e", "embedding"), ("h+e", "token")])
+    ("h", "pre"), ("h+e", "post"), ("e", "embedding"), ("h+e", "token"),
+    ("h+e", "distribution")])
 def test_stored_heads_draft_as_they_were_trained(
     pipe, tmp_path, inputs, target
 ):
@@ -151,6 +152,24 @@ def test_stored_heads_draft_as_they_were_trained(
       draft({**params, "heads": weights}),
       heads.logits(params, heads.predict(
           params, "vertical", hidden, tokens))[0], rtol=1e-5)
+
+
+def test_the_whole_distribution_is_the_mean_of_all_tokens(pipe):
+  """Fitted to the trunk's law, the loss is the token's, averaged over it."""
+  of = lambda target: make_heads(pipe, HeadsOptions(1, 1, "h+e", target))
+  (heads, params), (by_token, _) = of("distribution"), of("token")
+  hidden, tokens = some_cells((1, 14))
+  loss = losses.head_losses(heads, params, hidden, tokens)["vertical"][0]
+  slots = pipe.model.grid.slot_of
+  p_RCV = jax.nn.softmax(heads.generator.logits(params, hidden[0, slots]))
+  total = 0.0
+  for slot in slots[1:].ravel():
+    row, col = np.argwhere(slots == slot)[0]
+    source = slots[row - 1, col]
+    logits_V = by_token.draft(
+        params, "vertical", 1, hidden[0, source], tokens[0, source])
+    total -= jnp.sum(p_RCV[row, col] * jax.nn.log_softmax(logits_V))
+  np.testing.assert_allclose(loss, total / slots[1:].size, rtol=1e-5)
 
 
 def test_smooth_l1_is_pytorch_s():
