@@ -63,7 +63,7 @@ def test_sampling_follows_the_distribution():
 
 @pytest.mark.parametrize("vocab", [1, 3, 8, 100])
 def test_draws_by_inversion_follow_the_distribution(vocab):
-  """Frequencies follow p, which need not sum to one; what has none never comes."""
+  """Frequencies follow p, which need not sum to one; 0 is never drawn."""
   p_V = jax.random.dirichlet(jax.random.key(vocab), jnp.full(vocab, 0.5))
   p_V = jnp.where(jnp.arange(vocab) % 3 == 2, 0.0, 7 * p_V)
   keys = jax.random.split(jax.random.key(0), 50)
