@@ -192,8 +192,8 @@ def _claim(folder: pathlib.Path, manifest: dict) -> None:
     _replace(path, lambda file: file.write(
         json.dumps(manifest, indent=1).encode("utf-8")))
   try:
-    found = json.loads(path.read_text("utf-8"))
-  except ValueError as error:
+    found = dict(json.loads(path.read_text("utf-8")))
+  except (ValueError, TypeError) as error:
     raise UserError(
         f"got a damaged {path}, expected a manifest; remove {folder}"
     ) from error
