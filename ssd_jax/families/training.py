@@ -37,7 +37,8 @@ def mtp(
 ) -> ml_collections.ConfigDict:
   """Settings of train.mtp."""
   return ml_collections.ConfigDict(dict(
-      # inputs: h+e, h, e; target: pre, post, embedding, token (table 3).
+      # inputs: h+e, h, e; target: pre, post, embedding, token (table 3), or
+      # distribution (ours).
       heads=dict(horizontal=5, vertical=vertical, inputs="h+e", target="pre",
                  wrap=False),
       draw=dict(batch=16, shard=256, seed=0),
