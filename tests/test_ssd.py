@@ -182,6 +182,15 @@ def test_adaptive_saves_passes(decoder):
   assert out.passes.mean() < full.passes[0]
 
 
+def test_lenience_keeps_more_drafts_at_the_same_passes():
+  """Fewer drafts are redrawn, in as many passes, and the law gives way."""
+  pipe = kit.tiny(rows=1, cols=4)
+  strict, lenient = (
+      kit.draw(pipe, SSD(horizontal=1, lenience=x)) for x in (1.0, 0.05))
+  np.testing.assert_array_equal(strict.passes, lenient.passes)
+  assert kit.p_value(pipe, lenient.tokens) < 1e-3
+
+
 @pytest.mark.slow
 def test_argmax_drafts():
   """Greedy drafts are tested as what they are: their law is exact as well."""
@@ -205,7 +214,8 @@ def test_impossible_settings_are_one_line():
   for settings in (
       dict(lag=0), dict(rounds=-1), dict(vertical=0), dict(schedule="late"),
       dict(schedule="pipelined", lag=4), dict(schedule="pipelined", vertical=2),
-      dict(drafts="best"), dict(lag=1), dict(staged_rounds=3),
+      dict(drafts="best"), dict(lenience=0), dict(lenience=1.5),
+      dict(lag=1), dict(staged_rounds=3),
       dict(schedule="staged", lag=1),  # nothing would read it
   ):
     with pytest.raises(UserError, match="got .*, expected .*"):

@@ -60,6 +60,9 @@ class SSD:
     adaptive: A row whose round changed nothing needs no further one: it has
       been fed as it stands.
     drafts: "sample" from the heads' distributions, or their "argmax".
+    lenience: What a draft's q is multiplied by when it is tested; 1 is the
+      paper's test. A round redraws all that fail in a row, each as if its
+      neighbours stayed, so that fewer redraws clash less (ours).
   """
 
   horizontal: int = 5
@@ -71,6 +74,7 @@ class SSD:
   lag: int | None = None
   adaptive: bool = False
   drafts: str = "sample"
+  lenience: float = 1.0
 
   name = "ssd"
   lossless = False
@@ -85,6 +89,7 @@ class SSD:
           f"one of {', '.join(SCHEDULES)}")
     check(self.drafts in DRAFTS, "drafts", self.drafts,
           f"one of {', '.join(DRAFTS)}")
+    check(0 < self.lenience <= 1, "lenience", self.lenience, "in (0, 1]")
     if self.schedule == "pipelined":
       check(self.vertical == 1, "vertical", self.vertical,
             "1 where rows enter one by one")
@@ -121,7 +126,8 @@ class SSD:
   ) -> Rows:
     """State with rows corrected or committed, and the next ones drafted."""
     grid = ctx.model.grid
-    verdict = rows_lib.judge(ctx, state, queries, p_QV)
+    verdict = rows_lib.judge(
+        ctx, state, queries, p_QV, lenience=self.lenience, eager=True)
     row_Q, _ = rows_lib.place(grid, verdict.cells)
     is_round_H = (state.plan.rounds > 0) & _in_flight(grid, state)
     is_done_H = self._done(state, verdict, row_Q, is_round_H)
