@@ -120,9 +120,8 @@ class Profiler:
     """A pass of so many queries."""
     parts = {name: self._seconds(name, queries, machine) for name in PARTS}
     moved, weights = self.counts
-    fed, keys = self._rows * queries, self._cache.k
-    attended = fed * keys.shape[0] * keys.shape[3]
-    cfg = self.pipe.family.generator.cfg
+    fed, cfg = self._rows * queries, self.pipe.family.generator.cfg
+    attended = fed * cfg.n_layers * self._cache.shape[3]
     flops = 2.0 * fed * weights + 4.0 * attended * cfg.n_heads * cfg.head_dim
     attention = _timed(*self._attention(queries), machine)
     return Row(
@@ -133,6 +132,10 @@ class Profiler:
   @property
   def _rows(self) -> int:
     return self._streams * self.batch
+
+  @property
+  def _dtype(self) -> jnp.dtype:
+    return self.pipe.family.generator.dtype
 
   def _seconds(
       self, name: str, queries: int, machine: Machine
@@ -172,21 +175,19 @@ class Profiler:
     """Every layer's products with the cache, one after the other."""
     cfg, cache = self.pipe.family.generator.cfg, self._cache
     q = self._normal(self._rows, count, cfg.n_heads, cfg.head_dim)
-    slots = cache.k.shape[3]
-    visible = jnp.ones((self._rows, count, slots), bool)
+    visible = jnp.ones((self._rows, count, cache.shape[3]), bool)
 
     def run(cache: KVCache, q, visible):
-      def layer(q, kv):
-        return attention.attend(q, *kv, visible), None
+      for layer in cache.layers():
+        q = attention.attend(q, layer.k[0], layer.v[0], visible)
+      return q
 
-      return jax.lax.scan(layer, q, (cache.k, cache.v))[0]
-
-    return run, (cache, q.astype(cache.k.dtype), visible)
+    return run, (cache, q.astype(self._dtype), visible)
 
   def _head(self, count: int):
     hidden = self._normal(
         self._streams, self.batch, count, self._hidden_width)
-    hidden = hidden.astype(self._cache.k.dtype)
+    hidden = hidden.astype(self._dtype)
     return self.pipe.model.logits, (self._params, hidden)
 
   @property
@@ -237,7 +238,7 @@ class Profiler:
       return self._sample(logits, key, slots)
 
     return draft, (
-        self._params, hidden.astype(self._cache.k.dtype), tokens,
+        self._params, hidden.astype(self._dtype), tokens,
         jax.random.key(0), jnp.arange(count))
 
   def _normal(self, *shape: int, seed: int = 0) -> jax.Array:

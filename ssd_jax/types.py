@@ -8,7 +8,7 @@ Arrays in numeric code end in their shape letters:
   L layers   D width   F hidden width   H head dimension   K key/value heads
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -25,13 +25,33 @@ Params = Any
 class KVCache:
   """Keys and values of every slot; a draft is overwritten, never erased.
 
+  Of a trunk whose layers are apart, each layer has arrays of its own, [1, S, K,
+  P + X, H]: what is done to all keys and values is done to each leaf.
+
   Attributes:
-    k: [L, S, K, P + X, H].
-    v: [L, S, K, P + X, H].
+    k: [L, S, K, P + X, H], or one of each layer.
+    v: As k.
   """
 
-  k: jax.Array
-  v: jax.Array
+  k: jax.Array | tuple[jax.Array, ...]
+  v: jax.Array | tuple[jax.Array, ...]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(L or 1, S, K, P + X, H)."""
+    return jax.tree.leaves(self.k)[0].shape
+
+  @classmethod
+  def of(cls, layers: Sequence["KVCache"]) -> "KVCache":
+    """Layers that are apart."""
+    return cls(tuple(x.k for x in layers), tuple(x.v for x in layers))
+
+  def layers(self) -> list["KVCache"]:
+    """Each layer's, [1, S, K, P + X, H]."""
+    if isinstance(self.k, tuple) and isinstance(self.v, tuple):
+      return list(map(KVCache, self.k, self.v))
+    each = range(self.shape[0])
+    return [jax.tree.map(lambda x, i=i: x[i:i + 1], self) for i in each]
 
 
 @flax.struct.dataclass

@@ -37,7 +37,6 @@ def test_layers_apart_draw_what_stacked_layers_draw(guidance):
 @pytest.fixture
 def in_tiles(monkeypatch):
   """Trunks of any size are tiled, four columns to a tile."""
-  monkeypatch.setattr(apart_lib, "_LEAST_TILED", 0)
   monkeypatch.setattr(apart_lib, "TILE", 4)
 
 

@@ -297,13 +297,13 @@ def _settle(
   source_BM, target_BM = _over_images(ctx.model, decoder.settle)(ctx, state)
   slots = ctx.model.grid.length + decoder.scratch(ctx.model)
   target_BM = jnp.where(done_B[:, None], slots, target_BM)
-  streams, prompt = cache.k.shape[1], cache.k.shape[3] - slots
+  streams, prompt = cache.shape[1], cache.shape[3] - slots
   repeat = lambda x: jnp.tile(x, (streams // len(done_B), 1)) + prompt
   source_SM, target_SM = repeat(source_BM), repeat(target_BM)
   rows = jnp.arange(streams)[:, None]
   move = lambda x: x.at[:, rows, :, target_SM].set(
       x[:, rows, :, source_SM], mode="drop")
-  return KVCache(move(cache.k), move(cache.v))
+  return jax.tree.map(move, cache)
 
 
 def _keep_done(done_B: jax.Array, before: Any, after: Any) -> Any:

@@ -17,7 +17,7 @@ from ssd_jax import sharding
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.engine import Decoded, Decoder, LoopState
 from ssd_jax.sampling import Sampling
-from ssd_jax.types import KVCache, Model, Params, Prompt
+from ssd_jax.types import Model, Params, Prompt
 
 
 @functools.partial(jax.jit, static_argnames=("model", "decoder", "batch"))
@@ -119,8 +119,7 @@ def widen_batch(loop: LoopState, slots: int) -> LoopState:
   extra = max(slots - loop.prompt.tokens.shape[1], 0)
   return loop.replace(
       prompt=widen(loop.prompt, slots),
-      cache=KVCache(*(_pad_left(x, 3, extra) for x in (
-          loop.cache.k, loop.cache.v))))
+      cache=jax.tree.map(lambda x: _pad_left(x, 3, extra), loop.cache))
 
 
 def _pad_left(x: jax.Array, axis: int, extra: int) -> jax.Array:

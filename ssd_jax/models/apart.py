@@ -1,8 +1,7 @@
 """The forms of a trunk's parameters that a CPU draws with.
 
-*Layers apart.* A CPU copies each matrix out of its stack of layers before it
-multiplies, in every pass. That takes as long as the product where layers are
-larger than the processor's caches, and nothing to speak of where they are not.
+*Layers apart.* Out of a stack of layers, or of their caches, a CPU copies each
+before it multiplies, in every pass. So each has arrays of its own.
 
 *Tiles.* Of a matrix as it is stored a product reads a few columns of every row,
 which for a handful of queries takes three times as long as reading it in one
@@ -19,11 +18,8 @@ from ssd_jax import memory, sharding
 from ssd_jax.models import int8
 from ssd_jax.types import Params
 
-# Bytes of layers: from 110 MB on an AR pass was faster with them apart, at 20
-# and 40 MB slower (two cores, 32 MB of cache).
-_LEAST = 100e6
-# What is smaller than this lies in the caches closest to a core.
-_LEAST_TILED = 4e6
+# Bytes of layers; what is smaller lies in the caches closest to a core.
+_LEAST = 4e6
 # Columns of a tile, and rows up to which tiles are faster (measured for 2 to 32
 # rows, 256 x 768 matrices, AVX-512).
 TILE, TILED_ROWS = 64, 16
@@ -33,27 +29,25 @@ _SUMMED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1,
 
 
 def for_drawing(params: Params) -> Params:
-  """The parameters; of a larger trunk on a CPU with further forms of it.
+  """The parameters; of a larger trunk on a CPU in other forms.
 
-  "trunk" has its layers apart where that pays, and "tiles" is the same trunk in
-  tiles, for passes of few rows. They stay as they are under a mesh, where there
-  is no room for copies, and where the trunk is no `Generator`'s: nobody else
-  would find the layers.
+  "trunk" has its layers apart, and "tiles" is the same trunk in tiles, for
+  passes of few rows. They stay as they are under a mesh, where there is no room
+  for copies, and where the trunk is no `Generator`'s: nobody else would find
+  the layers.
   """
   trunk = params.get("trunk", {})
   if not (isinstance(trunk, dict) and "layers" in trunk):
     return params
-  if jax.default_backend() != "cpu" or sharding.current() is not None:
-    return params
+  is_cpu = jax.default_backend() == "cpu" and sharding.current() is None
   size = sum(x.nbytes for x in jax.tree.leaves(trunk["layers"]))
   free = memory.free()
   room = math.inf if free is None else free
-  forms = {}
-  if size >= _LEAST and 2 * size <= room:
-    forms["trunk"] = apart(trunk)
-  if size >= _LEAST_TILED and (2 + len(forms)) * size <= room:
-    forms |= _tiled(trunk)
-  return {**params, **forms} if forms else params
+  if not is_cpu or size < _LEAST or 2 * size > room:
+    return params
+  trunk = apart(trunk)
+  tiles = _tiled(trunk) if 3 * size <= room else {}
+  return {**params, "trunk": trunk, **tiles}
 
 
 def apart(trunk: Params) -> Params:
@@ -66,12 +60,10 @@ def apart(trunk: Params) -> Params:
 
 
 def _tiled(trunk: Params) -> Params:
-  """{"tiles": the trunk so}; empty unless floats make whole tiles."""
+  """{"tiles": layers apart, so}; empty unless floats make whole tiles."""
   if int8.is_quantized(trunk):
     return {}
-  paths_and_shapes, _ = jax.tree_util.tree_flatten_with_path(
-      jax.eval_shape(apart, trunk))
-  for path, x in paths_and_shapes:
+  for path, x in jax.tree_util.tree_leaves_with_path(trunk):
     inputs = _SUMMED.get(path[-1].key)
     if inputs and math.prod(x.shape[inputs:]) % TILE:
       return {}
@@ -80,7 +72,7 @@ def _tiled(trunk: Params) -> Params:
     inputs = _SUMMED.get(path[-1].key)
     return _tiles(x, inputs) if inputs else x
 
-  return {"tiles": jax.tree_util.tree_map_with_path(visit, apart(trunk))}
+  return {"tiles": jax.tree_util.tree_map_with_path(visit, trunk)}
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -84,11 +84,15 @@ class Generator:
     """(hidden [S, D] of the last prompt slot, cache holding the prompt)."""
     rows, length = prompt.tokens.shape
     cfg = self.cfg
-    shape = (cfg.n_layers, rows, cfg.n_kv_heads,
-             length + self.grid.length + scratch, cfg.head_dim)
-    cache = KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+    slots = length + self.grid.length + scratch
+    shape = (rows, cfg.n_kv_heads, slots, cfg.head_dim)
+    is_stacked = "layers" in params["trunk"]
+    zeros = jnp.zeros((cfg.n_layers if is_stacked else 1, *shape), self.dtype)
+    cache = KVCache(zeros, zeros)
+    if not is_stacked:
+      cache = KVCache.of([cache] * cfg.n_layers)
     visible = prompt_visible(prompt.mask)
-    unused = jnp.zeros((rows, length, shape[3] - length), bool)
+    unused = jnp.zeros((rows, length, slots - length), bool)
     hidden, cache = self._apply(
         params,
         self._prompt_embeddings(params, prompt),

@@ -287,10 +287,7 @@ class Trunk(nn.Module):
     carry = (sharding.whole(x_SQD), cache)
     rest = (cos_sin_SQh2, visible_SQX, slots_SQ)
     if self.apart:
-      every_LSQD = []
-      for index, layer in enumerate(self.layers):
-        carry, x_SQD = layer(carry, index, *rest)
-        every_LSQD.append(x_SQD)
+      carry, every_LSQD = self._one_by_one(*carry, *rest)
     else:
       carry, every_LSQD = self.layers(
           carry, jnp.arange(self.cfg.n_layers), *rest)
@@ -300,6 +297,16 @@ class Trunk(nn.Module):
       tapped = [every_LSQD[layer] for layer in self.taps]
       x_SQD = jnp.concatenate([x_SQD, *tapped], axis=-1)
     return x_SQD, cache
+
+  def _one_by_one(self, x_SQD, cache, *rest):
+    """((x, cache), what each layer emits), of layers that are apart."""
+    caches = cache.layers() if cache else [None] * len(self.layers)
+    every_LSQD = []
+    for index, layer in enumerate(self.layers):
+      (x_SQD, caches[index]), emitted = layer(
+          (x_SQD, caches[index]), 0, *rest)
+      every_LSQD.append(emitted)
+    return (x_SQD, cache and KVCache.of(caches)), every_LSQD
 
   def init_all(self, x_SQD, cos_sin_SQh2, visible_SQX):
     """Touches every parameter, for `init`."""
