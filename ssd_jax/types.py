@@ -44,7 +44,8 @@ class KVCache:
   @classmethod
   def of(cls, layers: Sequence["KVCache"]) -> "KVCache":
     """Layers that are apart."""
-    return cls(tuple(x.k for x in layers), tuple(x.v for x in layers))
+    k, v = ([getattr(x, name) for x in layers] for name in ("k", "v"))
+    return cls(tuple(k), tuple(v))
 
   def layers(self) -> list["KVCache"]:
     """Each layer's, [1, S, K, P + X, H]."""
