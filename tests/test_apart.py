@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import testkit as kit
 
-from ssd_jax import hlo, memory
+from ssd_jax import hlo, memory, testing
 from ssd_jax.decoding import by_name, engine
 from ssd_jax.models import apart as apart_lib
 from ssd_jax.models.apart import apart, for_drawing
@@ -21,17 +21,29 @@ def tiny_is_large(monkeypatch):
   monkeypatch.setattr(apart_lib, "_LEAST", 0)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_layers_apart_draw_what_stacked_layers_draw(guidance):
+@pytest.mark.parametrize("guidance, decoder", [
+    (1.0, "sjd"), (3.0, "sjd"), (3.0, "eagle:tree=2-1")])
+def test_layers_apart_draw_what_stacked_layers_draw(guidance, decoder):
   """Decoders see the same model in both forms of its parameters."""
-  pipe = kit.tiny(3, 3, vocab=7, guidance=guidance)
+  pipe = testing.tiny(7, 3, 3, guidance=guidance)
   settings, guided = pipe.sampling()
   prompt, _ = pipe.family.encode_prompts(["ab"] * 2, guided)
   drawn = [
-      engine.decode(pipe.model, by_name.parse("sjd"), params, prompt, settings,
-                    jax.random.key(3), jnp.arange(2)).tokens
+      engine.decode(
+          pipe.model, by_name.parse(decoder), params, prompt, settings,
+          jax.random.key(3), jnp.arange(2)).tokens
       for params in (pipe.params, for_drawing(pipe.params))]
   np.testing.assert_array_equal(*drawn)
+
+
+def test_a_stream_takes_caches_apart():
+  """Pictures take places, and prompts grow, in each layer's cache."""
+  pipe = kit.tiny(3, 3, vocab=7, guidance=3.0)
+  texts = ["a", "b", "a prompt that is longer than those before it", "c"]
+  whole = pipe.generate(texts, "ar", batch=4)
+  for picture in pipe.stream(texts, "ar", batch=2):
+    np.testing.assert_array_equal(picture.tokens, whole.tokens[picture.index])
+  assert "layers_0" in pipe.params_for(by_name.parse("ar"))["trunk"]
 
 
 @pytest.fixture
