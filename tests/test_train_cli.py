@@ -178,3 +178,14 @@ def test_every_setting_can_be_changed(get_config):
   for key in ("workdir", "checkpoint", "prompts_file", "num_prompts",
               "images_per_caption"):
     assert key in config
+
+
+def test_a_part_of_the_captions_is_learnt_from():
+  """num_prompts cuts what is trained on, and not what is held out."""
+  config = emoji.get_config()
+  whole = train._captions(config)
+  config.num_prompts = 10
+  assert train._captions(config) == {**whole, "train": whole["train"][:10]}
+  config.num_prompts = -1
+  with pytest.raises(UserError, match="got num_prompts=-1, expected >= 0"):
+    train._captions(config)

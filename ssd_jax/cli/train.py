@@ -174,7 +174,8 @@ def _tell(config, workdir, kind: str, decoder: str, table) -> None:
 
 
 def _captions(config) -> dict[str, list[str]]:
-  """Captions to draw, by split."""
+  """Captions to draw, by split; of the training split num_prompts at most."""
+  check(config.num_prompts >= 0, "num_prompts", config.num_prompts, ">= 0")
   if config.prompts_file:
     lines = _lines(config)
     held_out = min(max(1, len(lines) // 20), _HELD_OUT)
@@ -189,6 +190,7 @@ def _captions(config) -> dict[str, list[str]]:
     raise UserError(
         "got no prompts_file, expected a file with a prompt per line; name it "
         "with --config.prompts_file=FILE")
+  splits["train"] = splits["train"][:config.num_prompts or None]
   count = config.images_per_caption
   check(count >= 1, "images_per_caption", count, ">= 1")
   return {split: texts * count for split, texts in splits.items()}
@@ -211,7 +213,6 @@ def _lines(config) -> list[str]:
         f"got no file {file}, expected the prompts to draw, one per line (the "
         "papers take Midjourney's); write it or name another with "
         "--config.prompts_file=FILE")
-  check(config.num_prompts >= 0, "num_prompts", config.num_prompts, ">= 0")
   texts = (item.prompt.strip() for item in exporters.read_prompts(file))
   lines = list(dict.fromkeys(filter(None, texts)))
   if len(lines) < 2:

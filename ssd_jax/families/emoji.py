@@ -75,7 +75,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   # What heads and drafter are trained for; "" is WORKDIR/model.
   config.checkpoint = ""
   config.prompts_file = ""  # captions to draw instead of the vendored ones
-  config.num_prompts = 0  # of the file, at most; 0 takes all
+  config.num_prompts = 0  # to learn from, at most; 0 takes all
   config.images_per_caption = 1
   config.sampling = c(dict(guidance=1.25, temperature=0.25, top_k=0, top_p=1.0))
   if variant == "smoke":  # seconds on a CPU: what tests train
