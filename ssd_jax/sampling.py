@@ -154,7 +154,7 @@ def draw(p_QV: jax.Array, key: jax.Array) -> jax.Array:
   vocab = p_QV.shape[-1]
   run = 1 << (vocab.bit_length() + 1) // 2
   p_QRW = jnp.pad(p_QV, ((0, 0), (0, -vocab % run))).reshape(
-      len(p_QV), -1, run)
+      len(p_QV), -(-vocab // run), run)  # there may be no rows
   mass_QR = jnp.sum(p_QRW, axis=-1)
   u_Q = jax.random.uniform(key, mass_QR.shape[:1])
   run_Q, left_Q = _invert(mass_QR, u_Q * jnp.sum(mass_QR, axis=-1))

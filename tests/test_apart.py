@@ -38,7 +38,7 @@ def test_layers_apart_draw_what_stacked_layers_draw(guidance, decoder):
 
 def test_a_stream_takes_caches_apart():
   """Pictures take places, and prompts grow, in each layer's cache."""
-  pipe = kit.tiny(3, 3, vocab=7, guidance=3.0)
+  pipe = testing.tiny(7, 3, 3, guidance=3.0)
   texts = ["a", "b", "a prompt that is longer than those before it", "c"]
   whole = pipe.generate(texts, "ar", batch=4)
   for picture in pipe.stream(texts, "ar", batch=2):

@@ -75,6 +75,11 @@ def test_draws_by_inversion_follow_the_distribution(vocab):
   assert (error_V <= 5 * np.sqrt(expected_V)).all()
 
 
+def test_no_rows_draw_nothing():
+  """A grid of one column has no cells to draft in a row."""
+  assert sampling.draw(jnp.ones((0, 5)), jax.random.key(0)).shape == (0,)
+
+
 @pytest.mark.parametrize("p", [0.0, np.nan])
 def test_a_row_without_numbers_draws_a_token_that_exists(p):
   """Nothing to draw from gives the first token, not one out of range."""
