@@ -15,6 +15,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from ssd_jax import sharding
+
 BISECTIONS = 32  # of a float32's exponent and mantissa
 
 
@@ -75,7 +77,7 @@ def target(logits_GV: jax.Array, sampling: Sampling) -> jax.Array:
     logits_GV: [G, ..., V], conditional first, then unconditional if G is 2.
     sampling: Guidance, temperature and filters.
   """
-  logits = guide(logits_GV, sampling.guidance)
+  logits = guide(sharding.whole(logits_GV, axis=0), sampling.guidance)
   logits /= jnp.maximum(sampling.temperature, 1e-5)
   if sampling.use_top_k:
     logits = keep_top_k(logits, sampling.top_k)

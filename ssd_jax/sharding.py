@@ -10,6 +10,7 @@ partitioner; without a mesh they change nothing. Results do not depend on it.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import math
 from typing import Any
 
@@ -115,10 +116,47 @@ def current() -> Mesh | None:
   return None if mesh.empty else mesh
 
 
+def of_cores(rows: int, queries: int) -> Mesh | None:
+  """A mesh of the CPU's devices that share the rows of a pass, if they should.
+
+  XLA runs the small products of a pass mostly on one core; devices draw their
+  rows side by side. Not where a mesh is set, or where each device would get so
+  few queries that the weights are all it reads (fewer than 4, measured).
+
+  Args:
+    rows: Images times guidance streams.
+    queries: Of a row in a pass.
+  """
+  is_free = current() is None and jax.process_count() == 1
+  if jax.default_backend() != "cpu" or not is_free:
+    return None
+  parts = math.gcd(rows, len(jax.devices()))
+  if parts == 1 or rows * queries < 4 * parts:
+    return None
+  return make_mesh(f"data={parts}")
+
+
+def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+  """With the mesh set; with None, nothing changes."""
+  return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
+
+
+def lend(tree: Any, mesh: Mesh) -> Any:
+  """Arrays of one CPU device on all of a mesh, in the memory where they are."""
+
+  def shared(x):
+    host = np.asarray(x)  # a view, which a device of the CPU reads in place
+    return jax.make_array_from_single_device_arrays(
+        x.shape, NamedSharding(mesh, PartitionSpec()),
+        [jax.device_put(host, device) for device in mesh.devices.flat])
+
+  return jax.tree.map(shared, tree)
+
+
 def rows_apart(mesh: Any = None) -> int:
-  """Into how many parts rows are cut."""
-  mesh = mesh or current()
-  return 1 if mesh is None else math.prod(mesh.shape[a] for a in _ROWS)
+  """Into how many parts rows are cut, inside jit too."""
+  mesh = mesh or jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[a] for a in _ROWS)
 
 
 def even_batch(batch: int, streams: int) -> int:
@@ -258,8 +296,8 @@ def constrain_rows(tree: Any) -> Any:
           x, rows_spec(x.shape[0], x.ndim, mesh)), tree)
 
 
-def whole(x: jax.Array) -> jax.Array:
-  """Inside jit: the array with its last axis whole on every device.
+def whole(x: jax.Array, axis: int = -1) -> jax.Array:
+  """Inside jit: the array with an axis whole on every device.
 
   The other axes lie as they do. States between layers are kept so: left to
   itself XLA cuts their width as the table of embeddings is cut, and then
@@ -268,9 +306,12 @@ def whole(x: jax.Array) -> jax.Array:
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x
+  # Under vmap, jax forgets a constraint on any axis but the last one.
+  last = jax.numpy.moveaxis(x, axis, -1)
   as_it_is = PartitionSpec.UNCONSTRAINED
-  return jax.lax.with_sharding_constraint(
-      x, PartitionSpec(*(as_it_is,) * (x.ndim - 1), None))
+  last = jax.lax.with_sharding_constraint(
+      last, PartitionSpec(*(as_it_is,) * (x.ndim - 1), None))
+  return jax.numpy.moveaxis(last, -1, axis)
 
 
 def place_rows(tree: Any, mesh: Mesh | None = None) -> Any:

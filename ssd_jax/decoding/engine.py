@@ -207,6 +207,25 @@ def decode(
   return decoded(model, loop)
 
 
+def count_queries(
+    model: Model, decoder: Decoder, params: Params, prompt: Prompt,
+    sampling: Sampling, batch: int,
+) -> int:
+  """Slots that a pass feeds for one image, idle ones included.
+
+  Traced: nothing is computed.
+  """
+
+  def look(params, prompt, image_B):
+    call = outline(jax.random.key(0), None, None, params, sampling, model)
+    loop = begin(decoder, call, prompt, image_B)
+    ctx = call.replace(image=image_B, index=loop.passes)
+    return _over_images(model, decoder.propose)(ctx, loop.decoder)
+
+  queries = jax.eval_shape(look, params, prompt, jnp.arange(batch))
+  return queries.tokens.shape[-1]
+
+
 def begin(
     decoder: Decoder, call: Context, prompt: Prompt, image_B: jax.Array,
     trace: bool = False,
@@ -242,13 +261,13 @@ def step(decoder: Decoder, call: Context, loop: LoopState) -> LoopState:
   over = functools.partial(_over_images, model)
   ctx = call.replace(image=loop.image, index=loop.passes + 1)
   queries = over(decoder.propose)(ctx, loop.decoder)
-  queries = _silence(queries, done_B)
+  queries = sharding.constrain_rows(_silence(queries, done_B))
   streams = loop.prompt.tokens.shape[0] // batch
-  stacked = jax.tree.map(lambda x: jnp.concatenate([x] * streams), queries)
+  stacked = jax.tree.map(functools.partial(_for_each, streams), queries)
   stacked = sharding.constrain_rows(stacked)
   hidden, cache = model.forward(params, loop.cache, loop.prompt, stacked)
   hidden = _unstack(hidden, batch)
-  p_BQV = ctx.target(model.logits(params, hidden))
+  p_BQV = sharding.constrain_rows(ctx.target(model.logits(params, hidden)))
   after = over(decoder.resolve)(
       ctx, loop.decoder, queries, p_BQV, jnp.moveaxis(hidden, 1, 0))
   cache = _settle(decoder, ctx, after, cache, done_B)
@@ -268,6 +287,15 @@ def decoded(model: Model, loop: LoopState) -> Decoded:
 def _unstack(x_SD: jax.Array, batch: int) -> jax.Array:
   """[G, B, ...] of rows [S, ...]."""
   return x_SD.reshape(-1, batch, *x_SD.shape[1:])
+
+
+def _for_each(streams: int, x_B: jax.Array) -> jax.Array:
+  """Rows [S, ...] of what the streams of an image share, [B, ...].
+
+  Not a concatenation, for which devices that share rows would exchange parts.
+  """
+  x_GB = jnp.broadcast_to(x_B, (streams, *x_B.shape))
+  return x_GB.reshape(-1, *x_B.shape[1:])
 
 
 def _over_images(model: Model, function):
