@@ -91,25 +91,28 @@ class Pipeline:
     batch = sharding.even_batch(min(batch, len(texts)), 1 + guided)
     decoder = calls.decoder_of(decoder)
     index_I = calls.indices_of(first_image, len(texts), batch)
-    chunks, notes, clock = [], [], Clock()
+    chunks, notes, clock, mesh = [], [], Clock(), None
     for start in range(0, len(texts), batch):
       part = texts[start:start + batch]
       padded = part + [part[-1]] * (batch - len(part))
       prompt, said = self.family.encode_prompts(padded, guided)
-      prompt = sharding.place_rows(prompt)
-      args = (self.params_for(decoder), prompt, settings,
-              jax.random.key(seed), index_I[start:start + batch])
+      if start == 0 and not on_pass:  # each device would call it
+        mesh = self.cores(decoder, prompt, settings, batch)
       listener = self._listener if on_pass else None
-      run = clock.compile(self.compiled, engine.decode, decoder, *args,
-                          trace=trace, on_pass=listener)
-      with self._listener.tell(on_pass, len(part)):
-        decoded = jax.block_until_ready(run(*args))
-      decode_images = clock.compile(self.compiled_images, decoded.tokens)
-      images = decode_images(self.vq_params, decoded.tokens)
-      chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,
-               decoded.history)
+      with sharding.using(mesh):
+        args = (self.params_for(decoder, mesh), sharding.place_rows(prompt),
+                settings, jax.random.key(seed), index_I[start:start + batch])
+        run = clock.compile(self.compiled, engine.decode, decoder, *args,
+                            trace=trace, on_pass=listener)
+        with self._listener.tell(on_pass, len(part)):
+          decoded = sharding.fetch(jax.block_until_ready(run(*args)))
+      tokens = jnp.asarray(sharding.place_rows(decoded.tokens))
+      decode_images = clock.compile(self.compiled_images, tokens)
+      images = decode_images(self.vq_params, tokens)
+      chunk = (sharding.fetch(images), decoded.tokens, decoded.passes,
+               decoded.commit_pass, decoded.history)
       drawn = operator.itemgetter(slice(len(part)))
-      chunks.append(jax.tree.map(drawn, sharding.fetch(chunk)))
+      chunks.append(jax.tree.map(drawn, chunk))
       notes += [note for note in said if note not in notes]
       if on_batch:
         on_batch(len(part))
@@ -163,21 +166,46 @@ class Pipeline:
         map(calls.text_of, prompts), decoder, num_images, seed, batch,
         first_image, settings, guided, on_step))
 
-  def params_for(self, decoder: engine.Decoder) -> Params:
+  def cores(
+      self, decoder: engine.Decoder, prompt: Prompt, settings: Sampling,
+      batch: int,
+  ) -> jax.sharding.Mesh | None:
+    """The devices of a CPU that should share a batch: `sharding.of_cores`."""
+    rows = len(prompt.tokens)
+    if sharding.of_cores(rows, self.model.grid.length) is None:
+      return None  # none ever would
+    key = (decoder, rows, batch)
+    if key not in self._queries:
+      self._queries[key] = engine.count_queries(
+          self.model, decoder, self.params_for(decoder), prompt, settings,
+          batch)
+    return sharding.of_cores(rows, self._queries[key])
+
+  def params_for(
+      self, decoder: engine.Decoder, mesh: jax.sharding.Mesh | None = None
+  ) -> Params:
     """Parameters in the form that this device draws with.
 
     For who reads one, with the table of neighbouring codes. It is made of the
     tokenizer's codebook, without one of the trunk's input table, when a decoder
     that has `neighbours` first asks.
+
+    Args:
+      decoder: Settings.
+      mesh: Of the cores that share a batch; None unless `cores` gave one.
     """
     params = self._drawing
     count = min(getattr(decoder, "neighbours", 0), self.model.vocab - 1)
-    if count < 1 or "neighbours" in params:
+    if count >= 1 and "neighbours" not in params:
+      if count not in self._neighbours:
+        table_VK = neighbour_table(self._codes_VE(), count)
+        self._neighbours[count] = jnp.asarray(table_VK)
+      params = {**params, "neighbours": self._neighbours[count]}
+    if mesh is None:
       return params
-    if count not in self._neighbours:
-      table_VK = neighbour_table(self._codes_VE(), count)
-      self._neighbours[count] = jnp.asarray(table_VK)
-    return {**params, "neighbours": self._neighbours[count]}
+    if (mesh, count) not in self._lent:
+      self._lent[mesh, count] = sharding.lend(params, mesh)
+    return self._lent[mesh, count]
 
   @functools.cached_property
   def _drawing(self) -> Params:
@@ -185,6 +213,14 @@ class Pipeline:
 
   @functools.cached_property
   def _neighbours(self) -> dict[int, jax.Array]:
+    return {}
+
+  @functools.cached_property
+  def _lent(self) -> dict[tuple[jax.sharding.Mesh, int], Params]:
+    return {}
+
+  @functools.cached_property
+  def _queries(self) -> dict[tuple[Any, int, int], int]:
     return {}
 
   def _codes_VE(self) -> np.ndarray:

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssd_jax import layout, likelihood
+from ssd_jax import layout, likelihood, sharding
 from ssd_jax.config import UserError
 from ssd_jax.decoding import engine
 from ssd_jax.images import Images, OnDemand
@@ -93,7 +93,7 @@ def key(weights: str, pipe: Any, decoder: Any, facts: dict[str, Any]) -> str:
     decoder: Its settings.
     facts: Seed, batch and resolved sampling.
   """
-  device = jax.devices()[0]
+  device, mesh = jax.devices()[0], sharding.current()
   config = dict(getattr(pipe.family, "config", {}))
   config.pop("sampling", None)  # resolved, it is among the facts
   return digest(dict(
@@ -101,7 +101,8 @@ def key(weights: str, pipe: Any, decoder: Any, facts: dict[str, Any]) -> str:
       weights=weights, family=pipe.family.name,
       config=str(sorted(config.items())), prompts=_prompt_files(pipe),
       grid=repr(pipe.model.grid), decoder=repr(decoder), jax=jax.__version__,
-      machine=platform.node(),
+      machine=platform.node(), devices=len(jax.devices()),
+      mesh=None if mesh is None else dict(mesh.shape),
       device=f"{device.platform} {device.device_kind}"))
 
 

@@ -100,7 +100,6 @@ class Stream:
                else iter(first))
     for text in order.prompts:
       prompt, said = self._pipe.family.encode_prompts([text], order.guided)
-      prompt = sharding.place_rows(prompt)
       self.notes += [note for note in said if note not in self.notes]
       for _ in range(order.num_images):
         yield int(next(indices)), text, prompt
@@ -116,7 +115,7 @@ class _Batch:
 
   def __init__(self, pipe: Any, order: Order, clock: Clock):
     self._pipe, self._order, self._clock = pipe, order, clock
-    self._params = pipe.params_for(order.decoder)
+    self._mesh: jax.sharding.Mesh | None = None
     self._key = jax.random.key(order.seed)
     self._who: list[tuple[int, str] | None] = [None] * order.batch
     self._passes_B = np.zeros(order.batch, np.int64)
@@ -130,26 +129,32 @@ class _Batch:
 
   def admit(self, place: int, index: int, text: str, prompt: Prompt) -> None:
     """Prefills a prompt into a place."""
-    sampling = self._order.sampling
-    loop = self._loop
+    order, loop = self._order, self._loop
     if loop is None:
-      loop = self._run(
-          refill.empty, prompt, sampling, batch=self._order.batch)
-    # The longest prompt so far says how many slots all have.
-    loop = refill.widen_batch(loop, prompt.tokens.shape[1])
-    prompt = refill.widen(prompt, loop.prompt.tokens.shape[1])
-    self._loop = self._run(
-        refill.admit, prompt, sampling, self._key, loop,
-        np.int32(index), np.int32(place))
+      rows = jax.tree.map(lambda x: jnp.repeat(x, order.batch, axis=0), prompt)
+      self._mesh = self._pipe.cores(
+          order.decoder, rows, order.sampling, order.batch)
+    with sharding.using(self._mesh):
+      prompt = sharding.place_rows(prompt)
+      if loop is None:
+        loop = self._run(
+            refill.empty, prompt, order.sampling, batch=order.batch)
+      # The longest prompt so far says how many slots all have.
+      loop = refill.widen_batch(loop, prompt.tokens.shape[1])
+      prompt = refill.widen(prompt, loop.prompt.tokens.shape[1])
+      self._loop = self._run(
+          refill.admit, prompt, order.sampling, self._key, loop,
+          np.int32(index), np.int32(place))
     self._who[place], self._passes_B[place] = (index, text), 1
 
   def start(self) -> bool:
     """Lets the device draw for a while; whether there is somebody to draw."""
     if not any(self._who):
       return False
-    self._loop, *self._found = self._run(
-        refill.advance, self._order.sampling, self._key, self._loop,
-        np.int32(_PASSES))
+    with sharding.using(self._mesh):
+      self._loop, *self._found = self._run(
+          refill.advance, self._order.sampling, self._key, self._loop,
+          np.int32(_PASSES))
     return True
 
   def finish(self) -> list[tuple[Callable[..., Picture], jax.Array]]:
@@ -177,7 +182,7 @@ class _Batch:
     return paint(self._pipe.vq_params, tokens)
 
   def _run(self, function, *args, **static):
-    args = (self._params, *args)
+    args = (self._pipe.params_for(self._order.decoder, self._mesh), *args)
     run = self._clock.compile(
         self._pipe.compiled, function, self._order.decoder, *args, **static)
     return run(*args)

@@ -15,6 +15,7 @@ from ssd_jax.data.features import Teacher
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.stair import Stair
+from ssd_jax.decoding.tree import Eagle
 from ssd_jax.grid import Grid
 from ssd_jax.models.drafter import DraftNet
 from ssd_jax.models.spatial_heads import HeadsConfig, HeadsOptions, SpatialHeads
@@ -53,13 +54,13 @@ def make_pipeline():
   return Pipeline(family, params, None, family.generator.model())
 
 
-def arguments(pipe, decoder):
-  """Of `engine.decode`, for four images."""
+def arguments(pipe, decoder, texts=("a", "b", "c", "d")):
+  """Of `engine.decode`, for an image of each text."""
   settings, guided = pipe.sampling()
-  prompt, _ = pipe.family.encode_prompts(["a", "b", "c", "d"], guided)
+  prompt, _ = pipe.family.encode_prompts(list(texts), guided)
   return (pipe.model, decoder, sharding.place(pipe.params),
           sharding.place_rows(prompt), settings, jax.random.key(3),
-          jnp.arange(4))
+          jnp.arange(len(texts)))
 
 
 def draw(pipe, decoder):
@@ -141,6 +142,34 @@ def places(state):
   return found
 
 
+def on_cores(pipe):
+  """What devices of a CPU do with one guided image that is drawn on none but
+  them: {decoder: [share of equal tokens, with a stream, devices]}, what a pass
+  of Stair sends, whether weights lie in one place.
+  """
+  shares, one = {}, sharding.make_mesh("data=1")
+  for decoder in (AR(), Stair(), Eagle(tree="2-1")):
+    with jax.set_mesh(one):
+      alone = pipe.generate(["a"], decoder, seed=4).tokens
+    together = pipe.generate(["a"], decoder, seed=4).tokens
+    stream, = pipe.stream(["a"], decoder, seed=4)
+    prompt, _ = pipe.family.encode_prompts(["a"], True)
+    mesh = pipe.cores(decoder, prompt, pipe.sampling()[0], 1)
+    shares[decoder.name] = [
+        float((together == alone).mean()),
+        float((stream.tokens == alone[0]).mean()), mesh and mesh.size]
+  mesh = sharding.make_mesh("data=2")
+  lent = sharding.lend(jnp.ones((64, 64)), mesh)
+  places = {x.data.unsafe_buffer_pointer() for x in lent.addressable_shards}
+  args = arguments(pipe, Stair(), ["a"])
+  with jax.set_mesh(mesh):
+    text = engine.decode.lower(
+        *args[:2], sharding.lend(args[2], mesh), sharding.place_rows(args[3]),
+        *args[4:]).compile().as_text()
+  sent = [(x.kind, x.count) for x in hlo.collectives(text, 2)]
+  return {"shares": shares, "sent": sent, "places": len(places)}
+
+
 def distance(one, other):
   gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, other)
   return max(jax.tree.leaves(gaps))
@@ -149,6 +178,7 @@ def distance(one, other):
 def main():
   pipe, found = make_pipeline(), {"tokens": {}, "steps": {}}
   found["sent"] = {mesh: sent(pipe, mesh) for mesh in APART}
+  found["cores"] = on_cores(testing.tiny(7, 4, 4, guidance=2.0, heads=(2, 1)))
   decoders = (AR(), Stair())
   kinds = ("heads", "drafter")
   alone = [draw(pipe, decoder) for decoder in decoders]

@@ -42,6 +42,22 @@ def test_a_pass_sends_what_it_must(found):
     assert within == ["all-reduce"] * 2 * programs
 
 
+def test_cores_share_the_streams_of_an_image(found):
+  """Unasked, two devices of a CPU draw what one draws, where a pass has enough
+  queries for two; they read the same weights."""
+  shares = found["cores"]["shares"]
+  assert shares["ar"] == [1.0, 1.0, None]
+  assert shares["stair"] == shares["eagle"] == [1.0, 1.0, 2]
+  assert found["cores"]["places"] == 1
+
+
+def test_streams_apart_send_their_logits_alone(found):
+  """One gathering of logits in the prefill, one in a pass, one where heads
+  draft: what the streams share is computed by both."""
+  kinds = {kind for kind, _ in found["cores"]["sent"]}
+  assert kinds == {"all-gather"}
+
+
 def test_a_training_step_is_that_of_one_device(found):
   """Two steps of Muon and AdamW on every mesh, and in accumulated parts; two
   of heads and of a drafter."""

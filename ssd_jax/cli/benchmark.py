@@ -306,4 +306,4 @@ def _refuse_flags(mode: str, *used: str) -> None:
 def main() -> None:
   """Console entry point."""
   cli.define_config()
-  cli.main(body)
+  cli.main(body, draws=True)

@@ -236,4 +236,4 @@ def _report(
 def main() -> None:
   """Console entry point."""
   cli.define_config()
-  cli.main(body)
+  cli.main(body, draws=True)

@@ -43,7 +43,7 @@ def define_config() -> None:
 
 def main(
     body: Callable[[], None], argv: list[str] | None = None,
-    runs_here: bool = True,
+    runs_here: bool = True, draws: bool = False,
 ) -> None:
   """Parses flags and runs `body`; a mistake ends in one line, status 2.
 
@@ -51,6 +51,7 @@ def main(
     body: Of the command.
     argv: Instead of the program's.
     runs_here: Whether --mesh is of this machine's devices.
+    draws: Whether two cores of a CPU may share what is drawn.
   """
   argv = sys.argv if argv is None else argv
   if {"-h", "-help", "--help", "--helpfull"} & set(argv[1:]):
@@ -64,7 +65,7 @@ def main(
   if len(rest) > 1:
     fail(f"got argument {rest[1]!r}, expected flags only; see --help")
   try:
-    with _devices() if runs_here else contextlib.nullcontext():
+    with _devices(draws) if runs_here else contextlib.nullcontext():
       body()
   except UserError as error:
     fail(str(error))
@@ -90,12 +91,14 @@ def _help(body: Callable[[], None]) -> str:
 
 
 @contextlib.contextmanager
-def _devices():
+def _devices(draws: bool):
   """The hosts joined and the mesh set, as the flags say."""
   is_job = hosts.join(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   is_alone = not is_job or jax.process_count() == 1
   if is_alone and not MESH.value:
+    if draws and not is_job:
+      _split_cpu(2)  # one for each guidance stream: see sharding.of_cores
     yield
     return
   if not is_job:

@@ -20,8 +20,8 @@ from ssd_jax.types import Params
 
 # Bytes of layers; what is smaller lies in the caches closest to a core.
 _LEAST = 4e6
-# Columns of a tile, and rows up to which tiles are faster (measured for 2 to 32
-# rows, 256 x 768 matrices, AVX-512).
+# Columns of a tile, and rows of a device up to which tiles are faster (measured
+# for 2 to 32 rows, 256 x 768 matrices, AVX-512).
 TILE, TILED_ROWS = 64, 16
 # Dimensions of each matrix that are summed over, the first ones.
 _SUMMED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1,
@@ -32,14 +32,15 @@ def for_drawing(params: Params) -> Params:
   """The parameters; of a larger trunk on a CPU in other forms.
 
   "trunk" has its layers apart, and "tiles" is the same trunk in tiles, for
-  passes of few rows. They stay as they are under a mesh, where there is no room
-  for copies, and where the trunk is no `Generator`'s: nobody else would find
-  the layers.
+  passes of few rows. They stay as they are where a mesh cuts them, where there
+  is no room for copies, and where the trunk is no `Generator`'s: nobody else
+  would find the layers.
   """
   trunk = params.get("trunk", {})
   if not (isinstance(trunk, dict) and "layers" in trunk):
     return params
-  is_cpu = jax.default_backend() == "cpu" and sharding.current() is None
+  is_cpu = (
+      jax.default_backend() == "cpu" and sharding.parameters_apart() == 1)
   size = sum(x.nbytes for x in jax.tree.leaves(trunk["layers"]))
   free = memory.free()
   room = math.inf if free is None else free

@@ -157,7 +157,8 @@ class Generator:
     return sharding.whole(rows.astype(self.dtype))
 
   def _apply(self, params: Params, x: jax.Array, *args, **kwargs):
-    is_few = math.prod(x.shape[:-1]) <= apart.TILED_ROWS
+    rows = math.prod(x.shape[:-1]) / sharding.rows_apart()
+    is_few = rows <= apart.TILED_ROWS
     is_tiled = is_few and "tiles" in params
     weights = params["tiles" if is_tiled else "trunk"]
     trunk = self.trunk.clone(
