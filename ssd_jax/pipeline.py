@@ -97,7 +97,7 @@ class Pipeline:
       padded = part + [part[-1]] * (batch - len(part))
       prompt, said = self.family.encode_prompts(padded, guided)
       if start == 0 and not on_pass:  # each device would call it
-        mesh = self.cores(decoder, prompt, settings, batch)
+        mesh = clock.compile(self.cores, decoder, prompt, settings, batch)
       listener = self._listener if on_pass else None
       with sharding.using(mesh):
         args = (self.params_for(decoder, mesh), sharding.place_rows(prompt),

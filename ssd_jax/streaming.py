@@ -132,8 +132,8 @@ class _Batch:
     order, loop = self._order, self._loop
     if loop is None:
       rows = jax.tree.map(lambda x: jnp.repeat(x, order.batch, axis=0), prompt)
-      self._mesh = self._pipe.cores(
-          order.decoder, rows, order.sampling, order.batch)
+      self._mesh = self._clock.compile(
+          self._pipe.cores, order.decoder, rows, order.sampling, order.batch)
     with sharding.using(self._mesh):
       prompt = sharding.place_rows(prompt)
       if loop is None:
