@@ -22,7 +22,8 @@ def tiny_is_large(monkeypatch):
 
 
 @pytest.mark.parametrize("guidance, decoder", [
-    (1.0, "sjd"), (3.0, "sjd"), (3.0, "eagle:tree=2-1")])
+    (1.0, "sjd"), (3.0, "sjd"), (3.0, "eagle:tree=2-1"),
+    (3.0, "ssd")])
 def test_layers_apart_draw_what_stacked_layers_draw(guidance, decoder):
   """Decoders see the same model in both forms of its parameters."""
   pipe = testing.tiny(7, 3, 3, guidance=guidance)
@@ -98,23 +99,45 @@ def test_small_trunks_and_those_without_room_stay_stacked(monkeypatch):
   assert for_drawing(params) is params
 
 
-def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
-  """The loop multiplies by weights where they lie; stacked ones it copies."""
-  monkeypatch.setattr(hlo, "MOVES", ("copy", "transpose", "dynamic-slice"))
+def _moves(monkeypatch, kinds, pipe, decoder, smallest, *forms):
+  """What is moved in the loop and has so many bytes, by each form."""
+  monkeypatch.setattr(hlo, "MOVES", kinds)
+  settings, guided = pipe.sampling()
+  prompt, _ = pipe.family.encode_prompts(["ab"], guided)
   jax.config.update("jax_disable_most_optimizations", False)
   try:
-    pipe = kit.tiny(3, 3, vocab=8)
-    settings, guided = pipe.sampling()
-    prompt, _ = pipe.family.encode_prompts(["ab"], guided)
-    tiled = for_drawing(pipe.params)
-    whole = {k: v for k, v in tiled.items() if k != "tiles"}
-    stacked = jax.tree.leaves(pipe.params["trunk"]["layers"]["mlp"])
-    smallest = min(x.nbytes // len(x) for x in stacked)
-    moved = [
+    return [
         hlo.moves_in_loops(engine.decode.lower(
-            pipe.model, by_name.parse("ar"), params, prompt, settings,
+            pipe.model, by_name.parse(decoder), params, prompt, settings,
             jax.random.key(0), jnp.arange(1)).compile().as_text(), smallest)
-        for params in (pipe.params, whole, tiled)]
+        for params in forms]
   finally:
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def _least_bytes(stack):
+  """Of one matrix of a stack."""
+  matrices = [x for x in jax.tree.leaves(stack) if x.ndim == 3]
+  return min(x.nbytes // len(x) for x in matrices)
+
+
+def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
+  """The loop multiplies by weights where they lie; stacked ones it copies."""
+  pipe = kit.tiny(3, 3, vocab=8)
+  params = pipe.params
+  tiled = for_drawing(params)
+  whole = {k: v for k, v in tiled.items() if k != "tiles"}
+  moved = _moves(
+      monkeypatch, ("copy", "transpose", "dynamic-slice"), pipe, "ar",
+      _least_bytes(params["trunk"]["layers"]["mlp"]), params, whole, tiled)
   assert moved[0] and not moved[1] and not moved[2]
+
+
+def test_no_head_is_moved_in_the_loop(monkeypatch, in_tiles):
+  """So do spatial heads, of which a pass asks one or all."""
+  pipe = testing.tiny(8, 3, 3, guidance=3.0)
+  params = pipe.params
+  moved = _moves(
+      monkeypatch, ("copy", "transpose", "slice"), pipe, "ssd",
+      _least_bytes(params["heads"]["vertical"]), params, for_drawing(params))
+  assert moved[0] and not moved[1]

@@ -130,17 +130,19 @@ class Predictors(nn.Module):
       w = self.param(name, init, (self.offsets, rows, cols))
       return w[wanted].astype(z.dtype)
 
+    into = functools.partial(jnp.einsum, "n...d,ndf->n...f")
     inner = 2 * self.width
-    u = sharding.whole(jnp.einsum(
-        "...z,nzd->n...d", sharding.whole(z),
-        weight("w0", z.shape[-1], self.width)))
+    z, w0 = sharding.whole(z), weight("w0", z.shape[-1], self.width)
+    # Before the product with a single head XLA would turn its weights around.
+    u = into(z[None], w0) if len(w0) == 1 else jnp.einsum(
+        "...z,nzd->n...d", z, w0)
+    u = sharding.whole(u)
     scale = self.param(
         "scale", nn.initializers.ones, (self.offsets, self.width)
     )[wanted]
     v = u.astype(jnp.float32)
     v *= jax.lax.rsqrt(jnp.mean(v**2, -1, keepdims=True) + self.norm_eps)
     v *= scale.reshape(-1, *(1,) * (z.ndim - 1), self.width)
-    into = functools.partial(jnp.einsum, "n...d,ndf->n...f")
     v = v.astype(z.dtype)
     gate = nn.silu(into(v, weight("w1", self.width, inner)))
     up = into(v, weight("w3", self.width, inner))
@@ -165,7 +167,8 @@ class SpatialHeads:
     z = jnp.zeros((1, parts * self.cfg.d_model))
     keys = dict(zip(DIRECTIONS, jax.random.split(key), strict=True))
     return {
-        name: jax.jit(self._module(name).init)(keys[name], z)["params"]
+        name: jax.jit(self._module(self.cfg.count(name)).init)(
+            keys[name], z)["params"]
         for name in DIRECTIONS if self.cfg.count(name)
     }
 
@@ -176,7 +179,7 @@ class SpatialHeads:
     """[n, ..., D]: what all heads of a direction, or one, predict.
 
     Args:
-      params: Of trunk and heads.
+      params: Of trunk and heads; these stacked, or apart (models/apart.py).
       direction: "horizontal" or "vertical".
       hidden: [..., D], the state that predicted `tokens`, before the norm.
       tokens: int32 [...], drawn there.
@@ -187,11 +190,14 @@ class SpatialHeads:
       parts.append(self._normalized(params, hidden))
     if "e" in choice.inputs:
       parts.append(self.generator.embed(params, tokens).astype(hidden.dtype))
-    apply: Any = self._module(direction).apply
-    return apply(
-        {"params": int8.dequantize(params["heads"][direction])},
-        jnp.concatenate(parts, -1), offset,
-    )
+    z = jnp.concatenate(parts, -1)
+    apply = lambda count, weights, *which: self._module(count).apply(
+        {"params": int8.dequantize(weights)}, z, *which)
+    weights = params["heads"][direction]
+    if isinstance(weights, dict):
+      return apply(self.cfg.count(direction), weights, offset)
+    wanted = weights if offset is None else [weights[offset - 1]]
+    return jnp.concatenate([apply(1, each) for each in wanted])
 
   def goal(
       self, params: Params, hidden: jax.Array, tokens: jax.Array
@@ -226,11 +232,9 @@ class SpatialHeads:
     return dataclasses.replace(
         self.generator.model(), draft=self.draft, heads=(horizontal, vertical))
 
-  def _module(self, direction: str) -> Predictors:
+  def _module(self, offsets: int) -> Any:
     return Predictors(
-        self.cfg.count(direction), self.cfg.d_model,
-        self.generator.cfg.norm_eps,
-    )
+        offsets, self.cfg.d_model, self.generator.cfg.norm_eps)
 
   def _normalized(self, params: Params, hidden: jax.Array) -> jax.Array:
     if self.cfg.options.target == "post":
