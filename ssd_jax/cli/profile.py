@@ -8,12 +8,13 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import pathlib
 from typing import Unpack
 
 import jax
 
-from ssd_jax import checkpoints, layout, profiling, roofline
+from ssd_jax import checkpoints, layout, profiling, sharding
 from ssd_jax.extras import need
 from ssd_jax.pipeline import Pipeline
 from ssd_jax.profiling import PARTS, Host, Profiler, Row
@@ -26,13 +27,15 @@ A pass feeds Q slots of each image. *trunk* (*attention*, its products with \
 the cache, is within it), *head*, *sampling* (target distribution, noise and \
 draw), *acceptance* (the test of drafts and the residual) and *drafting* (one \
 cell for each query by a spatial head; not part of the pass measured here) are \
-the engine's functions timed by themselves, the call's own {dispatch:.0f} us \
-taken off. *pass*: of the loop, drawing whole images with sjd:window=Q; \
-*loop*: what it has beyond its parts. *least*: the larger of {bytes:.1f} MB \
-(weights, keys and values, each once) at the measured {bandwidth:.1f} GB/s and \
-of the pass's operations at the measured {flops:.0f} GFLOP/s. Each time is the \
-best of several. On a CPU arrays that fit its caches are read faster than \
-memory; bandwidth is that of as many bytes as a pass reads.
+the engine's functions timed by themselves, the call's own time taken off. \
+*pass*: of the loop, drawing whole images with sjd:window=Q; *loop*: what it has \
+beyond its parts. *least*: the larger of the bytes that must move (keys and \
+values once, weights once by each device) at the measured bandwidth and of the \
+pass's operations at the measured rate. Each time is the best of several. On a \
+CPU arrays that fit its caches are read faster than memory; bandwidth is that of \
+as many bytes as a pass reads.
+
+{machines}
 
 The host, for {images} image(s) of {passes} passes in {whole:.0f} ms: prompt \
 {prompt:.1f} ms, drawing {drawing:.0f} ms, pixels {pixels:.0f} ms, all else \
@@ -45,20 +48,23 @@ def profile(
     queries: Sequence[int] = profiling.QUERIES, **sampling: Unpack[Overrides],
 ) -> None:
   """Measures passes of a model and writes what was found."""
-  profiler = Profiler(pipe, text, batch, **sampling)
-  most = pipe.model.grid.length
+  _, guided = pipe.sampling(**sampling)
+  most, streams = pipe.model.grid.length, 1 + guided
+  on = functools.cache(
+      lambda mesh: Profiler(pipe, text, batch, mesh, **sampling))
+  profiler_of = lambda count: on(sharding.of_cores(batch * streams, count))
   queries = sorted({min(count, most) for count in queries})
-  machine = roofline.measure_machine(
-      profiler.counts[0], pipe.family.generator.dtype)
-  rows = [profiler.row(count, machine) for count in Bar(
-      queries, unit="row")]
+  rows = [profiler_of(count).row(count) for count in Bar(queries, unit="row")]
+  machines = {x.devices: x.machine for x in map(profiler_of, queries)}
+  profiler = profiler_of(queries[-1])
   host = profiler.host(queries[-1])
   profiler.trace(out / "trace", queries[-1])
-  text = table(rows) + _words(rows, machine, host, batch)
+  text = table(rows) + _words(rows, machines, host, batch)
   checkpoints.write_text(out / "profile.md", text)
   checkpoints.write_json(out / "profile.json", dict(
       device=f"{jax.devices()[0].platform} {jax.devices()[0].device_kind}",
-      batch=batch, machine=dataclasses.asdict(machine),
+      batch=batch, machines={
+          str(count): dataclasses.asdict(x) for count, x in machines.items()},
       host=dataclasses.asdict(host),
       rows=[dict(dataclasses.asdict(row), rest=row.rest) for row in rows]))
   plot(rows, out / "profile.png")
@@ -68,13 +74,13 @@ def profile(
 
 def table(rows: Sequence[Row]) -> str:
   """Markdown, milliseconds."""
-  heads = ["queries", "trunk", "attention", *PARTS[1:], "pass", "loop", "least",
+  heads = ["queries", "devices", "trunk", "attention", *PARTS[1:], "pass", "loop", "least",
            "pass / least", "pass / first"]
   lines = [heads, ["---:"] * len(heads)]
   for row in rows:
     ms = lambda x: "-" if x is None else f"{x * 1e3:.2f}"
     lines.append([
-        str(row.queries), ms(row.parts["trunk"]), ms(row.attention),
+        str(row.queries), str(row.devices), ms(row.parts["trunk"]), ms(row.attention),
         *[ms(row.parts[name]) for name in PARTS[1:]], ms(row.whole),
         ms(row.rest), ms(row.least), f"{row.whole / row.least:.2f}",
         f"{row.whole / rows[0].whole:.2f}"])
@@ -82,15 +88,18 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _words(
-    rows: Sequence[Row], machine: Machine, host: Host, batch: int
+    rows: Sequence[Row], machines: dict[int, Machine], host: Host, batch: int
 ) -> str:
   ms = {name: getattr(host, name) * 1e3
         for name in ("prompt", "drawing", "pixels", "rest")}
+  least = {row.devices: row.bytes for row in rows}
+  told = [
+      f"{count} device{'s' * (count > 1)}: {least[count] / 1e6:.1f} MB a pass at "
+      f"{x.bandwidth / 1e9:.1f} GB/s; {x.flops / 1e9:.0f} GFLOP/s; a call "
+      f"{x.dispatch * 1e6:.0f} us.  \n" for count, x in machines.items()]
   return _WORDS.format(
-      dispatch=machine.dispatch * 1e6, bytes=rows[0].bytes / 1e6,
-      bandwidth=machine.bandwidth / 1e9, flops=machine.flops / 1e9,
-      images=batch, passes=host.passes, whole=sum(ms.values()), **ms,
-      each=ms["rest"] / host.passes)
+      machines="".join(told), images=batch, passes=host.passes,
+      whole=sum(ms.values()), **ms, each=ms["rest"] / host.passes)
 
 
 def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
