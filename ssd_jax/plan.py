@@ -34,7 +34,7 @@ from ssd_jax.sampling import Sampling, target
 from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
 
 QUERIES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
-_TEXT = "a watercolour of a lighthouse on a cliff at sunset, gulls in the wind"
+TEXT = "a watercolour of a lighthouse on a cliff at sunset, gulls in the wind"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class Network:
     """The shapes of prompts of a sentence."""
     trunk = self.generator.cfg
     if not trunk.caption_dim:
-      text = "0" if self.family.config.get("classes") else _TEXT
+      text = "0" if self.family.config.get("classes") else TEXT
       return self.family.encode_prompts([text] * batch, guided)[0]
     rows, slots = batch * (1 + guided), trunk.caption_slots
     return jax.eval_shape(lambda: Prompt(

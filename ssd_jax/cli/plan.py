@@ -1,9 +1,13 @@
 """Body of infer.plan: what drawing or training costs, before any of it runs.
 
 Compiles for the devices of --topology, which need not be there, from shapes
-alone. Figures are totals over all devices unless they say "per device".
+alone. Figures are totals over all devices unless they say "per device". With
+--measure the devices are those at hand and what they do is measured, by drawing.
 """
 
+from collections.abc import Sequence
+import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -11,13 +15,26 @@ import sys
 from absl import flags
 import jax
 import jax.numpy as jnp
+import ml_collections
 
-from ssd_jax import chips, plan as planning, schedules, sharding
+from ssd_jax import (
+    chips,
+    loading,
+    plan as planning,
+    quality,
+    schedules,
+    sharding,
+    trials,
+)
 from ssd_jax.cli import run as cli
 from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name
 from ssd_jax.extras import need
+from ssd_jax.progress import Bar
 from ssd_jax.training import plan as training_plan
+
+# That each decoder draws with --measure, and calls that are timed, at least.
+_PROMPTS, _CALLS = 8, 3
 
 
 def define_flags() -> None:
@@ -32,6 +49,11 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       "passes", None, "Of an image, measured, for a decoder whose count "
       "depends on the image.")
+  flags.DEFINE_bool(
+      "measure", False, "Instead draw with settings of decoders that may suit "
+      "the devices at hand, and say how long each takes. With the embedded "
+      "model, --config.checkpoint, or random weights: these draft nothing that "
+      "is accepted, so only decoders with a fixed number of passes are tried.")
   flags.DEFINE_string("plot", "", "PNG of the time per pass over its queries.")
   flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
@@ -44,6 +66,9 @@ def body() -> None:
     value = getattr(args, name)
     check(value is None or value >= 1, name, value, ">= 1")
   _check_mode(args)
+  if args.measure:
+    measure(args.config, args.batch or 1, args.json)
+    return
   devices = chips.devices_of(args.topology)
   text = cli.MESH.value or f"tensor={_fitting(len(devices))}"
   mesh = sharding.make_mesh(text, devices)
@@ -66,11 +91,14 @@ def body() -> None:
 
 
 def _check_mode(args: flags.FlagValues) -> None:
-  """Raises UserError for what --train does not read and plots without place."""
-  for name in ("decoder", "passes", "plot"):
-    if args.train and args[name].present:
-      raise UserError(f"got --{name} with --train, which does not read it, "
-                      "expected only --batch; leave it out")
+  """Raises UserError for what a mode does not read and plots without place."""
+  modes = {"train": ("decoder", "passes", "plot"),
+           "measure": ("decoder", "passes", "plot", "topology", "train")}
+  for mode, unread in modes.items():
+    for name in unread:
+      if args[mode].value and args[name].present:
+        raise UserError(f"got --{name} with --{mode}, which does not read it, "
+                        "expected only --batch; leave it out")
   if args.plot and pathlib.Path(args.plot).is_dir():
     raise UserError(f"got --plot {args.plot}, which is a folder, expected a "
                     "file; add a name that ends in .png")
@@ -83,6 +111,44 @@ def _fitting(devices: int) -> int:
   config = flags.FLAGS.config
   heads = config.trunk.n_kv_heads
   return max(n for n in range(1, devices + 1) if heads % n == 0)
+
+
+def measure(
+    config: ml_collections.ConfigDict, batch: int, as_json: bool
+) -> None:
+  """Draws with each candidate on the devices at hand, and reports."""
+  with cli.devices(draws=True):
+    checkpoint = config.get("checkpoint", "")
+    is_trained = config.family == "emoji" or bool(checkpoint)
+    if is_trained:
+      pipe = loading.load(checkpoint or "emoji", choices={
+          "sampling": config.sampling.to_dict()})
+    else:
+      pipe = loading.from_config(config)
+    batch = sharding.even_batch(batch, 1 + pipe.sampling()[1])
+    captions = (quality.emoji_captions("train") if config.family == "emoji"
+                else [planning.TEXT])
+    names = trials.candidates(pipe.model, is_trained)
+    count = batch * max(_CALLS, -(-_PROMPTS // batch))
+    texts = list(itertools.islice(itertools.cycle(captions), count))
+    with Bar(total=len(names), desc="compiling", unit="decoder") as bar:
+      found = trials.run(pipe, names, texts, batch, lambda _: bar.update(1))
+  print(trials_table(found))
+  lossless = next(x for x in found if x.lossless)
+  print(f"fastest lossless: {lossless.decoder}, {lossless.ratio:.2f} times as "
+        "fast as ar. What the others lose: python -m infer.benchmark "
+        f"--decoders {','.join(x.decoder for x in found)}")
+  if as_json:
+    print(json.dumps([dataclasses.asdict(x) for x in found]))
+
+
+def trials_table(found: Sequence[trials.Trial]) -> str:
+  """Markdown."""
+  lines = ["| decoder | lossless | queries | passes | s/image | over ar |",
+           "| --- | --- | ---: | ---: | ---: | ---: |"]
+  return "\n".join(lines + [
+      f"| {x.decoder} | {'yes' if x.lossless else 'no'} | {x.queries} "
+      f"| {x.passes:.1f} | {x.seconds:.3f} | {x.ratio:.2f} |" for x in found])
 
 
 def draw_report(

@@ -65,7 +65,7 @@ def main(
   if len(rest) > 1:
     fail(f"got argument {rest[1]!r}, expected flags only; see --help")
   try:
-    with _devices(draws) if runs_here else contextlib.nullcontext():
+    with devices(draws) if runs_here else contextlib.nullcontext():
       body()
   except UserError as error:
     fail(str(error))
@@ -91,8 +91,12 @@ def _help(body: Callable[[], None]) -> str:
 
 
 @contextlib.contextmanager
-def _devices(draws: bool):
-  """The hosts joined and the mesh set, as the flags say."""
+def devices(draws: bool):
+  """The hosts joined and the mesh set, as the flags say.
+
+  Args:
+    draws: As of `main`.
+  """
   is_job = hosts.join(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   is_alone = not is_job or jax.process_count() == 1
