@@ -1,8 +1,8 @@
 """Which settings of decoders suit the devices at hand, found by drawing.
 
-How many queries a pass should feed, how many rows it should work on and how wide
-a window should be depends on what a pass of so many queries costs here, and on
-how many drafts a model accepts: both are measured.
+How many queries a pass should feed, on how many rows it should work and how
+wide a window should be depends on what a pass of so many queries costs here and
+on how many drafts the model accepts. Drawing measures both.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,7 +76,8 @@ def run(
   for name in names:
     pipe.generate(texts[:batch], name, batch=batch)
     on_ready(name)
-  seconds, passes = ({name: [] for name in names} for _ in range(2))
+  seconds: dict[str, list[float]] = {name: [] for name in names}
+  passes: dict[str, list[int]] = {name: [] for name in names}
   for start in range(0, len(texts), batch):
     for name in names:
       out = pipe.generate(

@@ -25,7 +25,8 @@ TRAINING = ("tokenizer", "ar", "mtp", "drafter")
 OWN = {
     "evidence": ("num_prompts",), "demo": ("port", "host", "bench"),
     "convert": ("source", "out", "vq", "text_encoder", "tokenizer", "dtype"),
-    "plan": ("topology", "decoder", "batch", "train", "passes", "plot", "json"),
+    "plan": ("topology", "decoder", "batch", "train", "passes", "measure",
+             "plot", "json"),
     "compare": ("size", "layers", "width", "vocab", "dtype", "tokens",
                 "prompt_tokens", "rounds", "loops"),
 }
@@ -123,6 +124,11 @@ PLAN = {
     "passes below one": ["--passes", "0"],
     "a batch below zero to train on": ["--train", "--batch", "-1"],
     "a decoder to train": ["--train", "--decoder", "ar"],
+    "a decoder to measure": ["--measure", "--decoder", "ar"],
+    "devices to measure that are not here": [
+        "--measure", "--topology", "v5e:1x1"],
+    "another embedded model to measure": [
+        "--measure", "--config.trunk.n_layers=2"],
     "a plot that is a folder": ["--plot", "{dir}/empty"],
     "a plot below a file": ["--plot", "{dir}/words.txt/plot.png"],
 }

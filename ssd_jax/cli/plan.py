@@ -2,7 +2,7 @@
 
 Compiles for the devices of --topology, which need not be there, from shapes
 alone. Figures are totals over all devices unless they say "per device". With
---measure the devices are those at hand and what they do is measured, by drawing.
+--measure the devices are those at hand, and what they do is seen by drawing.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ from ssd_jax.cli import run as cli
 from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name
 from ssd_jax.extras import need
+from ssd_jax.pipeline import Pipeline
 from ssd_jax.progress import Bar
 from ssd_jax.training import plan as training_plan
 
@@ -67,7 +68,7 @@ def body() -> None:
     check(value is None or value >= 1, name, value, ">= 1")
   _check_mode(args)
   if args.measure:
-    measure(args.config, args.batch or 1, args.json)
+    _measure(args.config, args.batch or 1, args.json)
     return
   devices = chips.devices_of(args.topology)
   text = cli.MESH.value or f"tensor={_fitting(len(devices))}"
@@ -113,26 +114,37 @@ def _fitting(devices: int) -> int:
   return max(n for n in range(1, devices + 1) if heads % n == 0)
 
 
-def measure(
-    config: ml_collections.ConfigDict, batch: int, as_json: bool
-) -> None:
-  """Draws with each candidate on the devices at hand, and reports."""
+def _measure(config: ml_collections.ConfigDict, batch: int, as_json: bool):
+  """Measures the config's model on the devices of the flags."""
+  checkpoint = config.get("checkpoint", "")
+  is_trained = config.family == "emoji" or bool(checkpoint)
   with cli.devices(draws=True):
-    checkpoint = config.get("checkpoint", "")
-    is_trained = config.family == "emoji" or bool(checkpoint)
     if is_trained:
+      cli.refuse_unused("checkpoint", "sampling")  # a made model has the rest
       pipe = loading.load(checkpoint or "emoji", choices={
           "sampling": config.sampling.to_dict()})
     else:
       pipe = loading.from_config(config)
-    batch = sharding.even_batch(batch, 1 + pipe.sampling()[1])
-    captions = (quality.emoji_captions("train") if config.family == "emoji"
-                else [planning.TEXT])
-    names = trials.candidates(pipe.model, is_trained)
-    count = batch * max(_CALLS, -(-_PROMPTS // batch))
-    texts = list(itertools.islice(itertools.cycle(captions), count))
-    with Bar(total=len(names), desc="compiling", unit="decoder") as bar:
-      found = trials.run(pipe, names, texts, batch, lambda _: bar.update(1))
+    measure(pipe, is_trained, batch, as_json)
+
+
+def measure(pipe: Pipeline, is_trained: bool, batch: int, as_json: bool):
+  """Draws with each candidate on the devices at hand, and reports.
+
+  Args:
+    pipe: The model.
+    is_trained: Whether its drafts say anything.
+    batch: Images drawn together.
+    as_json: Whether to end with a line of JSON.
+  """
+  batch = sharding.even_batch(batch, 1 + pipe.sampling()[1])
+  captions = (quality.emoji_captions("train") if pipe.family.name == "emoji"
+              else [planning.TEXT])
+  names = trials.candidates(pipe.model, is_trained)
+  count = batch * max(_CALLS, -(-_PROMPTS // batch))
+  texts = list(itertools.islice(itertools.cycle(captions), count))
+  with Bar(total=len(names), desc="compiling", unit="decoder") as bar:
+    found = trials.run(pipe, names, texts, batch, lambda _: bar.update(1))
   print(trials_table(found))
   lossless = next(x for x in found if x.lossless)
   print(f"fastest lossless: {lossless.decoder}, {lossless.ratio:.2f} times as "

@@ -27,13 +27,13 @@ A pass feeds Q slots of each image. *trunk* (*attention*, its products with \
 the cache, is within it), *head*, *sampling* (target distribution, noise and \
 draw), *acceptance* (the test of drafts and the residual) and *drafting* (one \
 cell for each query by a spatial head; not part of the pass measured here) are \
-the engine's functions timed by themselves, the call's own time taken off. \
-*pass*: of the loop, drawing whole images with sjd:window=Q; *loop*: what it has \
-beyond its parts. *least*: the larger of the bytes that must move (keys and \
-values once, weights once by each device) at the measured bandwidth and of the \
-pass's operations at the measured rate. Each time is the best of several. On a \
-CPU arrays that fit its caches are read faster than memory; bandwidth is that of \
-as many bytes as a pass reads.
+the engine's functions timed by themselves, several calls in one program. \
+*pass*: of the loop, drawing whole images with sjd:window=Q; *loop*: what it \
+has beyond its parts. *least*: the larger of the bytes that must move (keys \
+and values once, weights once by each device) at the measured bandwidth and of \
+the pass's operations at the measured rate. Each time is the best of several. \
+On a CPU arrays that fit its caches are read faster than memory; bandwidth is \
+that of as many bytes as a pass reads.
 
 {machines}
 
@@ -74,14 +74,15 @@ def profile(
 
 def table(rows: Sequence[Row]) -> str:
   """Markdown, milliseconds."""
-  heads = ["queries", "devices", "trunk", "attention", *PARTS[1:], "pass", "loop", "least",
-           "pass / least", "pass / first"]
+  heads = ["queries", "devices", "trunk", "attention", *PARTS[1:], "pass",
+           "loop", "least", "pass / least", "pass / first"]
   lines = [heads, ["---:"] * len(heads)]
   for row in rows:
     ms = lambda x: "-" if x is None else f"{x * 1e3:.2f}"
     lines.append([
-        str(row.queries), str(row.devices), ms(row.parts["trunk"]), ms(row.attention),
-        *[ms(row.parts[name]) for name in PARTS[1:]], ms(row.whole),
+        str(row.queries), str(row.devices), ms(row.parts["trunk"]),
+        ms(row.attention), *[ms(row.parts[name]) for name in PARTS[1:]],
+        ms(row.whole),
         ms(row.rest), ms(row.least), f"{row.whole / row.least:.2f}",
         f"{row.whole / rows[0].whole:.2f}"])
   return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -94,9 +95,9 @@ def _words(
         for name in ("prompt", "drawing", "pixels", "rest")}
   least = {row.devices: row.bytes for row in rows}
   told = [
-      f"{count} device{'s' * (count > 1)}: {least[count] / 1e6:.1f} MB a pass at "
-      f"{x.bandwidth / 1e9:.1f} GB/s; {x.flops / 1e9:.0f} GFLOP/s; a call "
-      f"{x.dispatch * 1e6:.0f} us.  \n" for count, x in machines.items()]
+      f"{count} device{'s' * (count > 1)}: {least[count] / 1e6:.1f} MB a pass "
+      f"at {x.bandwidth / 1e9:.1f} GB/s; {x.flops / 1e9:.0f} GFLOP/s.  \n"
+      for count, x in machines.items()]
   return _WORDS.format(
       machines="".join(told), images=batch, passes=host.passes,
       whole=sum(ms.values()), **ms, each=ms["rest"] / host.passes)

@@ -21,9 +21,9 @@ from ssd_jax.types import Params
 
 # Bytes of layers; what is smaller lies in the caches closest to a core.
 _LEAST = 4e6
-# Columns of a tile, and rows of a device up to which tiles are faster (whole
-# passes of the embedded model, AVX-512: at 16, 20, 32 and 48 rows a pass without
-# them took 1.22, 1.20, 1.09 and 1.01 times as long).
+# Columns of a tile, and rows of a device up to which tiles are faster: whole
+# passes of the embedded model (AVX-512) took 1.22, 1.20, 1.09 and 1.01 times as
+# long without them at 16, 20, 32 and 48 rows.
 TILE, TILED_ROWS = 64, 32
 # Dimensions of each matrix that are summed over, the first ones.
 _SUMMED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1,
@@ -50,9 +50,11 @@ def for_drawing(params: Params) -> Params:
     return params
   trunk = apart(trunk)
   tiles = _tiled(trunk) if 3 * size <= room else {}
-  heads = {name: _heads_apart(stack)
-           for name, stack in params.get("heads", {}).items()}
-  return params | {"trunk": trunk, **tiles} | ({"heads": heads} if heads else {})
+  found = {**params, "trunk": trunk, **tiles}
+  if "heads" in params:
+    found["heads"] = {
+        name: _heads_apart(stack) for name, stack in params["heads"].items()}
+  return found
 
 
 def apart(trunk: Params) -> Params:
