@@ -207,9 +207,18 @@ class Pipeline:
       self._lent[mesh, count] = sharding.lend(params, mesh)
     return self._lent[mesh, count]
 
-  @functools.cached_property
+  @property
   def _drawing(self) -> Params:
-    return for_drawing(self.params)
+    """In the form for devices that share the weights, or for those that do not.
+    """
+    is_cut = sharding.parameters_apart() > 1
+    if is_cut not in self._forms:
+      self._forms[is_cut] = for_drawing(self.params)
+    return self._forms[is_cut]
+
+  @functools.cached_property
+  def _forms(self) -> dict[bool, Params]:
+    return {}
 
   @functools.cached_property
   def _neighbours(self) -> dict[int, jax.Array]:

@@ -34,7 +34,7 @@ from ssd_jax.sampling import Sampling, target
 from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
 
 QUERIES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
-TEXT = "a watercolour of a lighthouse on a cliff at sunset, gulls in the wind"
+_TEXT = "a watercolour of a lighthouse on a cliff at sunset, gulls in the wind"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,8 +75,8 @@ class Network:
     """The shapes of prompts of a sentence."""
     trunk = self.generator.cfg
     if not trunk.caption_dim:
-      text = "0" if self.family.config.get("classes") else TEXT
-      return self.family.encode_prompts([text] * batch, guided)[0]
+      texts = [text_for(self.family)] * batch
+      return self.family.encode_prompts(texts, guided)[0]
     rows, slots = batch * (1 + guided), trunk.caption_slots
     return jax.eval_shape(lambda: Prompt(
         jnp.zeros((rows, slots), np.int32), jnp.zeros((rows, slots), bool),
@@ -241,6 +241,11 @@ class Plan:
     trunk = {k: v for k, v in self.params["trunk"].items()
              if k != "embedding" and not k.startswith("caption")}
     return count(trunk)
+
+
+def text_for(family: Any) -> str:
+  """A prompt that the family can draw."""
+  return "0" if family.config.get("classes") else _TEXT
 
 
 def abstract(tree: Any, places: Any) -> Any:

@@ -290,10 +290,11 @@ class Profiler:
     model = self.pipe.model
     if not any(model.heads):
       return None
+    direction = "vertical" if model.heads[1] else "horizontal"
     tokens = jnp.zeros((self._streams, self.batch, count), jnp.int32)
 
     def draft(_, params, hidden, tokens, key, slots):
-      logits = model.draft(params, "vertical", 1, hidden, tokens)
+      logits = model.draft(params, direction, 1, hidden, tokens)
       return self._sample(logits, key, slots), None
 
     return draft, (

@@ -130,10 +130,9 @@ def of_cores(rows: int, queries: int) -> Mesh | None:
   is_free = current() is None and jax.process_count() == 1
   if jax.default_backend() != "cpu" or not is_free:
     return None
-  parts = math.gcd(rows, len(jax.devices()))
-  if parts == 1 or rows * queries < 4 * parts:
-    return None
-  return make_mesh(f"data={parts}")
+  parts = max((n for n in range(2, len(jax.devices()) + 1)
+               if rows % n == 0 and rows * queries >= 4 * n), default=1)
+  return None if parts == 1 else make_mesh(f"data={parts}")
 
 
 def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

@@ -49,7 +49,9 @@ def candidates(model: Model, is_trained: bool = True) -> list[str]:
   grid, heads = model.grid, all(model.heads)
   windows = [w for w in _WINDOWS if w < grid.cols]
   names = ["ar", *(f"zipar:window={w}" for w in windows)]
-  names += [f"ssd:rounds={r}" for r in _ROUNDS if heads]
+  if heads:
+    names += [f"ssd:rounds={r}{rest}" for r in _ROUNDS
+              for rest in ("", "+schedule=pipelined+lag=1")]
   if not is_trained:
     return names
   for queries in (q for q in _QUERIES if q < grid.length):

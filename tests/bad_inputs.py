@@ -104,6 +104,7 @@ BENCHMARK = {
     "too few pictures for the export": ["--export", "dpg"],
     "too few draws": ["--exactness", "--draws", "10"],
     "a checkpoint for --exactness": ["--exactness", "--checkpoint", "{dir}/no"],
+    "no pictures to profile": ["--profile", "--batch", "0"],
     "decoders for --profile": ["--profile", "--decoders", "ar"],
     "a file of decoders without any": ["--decoder_file", "{dir}/nothing.py"],
 }

@@ -93,6 +93,10 @@ def test_small_trunks_and_those_without_room_stay_stacked(monkeypatch):
   params = kit.tiny().params
   monkeypatch.setattr(memory, "free", lambda: 0)
   assert for_drawing(params) is params
+  layers = sum(x.nbytes for x in jax.tree.leaves(params["trunk"]["layers"]))
+  with_heads = testing.tiny().params  # which take more than these layers
+  monkeypatch.setattr(memory, "free", lambda: 2 * layers)
+  assert for_drawing(with_heads) is with_heads
   monkeypatch.setattr(memory, "free", lambda: None)  # nobody tells
   assert "layers_0" in for_drawing(params)["trunk"]
   monkeypatch.setattr(apart_lib, "_LEAST", 1e8)

@@ -334,7 +334,7 @@ def call(capsys, *args):
 def on_tiny(monkeypatch):
   """The command draws with the tiny pipeline and keeps no programs."""
   monkeypatch.setattr(common, "load_pipeline", tiny)
-  monkeypatch.setattr(common, "use_compilation_cache", lambda: None)
+  monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
   monkeypatch.setattr(features, "available", lambda: False)
 
 

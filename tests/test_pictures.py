@@ -177,7 +177,7 @@ def test_generate_writes_traces_and_a_race(monkeypatch, capsys, tmp_path):
   """--trace adds animations, heat maps and AR beside the decoder."""
   pipe = testing.tiny(vocab=5, rows=3, cols=4, heads=(0, 0))
   monkeypatch.setattr(common, "load_pipeline", lambda: pipe)
-  monkeypatch.setattr(common, "use_compilation_cache", lambda: None)
+  monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
   if "config" not in flags.FLAGS:
     cli.define_config()
   flags.FLAGS.unparse_flags()

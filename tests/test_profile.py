@@ -32,6 +32,14 @@ def test_everything_is_written(pipe, tmp_path, capsys):
   assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
+def test_models_without_heads_below_draft_to_the_right():
+  """Drafting is timed by whichever heads there are, or not at all."""
+  times = [
+      profiling.Profiler(testing.tiny(heads=heads), "ab", 1).row(2)
+      .parts["drafting"] for heads in ((2, 0), (0, 0))]
+  assert times[0] > 0 and times[1] is None
+
+
 def test_bytes_of_a_pass_are_weights_and_cache_once(pipe):
   """Counted by hand: all of the trunk but the input table, keys and values."""
   moved, weights = profiling.Profiler(pipe, "ab", 2).counts

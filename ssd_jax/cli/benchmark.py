@@ -82,7 +82,7 @@ _REFUTED = 1  # exit status
 
 def body() -> None:
   """Compares the decoders of the flags."""
-  common.use_compilation_cache()
+  cli.use_compilation_cache()
   if _EXACTNESS.value:
     _exactness()
     return
@@ -250,15 +250,15 @@ def _profile() -> None:
   """Measures passes of the flags' model."""
   _refuse_flags(
       "profile", "batch", "checkpoint", "drafter", "guidance", "heads", "int8",
-      "num_prompts", "out", "prompts_file", "random_weights", "split",
-      "temperature", "top_k", "top_p")
+      "out", "prompts_file", "random_weights", "split", "temperature", "top_k",
+      "top_p")
+  batch = 1 if common.BATCH.value is None else common.BATCH.value
+  check(batch >= 1, "batch", batch, ">= 1")
   need("matplotlib.figure", "bench")
   text = _items()[0].prompt
   out = common.writable_folder(common.OUT.value or "bench")
   profile.profile(
-      common.load_pipeline(), text,
-      1 if common.BATCH.value is None else common.BATCH.value, out,
-      **common.sampling())
+      common.load_pipeline(), text, batch, out, **common.sampling())
 
 
 def _exactness() -> None:

@@ -2,14 +2,11 @@
 
 import os
 import pathlib
-from typing import Any
 
 from absl import flags
-import jax
-from ml_collections import config_flags
 
 from ssd_jax import loading
-from ssd_jax.cli import run as cli
+from ssd_jax.cli import chosen, run as cli
 from ssd_jax.config import UserError
 from ssd_jax.pipeline import Pipeline
 from ssd_jax.sampling import Overrides
@@ -63,25 +60,10 @@ def load_pipeline() -> Pipeline:
       "checkpoint", "sampling", *loading.CHOICES.get(config.family, ()))
   pipe = loading.load(
       checkpoint or "emoji", random_weights=_RANDOM_WEIGHTS.value,
-      choices=_choices(config), heads=heads, drafter=drafter,
+      choices=chosen.choices(config), heads=heads, drafter=drafter,
       int8=_INT8.value)
-  if flags.FLAGS["config"].present and config.family != pipe.family.name:
-    raise UserError(
-        f"got --config of family {config.family!r} and a model of "
-        f"{pipe.family.name!r}, expected one family; set --checkpoint to a "
-        "model of it"
-    )
+  chosen.check_family(pipe, config)
   return pipe
-
-
-def _choices(config) -> dict[str, Any]:
-  """What the command line says of settings: a file's, and overrides."""
-  flag = flags.FLAGS["config"]
-  chosen = {"sampling": config.sampling.to_dict()} if flag.present else {}
-  if flag.present and ":" in config_flags.get_config_filename(flag):
-    open_ = loading.CHOICES.get(config.family, ())
-    chosen |= {key: config[key] for key in open_}
-  return chosen | config_flags.get_override_values(flag)
 
 
 def sampling() -> Overrides:
@@ -112,11 +94,3 @@ def writable_folder(path: str) -> pathlib.Path:
         "permissions or choose another"
     )
   return folder
-
-
-def use_compilation_cache() -> None:
-  """Keeps compiled programs in the user's cache folder between runs."""
-  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  folder = pathlib.Path(root) / "ssd_jax" / "xla"
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

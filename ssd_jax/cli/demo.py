@@ -32,7 +32,7 @@ def body() -> None:
   batch = _BATCH if common.BATCH.value is None else common.BATCH.value
   check(batch >= 1, "batch", batch, ">= 1")
   listener = _listen(values.host, values.port)
-  common.use_compilation_cache()
+  cli.use_compilation_cache()
   studio = Studio(common.load_pipeline(), batch)
   hosts = list(_LOCAL) if values.host in _LOCAL else ["*"]
   app = server.make_app(studio, hosts, values.bench)

@@ -28,7 +28,7 @@ def body() -> None:
   number = flags.FLAGS.num_prompts
   check(number >= 1, "num_prompts", number, ">= 1")
   matplotlib = need("matplotlib.figure", "bench")
-  common.use_compilation_cache()
+  cli.use_compilation_cache()
   prompts = _prompts()[:number]
   out = common.writable_folder(common.OUT.value or "evidence")
   pipe = common.load_pipeline()

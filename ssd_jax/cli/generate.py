@@ -42,7 +42,7 @@ def body() -> None:
   check(not _TRACE.value or jax.process_count() == 1, "trace", True,
         "a single host")
   out = common.writable_folder(common.OUT.value or "out")
-  common.use_compilation_cache()
+  cli.use_compilation_cache()
   pipe = common.load_pipeline()
   album = Album(out, _settings(pipe))
   times, notes, output = _draw(pipe, prompts, decoder, album)

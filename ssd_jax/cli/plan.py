@@ -16,6 +16,7 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 import ml_collections
+from ml_collections import config_flags
 
 from ssd_jax import (
     chips,
@@ -26,7 +27,7 @@ from ssd_jax import (
     sharding,
     trials,
 )
-from ssd_jax.cli import run as cli
+from ssd_jax.cli import chosen, run as cli
 from ssd_jax.config import UserError, check
 from ssd_jax.decoding import by_name
 from ssd_jax.extras import need
@@ -53,8 +54,9 @@ def define_flags() -> None:
   flags.DEFINE_bool(
       "measure", False, "Instead draw with settings of decoders that may suit "
       "the devices at hand, and say how long each takes. With the embedded "
-      "model, --config.checkpoint, or random weights: these draft nothing that "
-      "is accepted, so only decoders with a fixed number of passes are tried.")
+      "model, --config.checkpoint or, of a published family without it, "
+      "random weights: these draft nothing that is accepted, so only decoders "
+      "with a fixed number of passes are tried.")
   flags.DEFINE_string("plot", "", "PNG of the time per pass over its queries.")
   flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
@@ -99,7 +101,8 @@ def _check_mode(args: flags.FlagValues) -> None:
     for name in unread:
       if args[mode].value and args[name].present:
         raise UserError(f"got --{name} with --{mode}, which does not read it, "
-                        "expected only --batch; leave it out")
+                        "expected only --batch, --config, --json and --mesh; "
+                        "leave it out")
   if args.plot and pathlib.Path(args.plot).is_dir():
     raise UserError(f"got --plot {args.plot}, which is a folder, expected a "
                     "file; add a name that ends in .png")
@@ -116,19 +119,31 @@ def _fitting(devices: int) -> int:
 
 def _measure(config: ml_collections.ConfigDict, batch: int, as_json: bool):
   """Measures the config's model on the devices of the flags."""
+  cli.use_compilation_cache()
+  flag = flags.FLAGS["config"]
+  told = "checkpoint" in config_flags.get_override_values(flag)
   checkpoint = config.get("checkpoint", "")
-  is_trained = config.family == "emoji" or bool(checkpoint)
+  is_made = config.family == "emoji" or told or (
+      pathlib.Path(checkpoint) / "model.json").is_file()
+  same = f"--config {config_flags.get_config_filename(flag)} " * flag.present
+  if is_made:
+    cli.refuse_unused(
+        "checkpoint", "sampling", *loading.CHOICES.get(config.family, ()))
+    same += f"--checkpoint {checkpoint} " * bool(checkpoint)
   with cli.devices(draws=True):
-    if is_trained:
-      cli.refuse_unused("checkpoint", "sampling")  # a made model has the rest
-      pipe = loading.load(checkpoint or "emoji", choices={
-          "sampling": config.sampling.to_dict()})
+    if is_made:
+      pipe = loading.load(
+          checkpoint or "emoji", choices=chosen.choices(config))
+      chosen.check_family(pipe, config)
     else:
       pipe = loading.from_config(config)
-    measure(pipe, is_trained, batch, as_json)
+      same += "--random_weights "
+    measure(pipe, is_made, batch, as_json, same)
 
 
-def measure(pipe: Pipeline, is_trained: bool, batch: int, as_json: bool):
+def measure(
+    pipe: Pipeline, is_trained: bool, batch: int, as_json: bool, same: str = ""
+) -> None:
   """Draws with each candidate on the devices at hand, and reports.
 
   Args:
@@ -136,10 +151,11 @@ def measure(pipe: Pipeline, is_trained: bool, batch: int, as_json: bool):
     is_trained: Whether its drafts say anything.
     batch: Images drawn together.
     as_json: Whether to end with a line of JSON.
+    same: Flags that name the model to other commands.
   """
   batch = sharding.even_batch(batch, 1 + pipe.sampling()[1])
   captions = (quality.emoji_captions("train") if pipe.family.name == "emoji"
-              else [planning.TEXT])
+              else [planning.text_for(pipe.family)])
   names = trials.candidates(pipe.model, is_trained)
   count = batch * max(_CALLS, -(-_PROMPTS // batch))
   texts = list(itertools.islice(itertools.cycle(captions), count))
@@ -148,7 +164,7 @@ def measure(pipe: Pipeline, is_trained: bool, batch: int, as_json: bool):
   print(trials_table(found))
   lossless = next(x for x in found if x.lossless)
   print(f"fastest lossless: {lossless.decoder}, {lossless.ratio:.2f} times as "
-        "fast as ar. What the others lose: python -m infer.benchmark "
+        f"fast as ar. What the others lose: python -m infer.benchmark {same}"
         f"--decoders {','.join(x.decoder for x in found)}")
   if as_json:
     print(json.dumps([dataclasses.asdict(x) for x in found]))

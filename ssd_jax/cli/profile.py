@@ -50,6 +50,7 @@ def profile(
   """Measures passes of a model and writes what was found."""
   _, guided = pipe.sampling(**sampling)
   most, streams = pipe.model.grid.length, 1 + guided
+  batch = sharding.even_batch(batch, streams)
   on = functools.cache(
       lambda mesh: Profiler(pipe, text, batch, mesh, **sampling))
   profiler_of = lambda count: on(sharding.of_cores(batch * streams, count))

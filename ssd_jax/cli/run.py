@@ -20,8 +20,8 @@ _DEFAULT = pathlib.Path(__file__).parent.parent / "families" / "emoji.py"
 
 MESH = flags.DEFINE_string(
     "mesh", "", "How devices share the work, such as data=2,fsdp=1,tensor=4; "
-    "on a CPU each core can be a device. Default: one device, of several hosts "
-    "all by data.")
+    "on a CPU each core can be a device. Default: one device, of a CPU that "
+    "draws two, of several hosts all by data.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, for several hosts outside "
     "Cloud TPU and Slurm.")
@@ -118,10 +118,22 @@ def devices(draws: bool):
 
 def _split_cpu(count: int) -> None:
   """Makes so many devices of the CPU's cores, unless the user has said."""
-  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+  told = "xla_force_host_platform_device_count"
+  if told in os.environ.get("XLA_FLAGS", "") or (
+      getattr(jax.config, "jax_num_cpu_devices", 0) > 0):
     return
+  cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+           else os.cpu_count() or 1)
   with contextlib.suppress(RuntimeError):  # devices have been counted already
-    jax.config.update("jax_num_cpu_devices", min(count, os.cpu_count() or 1))
+    jax.config.update("jax_num_cpu_devices", min(count, cores))
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs in the user's cache folder between runs."""
+  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  folder = pathlib.Path(root) / "ssd_jax" / "xla"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def refuse_unused(*used: str) -> None:

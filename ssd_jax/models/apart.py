@@ -43,13 +43,14 @@ def for_drawing(params: Params) -> Params:
     return params
   is_cpu = (
       jax.default_backend() == "cpu" and sharding.parameters_apart() == 1)
-  size = sum(x.nbytes for x in jax.tree.leaves(trunk["layers"]))
+  bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+  layers, heads = bytes_of(trunk["layers"]), bytes_of(params.get("heads", {}))
   free = memory.free()
   room = math.inf if free is None else free
-  if not is_cpu or size < _LEAST or 2 * size > room:
+  if not is_cpu or layers < _LEAST or 2 * layers + heads > room:
     return params
   trunk = apart(trunk)
-  tiles = _tiled(trunk) if 3 * size <= room else {}
+  tiles = _tiled(trunk) if 3 * layers + heads <= room else {}
   found = {**params, "trunk": trunk, **tiles}
   if "heads" in params:
     found["heads"] = {
