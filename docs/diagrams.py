@@ -9,8 +9,8 @@ docs/race.gif, AR beside a decoder, pass by pass.
 import pathlib
 
 import ssd_jax
-from ssd_jax import layout, pictures
-from ssd_jax.decoding import by_name
+from ssd_jax.decoding import registry
+from ssd_jax.visualization import animations, contact_sheets
 
 PROMPT, SEED = "red heart", 0
 LABELS = ("ar", "sjd", "zipar", "pjd", "exact", "stair")
@@ -25,20 +25,27 @@ def main():
   labels = LABELS + (HEADS if min(pipe.model.heads) else ())
   outputs, columns = {}, []
   for label in labels:
-    out = pipe.generate([PROMPT], by_name.parse(label), seed=SEED, trace=True)
+    out = pipe.generate([PROMPT], registry.parse(label), seed=SEED, trace=True)
     outputs[label] = out
     size = tuple(3 * x // 2 for x in out.images.shape[1:3])
-    heat = pictures.heat_map(out.commit_pass[0], size)
-    head = layout.caption(heat.width, [label, f"{out.passes[0]} passes"])
-    columns.append(layout.stack([head, heat]))
+    heat = animations.heat_map(out.commit_pass[0], size)
+    head = contact_sheets.caption(
+      heat.width, [label, f"{out.passes[0]} passes"]
+    )
+    columns.append(contact_sheets.stack([head, heat]))
     print(label, int(out.passes[0]), "passes")
   half = (len(columns) + 1) // 2
-  rows = [layout.abreast(columns[:half]), layout.abreast(columns[half:])]
-  layout.save_picture(layout.stack(rows, 8), FOLDER / "order.png")
+  rows = [
+    contact_sheets.abreast(columns[:half]),
+    contact_sheets.abreast(columns[half:]),
+  ]
+  contact_sheets.save_picture(
+    contact_sheets.stack(rows, 8), FOLDER / "order.png"
+  )
   fillings = [
-      pictures.filling(pipe, outputs[label], 0, label)
+      animations.filling(pipe, outputs[label], 0, label)
       for label in ("ar", RACER)]
-  pictures.save_animation(pictures.animation(fillings), FOLDER / "race.gif")
+  animations.save_animation(animations.animation(fillings), FOLDER / "race.gif")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import nbclient
 import nbformat
 from PIL import Image, ImageSequence
 
-from ssd_jax import layout
+from ssd_jax.visualization import contact_sheets
 
 FRAMES, COLOURS = 32, 128
 
@@ -57,7 +57,7 @@ def smaller(image):
   times = [image.info.get("duration", 0) * step] * len(frames[:-1:step])
   frames = frames[:-1:step] + frames[-1:]
   sample = [frames[0], frames[len(frames) // 2], frames[-1]]
-  colours = layout.abreast(sample).quantize(
+  colours = contact_sheets.abreast(sample).quantize(
       COLOURS, Image.Quantize.MAXCOVERAGE)
   frames = [x.quantize(palette=colours, dither=Image.Dither.NONE)
             for x in frames]

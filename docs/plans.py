@@ -20,15 +20,15 @@ import jax.numpy as jnp
 FOLDER = pathlib.Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))  # for configs/
 
-from ssd_jax import (  # noqa: E402
-    checkpoints,
-    chips,
-    plan as planning,
-    schedules,
-    sharding,
+from ssd_jax.decoding import registry
+from ssd_jax.performance import (
+  chips,
+  cost_model as planning,
+  pass_counts,
+  training_cost as training_plan,
 )
-from ssd_jax.decoding import by_name  # noqa: E402
-from ssd_jax.training import plan as training_plan  # noqa: E402
+from ssd_jax.runtime import sharding
+from ssd_jax.storage import checkpoints
 
 CONFIGS = ("lumina", "anole", "emu3", "janus_pro:7b", "llamagen", "emoji")
 SLICES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
@@ -59,14 +59,14 @@ def drawing(name, topology, memory):
     memory: Of the whole program, or None to compile that too.
   """
   network, mesh, chip = _of(name, topology, MESH)
-  plans = {text: planning.Plan(network, by_name.parse(text), mesh, 1)
+  plans = {text: planning.Plan(network, registry.parse(text), mesh, 1)
            for text in DECODERS}
   first = plans[DECODERS[0]]
   if memory is None:
     memory = planning.memory_of(first.compile_drawing())
   layers = network.generator.cfg.n_layers
   sent = planning.sent_by(*first.compile_pass(), layers, mesh.size)
-  passes = {text: schedules.fixed_passes(plan.decoder, network.model)
+  passes = {text: pass_counts.fixed_passes(plan.decoder, network.model)
             for text, plan in plans.items()}
   return {
       "billions": planning.count(network.params["trunk"]) / 1e9,

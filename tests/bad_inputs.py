@@ -16,8 +16,8 @@ from unittest import mock
 from absl import flags
 import jax
 
-from ssd_jax import loading
 from ssd_jax.cli import run as cli
+from ssd_jax.pipeline import model_folder
 
 DRAWING = ("generate", "benchmark", "evidence", "demo")
 TRAINING = ("tokenizer", "ar", "mtp", "drafter")
@@ -193,11 +193,11 @@ def make_files(folder: pathlib.Path) -> None:
   from PIL import Image
   Image.new("RGB", (4, 4)).save(folder / "mute" / "b.png")
   (folder / "mute" / "a.txt").unlink()
-  shutil.copytree(loading.EMBEDDED, folder / "cut")
+  shutil.copytree(model_folder.EMBEDDED, folder / "cut")
   largest = max((f for f in (folder / "cut" / "trunk").rglob("*")
                  if f.is_file()), key=lambda f: f.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:1000])
-  shutil.copytree(loading.EMBEDDED, folder / "weightless",
+  shutil.copytree(model_folder.EMBEDDED, folder / "weightless",
                   ignore=shutil.ignore_patterns("trunk", "vq", "heads"))
 
 

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import testkit
 
-from ssd_jax.pipeline import Pipeline
-from ssd_jax.types import Prompt
+from ssd_jax.core.types import Prompt
+from ssd_jax.pipeline.pipeline import Pipeline
 
 
 class Greys:

@@ -9,24 +9,26 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax import hlo, sharding, testing
-from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
-from ssd_jax.data.features import Teacher
+from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
+from ssd_jax.core.grid import Grid
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
-from ssd_jax.decoding.stair import Stair
-from ssd_jax.decoding.tree import Eagle
-from ssd_jax.grid import Grid
+from ssd_jax.decoding.rows.stair import Stair
+from ssd_jax.decoding.trees.eagle import Eagle
 from ssd_jax.models.drafter import DraftNet
 from ssd_jax.models.spatial_heads import HeadsConfig, HeadsOptions, SpatialHeads
-from ssd_jax.models.text import Vocabulary
-from ssd_jax.pipeline import Pipeline
-from ssd_jax.training import ar, drafter, mtp
+from ssd_jax.models.vocabulary import Vocabulary
+from ssd_jax.performance import compiled
+from ssd_jax.pipeline import testing
+from ssd_jax.pipeline.pipeline import Pipeline
+from ssd_jax.runtime import sharding
+from ssd_jax.training import ar, drafter, heads as heads_lib
+from ssd_jax.training.self_distillation import Teacher
 from ssd_jax.training.state import (
-    TrainState,
-    apply_gradients,
-    make_optimizer,
-    mean_gradients,
+  TrainState,
+  apply_gradients,
+  make_optimizer,
+  mean_gradients,
 )
 
 MESHES = ("data=2,tensor=4", "data=2,fsdp=2,tensor=2")
@@ -72,9 +74,11 @@ def sent(pipe, mesh):
   mesh = sharding.make_mesh(mesh)
   with jax.set_mesh(mesh):
     text = engine.decode.lower(*arguments(pipe, AR())).compile().as_text()
-  within = [kind for line in text.splitlines() for kind in hlo.KINDS
+  within = [kind for line in text.splitlines() for kind in compiled.KINDS
             if "/layers/" in line and f" {kind}(" in line]
-  return {x.kind: x.count for x in hlo.collectives(text, mesh.size)}, within
+  return {
+    x.kind: x.count for x in compiled.collectives(text, mesh.size)
+  }, within
 
 
 def trained(pipe, kind, parts):
@@ -112,7 +116,9 @@ def distilled(pipe, kind):
   if kind == "heads":
     net = SpatialHeads(teacher.generator, HeadsConfig.make(
         teacher.generator, HeadsOptions(2, 1), trunk))
-    step = mtp.make_step(net, mtp.MTPConfig(optimizer=cfg), optimizer)
+    step = heads_lib.make_step(
+      net, heads_lib.MTPConfig(optimizer=cfg), optimizer
+    )
   else:
     net = DraftNet(teacher.generator)
     step = drafter.make_step(
@@ -166,7 +172,7 @@ def on_cores(pipe):
     text = engine.decode.lower(
         *args[:2], sharding.lend(args[2], mesh), sharding.place_rows(args[3]),
         *args[4:]).compile().as_text()
-  sent = [(x.kind, x.count) for x in hlo.collectives(text, 2)]
+  sent = [(x.kind, x.count) for x in compiled.collectives(text, 2)]
   return {"shares": shares, "sent": sent, "places": len(places)}
 
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import testkit as kit
 
-from ssd_jax import hlo, memory, testing
-from ssd_jax.decoding import by_name, engine
-from ssd_jax.models import apart as apart_lib
-from ssd_jax.models.apart import apart, for_drawing
+from ssd_jax.decoding import engine, registry
+from ssd_jax.models import layouts as apart_lib
+from ssd_jax.models.layouts import apart, for_drawing
+from ssd_jax.performance import compiled
+from ssd_jax.pipeline import testing
+from ssd_jax.runtime import memory
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +33,7 @@ def test_layers_apart_draw_what_stacked_layers_draw(guidance, decoder):
   prompt, _ = pipe.family.encode_prompts(["ab"] * 2, guided)
   drawn = [
       engine.decode(
-          pipe.model, by_name.parse(decoder), params, prompt, settings,
+          pipe.model, registry.parse(decoder), params, prompt, settings,
           jax.random.key(3), jnp.arange(2)).tokens
       for params in (pipe.params, for_drawing(pipe.params))]
   np.testing.assert_array_equal(*drawn)
@@ -44,7 +46,7 @@ def test_a_stream_takes_caches_apart():
   whole = pipe.generate(texts, "ar", batch=4)
   for picture in pipe.stream(texts, "ar", batch=2):
     np.testing.assert_array_equal(picture.tokens, whole.tokens[picture.index])
-  assert "layers_0" in pipe.params_for(by_name.parse("ar"))["trunk"]
+  assert "layers_0" in pipe.params_for(registry.parse("ar"))["trunk"]
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_tiles_draw_what_whole_matrices_draw(in_tiles, decoder):
   # Whatever else is drawn with, an empty matrix would show.
   broken = {**params, "tiles": jax.tree.map(jnp.zeros_like, params["tiles"])}
   drawn = [
-      engine.decode(pipe.model, by_name.parse(decoder), each, prompt, settings,
+      engine.decode(pipe.model, registry.parse(decoder), each, prompt, settings,
                     jax.random.key(3), jnp.arange(2)).tokens
       for each in (pipe.params, params, broken)]
   np.testing.assert_array_equal(drawn[0], drawn[1])
@@ -105,14 +107,14 @@ def test_small_trunks_and_those_without_room_stay_stacked(monkeypatch):
 
 def _moves(monkeypatch, kinds, pipe, decoder, smallest, *forms):
   """What is moved in the loop and has so many bytes, by each form."""
-  monkeypatch.setattr(hlo, "MOVES", kinds)
+  monkeypatch.setattr(compiled, "MOVES", kinds)
   settings, guided = pipe.sampling()
   prompt, _ = pipe.family.encode_prompts(["ab"], guided)
   jax.config.update("jax_disable_most_optimizations", False)
   try:
     return [
-        hlo.moves_in_loops(engine.decode.lower(
-            pipe.model, by_name.parse(decoder), params, prompt, settings,
+        compiled.moves_in_loops(engine.decode.lower(
+            pipe.model, registry.parse(decoder), params, prompt, settings,
             jax.random.key(0), jnp.arange(1)).compile().as_text(), smallest)
         for params in forms]
   finally:

@@ -10,24 +10,18 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ssd_jax import (
-  benchmark,
-  features,
-  metrics,
-  progress,
-  quality,
-  report,
-  testing,
-)
-from ssd_jax.benchmark import Entry, Job, Run, Traits
 from ssd_jax.cli import benchmark as command, common, run as cli
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 from ssd_jax.data.sources import EmojiSource
 from ssd_jax.decoding.ar import AR
-from ssd_jax.decoding.jacobi import SJD
-from ssd_jax.decoding.zipar import ZipAR
-from ssd_jax.metrics import Estimate, Gap
-from ssd_jax.quality import Quality, References
+from ssd_jax.decoding.jacobi.sjd import SJD
+from ssd_jax.decoding.rows.zipar import ZipAR
+from ssd_jax.evaluation import benchmark, efficientnet, metrics, quality, report
+from ssd_jax.evaluation.benchmark import Entry, Job, Run, Traits
+from ssd_jax.evaluation.metrics import Estimate, Gap
+from ssd_jax.evaluation.quality import Quality, References
+from ssd_jax.pipeline import testing
+from ssd_jax.runtime import progress
 
 ROW = {
     "decoder", "settings", "seed", "lossless", "passes", "pass_ratio",
@@ -335,7 +329,7 @@ def on_tiny(monkeypatch):
   """The command draws with the tiny pipeline and keeps no programs."""
   monkeypatch.setattr(common, "load_pipeline", tiny)
   monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
-  monkeypatch.setattr(features, "available", lambda: False)
+  monkeypatch.setattr(efficientnet, "available", lambda: False)
 
 
 def test_the_command_without_features(on_tiny, capsys, monkeypatch, tmp_path):
@@ -398,9 +392,9 @@ def test_an_edited_decoder_of_ones_own_draws_anew(on_tiny, capsys, tmp_path):
 def test_the_command_with_features_and_export(
     on_tiny, monkeypatch, capsys, tmp_path):
   """Distances and recall are filled in; pictures are exported for scorers."""
-  monkeypatch.setattr(features, "available", lambda: True)
+  monkeypatch.setattr(efficientnet, "available", lambda: True)
   monkeypatch.setattr(
-      features, "image_features",
+      efficientnet, "image_features",
       lambda images: np.float32(images[:].reshape(len(images), -1)[:, :9]))
   gallery = np.random.default_rng(0).normal(size=(1852, 9))
   monkeypatch.setattr(metrics, "emoji_gallery", lambda *args: gallery)

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssd_jax import testing
-from ssd_jax.config import UserError
-from ssd_jax.decoding.relaxed import Cascade
-from ssd_jax.decoding.tree import Eagle, Family
+from ssd_jax.core.config import UserError
+from ssd_jax.decoding.trees.eagle import Eagle, Family
+from ssd_jax.decoding.trees.relaxed import Cascade
+from ssd_jax.pipeline import testing
 
 WIDE = "0/1/2/00/01/000"
 P = [0.1, 0.2, 0.3, 0.4]

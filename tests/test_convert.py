@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from toy_weights import write_safetensors
 
-from ssd_jax import checkpoints, convert
-from ssd_jax.config import UserError
+from ssd_jax.convert import convert
+from ssd_jax.core.config import UserError
 from ssd_jax.families import janus
+from ssd_jax.storage import checkpoints
 
 
 def tiny():

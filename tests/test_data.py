@@ -10,8 +10,8 @@ from made_pictures import captioned_folder, check_item, truncate
 import numpy as np
 import pytest
 
-from ssd_jax.config import UserError
-from ssd_jax.data import pipeline, sources, vendor_emoji
+from ssd_jax.core.config import UserError
+from ssd_jax.data import sources, stream as data_stream, vendor_emoji
 from ssd_jax.data.pictures import Source
 
 
@@ -191,7 +191,7 @@ def take(iterator, count):
 def numbers(batch, seed=0, shard=None, size=10):
   """An iterator over the numbers below `size`."""
   return iter(
-      pipeline.stream(range(size), load_number, batch, seed, shard))
+      data_stream.stream(range(size), load_number, batch, seed, shard))
 
 
 def test_stream_is_deterministic():
@@ -259,8 +259,8 @@ def test_stream_over_pictures(tmp_path):
     return {"image": source.variant(index, rng)["image"]}
 
   source = sources.open_source(f"folder:{folder}", "all", 8)
-  batch = next(iter(pipeline.stream(source, load, 6, 0)))
+  batch = next(iter(data_stream.stream(source, load, 6, 0)))
   assert batch["image"].shape == (6, 8, 8, 3)
   truncate(folder / "02.png")
   with pytest.raises(UserError, match="02.png"):
-    next(iter(pipeline.stream(source, load, 6, 0)))
+    next(iter(data_stream.stream(source, load, 6, 0)))

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 from ssd_jax.data import sources
 from ssd_jax.data.folder import FolderSource
 from ssd_jax.data.pictures import to_square

@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
 
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 from ssd_jax.data import sources
 from ssd_jax.data.tfds import TFDSSource
 

@@ -16,11 +16,11 @@ from PIL import Image
 import pytest
 import uvicorn
 
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 from ssd_jax.decoding.ar import AR
-from ssd_jax.demo import jobs, server
-from ssd_jax.demo.jobs import Limits
-from ssd_jax.demo.studio import Busy, Studio
+from ssd_jax.serving import jobs, server
+from ssd_jax.serving.jobs import Limits
+from ssd_jax.serving.studio import Busy, Studio
 
 DECODERS = ("ar", "sjd:window=4", "zipar:window=2")
 

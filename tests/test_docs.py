@@ -9,9 +9,10 @@ from absl import flags
 import bad_inputs
 import pytest
 
-from ssd_jax import benchmark, sharding
-from ssd_jax.config import UserError
-from ssd_jax.decoding import by_name
+from ssd_jax.core.config import UserError
+from ssd_jax.decoding import registry
+from ssd_jax.evaluation import benchmark
+from ssd_jax.runtime import sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -80,10 +81,10 @@ def test_a_decoder_takes_under_sixty_lines_of_a_file_of_ones_own(tmp_path):
   assert len(lines) < 60  # imports and all
   file = tmp_path / "copy_above.py"
   file.write_text(text)
-  known = by_name.with_file(file)
-  decoder = by_name.parse("copyabove:ahead=6+least=0.5", known)
+  known = registry.with_file(file)
+  decoder = registry.parse("copyabove:ahead=6+least=0.5", known)
   assert (decoder.ahead, decoder.least) == (6, 0.5)
-  assert by_name.parse("ar", known) == by_name.parse("ar")
+  assert registry.parse("ar", known) == registry.parse("ar")
 
 
 @pytest.mark.parametrize("text", [None, "1/0", "x = 3"])
@@ -93,7 +94,7 @@ def test_a_file_without_decoders_is_one_line(tmp_path, text):
   if text is not None:
     file.write_text(text)
   with pytest.raises(UserError, match="expected a Python file") as error:
-    by_name.with_file(file)
+    registry.with_file(file)
   assert "\n" not in str(error.value)
 
 
@@ -153,7 +154,7 @@ def test_every_decoder_has_a_paragraph_that_says_its_law():
   """docs/methods.md names each decoder, and whether it is lossless."""
   text = (ROOT / "docs" / "methods.md").read_text("utf-8")
   paragraphs = text.split("\n\n")
-  for name in by_name.DECODERS:
+  for name in registry.DECODERS:
     own = [i for i, p in enumerate(paragraphs) if f"**`{name}`**" in p]
     assert own, name
     near = " ".join(paragraphs[own[0]:own[0] + 2]).lower()

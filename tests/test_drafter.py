@@ -8,23 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssd_jax import testing
-from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
-from ssd_jax.data.features import DrawnTokens, Teacher
-from ssd_jax.decoding import trees
+from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import Queries
 from ssd_jax.decoding.ar import AR
-from ssd_jax.decoding.relaxed import Cascade
-from ssd_jax.decoding.tree import Eagle
+from ssd_jax.decoding.trees import shapes as tree_shapes
+from ssd_jax.decoding.trees.eagle import Eagle
+from ssd_jax.decoding.trees.relaxed import Cascade
 from ssd_jax.families.emoji import places
-from ssd_jax.grid import Grid
 from ssd_jax.models import rope
 from ssd_jax.models.drafter import DrafterConfig, DraftNet, bind_drafter
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.transformer import TrunkConfig
+from ssd_jax.pipeline import testing
 from ssd_jax.training import drafter as training
-from ssd_jax.training.acceptance import Acceptance
-from ssd_jax.training.mtp import plain_batches
-from ssd_jax.types import Queries
+from ssd_jax.training.draft_paths import Acceptance
+from ssd_jax.training.heads import plain_batches
+from ssd_jax.training.self_distillation import DrawnTokens, Teacher
 
 
 def _generator(**options):
@@ -200,7 +200,7 @@ def test_accepted_length_is_that_of_decoding():
       find(pipe.params["drafter"], plain_batches(drawn, teacher, 8, images)), 3)
   # Three codes, three ranks: one of them is always right.
   np.testing.assert_allclose(found.rates_DK.sum(-1), 1.0, atol=1e-6)
-  for tree in (trees.parse("0/1/00/10/000"), found.tree):
-    verifying = draw(Eagle(trees.spell(tree))).passes - 1
+  for tree in (tree_shapes.parse("0/1/00/10/000"), found.tree):
+    verifying = draw(Eagle(tree_shapes.spell(tree))).passes - 1
     expected = images * (grid.length - 1) / verifying.sum()
     np.testing.assert_allclose(found.length(tree), expected)

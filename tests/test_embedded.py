@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import ssd_jax
-from ssd_jax import checkpoints, features, metrics, quality
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 from ssd_jax.data import sources
 from ssd_jax.decoding.ar import AR
-from ssd_jax.loading import EMBEDDED
+from ssd_jax.evaluation import efficientnet, metrics, quality
+from ssd_jax.pipeline.model_folder import EMBEDDED
+from ssd_jax.storage import checkpoints
 from ssd_jax.training.tokenizer import psnr, reconstruct
 
 
@@ -78,6 +79,6 @@ def test_pictures_are_what_was_asked(pipe):
   prompts = quality.emoji_captions("train")[:32]
   drawn = pipe.generate(prompts, AR(), batch=16)
   ranks = metrics.retrieval_ranks(
-      features.image_features(drawn.images), metrics.emoji_gallery(),
+      efficientnet.image_features(drawn.images), metrics.emoji_gallery(),
       quality.emoji_targets(prompts))
   assert metrics.recall_at(ranks, 10) >= 0.5

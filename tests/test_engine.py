@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ssd_jax import testing
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
+from ssd_jax.core.types import Queries
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
-from ssd_jax.types import Queries
+from ssd_jax.pipeline import testing
 
 PROMPTS = ["a", "longer text", "b", "wor"]
 

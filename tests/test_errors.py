@@ -8,9 +8,9 @@ import bad_inputs
 from hypothesis import given, settings, strategies as st
 import pytest
 
-from ssd_jax.config import UserError
-from ssd_jax.decoding import by_name
-from ssd_jax.prompts import clean
+from ssd_jax.core.config import UserError
+from ssd_jax.core.prompts import clean
+from ssd_jax.decoding import registry
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "errors.md"
 CASES = list(bad_inputs.cases())
@@ -63,17 +63,17 @@ def test_the_page_has_every_case():
 
 @settings(max_examples=300, deadline=None)
 @given(st.text() | st.builds(
-    "{}:{}".format, st.sampled_from(sorted(by_name.DECODERS)),
+    "{}:{}".format, st.sampled_from(sorted(registry.DECODERS)),
     st.text("abcdefghijklmnopqrstuvwxyz_=+,.:-0123456789", max_size=30)))
 def test_any_text_is_a_decoder_or_one_line(text):
   """Whatever is typed as a decoder is one, or an error that teaches."""
   try:
-    decoder = by_name.parse(text)
+    decoder = registry.parse(text)
   except UserError as error:
     assert "expected" in str(error)
     return
-  assert by_name.DECODERS[decoder.name] is type(decoder)
-  assert hash(decoder) == hash(by_name.parse(text))
+  assert registry.DECODERS[decoder.name] is type(decoder)
+  assert hash(decoder) == hash(registry.parse(text))
 
 
 @pytest.mark.parametrize("text", [
@@ -83,7 +83,7 @@ def test_any_text_is_a_decoder_or_one_line(text):
 def test_settings_that_nothing_can_read_are_one_line(text):
   """Numbers beyond all counts, a key twice, what another mode would read."""
   with pytest.raises(UserError, match="^got .*, expected .*; change "):
-    by_name.parse(text)
+    registry.parse(text)
 
 
 @settings(max_examples=300, deadline=None)
@@ -100,10 +100,10 @@ def test_any_text_is_a_prompt_or_one_line(text):
   prompt.encode()
 
 
-@pytest.mark.parametrize("decoder", by_name.DECODERS.values())
+@pytest.mark.parametrize("decoder", registry.DECODERS.values())
 def test_defaults_can_be_typed_as_they_are_shown(decoder):
   """The live page lists Python's values, None and False among them."""
   shown = [(f.name, f.default) for f in dataclasses.fields(decoder)
            if f.default is None or isinstance(f.default, bool)]
   text = "+".join(f"{name}={value}" for name, value in shown)
-  assert by_name.parse(f"{decoder.name}:{text}") == decoder()
+  assert registry.parse(f"{decoder.name}:{text}") == decoder()

@@ -2,15 +2,16 @@
 
 import numpy as np
 
-from ssd_jax import evidence, testing
 from ssd_jax.decoding.ar import AR
+from ssd_jax.evaluation import redundancy
+from ssd_jax.pipeline import testing
 
 
 def test_offsets_pair_the_right_cells():
   """Equal and different codes apart; a state that marks its column."""
   tokens = np.array([[[0, 1, 0], [1, 0, 1]]])
   states = np.eye(3)[tokens]
-  equal, different = evidence.by_offset(states, tokens, 2)
+  equal, different = redundancy.by_offset(states, tokens, 2)
   assert equal.shape == different.shape == (3, 5)
   assert np.isnan(equal[2]).all() and np.isnan(different[0, 2])
   assert equal[0, 2] == 1 and equal[0, 4] == equal[0, 0] == 1
@@ -26,7 +27,7 @@ def test_states_are_those_of_the_uncached_forward():
   settings, guided = pipe.sampling()
   prompt, _ = pipe.family.encode_prompts(["ab", "c"], guided)
   sequence = pipe.sequence(drawn)
-  states, siblings, parents = map(np.asarray, evidence.make_look(pipe.model)(
+  states, siblings, parents = map(np.asarray, redundancy.make_look(pipe.model)(
       pipe.params, prompt, sequence, settings))
   hidden = np.asarray(pipe.family.generator.hidden(
       pipe.params, prompt, np.concatenate([sequence] * 2)))[:2, 1:]
@@ -41,7 +42,7 @@ def test_states_are_those_of_the_uncached_forward():
   own = np.einsum("bnd,bnd->bn", states[:, cells], states[:, before])
   nearest = np.abs(parents - own[..., None]).min(-1)
   np.testing.assert_allclose(nearest, 0, atol=1e-4)
-  found = evidence.collect(pipe, drawn, ["ab", "c"], batch=2)
+  found = redundancy.collect(pipe, drawn, ["ab", "c"], batch=2)
   assert found.entropy_RC.shape == (2, 3) and found.entropies.shape == (12,)
   assert found.slots_MM.shape == (7, 7)
   assert (np.diff(found.alike_T) <= 0).all()

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ssd_jax import exporters, hub_metrics
-from ssd_jax.config import UserError
-from ssd_jax.exporters import Item
+from ssd_jax.core.config import UserError
+from ssd_jax.evaluation import hub_metrics, prompt_files
+from ssd_jax.evaluation.prompt_files import Item
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}],
@@ -32,26 +32,28 @@ def pictures(count, first=0):
 def test_reads_every_prompt_file(tmp_path):
   """Text, GenEval, COCO, PartiPrompts and DPG-Bench's folder, in order."""
   text = write(tmp_path / "p.txt", "red heart\n\n 漢字 \n")
-  assert [x.prompt for x in exporters.read_prompts(text)] == [
+  assert [x.prompt for x in prompt_files.read_prompts(text)] == [
       "red heart", " 漢字 "]
   lines = "\n".join(map(json.dumps, GENEVAL)) + "\n"
-  items = exporters.read_prompts(write(tmp_path / "g.jsonl", lines))
+  items = prompt_files.read_prompts(write(tmp_path / "g.jsonl", lines))
   assert [x.name for x in items] == ["00000", "00001"]
   assert items[1].metadata == GENEVAL[1]
   coco = {"images": [], "annotations": [
       {"image_id": 9, "id": 3, "caption": "second"},
       {"image_id": 9, "id": 1, "caption": "A dog.\n"},
       {"image_id": 2, "id": 2, "caption": "A cat."}]}
-  items = exporters.read_prompts(write(tmp_path / "c.json", json.dumps(coco)))
+  items = prompt_files.read_prompts(
+    write(tmp_path / "c.json", json.dumps(coco))
+  )
   assert [x.prompt for x in items] == ["A cat.", "A dog."]
   parti = 'Prompt\tCategory\tChallenge\tNote\na "STOP" sign\tSigns\tBasic\t\n'
-  items = exporters.read_prompts(write(tmp_path / "P.tsv", parti))
+  items = prompt_files.read_prompts(write(tmp_path / "P.tsv", parti))
   assert [x.prompt for x in items] == ['a "STOP" sign']
   folder = tmp_path / "prompts"
   folder.mkdir()
   for name in ("10", "9", "COCOval_1"):
     write(folder / f"{name}.txt", f"prompt {name}\n")
-  items = exporters.read_prompts(folder)
+  items = prompt_files.read_prompts(folder)
   assert [x.name for x in items] == ["9", "10", "COCOval_1"]
   assert items[0].prompt == "prompt 9"
 
@@ -63,19 +65,19 @@ def test_reads_every_prompt_file(tmp_path):
 def test_other_files_end_in_one_line(tmp_path, name, text):
   """A file that is not what its name says is the user's mistake."""
   with pytest.raises(UserError, match="got .*expected") as error:
-    exporters.read_prompts(write(tmp_path / name, text))
+    prompt_files.read_prompts(write(tmp_path / name, text))
   assert "\n" not in str(error.value)
   with pytest.raises(UserError, match="unreadable"):
-    exporters.read_prompts(tmp_path / "missing")
+    prompt_files.read_prompts(tmp_path / "missing")
 
 
 def test_geneval_layout_is_what_its_scorer_walks(tmp_path):
   """Folders of digits with metadata.jsonl and numbered samples, no more."""
   items = [Item(row["prompt"], f"{i:05d}", row)
            for i, row in enumerate(GENEVAL)]
-  exporters.export(
+  prompt_files.export(
       "geneval", tmp_path, [Item("x", "00007", GENEVAL[0])], pictures(5))
-  exporters.export("geneval", tmp_path, items, pictures(4) + pictures(4, 10))
+  prompt_files.export("geneval", tmp_path, items, pictures(4) + pictures(4, 10))
   assert sorted(p.name for p in tmp_path.iterdir()) == ["00000", "00001"]
   folder = tmp_path / "00001"
   assert sorted(p.name for p in folder.iterdir()) == [
@@ -89,8 +91,8 @@ def test_geneval_layout_is_what_its_scorer_walks(tmp_path):
 
 def test_dpg_grid_is_cut_apart_without_loss(tmp_path):
   """Crops of the grid, as the scorer takes them, are the four pictures."""
-  exporters.export("dpg", tmp_path, [Item("y", "9")], pictures(4))
-  exporters.export("dpg", tmp_path, [Item("x", "256")], pictures(4))
+  prompt_files.export("dpg", tmp_path, [Item("y", "9")], pictures(4))
+  prompt_files.export("dpg", tmp_path, [Item("x", "256")], pictures(4))
   assert [p.name for p in tmp_path.iterdir()] == ["256.png"]
   grid = Image.open(tmp_path / "256.png")
   side = grid.width // 2
@@ -103,9 +105,9 @@ def test_dpg_grid_is_cut_apart_without_loss(tmp_path):
 def test_exports_ask_for_what_the_scorer_needs():
   """Other prompts or numbers of pictures are refused before any work."""
   with pytest.raises(UserError, match="evaluation_metadata.jsonl"):
-    exporters.check_exportable("geneval", [Item("a cat", "00000")], 4)
+    prompt_files.check_exportable("geneval", [Item("a cat", "00000")], 4)
   with pytest.raises(UserError, match="--num_images 4"):
-    exporters.check_exportable("dpg", [Item("a cat", "1")], 1)
+    prompt_files.check_exportable("dpg", [Item("a cat", "1")], 1)
 
 
 def test_hub_metrics_feed_every_picture(monkeypatch):

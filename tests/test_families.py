@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from toy_families import CONFIGS
 
-from ssd_jax import loading, memory
 from ssd_jax.cli.convert import RECIPES
-from ssd_jax.config import UserError
+from ssd_jax.convert.recipes import copy
+from ssd_jax.core.config import UserError
+from ssd_jax.core.prompts import clean
 from ssd_jax.families import anole, emu3, janus, llamagen, lumina, published
-from ssd_jax.names import copy
-from ssd_jax.prompts import clean
+from ssd_jax.pipeline import model_folder
+from ssd_jax.runtime import memory
 
 _CONFIGS = {
     **{f"llamagen:{v}": (llamagen, v)
@@ -229,7 +230,9 @@ def test_llamagen_reads_features(tmp_path):
 def test_pixels_as_the_originals_store_them(name):
   """LlamaGen rounds to whole numbers, the others cut."""
   config = CONFIGS[name]()
-  family = loading.FAMILIES[config.family]({"config": config.to_dict()}, None)
+  family = model_folder.FAMILIES[config.family](
+    {"config": config.to_dict()}, None
+  )
   x = np.linspace(-1.2, 1.2, 99, dtype=np.float32)
   family.__dict__["vq"] = types.SimpleNamespace(apply=lambda *a, **k: x)
   scaled = np.clip((x.astype(np.float64) + 1) / 2 * 255, 0, 255)
@@ -241,7 +244,7 @@ def test_pixels_as_the_originals_store_them(name):
 @pytest.mark.parametrize("name", ["janus", "emu3", "llamagen_text"])
 def test_random_weights_need_no_files(name):
   """Settings alone make a pipeline, whose prompts are told to be stand-ins."""
-  pipe = loading.from_config(CONFIGS[name]())
+  pipe = model_folder.from_config(CONFIGS[name]())
   prompt, notes = pipe.family.encode_prompts(["a cat"], guided=True)
   assert prompt.tokens.shape[0] == 2 and "random" in notes[0]
   grid = pipe.model.grid
@@ -260,16 +263,18 @@ def test_memory_is_looked_at_first(monkeypatch):
   needed = 4 * (6_778_500_000 + cache + 68_700_000)
   monkeypatch.setattr(memory, "free", lambda: int(0.998 * needed))
   with pytest.raises(UserError, match="got a trunk of 6.8 billion"):
-    loading.from_config(family.config)
+    model_folder.from_config(family.config)
   monkeypatch.setattr(memory, "free", lambda: int(1.002 * needed))
-  loading._check_memory(family, loading._shapes(family), None)
+  model_folder._check_memory(family, model_folder._shapes(family), None)
 
 
 def test_random_weights_are_those_of_init():
   """Made one by one to spare memory, arrays are those of the whole."""
   config = CONFIGS["llamagen_class"]()
-  family = loading.FAMILIES[config.family]({"config": config.to_dict()}, None)
-  made = loading.random_params(family)
+  family = model_folder.FAMILIES[config.family](
+    {"config": config.to_dict()}, None
+  )
+  made = model_folder.random_params(family)
   jax.tree.map(np.testing.assert_array_equal, made,
                jax.jit(family.generator.init)(jax.random.key(0)))
 
@@ -277,13 +282,13 @@ def test_random_weights_are_those_of_init():
 def test_choices_of_a_made_model():
   """Size and ratio are open until drawing; what weights fix is not."""
   settings = {"family": "lumina", "config": lumina.get_config().to_dict()}
-  loading.choose(settings, {"size": "1024x576", "sampling.top_k": 7})
+  model_folder.choose(settings, {"size": "1024x576", "sampling.top_k": 7})
   family = lumina.from_settings(settings, None)
   assert (family.grid.rows, family.grid.cols) == (36, 64)
   assert family.sampling["top_k"] == 7
   for key, said in (("trunk.n_layers", "made model"), ("theta", "made model")):
     with pytest.raises(UserError, match=said):
-      loading.choose(settings, {key: 3})
+      model_folder.choose(settings, {key: 3})
 
 
 class Words:

@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 from toy_families import CONFIGS
 
-from ssd_jax import loading
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
-from ssd_jax.decoding.by_name import DECODERS
+from ssd_jax.decoding.registry import DECODERS
+from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.families.published import left_padded
 from ssd_jax.models.drafter import DraftNet, bind_drafter
 from ssd_jax.models.spatial_heads import (
-    HeadsConfig,
-    HeadsOptions,
-    SpatialHeads,
-    bind_heads,
+  HeadsConfig,
+  HeadsOptions,
+  SpatialHeads,
+  bind_heads,
 )
-from ssd_jax.pipeline import Pipeline
-from ssd_jax.sampling import Sampling
+from ssd_jax.pipeline import model_folder
+from ssd_jax.pipeline.pipeline import Pipeline
 
 _NAMES = ("lumina", "anole", "janus", "emu3", "llamagen_class",
           "llamagen_text")
@@ -54,7 +54,9 @@ def settings_of(name):
 def pipeline(name):
   """A family with random trunk, heads and drafter; it paints no pictures."""
   config = settings_of(name)
-  family = loading.FAMILIES[config.family]({"config": config.to_dict()}, None)
+  family = model_folder.FAMILIES[config.family](
+    {"config": config.to_dict()}, None
+  )
   generator = family.generator
   keys = jax.random.split(jax.random.key(0), 3)
   params = jax.jit(generator.init)(keys[0])

@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 import tiny_training as tiny
 
-from ssd_jax import checkpoints
-from ssd_jax.config import UserError
-from ssd_jax.data import features
-from ssd_jax.data.features import DrawConfig
-from ssd_jax.training import loop
+from ssd_jax.core.config import UserError
+from ssd_jax.storage import checkpoints
+from ssd_jax.training import loop, self_distillation
+from ssd_jax.training.self_distillation import DrawConfig
 from ssd_jax.training.state import bit_sums
 
 SCRIPT = pathlib.Path(tiny.__file__)
@@ -158,11 +157,11 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
 def test_a_removed_shard_is_drawn_again(tmp_path):
   """The same images; the other shards are not touched."""
   teacher, cfg = tiny.teacher(), DrawConfig(batch=2, shard=2)
-  before = features.draw(teacher, list("abcdef"), cfg, tmp_path).tokens
+  before = self_distillation.draw(teacher, list("abcdef"), cfg, tmp_path).tokens
   shards = sorted(tmp_path.glob("*.npy"))
   written = [path.stat().st_mtime_ns for path in shards]
   shards[1].unlink()
-  again = features.draw(teacher, list("abcdef"), cfg, tmp_path).tokens
+  again = self_distillation.draw(teacher, list("abcdef"), cfg, tmp_path).tokens
   np.testing.assert_array_equal(before, again)
   now = [path.stat().st_mtime_ns for path in shards]
   assert now[::2] == written[::2] and now[1] != written[1]

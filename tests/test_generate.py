@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from ssd_jax.cli import generate, run
-from ssd_jax.drawn import Picture
+from ssd_jax.core.outputs import Picture
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -135,7 +135,7 @@ def test_damaged_checkpoint(capsys, tmp_path):
   """A truncated file of a model ends in one line that names the folder."""
   import shutil
 
-  from ssd_jax.loading import EMBEDDED
+  from ssd_jax.pipeline.model_folder import EMBEDDED
 
   model = tmp_path / "model"
   shutil.copytree(EMBEDDED, model)

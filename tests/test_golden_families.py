@@ -10,12 +10,13 @@ import pytest
 from toy_families import CONFIGS
 from toy_weights import toy
 
-from ssd_jax import checkpoints, convert
 from ssd_jax.cli.convert import RECIPES
+from ssd_jax.convert import convert
+from ssd_jax.convert.tensors import Checkpoint
 from ssd_jax.families.published import left_padded
-from ssd_jax.loading import FAMILIES
 from ssd_jax.models.t5 import T5Config, T5Encoder
-from ssd_jax.tensors import Checkpoint
+from ssd_jax.pipeline.model_folder import FAMILIES
+from ssd_jax.storage import checkpoints
 
 _GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "families.npz")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import testkit as kit
 
-from ssd_jax.config import UserError
-from ssd_jax.decoding.gsd import GSD
-from ssd_jax.decoding.jacobi import SJD
+from ssd_jax.core.config import UserError
+from ssd_jax.decoding.jacobi.gsd import GSD
+from ssd_jax.decoding.jacobi.sjd import SJD
 
 
 @functools.cache

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 import testkit as kit
 
-from ssd_jax import hlo
-from ssd_jax.decoding import by_name, engine
-from ssd_jax.types import KVCache
+from ssd_jax.core.types import KVCache
+from ssd_jax.decoding import engine, registry
+from ssd_jax.performance import compiled
 
 _TURNS = ("copy", "transpose", "convert")
 TEXT = """HloModule m
@@ -42,7 +42,7 @@ def optimised():
 
 def test_moves_are_those_of_loops_and_of_fusions_roots():
   """Kinds and bytes of a text made by hand; the entry's copy is no loop's."""
-  found = hlo.moves_in_loops(TEXT, at_least=32)
+  found = compiled.moves_in_loops(TEXT, at_least=32)
   assert [(x.kind, x.bytes) for x in found] == [("transpose", 64), ("copy", 32)]
 
 
@@ -78,14 +78,14 @@ def _moves(pipe, model, decoder):
           pipe.params, prompt, decoder.scratch(model))[1])
   whole = shapes.k.size * shapes.k.dtype.itemsize
   layer = whole // shapes.k.shape[0]
-  return hlo.moves_in_loops(text, layer), layer, whole
+  return compiled.moves_in_loops(text, layer), layer, whole
 
 
 @pytest.mark.parametrize("decoder", ["ar", "exact"])
 def test_no_pass_copies_the_cache(decoder):
   """No layer's keys are copied, turned or converted; never all are sliced."""
   pipe = kit.tiny(8, 8, heads=(0, 0), guidance=2.0)
-  moves, _, whole = _moves(pipe, pipe.model, by_name.parse(decoder))
+  moves, _, whole = _moves(pipe, pipe.model, registry.parse(decoder))
   assert [x for x in moves if x.kind in _TURNS or x.bytes >= whole] == []
 
 
@@ -95,5 +95,5 @@ def test_a_cache_turned_around_in_each_pass_is_found():
   planted = _SlotsLast(pipe.model)
   model = dataclasses.replace(
       pipe.model, prefill=planted.prefill, forward=planted.forward)
-  moves, layer, _ = _moves(pipe, model, by_name.parse("ar"))
+  moves, layer, _ = _moves(pipe, model, registry.parse("ar"))
   assert [x for x in moves if x.kind in _TURNS and x.bytes >= layer]

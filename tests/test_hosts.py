@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from ssd_jax import checkpoints, hosts
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
+from ssd_jax.runtime import distributed
+from ssd_jax.storage import checkpoints
 
 SCRIPT = pathlib.Path(__file__).parent / "tiny_training.py"
 DEVICES = 4
@@ -100,4 +101,4 @@ def test_another_number_of_hosts_continues(tmp_path, alone):
 def test_half_a_job_is_one_line(given):
   """All three flags or none, and a place within the job."""
   with pytest.raises(UserError, match="got .*process_id.*expected"):
-    hosts.join(*given)
+    distributed.join(*given)

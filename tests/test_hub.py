@@ -6,9 +6,9 @@ import types
 
 import pytest
 
-from ssd_jax import hub
 from ssd_jax.cli import convert as cli
-from ssd_jax.config import UserError
+from ssd_jax.convert import hub
+from ssd_jax.core.config import UserError
 from ssd_jax.families import janus, llamagen
 
 _NEEDED = ["model-0.safetensors", "model-1.safetensors",

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import ssd_jax
-from ssd_jax import sharding, testing
-from ssd_jax.config import UserError
-from ssd_jax.models import int8
+from ssd_jax.core.config import UserError
+from ssd_jax.models import quantization
+from ssd_jax.pipeline import testing
+from ssd_jax.runtime import sharding
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down", "head", "w0", "w1", "w2",
             "w3")
@@ -21,7 +22,7 @@ def packed(pipe):
   """The pipeline with trunk and heads in int8, its drafter as it was."""
   own = {k: pipe.params[k] for k in ("trunk", "heads")}
   return dataclasses.replace(
-      pipe, params={**pipe.params, **int8.quantize(own)})
+      pipe, params={**pipe.params, **quantization.quantize(own)})
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_each_weight_is_within_half_a_step(pipe, small):
   found = set()
   for kind in ("trunk", "heads"):
     floats = jax.tree_util.tree_leaves_with_path(pipe.params[kind])
-    again = jax.tree.leaves(int8.dequantize(small.params[kind]))
+    again = jax.tree.leaves(quantization.dequantize(small.params[kind]))
     for (path, w), near in zip(floats, again, strict=True):
       name = path[-1].key
       if not np.array_equal(w, near):
@@ -53,7 +54,7 @@ def test_each_weight_is_within_half_a_step(pipe, small):
         step = np.abs(w).max(axes, keepdims=True) / 127
         assert (np.abs(w - near) <= step * 0.501).all(), name
   assert found == set(MATRICES)
-  assert not int8.is_quantized(pipe.params)
+  assert not quantization.is_quantized(pipe.params)
 
 
 def test_logits_stay_near_and_bytes_are_a_quarter():
@@ -95,7 +96,7 @@ def test_all_functions_read_the_same_weights(small):
 def test_refused_where_it_cannot_work(small, tmp_path, monkeypatch):
   """Twice, in a folder, cut over devices, without the extra: one line each."""
   with pytest.raises(UserError, match="got weights in int8, expected"):
-    int8.quantize(small.params)
+    quantization.quantize(small.params)
   loaded = dataclasses.replace(small, folders={"model": tmp_path})
   with pytest.raises(UserError, match="got a pipeline in int8, expected"):
     loaded.save(tmp_path / "new")
@@ -104,4 +105,4 @@ def test_refused_where_it_cannot_work(small, tmp_path, monkeypatch):
     ssd_jax.load("emoji", int8=True)
   monkeypatch.setitem(sys.modules, "qwix", None)
   with pytest.raises(UserError, match=r"pip install 'ssd-jax\[int8\]'"):
-    int8.quantize({})
+    quantization.quantize({})

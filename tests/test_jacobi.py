@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import testkit as kit
 
-from ssd_jax.config import UserError
-from ssd_jax.decoding import engine, first_drafts
-from ssd_jax.decoding.gsd import GSD
-from ssd_jax.decoding.jacobi import SJD, Continuation, Coupled
-from ssd_jax.grid import Grid
-from ssd_jax.sampling import Sampling
+from ssd_jax.core.config import UserError
+from ssd_jax.core.grid import Grid
+from ssd_jax.decoding import engine
+from ssd_jax.decoding.jacobi import initial_drafts
+from ssd_jax.decoding.jacobi.gsd import GSD
+from ssd_jax.decoding.jacobi.sjd import SJD, Continuation, Coupled
+from ssd_jax.decoding.sampling import Sampling
 
 FILTERED = dict(guidance=2.0, top_k=2, top_p=0.95)
 
@@ -112,7 +113,7 @@ def first(init, last, slots, end_of_row=True):
       jax.random.key(0), jnp.int32(0), jnp.int32(4), {}, sampling, model)
   tokens_N = 10 + jnp.arange(model.grid.length)
   q_QV = jax.nn.one_hot(20 + jnp.array(slots), 50)
-  return first_drafts.draft_first(
+  return initial_drafts.draft_first(
       ctx, init, jnp.array(slots), jnp.int32(last), tokens_N, q_QV)
 
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssd_jax import laboratory, testing
 from ssd_jax.decoding import acceptance, engine
 from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.ar import AR
-from ssd_jax.decoding.jacobi import SJD
-from ssd_jax.laboratory import Finding
+from ssd_jax.decoding.jacobi.sjd import SJD
+from ssd_jax.evaluation import exactness
+from ssd_jax.evaluation.exactness import Finding
+from ssd_jax.pipeline import testing
 
 DRAWS = 20_000
 
@@ -25,7 +26,7 @@ def tiny():
 
 @functools.cache
 def law():
-  return laboratory.enumerate_law(tiny())[1]
+  return exactness.enumerate_law(tiny())[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +77,16 @@ def images_in_touch(monkeypatch):
 
 def test_ar_is_cleared():
   """AR's draws follow the law it defines; its noise is at the floor."""
-  found = laboratory.examine(tiny(), AR(), "ar", DRAWS, group=4)
+  found = exactness.examine(tiny(), AR(), "ar", DRAWS, group=4)
   assert found.verdict == "exact" and found.is_sound
   assert found.tv == pytest.approx(found.floor, rel=0.2)
   assert found.draws == DRAWS and found.passes == 6
 
 
-@pytest.mark.parametrize("group", laboratory.GROUPS)
+@pytest.mark.parametrize("group", exactness.GROUPS)
 def test_planted_bias_is_caught(images_in_touch, group):
   """Committing the batch's minimum is exact alone and biased in company."""
-  found = laboratory.examine(tiny(), LockStep(4), "lockstep", DRAWS, group)
+  found = exactness.examine(tiny(), LockStep(4), "lockstep", DRAWS, group)
   assert found.lossless
   if group == 1:
     assert found.verdict == "exact" and found.is_sound
@@ -96,32 +97,32 @@ def test_planted_bias_is_caught(images_in_touch, group):
 
 def test_the_law_is_a_law():
   """All images are enumerated, each once; their probabilities sum to one."""
-  images, p_I = laboratory.enumerate_law(tiny())
+  images, p_I = exactness.enumerate_law(tiny())
   assert images.shape == (729, 2, 3) and p_I.sum() == pytest.approx(1)
   np.testing.assert_array_equal(
-      laboratory.count(tiny(), images), np.ones(729))
+      exactness.count(tiny(), images), np.ones(729))
 
 
 def test_statistics_of_exact_draws():
   """P-values are uniform and distances lie at the floor for exact draws."""
   rng = np.random.default_rng(0)
   counts = rng.multinomial(5000, law(), 200)
-  p_values = np.array([laboratory.chi_square(c, law()) for c in counts])
-  tvs = [laboratory.total_variation(c, law()) for c in counts]
+  p_values = np.array([exactness.chi_square(c, law()) for c in counts])
+  tvs = [exactness.total_variation(c, law()) for c in counts]
   assert 0.4 < p_values.mean() < 0.6 and (p_values < 0.1).mean() < 0.2
   assert np.mean(tvs) == pytest.approx(
-      laboratory.noise_floor(law(), 5000), rel=0.02)
+      exactness.noise_floor(law(), 5000), rel=0.02)
 
 
 def test_bias_of_the_stated_size_is_found_as_often_as_stated():
   """About 9 in 10 draws with a bias of `detectable` size are called biased."""
   rng = np.random.default_rng(1)
-  size = laboratory.detectable(law(), DRAWS)
+  size = exactness.detectable(law(), DRAWS)
   found = []
   for _ in range(30):
     p_I = law() * (1 + 2 * size * rng.choice([-1, 1], len(law())))
     counts = rng.multinomial(DRAWS, p_I / p_I.sum(), 10)
-    found += [laboratory.chi_square(c, law()) < laboratory.P_VALUE
+    found += [exactness.chi_square(c, law()) < exactness.P_VALUE
               for c in counts]
   assert 0.75 < np.mean(found) < 0.97
 
@@ -129,19 +130,19 @@ def test_bias_of_the_stated_size_is_found_as_often_as_stated():
 def test_an_impossible_image_ends_the_doubt():
   """One draw of what cannot be drawn is enough."""
   p_I = np.array([0.5, 0.5, 0.0])
-  assert laboratory.chi_square(np.array([500, 499, 1]), p_I) == 0.0
-  assert laboratory.chi_square(np.array([500, 500, 0]), p_I) > 0.9
+  assert exactness.chi_square(np.array([500, 499, 1]), p_I) == 0.0
+  assert exactness.chi_square(np.array([500, 500, 0]), p_I) > 0.9
 
 
 def test_pooling_loses_nothing():
   """Every bin expects enough, no count and no probability is lost."""
   counts = np.arange(50)
   expected = np.concatenate([np.full(40, 0.3), np.linspace(1, 100, 10)])
-  found, wanted = laboratory.pool(counts, expected)
-  assert wanted.min() >= laboratory.LEAST_EXPECTED
+  found, wanted = exactness.pool(counts, expected)
+  assert wanted.min() >= exactness.LEAST_EXPECTED
   assert found.sum() == counts.sum()
   assert wanted.sum() == pytest.approx(expected.sum())
-  one = laboratory.pool(np.array([1, 2]), np.array([0.1, 0.2]))
+  one = exactness.pool(np.array([1, 2]), np.array([0.1, 0.2]))
   np.testing.assert_allclose(one, [[3], [0.3]])
 
 
@@ -153,4 +154,4 @@ def test_verdicts(lossless, p_value, verdict, is_sound):
   """Only a claim of exactness can be broken."""
   found = Finding("d", lossless, 4, 100, 0.1, 0.1, p_value, 3.0)
   assert found.verdict == verdict and found.is_sound == is_sound
-  assert f"| {verdict} |" in laboratory.table([found])
+  assert f"| {verdict} |" in exactness.table([found])

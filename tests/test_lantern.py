@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssd_jax import laboratory, testing
-from ssd_jax.config import UserError
-from ssd_jax.decoding.relaxed import Lantern, LanternPP, neighbour_table
-from ssd_jax.decoding.tree import Eagle, Family
+from ssd_jax.core.config import UserError
+from ssd_jax.decoding.trees.eagle import Eagle, Family
+from ssd_jax.decoding.trees.relaxed import Lantern, LanternPP, neighbour_table
+from ssd_jax.evaluation import exactness
 from ssd_jax.models.vq import unit
+from ssd_jax.pipeline import testing
 
 WIDE = "0/1/2/00/01/000"
 
@@ -107,11 +108,11 @@ def test_nothing_to_move_is_lossless(decoder):
 def test_relaxing_saves_passes_and_is_told_from_exact():
   """Fewer passes than EAGLE; the laboratory sees that the law is another."""
   found, exact = (
-      laboratory.examine(tiny(), decoder, decoder.name, draws=4000)
+      exactness.examine(tiny(), decoder, decoder.name, draws=4000)
       for decoder in (LanternPP("0/1/00/000", neighbours=2, multiplier=3.0),
                       Eagle("0/1/00/000", "sampled")))
-  assert not found.lossless and found.p_value < laboratory.P_VALUE
-  assert exact.lossless and exact.p_value > laboratory.P_VALUE
+  assert not found.lossless and found.p_value < exactness.P_VALUE
+  assert exact.lossless and exact.p_value > exactness.P_VALUE
   assert found.passes < exact.passes
 
 

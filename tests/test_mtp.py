@@ -5,10 +5,11 @@ import functools
 import numpy as np
 import pytest
 
-from ssd_jax import laboratory, testing
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.mtp import MTP
+from ssd_jax.evaluation import exactness
+from ssd_jax.pipeline import testing
 
 tiny = functools.cache(testing.tiny)
 
@@ -20,15 +21,15 @@ tiny = functools.cache(testing.tiny)
 ])
 def test_exact_verification_is_lossless(kwargs, decoder, group):
   """The joint law of the output is AR's: chi-square over every image."""
-  finding = laboratory.examine(tiny(**kwargs), decoder, "mtp", group=group)
-  assert finding.lossless and finding.p_value > laboratory.P_VALUE
+  finding = exactness.examine(tiny(**kwargs), decoder, "mtp", group=group)
+  assert finding.lossless and finding.p_value > exactness.P_VALUE
   assert finding.passes < tiny(**kwargs).model.grid.cells
 
 
 def test_correction_is_told_from_exact_sampling():
   """The same test sees the bias of correcting every draft on its own."""
-  finding = laboratory.examine(tiny(), MTP(verify="correct"), "mtp")
-  assert not finding.lossless and finding.p_value < laboratory.P_VALUE
+  finding = exactness.examine(tiny(), MTP(verify="correct"), "mtp")
+  assert not finding.lossless and finding.p_value < exactness.P_VALUE
 
 
 @pytest.mark.parametrize("end_of_row", [False, True])

@@ -8,13 +8,14 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ssd_jax import layout, pictures, testing
 from ssd_jax.cli import common, generate, run as cli
-from ssd_jax.config import UserError
-from ssd_jax.pictures import Filling
+from ssd_jax.core.config import UserError
+from ssd_jax.pipeline import testing
+from ssd_jax.visualization import animations, contact_sheets
+from ssd_jax.visualization.animations import Filling
 
 COMMIT = np.array([[1, 2], [2, 4]])
-BLANK = pictures._BLANK
+BLANK = animations._BLANK
 
 
 class Painter:
@@ -41,7 +42,7 @@ def traced():
 
 def test_final_cells_are_shown_drafts_dimmed_the_rest_grey():
   """Each frame tells final cells, drafts and empty cells apart."""
-  fill = pictures.filling(Painter(), traced(), 0, "ar")
+  fill = animations.filling(Painter(), traced(), 0, "ar")
   np.testing.assert_array_equal(fill.shown, [1, 2, 3, 4])
   dim = lambda code: int((code + BLANK) / 2)
   expected = [
@@ -55,7 +56,7 @@ def test_nothing_is_painted_where_nothing_is_drafted():
   output = traced()
   output.history *= output.commit_pass[:, None] <= np.arange(1, 7)[
       None, :, None, None]
-  fill = pictures.filling(None, output, 0, "ar")
+  fill = animations.filling(None, output, 0, "ar")
   np.testing.assert_array_equal(fill.frames[-1], output.images[0])
 
 
@@ -71,7 +72,7 @@ def fillings():
 
 def test_both_race_in_the_same_time():
   """At each moment both show the passes done by then; both end finished."""
-  frames = [np.asarray(x)[0] for x in pictures.animation(fillings())]
+  frames = [np.asarray(x)[0] for x in animations.animation(fillings())]
   left, right = (np.array([f[i, 0] for f in frames]) for i in (0, 50))
   np.testing.assert_array_equal(left, [BLANK, *range(8)])
   np.testing.assert_array_equal(
@@ -81,7 +82,7 @@ def test_both_race_in_the_same_time():
 def test_animation_is_a_gif_that_rests_at_the_end(tmp_path):
   """The file holds all frames and leaves nothing half-written behind."""
   path = tmp_path / "a.gif"
-  pictures.save_animation(pictures.animation(fillings()), path)
+  animations.save_animation(animations.animation(fillings()), path)
   with Image.open(path) as gif:
     assert gif.n_frames >= 8 and gif.info["loop"] == 0
     gif.seek(gif.n_frames - 1)
@@ -91,7 +92,7 @@ def test_animation_is_a_gif_that_rests_at_the_end(tmp_path):
 
 def test_trace_writes_gif_frames_and_heat_map(tmp_path):
   """Per image an animation, its frames as PNG and a heat map."""
-  paths = pictures.write_trace(
+  paths = animations.write_trace(
       Painter(), traced(), [tmp_path / "0000_a"], "ar")
   assert all(path.exists() for path in paths)
   frames = list((tmp_path / "0000_a_filling").glob("*.png"))
@@ -101,12 +102,12 @@ def test_trace_writes_gif_frames_and_heat_map(tmp_path):
 
 def test_heat_map_colours_passes():
   """Equal passes have one colour; first and last are the ends of the scale."""
-  heat = np.asarray(pictures.heat_map(COMMIT, (40, 40)))
+  heat = np.asarray(animations.heat_map(COMMIT, (40, 40)))
   colours = heat[:40:20, :40:20].reshape(4, 3)
-  np.testing.assert_array_equal(colours[0], pictures._HEAT[0])
-  np.testing.assert_array_equal(colours[3], pictures._HEAT[-1])
+  np.testing.assert_array_equal(colours[0], animations._HEAT[0])
+  np.testing.assert_array_equal(colours[3], animations._HEAT[-1])
   np.testing.assert_array_equal(colours[1], colours[2])
-  assert np.asarray(pictures.heat_map(np.ones((2, 2), int), (8, 8))).any()
+  assert np.asarray(animations.heat_map(np.ones((2, 2), int), (8, 8))).any()
 
 
 def test_contact_sheet_places_pictures_by_row_and_column():
@@ -115,7 +116,7 @@ def test_contact_sheet_places_pictures_by_row_and_column():
   images = [[np.full((64, 64, 3), c, np.uint8) for c in row] for row in colours]
   captions = ["a long caption of many words " * 9, ""]
   sheet = np.asarray(
-      layout.contact_sheet(images, captions, ["ar", "ssd:rounds=1"]))
+      contact_sheets.contact_sheet(images, captions, ["ar", "ssd:rounds=1"]))
   places = {}
   for row in colours:
     for colour in row:
@@ -129,14 +130,18 @@ def test_contact_sheet_places_pictures_by_row_and_column():
 def test_large_pictures_are_shrunk():
   """A sheet of large pictures stays of a size one can look at."""
   images = [[np.zeros((512, 256, 3), np.uint8)]]
-  sheet = layout.contact_sheet(images, ["x" * 100], ["y" * 100], most=100)
+  sheet = contact_sheets.contact_sheet(
+    images, ["x" * 100], ["y" * 100], most=100
+  )
   assert sheet.height < 160 and sheet.width < 240
 
 
 def test_a_sheet_says_what_was_asked():
   """Three pictures in two rows, each whole, with room for its caption."""
   images = [np.full((40, 60, 3), i, np.uint8) for i in range(3)]
-  sheet = np.asarray(layout.captioned(images, ["a", "b c", "long " * 90]))
+  sheet = np.asarray(
+    contact_sheets.captioned(images, ["a", "b c", "long " * 90])
+  )
   assert sheet.shape[0] > 2 * (40 + 16) and sheet.shape[1] > 2 * 60
   assert all((sheet == i).all(-1).sum() >= 40 * 60 for i in range(3))
 
@@ -144,19 +149,19 @@ def test_a_sheet_says_what_was_asked():
 def test_pareto_plot_is_written(tmp_path):
   """Points with and without intervals are drawn, in as many panels as given."""
   points = [
-      pictures.Point("ar", True, 1.0, (0.9, 1.1), 0.0, (0.0, 0.0)),
-      pictures.Point("ssd", False, 4.0, (3.0, 5.0), 0.3, None)]
-  panels = [pictures.Panel("passes", "gap", points, (-0.1, 0.2)),
-            pictures.Panel("passes", "KID", points[1:], (-np.inf, 0.1)),
-            pictures.Panel("seconds", "KID", points, None)]
+      animations.Point("ar", True, 1.0, (0.9, 1.1), 0.0, (0.0, 0.0)),
+      animations.Point("ssd", False, 4.0, (3.0, 5.0), 0.3, None)]
+  panels = [animations.Panel("passes", "gap", points, (-0.1, 0.2)),
+            animations.Panel("passes", "KID", points[1:], (-np.inf, 0.1)),
+            animations.Panel("seconds", "KID", points, None)]
   for name, rows in (("one", [panels[:1]]), ("two", [panels[:2]]),
                      ("four", [panels[:2], panels[1:]])):
-    pictures.pareto(rows, tmp_path / f"{name}.png")
+    animations.pareto(rows, tmp_path / f"{name}.png")
   one, two, four = (
       Image.open(tmp_path / f"{name}.png") for name in ("one", "two", "four"))
   assert one.width > 500 and two.width > 1.5 * one.width
   assert four.width == two.width and four.height == 2 * two.height
-  pictures.pareto([], tmp_path / "none.png")
+  animations.pareto([], tmp_path / "none.png")
   assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -169,7 +174,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
 
   monkeypatch.setattr(Image.Image, "save", fail)
   with pytest.raises(UserError, match="No space left"):
-    layout.save_picture(Image.new("RGB", (4, 4)), tmp_path / "x.png")
+    contact_sheets.save_picture(Image.new("RGB", (4, 4)), tmp_path / "x.png")
   assert not list(tmp_path.iterdir())
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import ssd_jax
-from ssd_jax import loading, testing
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
+from ssd_jax.pipeline import model_folder, testing
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_pipeline_that_was_made_says_that_it_has_no_settings(pipe, tmp_path):
     lambda x: x.update(family=["x"]), lambda x: x["config"].pop("trunk")])
 def test_a_damaged_model_json_is_one_line(tmp_path, change):
   """Settings that lack something are refused before weights are read."""
-  settings = json.loads((loading.EMBEDDED / "model.json").read_text())
+  settings = json.loads((model_folder.EMBEDDED / "model.json").read_text())
   change(settings)
   (tmp_path / "model.json").write_text(json.dumps(settings))
   with pytest.raises(UserError, match="model.json") as error:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import testkit as kit
 
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 from ssd_jax.decoding.engine import is_lossless
-from ssd_jax.decoding.pjd import PJD
+from ssd_jax.decoding.rows.pjd import PJD
 
 
 @pytest.mark.parametrize("grid, decoder, group", [

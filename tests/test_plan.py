@@ -13,11 +13,17 @@ import jax.numpy as jnp
 import pytest
 import testkit as kit
 
-from ssd_jax import chips, hlo, plan as planning, schedules, sharding
-from ssd_jax.config import UserError
-from ssd_jax.decoding import by_name
+from ssd_jax.core.config import UserError
+from ssd_jax.decoding import registry
 from ssd_jax.families import emoji, lumina
-from ssd_jax.training import plan as training_plan
+from ssd_jax.performance import (
+  chips,
+  compiled,
+  cost_model as planning,
+  pass_counts,
+  training_cost as training_plan,
+)
+from ssd_jax.runtime import sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 FIELDS = {
@@ -44,10 +50,10 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 def test_collectives_of_loops_count_as_often_as_they_run():
   """Kinds, counts, bytes and groups of a text made by hand."""
-  found = {x.kind: x for x in hlo.collectives(HLO, 4)}
-  assert found["all-reduce"] == hlo.Collective(
+  found = {x.kind: x for x in compiled.collectives(HLO, 4)}
+  assert found["all-reduce"] == compiled.Collective(
       "all-reduce", 5 + 1, 5 * 32 + 40, 4)
-  assert found["all-gather"] == hlo.Collective("all-gather", 5, 5 * 64, 4)
+  assert found["all-gather"] == compiled.Collective("all-gather", 5, 5 * 64, 4)
   assert found["collective-permute"].count == 1  # two steps of one
   assert found["reduce-scatter"].group == 2
   # A ring of 4 sends each byte 1.5 times.
@@ -58,9 +64,9 @@ def test_collectives_of_loops_count_as_often_as_they_run():
 def test_schedules_have_the_passes_and_queries_of_the_engine(rounds):
   """The formula against decoding itself, on a grid with row ends."""
   model = kit.chain(6, 7, end_of_row=True)
-  found = schedules.of_rows(rounds, model)
+  found = pass_counts.of_rows(rounds, model)
   for text, passes, _ in (found[0], found[-1]):
-    assert schedules.fixed_passes(by_name.parse(text), model) == passes
+    assert pass_counts.fixed_passes(registry.parse(text), model) == passes
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +80,10 @@ def test_counts_by_hand_agree_with_xla(network):
   """FLOPs of a pass within a tenth; queries as the schedule says."""
   mesh = sharding.make_mesh("", jax.devices()[:1])
   plan = planning.Plan(
-      network, by_name.parse("ssd:rounds=2+schedule=pipelined+lag=1"), mesh, 1)
+      network, registry.parse("ssd:rounds=2+schedule=pipelined+lag=1"), mesh, 1)
   [(_, _, queries)] = [
-      x for x in schedules.of_rows(2, network.model) if x[0].endswith("lag=1")]
+    x for x in pass_counts.of_rows(2, network.model) if x[0].endswith("lag=1")
+  ]
   assert plan.queries == queries
   one, ends = plan.compile_pass()
   flops, moved = planning.xla_counts(
@@ -84,7 +91,7 @@ def test_counts_by_hand_agree_with_xla(network):
   by_hand = plan.counts(plan.queries)
   assert by_hand[0] == pytest.approx(flops, rel=0.1)
   assert by_hand[1] < 3 * moved  # without fusion XLA moves more
-  assert hlo.collectives(one.as_text(), 1) == []
+  assert compiled.collectives(one.as_text(), 1) == []
 
 
 def test_a_step_of_training_is_planned(network):

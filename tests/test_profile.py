@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from PIL import Image
 import pytest
 
-from ssd_jax import profiling, roofline, testing
 from ssd_jax.cli import profile
+from ssd_jax.performance import profiler, roofline
+from ssd_jax.pipeline import testing
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +24,10 @@ def test_everything_is_written(pipe, tmp_path, capsys):
   assert "pass / least" in capsys.readouterr().out
   found = json.loads((tmp_path / "profile.json").read_text())
   [row] = found["rows"]
-  assert row["queries"] == 4 and set(row["parts"]) == set(profiling.PARTS)
+  assert row["queries"] == 4 and set(row["parts"]) == set(profiler.PARTS)
   assert row["whole"] > 0 and row["least"] > 0
   assert row["rest"] == pytest.approx(row["whole"] - sum(
-      row["parts"][k] for k in profiling.PARTS if k != "drafting"))
+      row["parts"][k] for k in profiler.PARTS if k != "drafting"))
   assert (tmp_path / "profile.md").read_text().count("\n| 4 |") == 1
   assert Image.open(tmp_path / "profile.png").size[0] > 400
   assert list((tmp_path / "trace").rglob("*.xplane.pb"))
@@ -35,14 +36,14 @@ def test_everything_is_written(pipe, tmp_path, capsys):
 def test_models_without_heads_below_draft_to_the_right():
   """Drafting is timed by whichever heads there are, or not at all."""
   times = [
-      profiling.Profiler(testing.tiny(heads=heads), "ab", 1).row(2)
+      profiler.Profiler(testing.tiny(heads=heads), "ab", 1).row(2)
       .parts["drafting"] for heads in ((2, 0), (0, 0))]
   assert times[0] > 0 and times[1] is None
 
 
 def test_bytes_of_a_pass_are_weights_and_cache_once(pipe):
   """Counted by hand: all of the trunk but the input table, keys and values."""
-  moved, weights = profiling.Profiler(pipe, "ab", 2).counts
+  moved, weights = profiler.Profiler(pipe, "ab", 2).counts
   cfg = pipe.family.generator.cfg
   sizes = {k: sum(x.size for x in jax.tree.leaves(v))
            for k, v in pipe.params["trunk"].items()}

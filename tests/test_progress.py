@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import ssd_jax
-from ssd_jax.progress import Bar
+from ssd_jax.runtime.progress import Bar
 
 
 class Stream(io.StringIO):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import testkit as kit
 
-from ssd_jax.config import UserError
-from ssd_jax.decoding import row_queries, rows as rows_lib
+from ssd_jax.core.config import UserError
 from ssd_jax.decoding.engine import Context
-from ssd_jax.decoding.stair import Stair
-from ssd_jax.sampling import Sampling
+from ssd_jax.decoding.rows import queries as row_queries, state as rows_lib
+from ssd_jax.decoding.rows.stair import Stair
+from ssd_jax.decoding.sampling import Sampling
 
 
 def context(model):

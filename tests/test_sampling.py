@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssd_jax import sampling
-from ssd_jax.sampling import Sampling
+from ssd_jax.decoding import sampling
+from ssd_jax.decoding.sampling import Sampling
 
 
 def reference(logits, temperature, top_k, top_p):

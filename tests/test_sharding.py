@@ -9,8 +9,8 @@ import sys
 import jax
 import pytest
 
-from ssd_jax import sharding
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
+from ssd_jax.runtime import sharding
 
 SCRIPT = pathlib.Path(__file__).parent / "eight_devices.py"
 
@@ -100,7 +100,7 @@ def test_the_mesh_flag_makes_devices_of_a_cpus_cores():
 
 def test_every_parameter_of_a_rule_exists():
   """The table names nothing that no model has."""
-  from ssd_jax import testing
+  from ssd_jax.pipeline import testing
 
   params = testing.tiny().params
   paths = ["/" + jax.tree_util.keystr(path, simple=True, separator="/")

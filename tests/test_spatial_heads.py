@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssd_jax import loading, testing
-from ssd_jax.config import UserError, from_config_dict
-from ssd_jax.grid import Grid
+from ssd_jax.core.config import UserError, from_config_dict
+from ssd_jax.core.grid import Grid
+from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.models.fingerprint import fingerprint, same_trunk
 from ssd_jax.models.spatial_heads import (
-    INPUTS,
-    TARGETS,
-    HeadsConfig,
-    HeadsOptions,
-    SpatialHeads,
-    bind_heads,
+  INPUTS,
+  TARGETS,
+  HeadsConfig,
+  HeadsOptions,
+  SpatialHeads,
+  bind_heads,
 )
-from ssd_jax.sampling import Sampling
+from ssd_jax.pipeline import model_folder, testing
 from ssd_jax.training import losses
 
 
@@ -139,9 +139,9 @@ def test_stored_heads_draft_as_they_were_trained(
 ):
   """heads.json brings back inputs and target; the loaded model obeys it."""
   heads, params = make_heads(pipe, HeadsOptions(1, 1, inputs, target))
-  loading.write_extra(
+  model_folder.write_extra(
       tmp_path / "heads", "heads", heads.cfg, params["heads"], np.float32)
-  cfg, weights = loading.read_extra(tmp_path / "heads", "heads")
+  cfg, weights = model_folder.read_extra(tmp_path / "heads", "heads")
   assert cfg == heads.cfg
   model = bind_heads(heads.generator, cfg, {**params, "heads": weights})
   hidden, tokens = some_cells()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import testkit as kit
 
-from ssd_jax.config import UserError
-from ssd_jax.decoding.ssd import SSD
-from ssd_jax.grid import Grid
-from ssd_jax.types import Model
+from ssd_jax.core.config import UserError
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import Model
+from ssd_jax.decoding.rows.ssd import SSD
 
 _JANUS = (24, 24, False)
 _LUMINA = (48, 48, True)

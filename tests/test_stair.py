@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import testkit as kit
 
-from ssd_jax import laboratory
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
+from ssd_jax.core.grid import Grid
 from ssd_jax.decoding.engine import is_lossless
-from ssd_jax.decoding.stair import Exact, Stair
-from ssd_jax.grid import Grid
+from ssd_jax.decoding.rows.stair import Exact, Stair
+from ssd_jax.evaluation import exactness
 
 _WIDE = dict(rows=2, cols=3, vocab=2)
 _ENDED = dict(rows=3, cols=2, vocab=2, end_of_row=True)
@@ -118,7 +118,7 @@ def test_lenience_bounds_every_cell():
   out = kit.draw(pipe, Stair(lookahead=3, lenience=0.6), 60_000)
   last = lambda counts: counts.reshape(-1, 2) / np.maximum(
       counts.reshape(-1, 2).sum(1, keepdims=True), 1e-9)
-  drawn = laboratory.count(pipe, out.tokens)
+  drawn = exactness.count(pipe, out.tokens)
   error = 4 * 0.5 / np.sqrt(np.maximum(drawn.reshape(-1, 2).sum(1), 1))
   bound = last(kit.law(pipe)) / 0.6
   assert (last(drawn) <= bound + error[:, None]).all()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from toy_families import CONFIGS
 
-from ssd_jax import loading, streaming, testing
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 from ssd_jax.decoding.ar import AR
+from ssd_jax.pipeline import model_folder, stream as stream_lib, testing
 
 PROMPTS = ["a", "longer", "b", "wor", "c"]
 
@@ -69,7 +69,7 @@ def test_prompts_of_any_length_share_a_batch():
   """A longer prompt widens what all have; the others' pictures stay."""
   config = CONFIGS["lumina"]()
   config.size = "64x64"
-  pipe = loading.from_config(config)
+  pipe = model_folder.from_config(config)
   pipe.params["trunk"]["embedding"] *= 30.0
   texts = ["a", "b" * 40, "c", "d" * 30]
   stream = pipe.stream(texts, batch=2, temperature=0.5)
@@ -81,7 +81,7 @@ def test_prompts_of_any_length_share_a_batch():
 
 def test_whoever_waits_is_told_every_few_passes(pipe, monkeypatch):
   """Steps sum up to the pictures, many a picture, and change none."""
-  monkeypatch.setattr(streaming, "_PASSES", 1)
+  monkeypatch.setattr(stream_lib, "_PASSES", 1)
   steps = []
   stream = pipe.stream(PROMPTS, batch=2, seed=3, on_step=steps.append)
   assert_same(stream, pipe.generate(PROMPTS, batch=4, seed=3))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from toy_weights import write_safetensors
 
-from ssd_jax import tensors
-from ssd_jax.config import UserError
+from ssd_jax.convert import tensors
+from ssd_jax.core.config import UserError
 
 
 class _Storage:

@@ -10,17 +10,17 @@ import pytest
 from test_golden_families import InMemory
 from toy_families import llamagen_class_config
 
-from ssd_jax import convert
 from ssd_jax.cli import generate, run, train
 from ssd_jax.cli.convert import RECIPES
-from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
-from ssd_jax.data import features
-from ssd_jax.data.features import DrawConfig
+from ssd_jax.convert import convert
+from ssd_jax.convert.tensors import Checkpoint
+from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
 from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
 from ssd_jax.models.spatial_heads import HeadsOptions
-from ssd_jax.tensors import Checkpoint
+from ssd_jax.training import self_distillation
 from ssd_jax.training.drafter import DrafterTraining
-from ssd_jax.training.mtp import MTPConfig
+from ssd_jax.training.heads import MTPConfig
+from ssd_jax.training.self_distillation import DrawConfig
 
 GET_CONFIGS = (anole.get_config, emoji.get_config, emu3.get_config,
                janus.get_config, llamagen.get_config, lumina.get_config)
@@ -85,7 +85,9 @@ def test_converted_trained_drawn(capsys, model, tmp_path, monkeypatch):
   status, out, err = call(capsys, train.mtp, *args)
   assert status == 0, err
   assert "| vertical | 1 |" in out and "--decoder ssd" in out
-  monkeypatch.setattr(features, "_draw_images", None)  # nothing drawn anew
+  monkeypatch.setattr(
+    self_distillation, "_draw_images", None
+  )  # nothing drawn anew
   other = write_config(tmp_path / "b.py", rate=0.5, checkpoint=str(model))
   status, _, err = call(capsys, train.mtp, other, *args[1:])
   assert status == 2 and "got mtp.optimizer.learning_rate=0.5" in err

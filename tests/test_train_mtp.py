@@ -13,14 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from ssd_jax import testing
-from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
-from ssd_jax.data import features
-from ssd_jax.data.features import DrawConfig, Teacher
+from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
 from ssd_jax.decoding.ar import AR
 from ssd_jax.models.spatial_heads import HeadsOptions
-from ssd_jax.training import mtp
-from ssd_jax.training.mtp import MTPConfig
+from ssd_jax.pipeline import testing
+from ssd_jax.training import heads as heads_lib, self_distillation
+from ssd_jax.training.heads import MTPConfig
+from ssd_jax.training.self_distillation import DrawConfig, Teacher
 
 CAPTIONS = tuple("abcdefghijk")
 DRAW = DrawConfig(batch=3, shard=4, seed=5)
@@ -59,7 +58,9 @@ def teacher(pipe):
 
 @pytest.fixture(scope="module")
 def drawn(teacher, tmp_path_factory):
-  return features.draw(teacher, CAPTIONS, DRAW, tmp_path_factory.mktemp("all"))
+  return self_distillation.draw(
+    teacher, CAPTIONS, DRAW, tmp_path_factory.mktemp("all")
+  )
 
 
 def test_images_are_those_of_ar(pipe, drawn):
@@ -74,15 +75,15 @@ def test_images_are_those_of_ar(pipe, drawn):
 
 def draw_until_killed(folder):
   """Draws into a folder; dies by SIGKILL while it writes the second shard."""
-  real, calls = features.os.replace, []
+  real, calls = self_distillation.os.replace, []
 
   def replace(partial, path):
     if pathlib.Path(path).name.startswith("tokens-00001"):
       os.kill(os.getpid(), signal.SIGKILL)
     calls.append(real(partial, path))
 
-  features.os.replace = replace
-  features.draw(make_teacher(make_pipe()), CAPTIONS, DRAW, folder)
+  self_distillation.os.replace = replace
+  self_distillation.draw(make_teacher(make_pipe()), CAPTIONS, DRAW, folder)
 
 
 def test_a_killed_draw_loses_and_repeats_nothing(
@@ -98,11 +99,11 @@ def test_a_killed_draw_loses_and_repeats_nothing(
   assert child.returncode == -signal.SIGKILL, child.stderr
   assert [f.name for f in tmp_path.glob("*.npy")] == [
       "tokens-00000-of-00003.npy"]
-  real, calls = features._draw_images, []
+  real, calls = self_distillation._draw_images, []
   monkeypatch.setattr(
-      features, "_draw_images",
+      self_distillation, "_draw_images",
       lambda *args: (calls.append(args[2][0]), real(*args))[1])
-  again = features.draw(teacher, CAPTIONS, DRAW, tmp_path)
+  again = self_distillation.draw(teacher, CAPTIONS, DRAW, tmp_path)
   np.testing.assert_array_equal(again.tokens, drawn.tokens)
   assert calls == [4, 8]  # the first shard was not drawn again
   assert not list(tmp_path.glob(".*"))
@@ -116,33 +117,35 @@ def test_a_kill_between_write_and_rename_is_harmless(
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(features.os, "replace", killed)
+    patch.setattr(self_distillation.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-      features.draw(teacher, CAPTIONS, DRAW, tmp_path)
-  again = features.draw(teacher, CAPTIONS, DRAW, tmp_path)
+      self_distillation.draw(teacher, CAPTIONS, DRAW, tmp_path)
+  again = self_distillation.draw(teacher, CAPTIONS, DRAW, tmp_path)
   np.testing.assert_array_equal(again.tokens, drawn.tokens)
 
 
 def test_images_of_other_settings_are_refused(teacher, drawn, tmp_path):
   """Captions, seed and sampling are in the manifest; damage is named."""
   del drawn
-  features.draw(teacher, CAPTIONS, DRAW, tmp_path)
+  self_distillation.draw(teacher, CAPTIONS, DRAW, tmp_path)
   with pytest.raises(UserError, match="whose captions differs"):
-    features.draw(teacher, CAPTIONS[::-1], DRAW, tmp_path)
+    self_distillation.draw(teacher, CAPTIONS[::-1], DRAW, tmp_path)
   with pytest.raises(UserError, match="whose seed differs"):
-    features.draw(
+    self_distillation.draw(
         teacher, CAPTIONS, dataclasses.replace(DRAW, seed=6), tmp_path)
   hotter = dataclasses.replace(teacher, guided=False)
   with pytest.raises(UserError, match="whose sampling differs"):
-    features.draw(hotter, CAPTIONS, DRAW, tmp_path)
+    self_distillation.draw(hotter, CAPTIONS, DRAW, tmp_path)
   next(tmp_path.glob("tokens-00001*")).write_bytes(b"half")
   with pytest.raises(UserError, match="damaged.*tokens-00001"):
-    features.draw(teacher, CAPTIONS, DRAW, tmp_path)
+    self_distillation.draw(teacher, CAPTIONS, DRAW, tmp_path)
 
 
 def test_dropped_captions_are_the_unconditional_stream(teacher, drawn):
   """Rows hold the image's caption or, at the given rate, the empty one."""
-  stream = iter(features.batches(drawn, teacher, 8, 0, drop_caption=0.5))
+  stream = iter(
+    self_distillation.batches(drawn, teacher, 8, 0, drop_caption=0.5)
+  )
   prompt_of = {}
   for image, text in enumerate(CAPTIONS):
     both, _ = teacher.encode_prompts([text], True)
@@ -166,11 +169,13 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(
 ):
   """A run killed after a checkpoint ends with the weights of a whole one."""
   captions = {"train": CAPTIONS, "validation": CAPTIONS[:5]}
-  whole, heads_cfg = mtp.run(teacher, captions, CONFIG, tmp_path / "whole")
+  whole, heads_cfg = heads_lib.run(
+    teacher, captions, CONFIG, tmp_path / "whole"
+  )
   assert heads_cfg.options == CONFIG.heads
   assert json.loads((tmp_path / "whole" / "heads.json").read_text())
 
-  real = mtp.make_step
+  real = heads_lib.make_step
   history = []
 
   def killed_at_14(*args):
@@ -186,11 +191,11 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(
     return run
 
   with monkeypatch.context() as patch:
-    patch.setattr(mtp, "make_step", killed_at_14)
+    patch.setattr(heads_lib, "make_step", killed_at_14)
     with pytest.raises(KeyboardInterrupt):
-      mtp.run(teacher, captions, CONFIG, tmp_path / "killed")
+      heads_lib.run(teacher, captions, CONFIG, tmp_path / "killed")
   assert history[-1] < 0.8 * history[0]
-  again, _ = mtp.run(teacher, captions, CONFIG, tmp_path / "killed")
+  again, _ = heads_lib.run(teacher, captions, CONFIG, tmp_path / "killed")
   assert int(again.step) == 24
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -202,8 +207,8 @@ def test_training_reports_acceptance(teacher, tmp_path):
   short = dataclasses.replace(
       CONFIG, loop=dataclasses.replace(CONFIG.loop, steps=1, save_every=1)
   )
-  mtp.run(teacher, captions, short, tmp_path)
-  rows = (tmp_path / mtp.TABLE).read_text().splitlines()
+  heads_lib.run(teacher, captions, short, tmp_path)
+  rows = (tmp_path / heads_lib.TABLE).read_text().splitlines()
   assert [row.split(" | ")[:2] for row in rows[2:]] == [
       ["| horizontal", "1"], ["| horizontal", "2"], ["| vertical", "1"]
   ]
@@ -211,7 +216,7 @@ def test_training_reports_acceptance(teacher, tmp_path):
   assert list((tmp_path / "logs").iterdir())
   other = dataclasses.replace(short, heads=HeadsOptions(1, 1))
   with pytest.raises(UserError, match="other settings"):
-    mtp.run(teacher, captions, other, tmp_path)
+    heads_lib.run(teacher, captions, other, tmp_path)
 
 
 def test_an_offset_off_the_grid_is_refused(teacher, tmp_path):
@@ -219,7 +224,7 @@ def test_an_offset_off_the_grid_is_refused(teacher, tmp_path):
   captions = {"train": CAPTIONS, "validation": CAPTIONS}
   wide = dataclasses.replace(CONFIG, heads=HeadsOptions(3, 1))
   with pytest.raises(UserError, match="heads.horizontal=3.*below 3"):
-    mtp.run(teacher, captions, wide, tmp_path)
+    heads_lib.run(teacher, captions, wide, tmp_path)
   tall = dataclasses.replace(CONFIG, heads=HeadsOptions(2, 3))
   with pytest.raises(UserError, match="heads.vertical=3"):
-    mtp.run(teacher, captions, tall, tmp_path)
+    heads_lib.run(teacher, captions, tall, tmp_path)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssd_jax import checkpoints
-from ssd_jax.config import LoopConfig, OptimizerConfig, UserError
+from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
 from ssd_jax.data import sources
-from ssd_jax.models.text import Vocabulary
+from ssd_jax.models.vocabulary import Vocabulary
+from ssd_jax.storage import checkpoints
 from ssd_jax.training import ar, loop
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
 from ssd_jax.training.tokenizer import TokenizerConfig, load_augmented

@@ -5,12 +5,13 @@ import functools
 import numpy as np
 import pytest
 
-from ssd_jax import laboratory, testing
-from ssd_jax.config import UserError
-from ssd_jax.decoding import trees
+from ssd_jax.core.config import UserError
 from ssd_jax.decoding.ar import AR
-from ssd_jax.decoding.tree import Eagle
+from ssd_jax.decoding.trees import shapes as tree_shapes
+from ssd_jax.decoding.trees.eagle import Eagle
+from ssd_jax.evaluation import exactness
 from ssd_jax.models.drafter import DraftNet
+from ssd_jax.pipeline import testing
 
 WIDE = "0/1/2/00/01/000"  # six nodes: what a grid of six slots allows
 
@@ -28,18 +29,18 @@ def draw(pipe, decoder, count=16, **kwargs):
 
 def test_published_shapes_and_names():
   """Every way to name a tree gives the tree it says."""
-  mc_sim = trees.parse("mc_sim")
+  mc_sim = tree_shapes.parse("mc_sim")
   assert (mc_sim.nodes, mc_sim.depth) == (25, 5)
   assert [len(level) for level in mc_sim.inner] == [1, 4, 4, 1, 1]
-  extended = trees.parse("naive_extend")
+  extended = tree_shapes.parse("naive_extend")
   assert (extended.nodes, extended.depth) == (57, 5)
   inner = {path[:-1] for path in extended.paths}
   assert len(set(extended.paths) - inner) == 33  # leaves
-  assert trees.parse("medusa").nodes == 63
-  assert trees.parse("2-2-1").nodes == 2 + 4 + 4
-  assert trees.parse("1/0/00") == trees.static([(0, 0), (1,), (0,)])
-  assert trees.parse("dynamic-59-10-8") == trees.parse("dynamic")
-  assert trees.parse(trees.spell(mc_sim)) == mc_sim
+  assert tree_shapes.parse("medusa").nodes == 63
+  assert tree_shapes.parse("2-2-1").nodes == 2 + 4 + 4
+  assert tree_shapes.parse("1/0/00") == tree_shapes.static([(0, 0), (1,), (0,)])
+  assert tree_shapes.parse("dynamic-59-10-8") == tree_shapes.parse("dynamic")
+  assert tree_shapes.parse(tree_shapes.spell(mc_sim)) == mc_sim
 
 
 @pytest.mark.parametrize("name", [
@@ -55,24 +56,26 @@ def test_a_name_that_is_no_tree_is_an_error(name):
 
 def test_trees_are_cut_to_small_images_or_refused():
   """Published shapes shrink to the image; explicit ones must fit it."""
-  cut = trees.fit("mc_sim", length=4, vocab=3)
+  cut = tree_shapes.fit("mc_sim", length=4, vocab=3)
   assert cut.nodes == 4 and cut.depth <= 3 and cut.width <= 3
-  assert trees.fit("dynamic", 4, 3) == trees.Dynamic(4, 3, 3)
-  assert trees.fit("mc_sim", 256, 1024) == trees.parse("mc_sim")
+  assert tree_shapes.fit("dynamic", 4, 3) == tree_shapes.Dynamic(4, 3, 3)
+  assert tree_shapes.fit("mc_sim", 256, 1024) == tree_shapes.parse("mc_sim")
   with pytest.raises(UserError, match="at most 4 nodes, 3 levels and 3 child"):
-    trees.fit("2-2-1", 4, 3)
+    tree_shapes.fit("2-2-1", 4, 3)
 
 
 def test_search_takes_the_best_nodes():
   """The greedy tree is the best of all, and reports its expected length."""
   rates = np.array([[0.5, 0.3, 0.1], [0.4, 0.2, 0.0]])
-  tree = trees.search(rates, 4)
+  tree = tree_shapes.search(rates, 4)
   # Worth: 0 .5, 1 .3, 00 .2, 10 .12, 01 .1, 2 .1
-  assert tree == trees.parse("0/1/00/10")
+  assert tree == tree_shapes.parse("0/1/00/10")
   np.testing.assert_allclose(
-      trees.expected_length(tree, rates), 1 + 0.5 + 0.3 + 0.2 + 0.12)
+      tree_shapes.expected_length(tree, rates), 1 + 0.5 + 0.3 + 0.2 + 0.12)
   # Ranks that disagree count as equals; no node lacks its better sibling.
-  assert trees.search(np.array([[0.1, 0.5]]), 2) == trees.parse("0/1")
+  assert tree_shapes.search(np.array([[0.1, 0.5]]), 2) == tree_shapes.parse(
+    "0/1"
+  )
 
 
 @pytest.mark.parametrize("grid, decoder, sampling", [
@@ -94,7 +97,7 @@ def test_given_drafts_yield_ars_tokens(grid, decoder, sampling):
   np.testing.assert_array_equal(out.commit_pass.max((1, 2)), out.passes)
 
 
-@pytest.mark.parametrize("group", laboratory.GROUPS)
+@pytest.mark.parametrize("group", exactness.GROUPS)
 @pytest.mark.parametrize("grid", [
     dict(rows=2, cols=2, end_of_row=True),
     dict(rows=2, cols=3, guidance=2.0),
@@ -103,7 +106,7 @@ def test_sampled_drafts_keep_the_law(grid, group):
   """Chi-square against the enumerated law, alone and in groups of four."""
   pipe = tiny(**grid)
   tree = WIDE if pipe.model.grid.length >= 6 else "0/1/2/00"
-  found = laboratory.examine(
+  found = exactness.examine(
       pipe, Eagle(tree, "sampled"), "eagle", group=group)
   assert found.lossless and found.is_sound, found
   assert found.passes < pipe.model.grid.cells
@@ -112,7 +115,7 @@ def test_sampled_drafts_keep_the_law(grid, group):
 @pytest.mark.parametrize("decoder", [Eagle(), Eagle("0/1/00/01/000")])
 def test_best_drafts_keep_the_law(decoder):
   """Dynamic and static trees of best drafts pass the laboratory too."""
-  found = laboratory.examine(
+  found = exactness.examine(
       tiny(rows=2, cols=3, guidance=2.0), decoder, "eagle", group=4)
   assert found.lossless and found.is_sound, found
 

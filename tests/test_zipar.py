@@ -3,9 +3,9 @@
 import pytest
 import testkit as kit
 
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 from ssd_jax.decoding.engine import is_lossless
-from ssd_jax.decoding.zipar import ZipAR
+from ssd_jax.decoding.rows.zipar import ZipAR
 
 
 @pytest.mark.parametrize("end_of_row, decoder", [

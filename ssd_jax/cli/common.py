@@ -5,11 +5,11 @@ import pathlib
 
 from absl import flags
 
-from ssd_jax import loading
-from ssd_jax.cli import chosen, run as cli
-from ssd_jax.config import UserError
-from ssd_jax.pipeline import Pipeline
-from ssd_jax.sampling import Overrides
+from ssd_jax.cli import config_overrides, run as cli
+from ssd_jax.core.config import UserError
+from ssd_jax.decoding.sampling import Overrides
+from ssd_jax.pipeline import model_folder
+from ssd_jax.pipeline.pipeline import Pipeline
 
 PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file", None, "Prompts: UTF-8 text with one per line, or an "
@@ -54,15 +54,15 @@ def load_pipeline() -> Pipeline:
   heads, drafter = _HEADS.value, _DRAFTER.value
   if config.family != "emoji" and not CHECKPOINT.value:
     if _RANDOM_WEIGHTS.value:
-      return loading.from_config(config, heads, drafter, _INT8.value)
-    loading.require(checkpoint, config.family)
+      return model_folder.from_config(config, heads, drafter, _INT8.value)
+    model_folder.require(checkpoint, config.family)
   cli.refuse_unused(
-      "checkpoint", "sampling", *loading.CHOICES.get(config.family, ()))
-  pipe = loading.load(
+      "checkpoint", "sampling", *model_folder.CHOICES.get(config.family, ()))
+  pipe = model_folder.load(
       checkpoint or "emoji", random_weights=_RANDOM_WEIGHTS.value,
-      choices=chosen.choices(config), heads=heads, drafter=drafter,
+      choices=config_overrides.choices(config), heads=heads, drafter=drafter,
       int8=_INT8.value)
-  chosen.check_family(pipe, config)
+  config_overrides.check_family(pipe, config)
   return pipe
 
 

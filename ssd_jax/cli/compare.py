@@ -13,13 +13,21 @@ from absl import flags
 import jax
 import numpy as np
 
-from ssd_jax import __version__, checkpoints
+from ssd_jax import __version__
 from ssd_jax.cli import common, run as cli
-from ssd_jax.config import UserError, check
-from ssd_jax.decoding import by_name
-from ssd_jax.extras import need
-from ssd_jax.opponents import Contestant, Drawn, Ours, Setting, Theirs, race
-from ssd_jax.progress import Bar
+from ssd_jax.core.config import UserError, check
+from ssd_jax.core.extras import need
+from ssd_jax.decoding import registry
+from ssd_jax.performance.transformers_baseline import (
+  Contestant,
+  Drawn,
+  Ours,
+  Setting,
+  Theirs,
+  race,
+)
+from ssd_jax.runtime.progress import Bar
+from ssd_jax.storage import checkpoints
 
 _SIZES = {  # layers, width, head_dim, vocab, dtype
     "100m": (12, 768, 64, 8192, "float32"),
@@ -64,7 +72,7 @@ def body() -> None:
   setting, rounds = _setting(), flags.FLAGS.rounds
   check(rounds >= 1, "rounds", rounds, ">= 1")
   labels = [x.strip() for x in flags.FLAGS.loops.split(",") if x.strip()]
-  loops = [by_name.parse(label) for label in labels]
+  loops = [registry.parse(label) for label in labels]
   for module in ("torch", "transformers"):
     need(module, "parity")
   out = common.writable_folder(common.OUT.value or "compare")
@@ -72,7 +80,7 @@ def body() -> None:
   ours = Ours(setting, theirs)
   missing = theirs.compile()
   contestants = [
-      Contestant(_AR, lambda: ours.draw(by_name.parse("ar"), 0.0)),
+      Contestant(_AR, lambda: ours.draw(registry.parse("ar"), 0.0)),
       Contestant(_STATIC, lambda: theirs.draw(False))]
   if missing is None:
     contestants.append(Contestant(_COMPILED, lambda: theirs.draw(True)))

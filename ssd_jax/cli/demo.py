@@ -5,10 +5,10 @@ import socket
 from absl import flags
 
 from ssd_jax.cli import common, run as cli
-from ssd_jax.config import UserError, check
-from ssd_jax.demo import server
-from ssd_jax.demo.studio import Studio
-from ssd_jax.extras import need
+from ssd_jax.core.config import UserError, check
+from ssd_jax.core.extras import need
+from ssd_jax.serving import server
+from ssd_jax.serving.studio import Studio
 
 _BATCH = 4
 _LOCAL = ("127.0.0.1", "localhost", "::1")

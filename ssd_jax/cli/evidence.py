@@ -9,13 +9,15 @@ import pathlib
 from absl import flags
 import numpy as np
 
-from ssd_jax import checkpoints, evidence, exporters, layout, quality
 from ssd_jax.cli import common, run as cli
-from ssd_jax.config import check
-from ssd_jax.evidence import THRESHOLDS, Evidence
-from ssd_jax.extras import need
-from ssd_jax.progress import Bar
-from ssd_jax.prompts import clean
+from ssd_jax.core.config import check
+from ssd_jax.core.extras import need
+from ssd_jax.core.prompts import clean
+from ssd_jax.evaluation import prompt_files, quality, redundancy
+from ssd_jax.evaluation.redundancy import THRESHOLDS, Evidence
+from ssd_jax.runtime.progress import Bar
+from ssd_jax.storage import checkpoints
+from ssd_jax.visualization import contact_sheets
 
 
 def define_flags() -> None:
@@ -37,7 +39,7 @@ def body() -> None:
     drawn = pipe.generate(
         prompts, seed=common.SEED.value, batch=batch, on_batch=bar.update,
         **common.sampling())
-    found = evidence.collect(
+    found = redundancy.collect(
         pipe, drawn.tokens, prompts, batch, bar.update, **common.sampling())
   checkpoints.write_json(out / "evidence.json", _numbers(found, len(prompts)))
   plot(found, matplotlib.Figure((13, 8), layout="tight"), out / "evidence.png")
@@ -48,7 +50,7 @@ def body() -> None:
 def _prompts() -> list[str]:
   if common.PROMPTS_FILE.value is None:
     return quality.emoji_captions("validation")
-  items = exporters.read_prompts(common.PROMPTS_FILE.value)
+  items = prompt_files.read_prompts(common.PROMPTS_FILE.value)
   return [clean(item.prompt) for item in items]
 
 
@@ -103,7 +105,7 @@ def plot(found: Evidence, figure, path: pathlib.Path) -> None:
   spread.hist(found.entropies, bins=40)
   spread.set_title("entropy of single predictions")
   spread.set(xlabel="nats", ylabel="slots")
-  with layout.replacing(path) as partial:
+  with contact_sheets.replacing(path) as partial:
     figure.savefig(partial, format="png", dpi=150)
 
 

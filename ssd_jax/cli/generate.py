@@ -10,16 +10,19 @@ import jax
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from ssd_jax import __version__, exporters, pictures, sharding
+from ssd_jax import __version__
 from ssd_jax.cli import common, run as cli
-from ssd_jax.config import UserError, check
-from ssd_jax.decoding import by_name, engine
+from ssd_jax.core.config import UserError, check
+from ssd_jax.core.outputs import Output, Picture
+from ssd_jax.core.prompts import clean
+from ssd_jax.decoding import engine, registry
 from ssd_jax.decoding.ar import AR
-from ssd_jax.drawn import Output, Picture
-from ssd_jax.layout import captioned, save_picture
-from ssd_jax.pipeline import Pipeline
-from ssd_jax.progress import Bar
-from ssd_jax.prompts import clean
+from ssd_jax.evaluation import prompt_files
+from ssd_jax.pipeline.pipeline import Pipeline
+from ssd_jax.runtime import sharding
+from ssd_jax.runtime.progress import Bar
+from ssd_jax.visualization import animations
+from ssd_jax.visualization.contact_sheets import captioned, save_picture
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
 _DECODER = flags.DEFINE_string(
@@ -35,8 +38,8 @@ _SHEET_PICTURES = 64  # at most
 def body() -> None:
   """Draws the prompts of the flags and says what it did."""
   prompts = read_prompts(_PROMPT.value, common.PROMPTS_FILE.value)
-  known = by_name.with_file(common.DECODER_FILE.value)
-  decoder = by_name.parse(_DECODER.value, known)
+  known = registry.with_file(common.DECODER_FILE.value)
+  decoder = registry.parse(_DECODER.value, known)
   number = common.NUM_IMAGES.value
   check(number >= 1, "num_images", number, ">= 1")
   check(not _TRACE.value or jax.process_count() == 1, "trace", True,
@@ -92,7 +95,7 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
   """
   lines = list(given)
   if file is not None:
-    lines += [item.prompt for item in exporters.read_prompts(file)]
+    lines += [item.prompt for item in prompt_files.read_prompts(file)]
   if not lines:
     raise UserError(
         'got no prompt, expected at least one; add --prompt "red heart" or '
@@ -195,10 +198,10 @@ def _settings(pipe: Pipeline) -> dict:
 def _write_trace(pipe: Pipeline, output: Output, decoder, paths) -> None:
   """Writes how the pictures came to be, and AR beside the decoder."""
   stems = [path.with_suffix("") for path in paths]
-  written = pictures.write_trace(pipe, output, stems, _DECODER.value)
+  written = animations.write_trace(pipe, output, stems, _DECODER.value)
   if decoder != AR():
     race = paths[0].with_name("beside_ar.gif")
-    pictures.write_race(
+    animations.write_race(
         pipe, output.prompts[0], decoder, _DECODER.value, race,
         seed=common.SEED.value, **common.sampling())
     written.append(race)
@@ -224,7 +227,7 @@ def _report(
     print(path)
   if _JSON.value:
     print(json.dumps({
-        "decoder": decoder.name, "settings": by_name.settings(decoder),
+        "decoder": decoder.name, "settings": registry.settings(decoder),
         "lossless": is_lossless, "prompts": album.prompts,
         "images": [str(p) for p in paths],
         "contact_sheet": str(album.sheet) if album.sheet else None,

@@ -18,22 +18,22 @@ import jax.numpy as jnp
 import ml_collections
 from ml_collections import config_flags
 
-from ssd_jax import (
-    chips,
-    loading,
-    plan as planning,
-    quality,
-    schedules,
-    sharding,
-    trials,
+from ssd_jax.cli import config_overrides, run as cli
+from ssd_jax.core.config import UserError, check
+from ssd_jax.core.extras import need
+from ssd_jax.decoding import registry
+from ssd_jax.evaluation import quality
+from ssd_jax.performance import (
+  chips,
+  cost_model as planning,
+  pass_counts,
+  training_cost as training_plan,
+  tuning,
 )
-from ssd_jax.cli import chosen, run as cli
-from ssd_jax.config import UserError, check
-from ssd_jax.decoding import by_name
-from ssd_jax.extras import need
-from ssd_jax.pipeline import Pipeline
-from ssd_jax.progress import Bar
-from ssd_jax.training import plan as training_plan
+from ssd_jax.pipeline import model_folder
+from ssd_jax.pipeline.pipeline import Pipeline
+from ssd_jax.runtime import sharding
+from ssd_jax.runtime.progress import Bar
 
 # That each decoder draws with --measure, and calls that are timed, at least.
 _PROMPTS, _CALLS = 8, 3
@@ -64,7 +64,7 @@ def define_flags() -> None:
 def body() -> None:
   """Plans what the flags say and reports it."""
   args = flags.FLAGS
-  decoder = by_name.parse(args.decoder)
+  decoder = registry.parse(args.decoder)
   for name in ("batch", "passes"):
     value = getattr(args, name)
     check(value is None or value >= 1, name, value, ">= 1")
@@ -128,15 +128,15 @@ def _measure(config: ml_collections.ConfigDict, batch: int, as_json: bool):
   same = f"--config {config_flags.get_config_filename(flag)} " * flag.present
   if is_made:
     cli.refuse_unused(
-        "checkpoint", "sampling", *loading.CHOICES.get(config.family, ()))
+        "checkpoint", "sampling", *model_folder.CHOICES.get(config.family, ()))
     same += f"--checkpoint {checkpoint} " * bool(checkpoint)
   with cli.devices(draws=True):
     if is_made:
-      pipe = loading.load(
-          checkpoint or "emoji", choices=chosen.choices(config))
-      chosen.check_family(pipe, config)
+      pipe = model_folder.load(
+          checkpoint or "emoji", choices=config_overrides.choices(config))
+      config_overrides.check_family(pipe, config)
     else:
-      pipe = loading.from_config(config)
+      pipe = model_folder.from_config(config)
       same += "--random_weights "
     measure(pipe, is_made, batch, as_json, same)
 
@@ -156,11 +156,11 @@ def measure(
   batch = sharding.even_batch(batch, 1 + pipe.sampling()[1])
   captions = (quality.emoji_captions("train") if pipe.family.name == "emoji"
               else [planning.text_for(pipe.family)])
-  names = trials.candidates(pipe.model, is_trained)
+  names = tuning.candidates(pipe.model, is_trained)
   count = batch * max(_CALLS, -(-_PROMPTS // batch))
   texts = list(itertools.islice(itertools.cycle(captions), count))
   with Bar(total=len(names), desc="compiling", unit="decoder") as bar:
-    found = trials.run(pipe, names, texts, batch, lambda _: bar.update(1))
+    found = tuning.run(pipe, names, texts, batch, lambda _: bar.update(1))
   print(trials_table(found))
   lossless = next(x for x in found if x.lossless)
   print(f"fastest lossless: {lossless.decoder}, {lossless.ratio:.2f} times as "
@@ -170,7 +170,7 @@ def measure(
     print(json.dumps([dataclasses.asdict(x) for x in found]))
 
 
-def trials_table(found: Sequence[trials.Trial]) -> str:
+def trials_table(found: Sequence[tuning.Trial]) -> str:
   """Markdown."""
   lines = ["| decoder | lossless | queries | passes | s/image | over ar |",
            "| --- | --- | ---: | ---: | ---: | ---: |"]
@@ -194,10 +194,10 @@ def draw_report(
   flops, moved = plan.counts(plan.queries)
   time = lambda queries: planning.seconds(plan, queries, chip, sent)
   took = planning.parts(plan, plan.queries, chip, sent)
-  passes = passes or schedules.fixed_passes(decoder, network.model)
+  passes = passes or pass_counts.fixed_passes(decoder, network.model)
   sizes = sorted({*planning.QUERIES, plan.queries})
   return {
-      "decoder": decoder.name, "settings": by_name.settings(decoder),
+      "decoder": decoder.name, "settings": registry.settings(decoder),
       "batch": plan.batch,
       "parameters": planning.count(network.params["trunk"]),
       "memory_per_device": memory, "fits": fits, "queries": plan.queries,
@@ -233,7 +233,7 @@ def best(network, decoder, time) -> dict:
   """SSD's fastest schedule with the decoder's rounds, else the paper's 2."""
   rounds = getattr(decoder, "rounds", 2)
   found = [(passes * time(queries), name, passes, queries)
-           for name, passes, queries in schedules.of_rows(
+           for name, passes, queries in pass_counts.of_rows(
                rounds, network.model)]
   seconds, name, passes, queries = min(found)
   return {"decoder": name, "passes": passes, "queries": queries,

@@ -14,13 +14,16 @@ from typing import Unpack
 
 import jax
 
-from ssd_jax import checkpoints, layout, profiling, sharding
-from ssd_jax.extras import need
-from ssd_jax.pipeline import Pipeline
-from ssd_jax.profiling import PARTS, Host, Profiler, Row
-from ssd_jax.progress import Bar
-from ssd_jax.roofline import Machine
-from ssd_jax.sampling import Overrides
+from ssd_jax.core.extras import need
+from ssd_jax.decoding.sampling import Overrides
+from ssd_jax.performance import profiler as profiler_lib
+from ssd_jax.performance.profiler import PARTS, Host, Profiler, Row
+from ssd_jax.performance.roofline import Machine
+from ssd_jax.pipeline.pipeline import Pipeline
+from ssd_jax.runtime import sharding
+from ssd_jax.runtime.progress import Bar
+from ssd_jax.storage import checkpoints
+from ssd_jax.visualization import contact_sheets
 
 _WORDS = """
 A pass feeds Q slots of each image. *trunk* (*attention*, its products with \
@@ -44,8 +47,12 @@ The host, for {images} image(s) of {passes} passes in {whole:.0f} ms: prompt \
 
 
 def profile(
-    pipe: Pipeline, text: str, batch: int, out: pathlib.Path,
-    queries: Sequence[int] = profiling.QUERIES, **sampling: Unpack[Overrides],
+  pipe: Pipeline,
+  text: str,
+  batch: int,
+  out: pathlib.Path,
+  queries: Sequence[int] = profiler_lib.QUERIES,
+  **sampling: Unpack[Overrides],
 ) -> None:
   """Measures passes of a model and writes what was found."""
   _, guided = pipe.sampling(**sampling)
@@ -133,5 +140,5 @@ def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
   axes.set_title("Where the time of a pass goes")
   axes.set_ylim(0, 1.08 * max(below + ms(r.whole for r in rows)))
   axes.legend(loc="upper left")
-  with layout.replacing(path) as partial:
+  with contact_sheets.replacing(path) as partial:
     figure.savefig(partial, format="png", dpi=120)

@@ -13,8 +13,8 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from ssd_jax import hosts, sharding
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
+from ssd_jax.runtime import distributed, sharding
 
 _DEFAULT = pathlib.Path(__file__).parent.parent / "families" / "emoji.py"
 
@@ -97,7 +97,7 @@ def devices(draws: bool):
   Args:
     draws: As of `main`.
   """
-  is_job = hosts.join(
+  is_job = distributed.join(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   is_alone = not is_job or jax.process_count() == 1
   if is_alone and not MESH.value:
@@ -113,7 +113,7 @@ def devices(draws: bool):
     except Exception as error:
       if is_alone or isinstance(error, UserError):
         raise
-      hosts.end_with_error(error)
+      distributed.end_with_error(error)
 
 
 def _split_cpu(count: int) -> None:

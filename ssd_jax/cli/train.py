@@ -18,20 +18,22 @@ from absl import flags
 from ml_collections import ConfigDict
 import numpy as np
 
-from ssd_jax import checkpoints, exporters, loading
 from ssd_jax.cli import run as cli
-from ssd_jax.config import UserError, check, from_config_dict
+from ssd_jax.core.config import UserError, check, from_config_dict
 from ssd_jax.data import sources
-from ssd_jax.data.features import DrawConfig, Teacher
+from ssd_jax.evaluation import prompt_files
 from ssd_jax.families import emoji
-from ssd_jax.models.text import Vocabulary
+from ssd_jax.models.vocabulary import Vocabulary
 from ssd_jax.models.vq import VQ, VQConfig
+from ssd_jax.pipeline import model_folder
+from ssd_jax.storage import checkpoints
 from ssd_jax.training import (
   ar as ar_training,
   drafter as drafter_training,
-  mtp as mtp_training,
+  heads as mtp_training,
   tokenizer as tokenizer_training,
 )
+from ssd_jax.training.self_distillation import DrawConfig, Teacher
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of checkpoints, logs and the model; default: the "
@@ -132,13 +134,13 @@ def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
       "images_per_caption", "sampling", "data", "pixels", "mtp",
       *_choices(config), *more)
   workdir = _workdir(config)
-  loading.require(_model_folder(config, workdir), config.family)
+  model_folder.require(_model_folder(config, workdir), config.family)
   return config, workdir
 
 
 def _choices(config) -> tuple[str, ...]:
   """Settings that the family leaves open until it draws."""
-  return loading.CHOICES.get(config.family, ())
+  return model_folder.CHOICES.get(config.family, ())
 
 
 def _model_folder(config, workdir: pathlib.Path) -> str | pathlib.Path:
@@ -148,7 +150,7 @@ def _model_folder(config, workdir: pathlib.Path) -> str | pathlib.Path:
 
 def _teacher(config, workdir: pathlib.Path) -> Teacher:
   """The frozen trunk, sampled as the config says."""
-  pipe = loading.load(_model_folder(config, workdir), extras=False,
+  pipe = model_folder.load(_model_folder(config, workdir), extras=False,
                       choices={key: config[key] for key in _choices(config)})
   settings, guided = pipe.sampling(**config.sampling)
   return Teacher(
@@ -158,7 +160,7 @@ def _teacher(config, workdir: pathlib.Path) -> Teacher:
 
 
 def _export(workdir: pathlib.Path, kind: str, cfg, state) -> None:
-  loading.write_extra(
+  model_folder.write_extra(
       workdir / "model" / kind, kind, cfg, state.eval_params, _STORED)
 
 
@@ -213,7 +215,7 @@ def _lines(config) -> list[str]:
         f"got no file {file}, expected the prompts to draw, one per line (the "
         "papers take Midjourney's); write it or name another with "
         "--config.prompts_file=FILE")
-  texts = (item.prompt.strip() for item in exporters.read_prompts(file))
+  texts = (item.prompt.strip() for item in prompt_files.read_prompts(file))
   lines = list(dict.fromkeys(filter(None, texts)))
   if len(lines) < 2:
     raise UserError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 from ssd_jax.data.pictures import Source, to_square
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")

@@ -16,7 +16,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from ssd_jax.config import UserError, check
+from ssd_jax.core.config import UserError, check
 from ssd_jax.data.folder import FolderSource
 from ssd_jax.data.pictures import (
   VALIDATION_SHARE,

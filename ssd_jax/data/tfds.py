@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 from ssd_jax.data.folder import one_line
 from ssd_jax.data.pictures import Source, to_square
 

@@ -18,7 +18,7 @@ import zipfile
 
 from PIL import Image
 
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
 
 PIXELS = 128
 QUALITY = 90

@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ssd_jax import sampling
+from ssd_jax.decoding import sampling
 
 
 @flax.struct.dataclass

@@ -6,9 +6,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ssd_jax import sampling
+from ssd_jax.core.types import Model, Queries
+from ssd_jax.decoding import sampling
 from ssd_jax.decoding.engine import Context
-from ssd_jax.types import Model, Queries
 
 
 @flax.struct.dataclass

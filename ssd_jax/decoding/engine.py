@@ -22,10 +22,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ssd_jax import sampling as sampling_lib, sharding
-from ssd_jax.grid import Grid
-from ssd_jax.sampling import Sampling
-from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import KVCache, Model, Params, Prompt, Queries
+from ssd_jax.decoding import sampling as sampling_lib
+from ssd_jax.decoding.sampling import Sampling
+from ssd_jax.runtime import sharding
 
 
 class Context(flax.struct.PyTreeNode):

@@ -12,13 +12,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ssd_jax import sampling
-from ssd_jax.config import UserError, check
-from ssd_jax.decoding import acceptance
+from ssd_jax.core.config import UserError, check
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import Model, Queries
+from ssd_jax.decoding import acceptance, sampling
 from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.engine import Context
-from ssd_jax.grid import Grid
-from ssd_jax.types import Model, Queries
 
 VERIFY = ("exact", "coupled", "correct")
 _DEFAULT_HEADS = 5

@@ -12,11 +12,7 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from ssd_jax.families import lumina, published, training
-from ssd_jax.families.published import Ids
-from ssd_jax.grid import Grid
-from ssd_jax.models.transformer import TrunkConfig
-from ssd_jax.names import (
+from ssd_jax.convert.recipes import (
   Part,
   Recipe,
   Row,
@@ -31,7 +27,11 @@ from ssd_jax.names import (
   table_rows,
   vq_shapes,
 )
-from ssd_jax.vq_names import vq_rows
+from ssd_jax.convert.vq_recipes import vq_rows
+from ssd_jax.core.grid import Grid
+from ssd_jax.families import lumina, published, training_defaults
+from ssd_jax.families.published import Ids
+from ssd_jax.models.transformer import TrunkConfig
 
 VARIANTS = ("native", "hf")
 _KEEP = ("trunk", "vq", "theta", "ids", "side", "sampling", "tokenizer")
@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       "text_tokenizer.json" if variant == "native" else "tokenizer.json")
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=3.0, temperature=0.7, top_k=0, top_p=0.9))
-  training.add(config, prompts=20_000, batch=4 * 32)
+  training_defaults.add(config, prompts=20_000, batch=4 * 32)
   return config
 
 

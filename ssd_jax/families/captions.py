@@ -12,8 +12,8 @@ import urllib.parse
 
 import numpy as np
 
-from ssd_jax.config import UserError
-from ssd_jax.extras import need
+from ssd_jax.core.config import UserError
+from ssd_jax.core.extras import need
 
 _DOMAIN = r"[a-z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 _FILE = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"

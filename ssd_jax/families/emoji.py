@@ -17,16 +17,16 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax import checkpoints
-from ssd_jax.config import from_config_dict
-from ssd_jax.families import training
-from ssd_jax.grid import Grid
+from ssd_jax.core.config import from_config_dict
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import Params, Prompt
+from ssd_jax.families import training_defaults
 from ssd_jax.models import rope
 from ssd_jax.models.generator import Generator
-from ssd_jax.models.text import Vocabulary
 from ssd_jax.models.transformer import TrunkConfig
+from ssd_jax.models.vocabulary import Vocabulary
 from ssd_jax.models.vq import VQ, VQConfig, to_uint8
-from ssd_jax.types import Params, Prompt
+from ssd_jax.storage import checkpoints
 
 _THETA = 10_000.0
 
@@ -68,9 +68,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 eval_every=400, save_every=100),
       drop_caption=0.1, corrupt=0.3, start_from="", compute="float32",
   ))
-  config.mtp = training.mtp(steps=1200, batch=8, vertical=2)
+  config.mtp = training_defaults.mtp(steps=1200, batch=8, vertical=2)
   config.mtp.optimizer.update(learning_rate=1e-3, warmup_steps=50)
-  config.drafter = training.drafter(steps=1200, batch=8)
+  config.drafter = training_defaults.drafter(steps=1200, batch=8)
   config.drafter.optimizer.learning_rate = 1e-3
   # What heads and drafter are trained for; "" is WORKDIR/model.
   config.checkpoint = ""

@@ -14,12 +14,7 @@ import unicodedata
 import ml_collections
 import numpy as np
 
-from ssd_jax.config import UserError
-from ssd_jax.extras import need
-from ssd_jax.families import published, training
-from ssd_jax.families.published import Ids, Published
-from ssd_jax.grid import Grid
-from ssd_jax.names import (
+from ssd_jax.convert.recipes import (
   Part,
   Recipe,
   Row,
@@ -29,7 +24,12 @@ from ssd_jax.names import (
   table_rows,
   vq_shapes,
 )
-from ssd_jax.vq_names import vq_rows
+from ssd_jax.convert.vq_recipes import vq_rows
+from ssd_jax.core.config import UserError
+from ssd_jax.core.extras import need
+from ssd_jax.core.grid import Grid
+from ssd_jax.families import published, training_defaults
+from ssd_jax.families.published import Ids, Published
 
 _RANKS, _VISION = "emu3.tiktoken", "emu3_vision_tokens.txt"
 _KEEP = ("trunk", "vq", "theta", "ids", "area", "ratio", "suffix", "negative",
@@ -72,7 +72,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       "quality, jpeg artifacts, signature, watermark, username, blurry.")
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=3.0, temperature=1.0, top_k=2048, top_p=1.0))
-  training.add(config, prompts=5_000, batch=4 * 8)
+  training_defaults.add(config, prompts=5_000, batch=4 * 8)
   try:
     cells(config.ratio, config.area, 8)
   except UserError as error:

@@ -15,11 +15,7 @@ import ml_collections
 import numpy as np
 from scipy.special import erf
 
-from ssd_jax.config import UserError
-from ssd_jax.families import published, training
-from ssd_jax.families.published import Ids, Published
-from ssd_jax.grid import Grid
-from ssd_jax.names import (
+from ssd_jax.convert.recipes import (
   Part,
   Recipe,
   Row,
@@ -31,7 +27,11 @@ from ssd_jax.names import (
   table_rows,
   vq_shapes,
 )
-from ssd_jax.vq_names import vq_rows
+from ssd_jax.convert.vq_recipes import vq_rows
+from ssd_jax.core.config import UserError
+from ssd_jax.core.grid import Grid
+from ssd_jax.families import published, training_defaults
+from ssd_jax.families.published import Ids, Published
 
 VARIANTS = ("1b", "7b")
 _CODE_DIM = 8  # of the input table of codes
@@ -76,7 +76,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.tokenizer = "tokenizer.json"
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=5.0, temperature=1.0, top_k=0, top_p=1.0))
-  training.add(config, prompts=60_000, batch=4 * 128)
+  training_defaults.add(config, prompts=60_000, batch=4 * 128)
   return config
 
 

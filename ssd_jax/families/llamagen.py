@@ -15,16 +15,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax import checkpoints
-from ssd_jax.config import UserError, from_config_dict
-from ssd_jax.families import captions, published, t5_names, training
-from ssd_jax.families.janus import vq16
-from ssd_jax.families.published import Published
-from ssd_jax.grid import Grid
-from ssd_jax.models import rope
-from ssd_jax.models.t5 import T5Config, T5Encoder
-from ssd_jax.models.transformer import TrunkConfig
-from ssd_jax.names import (
+from ssd_jax.convert import t5_recipes
+from ssd_jax.convert.recipes import (
   Part,
   Recipe,
   Row,
@@ -38,8 +30,17 @@ from ssd_jax.names import (
   table_rows,
   vq_shapes,
 )
-from ssd_jax.types import Params, Prompt
-from ssd_jax.vq_names import vq_rows
+from ssd_jax.convert.vq_recipes import vq_rows
+from ssd_jax.core.config import UserError, from_config_dict
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import Params, Prompt
+from ssd_jax.families import captions, published, training_defaults
+from ssd_jax.families.janus import vq16
+from ssd_jax.families.published import Published
+from ssd_jax.models import rope
+from ssd_jax.models.t5 import T5Config, T5Encoder
+from ssd_jax.models.transformer import TrunkConfig
+from ssd_jax.storage import checkpoints
 
 _SIZES = {  # layers, heads, width
     "B": (12, 12, 768), "L": (24, 16, 1024), "XL": (36, 20, 1280),
@@ -94,7 +95,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=4.0, temperature=1.0, top_k=2000, top_p=1.0) if config.classes
       else dict(guidance=7.5, temperature=1.0, top_k=1000, top_p=1.0))
-  training.add(config, prompts=60_000, batch=4 * 128)
+  training_defaults.add(config, prompts=60_000, batch=4 * 128)
   if config.classes:  # each drawn as often as makes as many images
     config.prompts_file, config.num_prompts = "", 0
     config.images_per_caption = 60_000 // config.classes
@@ -259,9 +260,9 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
     return Recipe(config.family, published.settings_of(config, _KEEP),
                   tuple(parts))
   t5 = from_config_dict(T5Config, config.t5)
-  parts.append(Part("text_encoder", t5_names.FILES,
-                    Table(tuple(t5_names.rows(t5)), t5_names.IGNORED),
-                    t5_names.shapes(t5)))
+  parts.append(Part("text_encoder", t5_recipes.FILES,
+                    Table(tuple(t5_recipes.rows(t5)), t5_recipes.IGNORED),
+                    t5_recipes.shapes(t5)))
   return Recipe(config.family, published.settings_of(config, _KEEP),
                 tuple(parts), (config.tokenizer,))
 

@@ -13,11 +13,7 @@ import re
 import ml_collections
 import numpy as np
 
-from ssd_jax.config import UserError
-from ssd_jax.families import published, training
-from ssd_jax.families.published import Ids, Published
-from ssd_jax.grid import Grid
-from ssd_jax.names import (
+from ssd_jax.convert.recipes import (
   Part,
   Recipe,
   Table,
@@ -26,7 +22,11 @@ from ssd_jax.names import (
   table_rows,
   vq_shapes,
 )
-from ssd_jax.vq_names import vq_rows
+from ssd_jax.convert.vq_recipes import vq_rows
+from ssd_jax.core.config import UserError
+from ssd_jax.core.grid import Grid
+from ssd_jax.families import published, training_defaults
+from ssd_jax.families.published import Ids, Published
 
 VARIANTS = ("512", "768", "1024")
 CHOICES = ("size", "target_size")  # at every drawing
@@ -67,7 +67,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.tokenizer = "tokenizer.json"
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=4.0, temperature=1.0, top_k=2000, top_p=1.0))
-  training.add(config, prompts=20_000, batch=4 * 32)
+  training_defaults.add(config, prompts=20_000, batch=4 * 32)
   return config
 
 

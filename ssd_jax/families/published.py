@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax.config import UserError, from_config_dict
-from ssd_jax.extras import need
-from ssd_jax.grid import Grid
+from ssd_jax.convert.recipes import leaves
+from ssd_jax.core.config import UserError, from_config_dict
+from ssd_jax.core.extras import need
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import Params, Prompt
 from ssd_jax.models import rope
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.transformer import Trunk, TrunkConfig
 from ssd_jax.models.vq import VQ, VQConfig, to_uint8
-from ssd_jax.names import leaves
-from ssd_jax.types import Params, Prompt
 
 _BUCKETS = (32, 64, 128, 256, 512, 1024)  # prompt slots; one compile each
 SAFETENSORS = ("model.safetensors.index.json", "*.safetensors")

@@ -16,12 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssd_jax import sharding
-from ssd_jax.config import UserError
+from ssd_jax.core.config import UserError
+from ssd_jax.core.types import Drafter, KVCache, Model, Params, Queries
 from ssd_jax.models.fingerprint import fingerprint, same_trunk
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.transformer import Layer, TrunkConfig
-from ssd_jax.types import Drafter, KVCache, Model, Params, Queries
+from ssd_jax.runtime import sharding
 
 
 class DrafterLayer(nn.Module):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from ssd_jax.types import Params
+from ssd_jax.core.types import Params
 
 _PROBES = 64
 

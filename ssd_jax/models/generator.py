@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssd_jax import sharding
-from ssd_jax.grid import Grid
-from ssd_jax.models import apart, int8
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import KVCache, Model, Params, Prompt, Queries
+from ssd_jax.models import layouts, quantization
 from ssd_jax.models.transformer import Trunk, TrunkConfig
-from ssd_jax.types import KVCache, Model, Params, Prompt, Queries
+from ssd_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,15 +158,15 @@ class Generator:
 
   def _apply(self, params: Params, x: jax.Array, *args, **kwargs):
     rows = math.prod(x.shape[:-1]) / sharding.rows_apart()
-    is_few = rows <= apart.TILED_ROWS
+    is_few = rows <= layouts.TILED_ROWS
     is_tiled = is_few and "tiles" in params
     weights = params["tiles" if is_tiled else "trunk"]
     trunk = self.trunk.clone(
-        apart="layers" not in weights, tile=apart.TILE if is_tiled else 0)
-    if int8.is_quantized(weights):  # layers become floats one by one
+        apart="layers" not in weights, tile=layouts.TILE if is_tiled else 0)
+    if quantization.is_quantized(weights):  # layers become floats one by one
       trunk = trunk.clone(packed=True)
       layers = {k: v for k, v in weights.items() if k.startswith("layers")}
-      weights = int8.dequantize(weights) | layers
+      weights = quantization.dequantize(weights) | layers
     return trunk.apply({"params": weights}, x, *args, **kwargs)
 
   def _turns(self, positions: jax.Array) -> jax.Array:

@@ -16,12 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssd_jax import sharding
-from ssd_jax.config import UserError, check
-from ssd_jax.models import int8
+from ssd_jax.core.config import UserError, check
+from ssd_jax.core.types import Model, Params
+from ssd_jax.models import quantization
 from ssd_jax.models.fingerprint import fingerprint, same_trunk
 from ssd_jax.models.generator import Generator
-from ssd_jax.types import Model, Params
+from ssd_jax.runtime import sharding
 
 DIRECTIONS = ("horizontal", "vertical")
 INPUTS = ("h", "h+e", "e")
@@ -192,7 +192,7 @@ class SpatialHeads:
       parts.append(self.generator.embed(params, tokens).astype(hidden.dtype))
     z = jnp.concatenate(parts, -1)
     apply = lambda count, weights, *which: self._module(count).apply(
-        {"params": int8.dequantize(weights)}, z, *which)
+        {"params": quantization.dequantize(weights)}, z, *which)
     weights = params["heads"][direction]
     if isinstance(weights, dict):
       return apply(self.cfg.count(direction), weights, offset)

@@ -14,10 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssd_jax import sharding
-from ssd_jax.models import attention, int8
+from ssd_jax.core.types import KVCache
+from ssd_jax.models import attention, quantization
 from ssd_jax.models.rope import rotate
-from ssd_jax.types import KVCache
+from ssd_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +239,7 @@ class Trunk(nn.Module):
         "embedding", nn.initializers.normal(0.02), (cfg.vocab_in, cfg.d_model)
     )
     block = nn.remat(Layer, prevent_cse=False) if cfg.remat else Layer
-    block = int8.dequantized(block) if self.packed else block
+    block = quantization.dequantized(block) if self.packed else block
     if self.apart:
       self.layers = [
           block(cfg, emit=bool(self.taps), tile=self.tile)

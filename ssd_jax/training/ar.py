@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssd_jax import checkpoints, sharding
-from ssd_jax.config import LoopConfig, OptimizerConfig, check
-from ssd_jax.data import pipeline
+from ssd_jax.core.config import LoopConfig, OptimizerConfig, check
+from ssd_jax.core.types import Prompt
+from ssd_jax.data import stream as data_stream
 from ssd_jax.models.generator import Generator
-from ssd_jax.models.text import Vocabulary, words_of
+from ssd_jax.models.vocabulary import Vocabulary, words_of
 from ssd_jax.models.vq import VQ
-from ssd_jax.progress import Bar
+from ssd_jax.runtime import sharding
+from ssd_jax.runtime.progress import Bar
+from ssd_jax.storage import checkpoints
 from ssd_jax.training import loop
 from ssd_jax.training.state import (
   TrainState,
@@ -28,7 +30,6 @@ from ssd_jax.training.state import (
   mean_gradients,
 )
 from ssd_jax.training.tokenizer import reconstruct
-from ssd_jax.types import Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +208,9 @@ def run(
     state = sharding.create(
         lambda key: make(generator.init(key)), jax.random.key(cfg.loop.seed))
   load = functools.partial(load_example, words=words, cfg=cfg)
-  data = pipeline.stream(splits["train"], load, cfg.loop.batch, cfg.loop.seed)
+  data = data_stream.stream(
+    splits["train"], load, cfg.loop.batch, cfg.loop.seed
+  )
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, batch):

@@ -34,20 +34,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssd_jax import checkpoints, sampling as sampling_lib, sharding
-from ssd_jax.config import (
+from ssd_jax.core.config import (
   LoopConfig,
   OptimizerConfig,
   UserError,
   check,
   from_config_dict,
 )
-from ssd_jax.data import pipeline
-from ssd_jax.data.features import DrawnTokens, Teacher
+from ssd_jax.data import stream as data_stream
+from ssd_jax.decoding import sampling as sampling_lib
 from ssd_jax.models.drafter import DrafterConfig, DraftNet
+from ssd_jax.runtime import sharding
+from ssd_jax.storage import checkpoints
 from ssd_jax.training import loop, losses
-from ssd_jax.training.acceptance import WIDTH, Acceptance
-from ssd_jax.training.mtp import plain_batches
+from ssd_jax.training.draft_paths import WIDTH, Acceptance
+from ssd_jax.training.heads import plain_batches
+from ssd_jax.training.self_distillation import DrawnTokens, Teacher
 from ssd_jax.training.state import (
   TrainState,
   apply_gradients,
@@ -171,7 +173,7 @@ def both_streams(
     return {"prompt": prompt, "tokens": source.sequences(images)}
 
   load = lambda source, index, rng: np.int64(index)
-  return pipeline.stream(source, load, cfg.batch, cfg.seed).map(assemble)
+  return data_stream.stream(source, load, cfg.batch, cfg.seed).map(assemble)
 
 
 def make_step(

@@ -21,9 +21,10 @@ import jax
 import orbax.checkpoint as ocp
 import tensorboardX
 
-from ssd_jax import checkpoints, sharding
-from ssd_jax.config import LoopConfig, UserError
-from ssd_jax.progress import Bar
+from ssd_jax.core.config import LoopConfig, UserError
+from ssd_jax.runtime import sharding
+from ssd_jax.runtime.progress import Bar
+from ssd_jax.storage import checkpoints
 from ssd_jax.training.preemption import Preemption
 from ssd_jax.training.state import TrainState, bit_sums
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssd_jax import sampling as sampling_lib
-from ssd_jax.grid import Grid
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import Params
+from ssd_jax.decoding import sampling as sampling_lib
+from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.models.spatial_heads import DIRECTIONS, SpatialHeads
-from ssd_jax.sampling import Sampling
-from ssd_jax.types import Params
 
 
 def smooth_l1(predicted: jax.Array, goal: jax.Array) -> jax.Array:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from ssd_jax import sharding
-from ssd_jax.config import LoopConfig, OptimizerConfig
+from ssd_jax.core.config import LoopConfig, OptimizerConfig
+from ssd_jax.runtime import sharding
 
 Params = Any
 

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssd_jax import checkpoints
-from ssd_jax.config import LoopConfig, OptimizerConfig, check
-from ssd_jax.data import pipeline
+from ssd_jax.core.config import LoopConfig, OptimizerConfig, check
+from ssd_jax.data import stream as data_stream
 from ssd_jax.models.vq import VQ, VQConfig, nearest_code
+from ssd_jax.storage import checkpoints
 from ssd_jax.training import loop
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
 
@@ -256,7 +256,7 @@ def run(
       optimizer, {k: k not in ("codebook", "price") for k in params}
   )
   state = TrainState.make(params, optimizer, cfg.optimizer, stats)
-  data = pipeline.stream(
+  data = data_stream.stream(
       splits["train"],
       functools.partial(load_augmented, max_shift=cfg.max_shift),
       cfg.loop.batch, cfg.loop.seed,

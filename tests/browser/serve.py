@@ -9,8 +9,8 @@ import chains
 import uvicorn
 
 import ssd_jax
-from ssd_jax.demo import server
-from ssd_jax.demo.studio import Studio
+from ssd_jax.serving import server
+from ssd_jax.serving.studio import Studio
 
 
 @contextlib.contextmanager

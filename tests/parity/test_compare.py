@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ssd_jax.decoding.ar import AR
-from ssd_jax.opponents import Ours, Setting, Theirs
+from ssd_jax.performance.transformers_baseline import Ours, Setting, Theirs
 
 _ROOT = pathlib.Path(__file__).parent.parent.parent
 

@@ -10,9 +10,10 @@ from toy_weights import CODES
 import transformers
 
 import ssd_jax
-from ssd_jax import convert, families, sampling
+from ssd_jax import families
 from ssd_jax.cli.convert import RECIPES
-from ssd_jax.decoding import engine
+from ssd_jax.convert import convert
+from ssd_jax.decoding import engine, sampling
 from ssd_jax.decoding.ar import AR
 
 _GUIDANCE = 2.5

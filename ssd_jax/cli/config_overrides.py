@@ -1,0 +1,31 @@
+"""What --config says of a model that was made before."""
+
+from typing import Any
+
+from absl import flags
+import ml_collections
+from ml_collections import config_flags
+
+from ssd_jax.core.config import UserError
+from ssd_jax.pipeline import model_folder
+from ssd_jax.pipeline.pipeline import Pipeline
+
+
+def choices(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What the command line says of settings: a file's, and overrides."""
+  flag = flags.FLAGS["config"]
+  chosen = {"sampling": config.sampling.to_dict()} if flag.present else {}
+  if flag.present and ":" in config_flags.get_config_filename(flag):
+    open_ = model_folder.CHOICES.get(config.family, ())
+    chosen |= {key: config[key] for key in open_}
+  return chosen | config_flags.get_override_values(flag)
+
+
+def check_family(pipe: Pipeline, config: ml_collections.ConfigDict) -> None:
+  """Raises UserError when --config is given and names another family."""
+  if flags.FLAGS["config"].present and config.family != pipe.family.name:
+    raise UserError(
+        f"got --config of family {config.family!r} and a model of "
+        f"{pipe.family.name!r}, expected one family; set --checkpoint to a "
+        "model of it"
+    )

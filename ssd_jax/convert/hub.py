@@ -1,0 +1,139 @@
+"""Checkpoints in a folder, or fetched as "hf:ORG/NAME" by huggingface_hub."""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import fnmatch
+import functools
+import pathlib
+from types import ModuleType
+
+from ssd_jax.convert import tensors
+from ssd_jax.core.config import UserError
+from ssd_jax.core.extras import need
+
+PREFIX = "hf:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where files of a checkpoint are.
+
+  Attributes:
+    source: A path of a folder or file, or hf:ORG/NAME with an optional
+      @REVISION.
+  """
+
+  source: str
+
+  @property
+  def is_remote(self) -> bool:
+    """Whether files are fetched."""
+    return self.source.startswith(PREFIX)
+
+  @property
+  def path(self) -> pathlib.Path:
+    """Of what is on this machine."""
+    return pathlib.Path(self.source).expanduser()
+
+  def has(self, patterns: Sequence[str]) -> bool:
+    """Whether a file fits a glob; nothing is fetched to know."""
+    if self.is_remote:
+      return bool(_fitting(self._listing[0], patterns))
+    folder = self.path if self.path.is_dir() else self.path.parent
+    return any(any(folder.glob(pattern)) for pattern in patterns)
+
+  def folder(self, patterns: Sequence[Sequence[str]]) -> pathlib.Path:
+    """The local folder: itself, or what is fetched for it.
+
+    Args:
+      patterns: For each thing that is looked for, its globs in order; the files
+        of the first that fits are fetched, and what is there already is not
+        fetched again.
+
+    Raises:
+      UserError: when the repository is not there, gated, or out of reach.
+    """
+    if not self.is_remote:
+      return self.path
+    present, is_offline = self._listing
+    try:
+      return self._fetch(present, is_offline, patterns)
+    except UserError:
+      raise
+    except Exception as error:  # of many kinds: HTTP, connection, disk
+      raise self._unreachable(error) from error
+
+  @functools.cached_property
+  def _listing(self) -> tuple[list[str], bool]:
+    """(names of the files, whether only those kept here can be had)."""
+    (name, revision), hub = self._named, self._hub
+    try:
+      return hub.HfApi().list_repo_files(name, revision=revision), False
+    except Exception as error:  # of many kinds; what was fetched once may do
+      try:
+        root = pathlib.Path(hub.snapshot_download(
+            name, revision=revision, local_files_only=True))
+      except Exception:
+        raise self._unreachable(error) from error
+      return [p.relative_to(root).as_posix() for p in root.rglob("*")
+              if p.is_file()], True
+
+  def _fetch(
+      self, present: list[str], is_offline: bool,
+      patterns: Sequence[Sequence[str]],
+  ) -> pathlib.Path:
+    name, revision = self._named
+    fetch = lambda file: pathlib.Path(self._hub.hf_hub_download(
+        name, file, revision=revision, local_files_only=is_offline))
+    root = None
+    for choice in patterns:
+      for file in _fitting(present, choice):
+        path = fetch(file)
+        root = path.parents[file.count("/")]
+        if path.name in tensors.INDEXES:
+          for shard in tensors.index_files(path):
+            fetch(str(shard.relative_to(root)))
+    if root is None:
+      raise UserError(
+          f"got {self.source} without any of the files looked for, expected a "
+          "checkpoint of this --config; check the name")
+    return root
+
+  @property
+  def _hub(self) -> ModuleType:
+    return need("huggingface_hub", "hub")
+
+  @property
+  def _named(self) -> tuple[str, str | None]:
+    """(ORG/NAME, revision)."""
+    name, _, revision = self.source.removeprefix(PREFIX).partition("@")
+    if name.count("/") != 1 or not all(name.split("/")):
+      raise UserError(
+          f"got source {self.source!r}, expected hf:ORG/NAME; correct it")
+    return name, revision or None
+
+  def _unreachable(self, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"got no files of {self.source} ({reason[:160]}), expected a "
+        "repository that can be reached; check its name and the network, "
+        "accept its terms and set HF_TOKEN if it is gated, or download it and "
+        "give the folder")
+
+
+def _fitting(present: Iterable[str], choice: Sequence[str]) -> list[str]:
+  """The names that the first fitting glob matches."""
+  for pattern in choice:
+    found = sorted(name for name in present if _matches(name, pattern))
+    if found:
+      return found
+  return []
+
+
+def _matches(name: str, pattern: str) -> bool:
+  if pattern.startswith("**/"):
+    tail = pattern.removeprefix("**/")
+    depth = tail.count("/") + 1
+    return fnmatch.fnmatch("/".join(name.split("/")[-depth:]), tail)
+  return (name.count("/") == pattern.count("/")
+          and fnmatch.fnmatch(name, pattern))

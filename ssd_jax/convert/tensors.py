@@ -1,0 +1,286 @@
+"""Tensors of published checkpoints, read from disk piece by piece.
+
+Two file formats are read without their frameworks: safetensors, and the zip
+archives of `torch.save`, whose pickle `unpickle` parses.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import io
+import json
+import math
+import pathlib
+import pickle
+import struct
+from typing import Any
+import zipfile
+import zlib
+
+import ml_dtypes
+import numpy as np
+
+from ssd_jax.convert import unpickle
+from ssd_jax.core.config import UserError
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_AGAIN = "download it again"
+_SAFE_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
+    "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}
+_WRAPPERS = ("model", "module", "state_dict")
+_DEEPEST = 4  # wrappers in each other
+# What a parser of damaged bytes may raise; each becomes one line.
+_DAMAGE = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+    RuntimeError, MemoryError, EOFError, struct.error, zlib.error,
+    pickle.UnpicklingError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor in a file; nothing of it is in memory.
+
+  Attributes:
+    file: Where it lies.
+    offset: Of its first byte.
+    shape: Its shape.
+    dtype: Its numpy type.
+    strides: In elements, or None if it lies in order without gaps.
+  """
+
+  file: pathlib.Path
+  offset: int
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  strides: tuple[int, ...] | None = None
+
+  def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """The tensor, or its rows from `start` to before `stop`."""
+    if not self.shape:
+      return self._bytes(0, 1).reshape(())
+    stop = self.shape[0] if stop is None else stop
+    shape = (stop - start, *self.shape[1:])
+    if self.strides is None:
+      row = math.prod(self.shape[1:])
+      return self._bytes(start * row, (stop - start) * row).reshape(shape)
+    span = 1 + sum(
+        (n - 1) * s for n, s in zip(shape, self.strides, strict=True))
+    flat = self._bytes(start * self.strides[0], span)
+    strides = [s * self.dtype.itemsize for s in self.strides]
+    return np.lib.stride_tricks.as_strided(flat, shape, strides).copy()
+
+  def _bytes(self, first: int, count: int) -> np.ndarray:
+    size = self.dtype.itemsize
+    data = np.empty(count * size, np.uint8)
+    with open(self.file, "rb") as f:
+      f.seek(self.offset + first * size)
+      if f.readinto(data.data) != data.size:
+        raise UserError(f"got a truncated {self.file}, expected the bytes of "
+                        f"all its tensors; {_AGAIN}")
+    return data.view(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """All tensors of a checkpoint by name, and the files they are in."""
+
+  tensors: dict[str, Tensor]
+  files: tuple[pathlib.Path, ...]
+
+
+def open_checkpoint(
+    folder: pathlib.Path, patterns: Sequence[str]
+) -> Checkpoint:
+  """The tensors of the files that the first fitting pattern names.
+
+  Args:
+    folder: Of the checkpoint, or one file of it.
+    patterns: Globs, tried in order; an index stands for the files it names.
+
+  Raises:
+    UserError: when no file fits, one is missing or damaged, or a name comes
+      twice.
+  """
+  files = _files(folder, patterns)
+  lost = [file.name for file in files if not file.is_file()]
+  if lost:
+    raise UserError(f"got an index in {folder} that names {', '.join(lost)}, "
+                    "expected these files beside it; download them")
+  tensors: dict[str, Tensor] = {}
+  for file in files:
+    for name, tensor in read_file(file).items():
+      if name in tensors:
+        raise UserError(
+            f"got tensor {name!r} in both {tensors[name].file.name} and "
+            f"{file.name}, expected it once; remove the file that does not "
+            "belong to the checkpoint")
+      tensors[name] = tensor
+  return Checkpoint(tensors, tuple(files))
+
+
+def _files(
+    folder: pathlib.Path, patterns: Sequence[str]
+) -> list[pathlib.Path]:
+  if folder.is_file():
+    return [folder]
+  if not folder.is_dir():
+    raise UserError(f"got no file or folder at {folder}, expected a "
+                    "checkpoint; check the path")
+  for pattern in patterns:
+    found = sorted(folder.glob(pattern))
+    if found and found[0].name in INDEXES:
+      return index_files(found[0])
+    if found:
+      return found
+  raise UserError(
+      f"got {folder} without any of {', '.join(patterns)}, expected the files "
+      "of a checkpoint; check the folder")
+
+
+def index_files(index: pathlib.Path) -> list[pathlib.Path]:
+  """The files that an index names.
+
+  Raises:
+    UserError: when it is damaged or names none.
+  """
+  try:
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    files = [index.parent / name for name in names]
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"got a damaged {index}, expected JSON with a weight_map; "
+                    f"{_AGAIN}") from error
+  return files
+
+
+def read_file(file: pathlib.Path) -> dict[str, Tensor]:
+  """The tensors of one file by name."""
+  if file.suffix == ".safetensors":
+    return _read_safetensors(file)
+  return _read_torch(file)
+
+
+def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
+  size = file.stat().st_size
+  try:
+    with open(file, "rb") as f:
+      (length,) = struct.unpack("<Q", f.read(8))
+      if length > size:
+        raise ValueError("header longer than the file")
+      header = json.loads(f.read(length), object_pairs_hook=_once)
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for name, entry in header.items():
+      dtype = np.dtype(_SAFE_DTYPES[entry["dtype"]])
+      shape = tuple(entry["shape"])
+      start, stop = entry["data_offsets"]
+      unpickle.check_counts(name, start, stop, *shape)
+      if stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"wrong size of {name}")
+      end = max(end, stop)
+      tensors[name] = Tensor(file, 8 + length + start, shape, dtype)
+  except _DAMAGE as error:
+    raise UserError(f"got a damaged {file} ({_short(error)}), expected a "
+                    f"safetensors file; {_AGAIN}") from error
+  if 8 + length + end > size:
+    raise UserError(f"got a truncated {file} of {size} bytes, expected "
+                    f"{8 + length + end}; {_AGAIN}")
+  return tensors
+
+
+def _short(error: BaseException) -> str:
+  """What an error says, in one line."""
+  return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A dictionary of pairs whose keys differ."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    raise ValueError(f"{', '.join(twice)} twice")
+  return found
+
+
+def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
+  try:
+    with zipfile.ZipFile(file) as archive:
+      entries = {info.filename: info for info in archive.infolist()}
+      pickled = [name for name in entries if name.endswith("/data.pkl")]
+      if len(pickled) != 1:
+        raise UserError(f"got {file} without a data.pkl, expected a file of "
+                        "torch.save; check the file")
+      root = pickled[0][: -len("data.pkl")]
+      order = root + "byteorder"
+      if order in entries and archive.read(order).strip() != b"little":
+        raise UserError(f"got a big-endian {file}, expected little-endian "
+                        "numbers; save it again on another machine")
+      unpickler = unpickle.Unpickler(archive.read(pickled[0]), file)
+      tree = unpickler.load()
+      with open(file, "rb") as f:
+        place = lambda storage: _data_offset(
+            f, entries[f"{root}data/{storage.key}"], storage)
+        return _state_dict(tree, file, place)
+  except zipfile.BadZipFile as error:
+    raise UserError(
+        f"got {file}, no zip archive, truncated, or written before torch 1.6, "
+        f"expected a whole file of torch.save; {_AGAIN}, or load and save it "
+        "with a newer torch") from error
+  except UserError:
+    raise
+  except _DAMAGE as error:
+    raise UserError(f"got a damaged {file} ({_short(error)}), expected a file "
+                    f"of torch.save; {_AGAIN}") from error
+
+
+def _data_offset(
+    f: io.BufferedReader, info: zipfile.ZipInfo, storage: unpickle.Storage
+) -> int:
+  """The first byte of a storage, an entry of a zip archive."""
+  if info.file_size < storage.count * storage.dtype.itemsize:
+    raise pickle.UnpicklingError(f"storage {storage.key} is too short")
+  if info.compress_type != zipfile.ZIP_STORED:
+    raise UserError(f"got a compressed {f.name}, expected a file of "
+                    "torch.save; unpack it and save it again")
+  f.seek(info.header_offset)
+  name, extra = struct.unpack("<26xHH", f.read(30))
+  return info.header_offset + 30 + name + extra
+
+
+def _state_dict(
+    tree: Any, file: pathlib.Path, place
+) -> dict[str, Tensor]:
+  """The tensors of what was pickled, out of its wrappers."""
+  for _ in range(_DEEPEST):  # tensors may lie beside a wrapper, too
+    inner = [tree[name] for name in _WRAPPERS
+             if isinstance(tree, dict) and isinstance(tree.get(name), dict)]
+    tree = inner[0] if inner else tree
+  if not isinstance(tree, dict):
+    raise UserError(f"got {file} that holds no dictionary, expected a state "
+                    "dict; check the file")
+  views = {str(name): view for name, view in tree.items()
+           if isinstance(view, unpickle.View)}
+  if not views:
+    raise UserError(f"got {file} without tensors, expected a state dict; "
+                    "check the file")
+  return {name: _tensor(view, file, place) for name, view in views.items()}
+
+
+def _tensor(view: unpickle.View, file: pathlib.Path, place) -> Tensor:
+  dtype = view.storage.dtype
+  dense: list[int] = []
+  step = 1
+  for n in reversed(view.shape):
+    dense.insert(0, step)
+    step *= n
+  last = view.offset + sum(
+      (n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
+  if last >= view.storage.count and 0 not in view.shape:
+    raise pickle.UnpicklingError("a tensor beyond its storage")
+  ordered = all(n == 1 or a == b for n, a, b in zip(
+      view.shape, view.strides, dense, strict=True))
+  return Tensor(
+      file, place(view.storage) + view.offset * dtype.itemsize, view.shape,
+      dtype, None if ordered else view.strides)

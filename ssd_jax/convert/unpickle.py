@@ -1,0 +1,142 @@
+"""The pickle in a file of `torch.save`, parsed without torch.
+
+The unpickler knows tensors and nothing else: it imports and calls nothing of
+what the file names.
+"""
+
+from collections import OrderedDict
+import dataclasses
+import io
+import pathlib
+import pickle
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ssd_jax.core.config import UserError
+
+_TORCH_DTYPES = {
+    "DoubleStorage": np.float64, "FloatStorage": np.float32,
+    "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
+    "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
+}
+# What trainers leave beside the weights; read as nothing. First what comes with
+# Python and torch, by full name; then what whole packages leave.
+_INERT = frozenset((
+    "_codecs.encode", "argparse.Namespace", "builtins.dict", "builtins.int",
+    "builtins.list", "builtins.object", "builtins.set",
+    "collections.defaultdict", "copyreg._reconstructor", "pathlib.Path",
+    "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath",
+    "torch.device", "torch.torch_version.TorchVersion", "typing.Any",
+    *(f"torch.{name}" for name in (
+        "bfloat16", "bool", "float16", "float32", "float64", "int16", "int32",
+        "int64", "int8", "uint8")),
+))
+_INERT_PACKAGES = ("omegaconf", "pytorch_lightning", "lightning",
+                   "lightning_fabric", "numpy")
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
+
+def check_counts(name: str, *counts: Any) -> None:
+  """Raises ValueError unless all are whole numbers from 0 on."""
+  for n in counts:
+    if type(n) is not int or n < 0:
+      raise ValueError(f"{name} with {n!r} for a count")
+
+
+@dataclasses.dataclass
+class Storage:
+  """Numbers in an entry of the archive."""
+
+  dtype: np.dtype
+  key: str
+  count: int
+
+
+@dataclasses.dataclass
+class View:
+  """A tensor: some of a storage; offset and strides are in elements."""
+
+  storage: Storage
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+
+def _view(
+    storage: Storage, offset: int, shape: Any, strides: Any, *_: Any
+) -> View:
+  """What torch's function of this place makes a tensor of."""
+  shape, strides = tuple(shape), tuple(strides)
+  if not isinstance(storage, Storage) or len(shape) != len(strides):
+    raise pickle.UnpicklingError("a tensor that is no view of a storage")
+  check_counts("a tensor", storage.count, offset, *shape, *strides)
+  return View(storage, offset, shape, strides)
+
+
+class _Nothing:
+  """Stands for every object that is no tensor."""
+
+  def __new__(cls, *args, **kwargs):
+    del args, kwargs
+    return super().__new__(cls)
+
+  def __init__(self, *args, **kwargs):
+    del args, kwargs
+
+  def __call__(self, *args, **kwargs):
+    return self
+
+  def __setstate__(self, state):
+    del state
+
+  def __setitem__(self, key, value):
+    del key, value
+
+  def append(self, value):
+    """Drops it."""
+    del value
+
+  def extend(self, values):
+    """Drops them."""
+    del values
+
+  def __hash__(self):
+    return id(self)
+
+
+class Unpickler(pickle.Unpickler):
+  """Reads tensors as views of storages; imports nothing."""
+
+  def __init__(self, data: bytes, file: pathlib.Path):
+    super().__init__(io.BytesIO(data), encoding="utf-8")
+    self._file = file
+
+  def find_class(self, module: str, name: str) -> Any:
+    """Our stand-in for a global that the pickle names."""
+    full = f"{_PYTHON_2.get(module, module)}.{name}"
+    if full == "collections.OrderedDict":
+      return OrderedDict
+    if full == "torch._utils._rebuild_tensor_v2":
+      return _view
+    if full == "torch._utils._rebuild_parameter":
+      return lambda data, *_: data
+    if full == "torch.Size":
+      return tuple
+    if module == "torch" and name in _TORCH_DTYPES:
+      return np.dtype(_TORCH_DTYPES[name])
+    if full in _INERT or full.split(".")[0] in _INERT_PACKAGES:
+      return _Nothing
+    raise UserError(
+        f"got {self._file} that asks for {full!r}, expected weights only; do "
+        "not use this file unless you trust it, and then save its state dict "
+        "alone")
+
+  def persistent_load(self, pid: Any) -> Storage:
+    """The storage that a persistent id names."""
+    kind, dtype, key, _, count = pid
+    if kind != "storage" or not isinstance(dtype, np.dtype):
+      raise pickle.UnpicklingError(f"unknown storage {pid!r}")
+    return Storage(dtype, str(key), count)

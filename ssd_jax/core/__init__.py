@@ -1,0 +1,1 @@
+"""Words that all rooms share: types, settings, errors; runs nothing."""

@@ -1,0 +1,1 @@
+"""Decoders that refine the model's own guesses in a window."""

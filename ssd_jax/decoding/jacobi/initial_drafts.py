@@ -1,0 +1,69 @@
+"""Drafts of slots that no pass has looked at yet.
+
+Whatever they are, the output's law is the target's as long as each is tested by
+the distribution it was drawn from: uniform where it is random, the neighbour's
+stored one where it is a sample of that, one at the draft where it is a copy.
+
+Source: Teng et al. 2024, arXiv:2410.01699, section 4.3 (its random, repeated
+and sampled initialisations from the left and from above).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ssd_jax.core.grid import Grid
+from ssd_jax.decoding import sampling
+from ssd_jax.decoding.acceptance import Drafts
+from ssd_jax.decoding.engine import Context
+
+INITS = (
+    "random", "repeat_left", "repeat_above", "sample_left", "sample_above"
+)
+_TOKEN_PURPOSE, _SAMPLE_PURPOSE = 100, 101
+
+
+def draft_first(
+    ctx: Context, init: str, slots_Q: jax.Array, last: jax.Array,
+    tokens_N: jax.Array, q_QV: jax.Array,
+) -> Drafts:
+  """Drafts of slots beyond `last`; random where there is no neighbour.
+
+  Args:
+    ctx: Of the pass.
+    init: One of INITS.
+    slots_Q: Slots to draft, beyond `last` (others are to be ignored).
+    last: int32 [], the last slot that holds a token or draft.
+    tokens_N: Tokens and drafts.
+    q_QV: Distributions to sample from, where `init` samples.
+  """
+  size, vocab = slots_Q.shape[0], ctx.model.vocab
+  random_Q = jax.random.randint(
+      ctx.pass_key(_TOKEN_PURPOSE), (size,), 0, vocab
+  )
+  if init == "random":
+    uniform_QV = jnp.full((size, vocab), 1.0 / vocab)
+    return Drafts(random_Q, uniform_QV, jnp.zeros(size, bool))
+  source_Q, exists_Q = _neighbours(ctx.model.grid, init, slots_Q, last)
+  if init.startswith("repeat"):
+    near_Q, is_point_Q = tokens_N[source_Q], exists_Q
+  else:
+    near_Q = sampling.draw(q_QV, ctx.pass_key(_SAMPLE_PURPOSE))
+    is_point_Q = jnp.zeros(size, bool)
+  return Drafts(
+      jnp.where(exists_Q, near_Q, random_Q),
+      jnp.where(exists_Q[:, None], q_QV, 1.0 / vocab),
+      is_point_Q,
+  )
+
+
+def _neighbours(
+    grid: Grid, init: str, slots_Q: jax.Array, last: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """(slots, which exist): the nearest one up to `last`, left or above."""
+  if init.endswith("left"):
+    source_Q = jnp.broadcast_to(last, slots_Q.shape)
+    same_row_Q = source_Q // grid.row_slots == slots_Q // grid.row_slots
+    return source_Q, same_row_Q
+  rows_up_Q = jnp.maximum(-((last - slots_Q) // grid.row_slots), 1)
+  source_Q = slots_Q - rows_up_Q * grid.row_slots
+  return source_Q, source_Q >= 0

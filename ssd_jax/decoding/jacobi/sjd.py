@@ -1,0 +1,75 @@
+"""SJD and its lossless successors: windows of the model's own last guesses.
+
+They differ in how the drafts after the first rejection are redrawn from their
+new targets p:
+
+  SJD           afresh from p;
+  Coupled       from p with each slot's own Gumbel noise in every pass, or by
+                the maximal coupling of old and new draft: test it as well, keep
+                it if it passes, else redraw it from the residual;
+  Continuation  by testing all of them as well: the same maximal coupling.
+"""
+
+import dataclasses
+
+from ssd_jax.core.config import check
+from ssd_jax.decoding.jacobi.window import Jacobi
+
+ACCEPTANCES = ("exact", "equality")
+COUPLINGS = ("gumbel", "maximal")
+
+
+@dataclasses.dataclass(frozen=True)
+class SJD(Jacobi):
+  """Speculative Jacobi decoding.
+
+  Attributes:
+    acceptance: "exact" tests by min(1, p / q); "equality" is sampled Jacobi
+      decoding: a draft passes while its slot's own noise draws it again, and
+      the tokens are AR's.
+
+  Source: Teng et al. 2024, arXiv:2410.01699, algorithm 1.
+  """
+
+  acceptance: str = "exact"
+  name = "sjd"
+
+  def __post_init__(self):
+    super().__post_init__()
+    check(self.acceptance in ACCEPTANCES, "acceptance", self.acceptance,
+          f"one of {', '.join(ACCEPTANCES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Coupled(Jacobi):
+  """SJD whose drafts tend to stay the same from pass to pass.
+
+  Attributes:
+    coupling: "gumbel" shares each slot's Gumbel noise among its drafts;
+      "maximal" makes old and new draft agree as often as their laws allow.
+
+  Source: So et al. 2025, arXiv:2510.24211.
+  """
+
+  coupling: str = "gumbel"
+  name = "coupled"
+
+  def __post_init__(self):
+    super().__post_init__()
+    check(self.coupling in COUPLINGS, "coupling", self.coupling,
+          f"one of {', '.join(COUPLINGS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation(Jacobi):
+  """SJD that goes on testing after the first rejection.
+
+  Kept drafts and residual draws together are the maximal coupling of
+  `Coupled`: the two publications arrive at one algorithm.
+
+  Source: Kang et al. 2026, arXiv:2603.18599, adaptive continuation (without
+  its tree of proactive drafts).
+  """
+
+  coupling = "maximal"
+  name = "continuation"

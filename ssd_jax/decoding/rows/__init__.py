@@ -1,0 +1,1 @@
+"""Decoders that work on several rows of the grid at once."""

@@ -1,0 +1,275 @@
+"""SSD: whole rows drafted by spatial heads, corrected in rounds, committed.
+
+Row 0 is drafted in groups by horizontal heads, every block of rows below it
+from the last committed row by vertical heads. A round tests every draft of a
+block on its own and redraws those that fail (auto-correction). After its rounds
+a row is fed once more, unchanged, which makes it final and yields the states
+that the next rows are drafted from. So the number of passes does not depend on
+the picture, and the joint law is not the model's.
+
+Source: SSD, arXiv:2606.20543, section 3.3.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from ssd_jax.core.config import UserError, check
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import Model, Queries
+from ssd_jax.decoding.engine import Context
+from ssd_jax.decoding.rows import (
+  drafts as row_drafts,
+  queries as row_queries,
+  state as rows_lib,
+)
+from ssd_jax.decoding.rows.drafts import Fed
+from ssd_jax.decoding.rows.state import Rows, Verdict
+
+SCHEDULES = ("joint", "staged", "pipelined")
+DRAFTS = ("sample", "argmax")
+
+
+@flax.struct.dataclass
+class Plan:
+  """Where the schedule stands.
+
+  Attributes:
+    rounds: int32 [H], rounds that each row of the grid has ahead of it.
+    waited: int32 [], passes since a row entered.
+  """
+
+  rounds: jax.Array
+  waited: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SSD:
+  """Spatially speculative decoding.
+
+  Attributes:
+    horizontal: Heads, and so cells per group, in row 0.
+    vertical: Heads, and so rows per block, below.
+    rounds: Of a block.
+    horizontal_rounds: Of a group.
+    schedule: "joint" corrects a block's rows together and commits them one
+      after the other; "staged" gives each but the first `staged_rounds` more,
+      once the one above is committed; "pipelined" lets a row enter every `lag`
+      passes, while those above are still being corrected.
+    staged_rounds: Of "staged"; None for 4.
+    lag: Of "pipelined"; None for 2, or rounds + 1 if that is less, which is
+      "joint".
+    adaptive: A row whose round changed nothing needs no further one: it has
+      been fed as it stands.
+    drafts: "sample" from the heads' distributions, or their "argmax".
+    lenience: What a draft's q is multiplied by when it is tested; 1 is the
+      paper's test. A round redraws all that fail in a row, each as if its
+      neighbours stayed, so that fewer redraws clash less (ours).
+  """
+
+  horizontal: int = 5
+  vertical: int = 1
+  rounds: int = 2
+  horizontal_rounds: int = 1
+  schedule: str = "joint"
+  staged_rounds: int | None = None
+  lag: int | None = None
+  adaptive: bool = False
+  drafts: str = "sample"
+  lenience: float = 1.0
+
+  name = "ssd"
+  lossless = False
+
+  def __post_init__(self):
+    for field, least in (("horizontal", 1), ("vertical", 1), ("rounds", 0),
+                         ("horizontal_rounds", 0), ("staged_rounds", 0),
+                         ("lag", 1)):
+      value = getattr(self, field)
+      check(value is None or value >= least, field, value, f">= {least}")
+    check(self.schedule in SCHEDULES, "schedule", self.schedule,
+          f"one of {', '.join(SCHEDULES)}")
+    check(self.drafts in DRAFTS, "drafts", self.drafts,
+          f"one of {', '.join(DRAFTS)}")
+    check(0 < self.lenience <= 1, "lenience", self.lenience, "in (0, 1]")
+    if self.schedule == "pipelined":
+      check(self.vertical == 1, "vertical", self.vertical,
+            "1 where rows enter one by one")
+      check((self.lag or 1) <= self.rounds + 1, "lag", self.lag,
+            f"at most {self.rounds + 1} (rounds + 1)")
+    for field, schedule in (("lag", "pipelined"), ("staged_rounds", "staged")):
+      value = getattr(self, field)
+      check(value is None or self.schedule == schedule, field, value,
+            f"none, or schedule={schedule}")
+
+  def scratch(self, model: Model) -> int:
+    """None."""
+    return 0
+
+  def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Rows:
+    """State with the first group of row 0 drafted."""
+    grid = ctx.model.grid
+    rows = self._rows_in_flight(ctx.model)
+    state = rows_lib.start(ctx, p_V, hidden_GD, rows, grid.cols)
+    rounds_H = jnp.zeros(grid.rows, jnp.int32)
+    state = state.replace(plan=Plan(rounds_H, jnp.int32(0)))
+    return self._advance(ctx, state, row_drafts.no_pass(grid, hidden_GD))
+
+  def propose(self, ctx: Context, state: Rows) -> Queries:
+    """The rows in flight."""
+    grid = ctx.model.grid
+    size = self._rows_in_flight(ctx.model) * grid.row_slots
+    needed_N = row_queries.whole_rows(grid, state)
+    return row_queries.propose(ctx, state, needed_N, size)
+
+  def resolve(
+      self, ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
+      hidden_GQD: jax.Array,
+  ) -> Rows:
+    """State with rows corrected or committed, and the next ones drafted."""
+    grid = ctx.model.grid
+    verdict = rows_lib.judge(
+        ctx, state, queries, p_QV, lenience=self.lenience, eager=True)
+    row_Q, _ = rows_lib.place(grid, verdict.cells)
+    is_round_H = (state.plan.rounds > 0) & _in_flight(grid, state)
+    is_done_H = self._done(state, verdict, row_Q, is_round_H)
+    state = rows_lib.commit(
+        state, queries, verdict, verdict.had_draft & is_round_H[row_Q],
+        verdict.had_draft & is_done_H[row_Q],
+    )
+    plan = Plan(state.plan.rounds - is_round_H, state.plan.waited + 1)
+    fed = queries.slots, hidden_GQD
+    return self._advance(ctx, state.replace(plan=plan), fed)
+
+  def _done(
+      self, state: Rows, verdict: Verdict, row_Q: jax.Array,
+      is_round_H: jax.Array,
+  ) -> jax.Array:
+    """bool [H]: rows that are final after the pass.
+
+    The first row after the pass that commits it; and, if adaptive, rows that a
+    round left as they are, where those above are final.
+    """
+    rejected_Q = verdict.had_draft & ~verdict.passed
+    changed_Q = jnp.where(rejected_Q, row_Q, is_round_H.shape[0])
+    is_changed_H = jnp.zeros_like(is_round_H).at[changed_Q].set(
+        True, mode="drop"
+    )
+    is_clean_H = is_round_H & self.adaptive & ~is_changed_H
+    row_H = jnp.arange(is_round_H.shape[0])
+    is_first_H = (row_H == state.lead) & ~is_round_H
+    is_done_H = (row_H < state.lead) | is_first_H | is_clean_H
+    return jnp.cumprod(is_done_H).astype(bool)
+
+  def _advance(self, ctx: Context, state: Rows, fed: Fed) -> Rows:
+    """State with the window moved on and what is due drafted."""
+    grid, entered = ctx.model.grid, state.entered
+    lead = rows_lib.first_open(grid, state.final)
+    moved = rows_lib.move(state, lead, state.first)
+    plan = state.plan
+    if self.schedule != "pipelined":
+      # A block's next row begins its own rounds.
+      more = self._more_rounds()
+      is_next = (lead > state.lead) & (lead < entered)
+      plan = plan.replace(
+          rounds=plan.rounds.at[lead].max(jnp.where(is_next, more, 0))
+      )
+    moved = moved.replace(plan=plan)
+    if grid.cols > 1:
+      moved = self._draft_group(ctx, state, moved, fed)
+    if grid.rows > 1:
+      moved = self._draft_block(ctx, state, moved, fed)
+    return moved
+
+  def _draft_group(
+      self, ctx: Context, state: Rows, moved: Rows, fed: Fed
+  ) -> Rows:
+    """State with the next group of row 0 drafted, if the last is final."""
+    cols = ctx.model.grid.cols
+    count = jnp.sum(state.final[:cols])
+    is_due = (count < cols) & (jnp.sum(state.known[:cols]) == count)
+    last = jnp.reshape(count - 1, 1)
+    hidden_G1D, _ = row_drafts.predictors(state, fed, last)
+    reach = min(self._heads(ctx.model)[0], cols - 1)
+    q_KV = jnp.concatenate([
+        row_drafts.spread(
+            ctx, state, "horizontal", offset, (last, hidden_G1D), is_due)
+        for offset in range(1, reach + 1)
+    ])
+    slots_K = count + jnp.arange(reach)
+    drafts = row_drafts.draw(ctx, q_KV, slots_K, self.drafts)
+    index_K = rows_lib.window_index(moved, jnp.int32(0), slots_K)
+    moved = row_drafts.put_drafts(
+        moved, slots_K, index_K, drafts, is_due & (slots_K < cols)
+    )
+    rounds = jnp.where(is_due, self.horizontal_rounds, 0)
+    return moved.replace(plan=moved.plan.replace(
+        rounds=moved.plan.rounds.at[0].max(rounds)
+    ))
+
+  def _draft_block(
+      self, ctx: Context, state: Rows, moved: Rows, fed: Fed
+  ) -> Rows:
+    """State with the next rows drafted from the last one, if they are due."""
+    grid, entered = ctx.model.grid, state.entered
+    is_due = moved.lead >= entered
+    if self.schedule == "pipelined":
+      is_due |= (moved.lead > 0) & (state.plan.waited >= self._lag())
+    source_C = jnp.asarray(grid.slot_of)[entered - 1]
+    cols_C = jnp.arange(grid.cols)
+    hidden_GCD, _ = row_drafts.predictors(state, fed, source_C)
+    plan = moved.plan
+    for offset in range(1, self._heads(ctx.model)[1] + 1):
+      row = entered + offset - 1
+      is_new = is_due & (row < grid.rows)
+      q_CV = row_drafts.spread(
+          ctx, state, "vertical", offset, (source_C, hidden_GCD), is_new
+      )
+      slots_C = source_C + offset * grid.row_slots
+      drafts = row_drafts.draw(ctx, q_CV, slots_C, self.drafts, offset)
+      index_C = rows_lib.window_index(moved, row, cols_C)
+      moved = row_drafts.put_drafts(moved, slots_C, index_C, drafts, is_new)
+      moved = moved.replace(entered=moved.entered + is_new)
+      plan = Plan(
+          plan.rounds.at[row].max(jnp.where(is_new, self.rounds, 0)),
+          jnp.where(is_new, 0, plan.waited),
+      )
+    return moved.replace(plan=plan)
+
+  def _rows_in_flight(self, model: Model) -> int:
+    rows = max(self._heads(model)[1], 1)
+    if self.schedule == "pipelined":
+      rows = -(-(self.rounds + 1) // self._lag())
+    return min(rows, model.grid.rows)
+
+  def _lag(self) -> int:
+    return min(2, self.rounds + 1) if self.lag is None else self.lag
+
+  def _more_rounds(self) -> int:
+    """Of a block's rows but the first, once the one above is committed."""
+    if self.schedule != "staged":
+      return 0
+    return 4 if self.staged_rounds is None else self.staged_rounds
+
+  def _heads(self, model: Model) -> tuple[int, int]:
+    """Horizontal and vertical heads in use."""
+    grid = model.grid
+    across, down = (
+        rows_lib.clamp(self, field, most, "the heads at hand")
+        for field, most in zip(("horizontal", "vertical"), model.heads)
+    )
+    if (grid.cols > 1 and not across) or (grid.rows > 1 and not down):
+      raise UserError(
+          f"got spatial heads {model.heads} (horizontal, vertical), expected "
+          "at least one of each for ssd; train them with train.mtp, or use "
+          "stair"
+      )
+    return across, down
+
+
+def _in_flight(grid: Grid, state: Rows) -> jax.Array:
+  """bool [H]: rows that have entered and are not final."""
+  row_H = jnp.arange(grid.rows)
+  return (row_H >= state.lead) & (row_H < state.entered)

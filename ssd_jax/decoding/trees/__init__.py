@@ -1,0 +1,1 @@
+"""Decoders that verify a tree of drafts."""

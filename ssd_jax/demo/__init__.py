@@ -1,1 +1,0 @@
-"""The live page: requests that queue and batch, and what serves them."""

@@ -1,0 +1,1 @@
+"""Quality, exactness and redundancy of what decoders generate."""

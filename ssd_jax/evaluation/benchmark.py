@@ -1,0 +1,223 @@
+"""Runs of decoders over the same prompts, interleaved, measured and kept.
+
+Every decoder draws a batch of prompts before the next batch begins, in an order
+that turns from batch to batch, so that a slow minute hits all alike. What a
+decoder drew of a batch is kept in a shard; an interrupted run goes on from its
+shards.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssd_jax.core.config import UserError, check
+from ssd_jax.decoding import engine, registry
+from ssd_jax.decoding.sampling import Overrides
+from ssd_jax.evaluation import run_store
+from ssd_jax.evaluation.run_store import Run
+from ssd_jax.pipeline.pipeline import Pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A decoder of a comparison.
+
+  Attributes:
+    label: As it was asked for.
+    decoder: Its settings.
+    seed: Of its runs.
+  """
+
+  label: str
+  decoder: engine.Decoder
+  seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What every decoder of a comparison draws.
+
+  Attributes:
+    prompts: In order.
+    num_images: Per prompt.
+    batch: Pictures drawn together.
+    sampling: guidance, temperature, top_k, top_p; None for the model's.
+  """
+
+  prompts: tuple[str, ...]
+  num_images: int = 1
+  batch: int = 1
+  sampling: Overrides = dataclasses.field(default_factory=Overrides)
+
+  def __post_init__(self):
+    check(len(self.prompts) >= 1, "num_prompts", len(self.prompts), ">= 1")
+    check(self.num_images >= 1, "num_images", self.num_images, ">= 1")
+    check(self.batch >= 1, "batch", self.batch, ">= 1")
+
+  @property
+  def texts(self) -> list[str]:
+    """The prompt of each image."""
+    return [p for p in self.prompts for _ in range(self.num_images)]
+
+  @property
+  def starts(self) -> range:
+    """The first image of each batch."""
+    return range(0, len(self.texts), self.batch)
+
+
+def parse_entries(
+    text: str, seed: int, known: Mapping[str, type] = registry.DECODERS
+) -> list[Entry]:
+  """The decoders of "ar,ssd:rounds=1+vertical=2,ar:seed=1".
+
+  `seed=` is the run's: a decoder without it has `seed`. `known` are classes by
+  name.
+
+  Raises:
+    UserError: on a decoder that cannot be or is named twice.
+  """
+  check(0 <= seed < 2**32, "seed", seed, "in [0, 2^32)")
+  entries: list[Entry] = []
+  for label in (part.strip() for part in text.split(",")):
+    name, _, rest = label.partition(":")
+    own, settings = seed, []
+    for part in filter(None, rest.split("+")):
+      if part.startswith("seed="):
+        own = _seed(part)
+      else:
+        settings.append(part)
+    decoder = registry.parse(f"{name}:{'+'.join(settings)}", known)
+    entry = Entry(label, decoder, own)
+    if any((e.decoder, e.seed) == (decoder, own) for e in entries):
+      raise UserError(
+          f"got decoder {label!r} twice, expected each once; remove one or "
+          "give it a seed of its own, such as ar:seed=1")
+    entries.append(entry)
+  return entries
+
+
+def _seed(part: str) -> int:
+  value = part.removeprefix("seed=")
+  if not value.isdecimal() or int(value) >= 2**32:
+    raise UserError(f"got {part}, expected a number in [0, 2^32); correct it")
+  return int(value)
+
+
+def run(
+    pipe: Pipeline, entries: Sequence[Entry], job: Job, folder: pathlib.Path,
+    on_step: Callable[[str, int], None] = lambda label, images: None,
+) -> list[Run]:
+  """What each entry draws for the job; finished batches come from `folder`.
+
+  Args:
+    pipe: Of all entries.
+    entries: Decoders.
+    job: What they draw.
+    folder: Of the shards.
+    on_step: Called with an entry's label and the number of images it has just
+      finished; with 0 before it compiles.
+  """
+  paths = _paths(pipe, entries, job, folder)
+  is_warm = set()
+  for turn, start in enumerate(job.starts):
+    for place in range(len(entries)):
+      index = (place + turn) % len(entries)
+      entry, path = entries[index], paths[index][turn]
+      size = min(job.batch, len(job.texts) - start)
+      if not run_store.is_whole(path):
+        if entry.decoder not in is_warm:
+          on_step(entry.label, 0)
+          _draw(pipe, entry, job, start)
+          is_warm.add(entry.decoder)
+        run_store.write(path, measure(pipe, entry, job, start))
+      on_step(entry.label, size)
+  return [run_store.collect(row) for row in paths]
+
+
+def _paths(
+    pipe: Pipeline, entries: Sequence[Entry], job: Job, folder: pathlib.Path
+) -> list[list[pathlib.Path]]:
+  """The shard of each entry and batch."""
+  weights = run_store.fingerprint((pipe.params, pipe.vq_params))
+  settings, _ = pipe.sampling(**job.sampling)
+  resolved = [float(x) for x in jax.tree.leaves(settings)]
+  names = [
+      f"{start:06d}-{run_store.digest(job.texts[start:start + job.batch])}.npz"
+      for start in job.starts]
+  return [[
+      folder / run_store.key(weights, pipe, entry.decoder, dict(
+          seed=entry.seed, batch=job.batch, sampling=resolved)) / name
+      for name in names] for entry in entries]
+
+
+def _draw(pipe: Pipeline, entry: Entry, job: Job, start: int):
+  """(texts of the batch, its output); the last batch is filled up."""
+  texts = job.texts[start:start + job.batch]
+  # Smaller last batches would compile anew and weigh otherwise.
+  texts += [texts[-1]] * (job.batch - len(texts))
+  return texts, pipe.generate(
+      texts, entry.decoder, seed=entry.seed, batch=job.batch,
+      first_image=start, **job.sampling)
+
+
+_SESSION = time.time_ns()  # of this process
+
+
+def measure(pipe: Pipeline, entry: Entry, job: Job, start: int) -> Run:
+  """What an entry draws of the batch that begins with image `start`."""
+  texts, out = _draw(pipe, entry, job, start)
+  size = min(job.batch, len(job.texts) - start)
+  nll, entropy = pipe.nll(
+      out.tokens, texts, batch=min(job.batch, 4), **job.sampling)
+  memory = pipe.program_bytes(entry.decoder)
+  return Run(
+      out.tokens[:size], out.passes[:size], out.commit_pass[:size],
+      np.full(size, out.seconds / job.batch),
+      nll[:size].mean((1, 2), np.float64),
+      entropy[:size].mean((1, 2), np.float64),
+      np.full(size, -1 if memory is None else memory),
+      np.full(size, _SESSION),
+      out.images[:size],
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+  """What is known of a decoder on a model before it draws.
+
+  Attributes:
+    queries: Slots that a pass feeds for one image, idle ones included.
+    is_lossless: Whether it claims AR's law on the model's grid.
+  """
+
+  queries: int
+  is_lossless: bool
+
+
+def traits(pipe: Pipeline, decoder: engine.Decoder, job: Job) -> Traits:
+  """The traits of a decoder.
+
+  Found by tracing one image: nothing is computed, but what a decoder demands of
+  the model is checked.
+  """
+  counts = []
+
+  def forward(params, cache, prompt, queries):
+    counts.append(queries.tokens.shape[-1])
+    return pipe.model.forward(params, cache, prompt, queries)
+
+  model = dataclasses.replace(pipe.model, forward=forward)
+  settings, guided = pipe.sampling(**job.sampling)
+  prompt, _ = pipe.family.encode_prompts(list(job.prompts[:1]), guided)
+  jax.eval_shape(
+      lambda params, prompt: engine.decode(
+          model, decoder, params, prompt, settings, jax.random.key(0),
+          jnp.arange(1)),
+      pipe.params_for(decoder), prompt)
+  return Traits(
+      max(counts), engine.is_lossless(decoder, pipe.model.grid))

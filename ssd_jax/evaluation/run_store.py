@@ -1,0 +1,216 @@
+"""What decoders drew, kept on disk batch by batch.
+
+A shard holds what one decoder drew of one batch of prompts. It is written by
+one rename with a checksum before it, and its name tells all that it depends on:
+an interrupted comparison goes on from its shards, and one with other settings,
+weights or code finds none.
+
+N images; R rows and C columns of the grid; H, W pixels.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import pathlib
+import platform
+import sys
+import types
+from typing import Any
+
+import jax
+import numpy as np
+
+from ssd_jax.core.config import UserError
+from ssd_jax.core.images import Images, OnDemand
+from ssd_jax.decoding import engine
+from ssd_jax.pipeline import likelihood
+from ssd_jax.runtime import sharding
+from ssd_jax.visualization import contact_sheets
+
+_VERSION = 3  # raise it when shards hold something else
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+  """What drawing N images took and what came of it, the pictures left out.
+
+  Attributes:
+    tokens: int32 [N, R, C].
+    passes: int32 [N].
+    commit_pass: int32 [N, R, C].
+    seconds: float64 [N], of the image's batch over its size, compiling not
+      counted.
+    nll: float64 [N], mean surprisal of the model, in nats per cell.
+    entropy: float64 [N], mean entropy of the model's predictions.
+    memory: int64 [N], bytes of the program at its peak; -1 if not known.
+    session: int64 [N], which start of the command drew it: seconds of one are
+      comparable.
+  """
+
+  tokens: np.ndarray
+  passes: np.ndarray
+  commit_pass: np.ndarray
+  seconds: np.ndarray
+  nll: np.ndarray
+  entropy: np.ndarray
+  memory: np.ndarray
+  session: np.ndarray
+
+
+class Pictures(OnDemand):
+  """Pictures, uint8 [H, W, 3] each, read from their shards when asked for.
+
+  A slice is an array [n, H, W, 3]. Only the last shard read stays in memory, so
+  that thousands of large pictures may be compared.
+  """
+
+  def __init__(self, paths: Sequence[pathlib.Path], sizes: Sequence[int]):
+    places = [
+        (path, i) for path, size in zip(paths, sizes, strict=True)
+        for i in range(size)]
+    shard = functools.lru_cache(maxsize=1)(_read_images)
+    super().__init__(places, lambda place: shard(place[0])[place[1]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Figures):
+  """What a decoder drew.
+
+  Attributes:
+    images: N pictures whose slices are uint8 [n, H, W, 3].
+  """
+
+  images: Images
+
+
+def key(weights: str, pipe: Any, decoder: Any, facts: dict[str, Any]) -> str:
+  """Names all that a shard depends on beside its prompts, the machine too.
+
+  Args:
+    weights: Fingerprint of the parameters.
+    pipe: The pipeline.
+    decoder: Its settings.
+    facts: Seed, batch and resolved sampling.
+  """
+  device, mesh = jax.devices()[0], sharding.current()
+  config = dict(getattr(pipe.family, "config", {}))
+  config.pop("sampling", None)  # resolved, it is among the facts
+  return digest(dict(
+      facts, version=_VERSION, code=_code(type(pipe.family), type(decoder)),
+      weights=weights, family=pipe.family.name,
+      config=str(sorted(config.items())), prompts=_prompt_files(pipe),
+      grid=repr(pipe.model.grid), decoder=repr(decoder), jax=jax.__version__,
+      machine=platform.node(), devices=len(jax.devices()),
+      mesh=None if mesh is None else dict(mesh.shape),
+      device=f"{device.platform} {device.device_kind}"))
+
+
+def _prompt_files(pipe: Any) -> str:
+  """A checksum of what a model folder makes of prompts."""
+  folder = pipe.folders.get("model", pathlib.Path()) / "tokenizer"
+  files = sorted(folder.glob("*")) if "model" in pipe.folders else []
+  return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def _code(*classes: type) -> str:
+  """A checksum of the modules of classes and of all of ours that they use."""
+  found: set[str] = set()
+  left = [c.__module__ for c in classes] + [
+      engine.__name__, likelihood.__name__]
+  while left:
+    name = left.pop()
+    if name in found or not name.startswith("ssd_jax."):
+      continue
+    found.add(name)
+    for value in vars(sys.modules[name]).values():
+      own = value if isinstance(value, types.ModuleType) else None
+      origin = own.__name__ if own else getattr(value, "__module__", None)
+      left.append(str(origin))
+  files = sorted(str(sys.modules[name].__file__) for name in found)
+  blobs = [pathlib.Path(file).read_bytes() for file in files + _own(classes)]
+  return hashlib.sha256(b"".join(blobs)).hexdigest()
+
+
+def _own(classes: Sequence[type]) -> list[str]:
+  """Files of classes that a user wrote, which need not be modules."""
+  bases = [base for cls in classes for base in cls.__mro__]
+  codes = [getattr(x, "__code__", None) for base in bases
+           if not base.__module__.startswith("ssd_jax.")
+           for x in vars(base).values()]
+  files = {code.co_filename for code in codes if code}
+  return sorted(file for file in files if pathlib.Path(file).is_file())
+
+
+def fingerprint(tree: Any) -> str:
+  """A checksum of all arrays of a tree and of their names."""
+  total = hashlib.blake2b(digest_size=16)
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    array = np.ascontiguousarray(leaf)
+    name = f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}"
+    total.update(name.encode())
+    total.update(array.reshape(-1).view(np.uint8).data)
+  return total.hexdigest()
+
+
+def digest(value: Any) -> str:
+  """A short name of a JSON value."""
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write(path: pathlib.Path, run: Run) -> None:
+  """Writes what was drawn of one batch, by one rename.
+
+  Raises:
+    UserError: when the folder is full or cannot be written.
+  """
+  figures = {f.name: getattr(run, f.name) for f in dataclasses.fields(Figures)}
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, images=run.images[:], **figures)
+  blob = buffer.getvalue()
+  with contact_sheets.replacing(path) as partial:
+    partial.write_bytes(hashlib.sha256(blob).digest() + blob)
+
+
+def is_whole(path: pathlib.Path) -> bool:
+  """Whether a shard is there and undamaged."""
+  return _blob(path) is not None
+
+
+def collect(paths: Sequence[pathlib.Path]) -> Run:
+  """The shards of a decoder as one."""
+  shards = [_read_figures(path) for path in paths]
+  sizes = [len(shard["passes"]) for shard in shards]
+  joined = {
+      field.name: np.concatenate([shard[field.name] for shard in shards])
+      for field in dataclasses.fields(Figures)}
+  return Run(**joined, images=Pictures(paths, sizes))
+
+
+def _blob(path: pathlib.Path) -> bytes | None:
+  """The arrays' bytes, None if missing or damaged."""
+  blob = path.read_bytes() if path.is_file() else b""
+  if hashlib.sha256(blob[32:]).digest() != blob[:32]:
+    return None
+  return blob[32:]
+
+
+def _arrays(path: pathlib.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+  blob = _blob(path)
+  if blob is None:
+    raise UserError(
+        f"got no whole {path} any more, expected it as it was written; start "
+        "the command again")
+  with np.load(io.BytesIO(blob)) as arrays:
+    return {name: arrays[name] for name in names}
+
+
+def _read_figures(path: pathlib.Path) -> dict[str, np.ndarray]:
+  return _arrays(path, [field.name for field in dataclasses.fields(Figures)])
+
+
+def _read_images(path: pathlib.Path) -> np.ndarray:
+  return _arrays(path, ["images"])["images"]

@@ -1,0 +1,1 @@
+"""What decoding and training cost: estimated, compiled, measured."""

@@ -1,0 +1,111 @@
+"""What accelerators can do, and slices of them that need not be there.
+
+Peak figures of TPUs are Google's; `link` is both directions of one axis of the
+torus, as rings use it. Prices are Google Cloud's lists for on-demand use in the
+US in 2025. What is not in the table is measured for a second.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import time
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+
+from ssd_jax.core.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One device.
+
+  Attributes:
+    flops: bfloat16 operations a second.
+    bandwidth: Of its memory, bytes a second.
+    memory: Bytes.
+    link: To a neighbour, bytes a second.
+    dollars: An hour, or None.
+  """
+
+  flops: float
+  bandwidth: float
+  memory: float
+  link: float
+  dollars: float | None = None
+
+
+# By the start of JAX's device_kind; the longest that fits counts.
+_CHIPS = {
+    "TPU v5 lite": Chip(197e12, 819e9, 15.75 * 2**30, 90e9, 1.20),
+    "TPU v5": Chip(459e12, 2765e9, 95.74 * 2**30, 180e9, 4.20),
+    "TPU v6 lite": Chip(918e12, 1640e9, 31.25 * 2**30, 180e9, 2.70),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 80e9, 600e9),
+    "NVIDIA H100": Chip(989e12, 3350e9, 80e9, 900e9),
+    "NVIDIA H200": Chip(989e12, 4800e9, 141e9, 900e9),
+}
+HOP_SECONDS = 1e-6  # of a collective's step from device to device
+
+
+def chip_of(device: Any) -> Chip:
+  """The figures of a device, of another kind measured."""
+  fits = [kind for kind in _CHIPS if device.device_kind.startswith(kind)]
+  return _CHIPS[max(fits, key=len)] if fits else _measured(device)
+
+
+def devices_of(topology: str) -> list[Any]:
+  """Devices of a slice such as "v5e:2x4"; "" is what is here.
+
+  Raises:
+    UserError: when the compiler for TPUs is missing or knows no such slice.
+  """
+  if not topology:
+    return jax.devices()
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError(
+        f"got --topology {topology} without libtpu, expected the compiler for "
+        "TPUs; run pip install 'ssd-jax[plan]'")
+  # Shapes alone are handled here; libtpu only compiles, and would otherwise
+  # look for chips and ask Google Cloud what it runs on.
+  jax.config.update("jax_platforms", "cpu")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.replace(":", "-"))
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken
+  try:
+    found = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology)
+  except Exception as error:  # jaxlib raises several kinds
+    reason = (str(error).splitlines() or [""])[0]
+    raise UserError(
+        f"got --topology {topology} ({reason[:120]}), expected KIND:SHAPE such "
+        "as v5e:2x4, v5p:2x2x1 or v6e:4x4; correct it") from error
+  return list(found.devices)
+
+
+def _measured(device: Any) -> Chip:
+  """A matrix product and a copy, each the best of a few."""
+  side = 1024
+  x = jax.device_put(jnp.ones((side, side)), device)
+  long = jax.device_put(jnp.ones(2**25), device)
+  flops = 2 * side**3 / _seconds(jax.jit(lambda x: x @ x), x)
+  bandwidth = 2 * long.nbytes / _seconds(jax.jit(lambda x: x + 1), long)
+  return Chip(flops, bandwidth, _memory(device), bandwidth)
+
+
+def _seconds(function, x) -> float:
+  times = []
+  for _ in range(6):
+    start = time.perf_counter()
+    jax.block_until_ready(function(x))
+    times.append(time.perf_counter() - start)
+  return min(times[1:])
+
+
+def _memory(device: Any) -> float:
+  stats = device.memory_stats()
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

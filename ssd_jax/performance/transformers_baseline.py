@@ -1,0 +1,268 @@
+"""Our decoders and `transformers` side by side, on one trunk of one weight.
+
+The trunk is transformers' Llama with random weights; ours is made of its
+tensors. All draw greedily where tokens are compared, and each draws once before
+the next round begins, in an order that turns, so that a slow minute hits all
+alike.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from ssd_jax.convert import recipes
+from ssd_jax.core.config import check
+from ssd_jax.core.extras import need
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import Model, Params, Prompt
+from ssd_jax.decoding import engine
+from ssd_jax.decoding.sampling import Sampling
+from ssd_jax.models import rope
+from ssd_jax.models.generator import Generator
+from ssd_jax.models.layouts import for_drawing
+from ssd_jax.models.transformer import TrunkConfig
+
+_THETA = 10_000.0
+_EXTRA = "parity"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """A trunk and what is drawn with it.
+
+  Attributes:
+    layers: L.
+    width: D; the feed-forward part is 8/3 as wide, as Llama's.
+    head_dim: H.
+    vocab: V, codes and rows of the input table.
+    tokens: Of an image, a square.
+    prompt: Tokens of the prompt.
+    batch: Images drawn together.
+    dtype: "float32" or "bfloat16".
+    seed: Of weights, prompts and draws.
+  """
+
+  layers: int
+  width: int
+  head_dim: int
+  vocab: int
+  tokens: int
+  prompt: int
+  batch: int
+  dtype: str
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("layers", "width", "head_dim", "tokens", "prompt", "batch"):
+      check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+    check(self.vocab >= 2, "vocab", self.vocab, ">= 2")
+    check(math.isqrt(self.tokens) ** 2 == self.tokens, "tokens", self.tokens,
+          "a square, such as 256")
+    check(self.width % self.head_dim == 0 and self.head_dim % 2 == 0, "width",
+          self.width, f"a multiple of even heads ({self.head_dim})")
+
+  @property
+  def trunk(self) -> TrunkConfig:
+    """Llama: no biases, as many key/value heads as heads, a head of its own."""
+    heads = self.width // self.head_dim
+    hidden = -(-8 * self.width // 3 // 256) * 256
+    return TrunkConfig(
+        self.width, self.layers, heads, heads, self.head_dim, hidden,
+        self.vocab, self.vocab)
+
+  @functools.cached_property
+  def grid(self) -> Grid:
+    """Its side squared is the number of tokens."""
+    side = math.isqrt(self.tokens)
+    return Grid(side, side)
+
+  @functools.cached_property
+  def prompts(self) -> np.ndarray:
+    """int64 [B, P], random ids."""
+    rng = np.random.default_rng(self.seed)
+    return rng.integers(0, self.vocab, (self.batch, self.prompt))
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """One drawing of a batch.
+
+  Attributes:
+    seconds: Of all of it, the prompt's pass included.
+    passes: Forwards of the trunk.
+    tokens: int [B, N].
+  """
+
+  seconds: float
+  passes: int
+  tokens: np.ndarray
+
+
+class Theirs:
+  """transformers' Llama.
+
+  Attributes:
+    model: It.
+  """
+
+  def __init__(self, setting: Setting):
+    self._setting, cfg = setting, setting.trunk
+    self._torch = need("torch", _EXTRA)
+    transformers = need("transformers", _EXTRA)
+    self._torch.manual_seed(setting.seed)
+    config = transformers.LlamaConfig(
+        vocab_size=cfg.vocab_in, hidden_size=cfg.d_model,
+        intermediate_size=cfg.d_ff, num_hidden_layers=cfg.n_layers,
+        num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads,
+        head_dim=cfg.head_dim, rms_norm_eps=cfg.norm_eps,
+        max_position_embeddings=setting.prompt + setting.tokens,
+        rope_parameters={"rope_type": "default", "rope_theta": _THETA},
+        initializer_range=cfg.d_model**-0.5, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    device = "cuda" if self._torch.cuda.is_available() else "cpu"
+    with self._torch.device(device):
+      self.model = transformers.AutoModelForCausalLM.from_config(
+          config, dtype=getattr(self._torch, setting.dtype)).eval()
+    self._forward = self.model.forward
+    self._ids = self._torch.tensor(setting.prompts, device=device)
+
+  def compile(self) -> str | None:
+    """Draws with the compiled forward; why it cannot be compiled, or None."""
+    try:
+      self.draw(True)
+    except RuntimeError as error:  # what all of torch.compile's errors are
+      lines = str(error).strip().splitlines() or [type(error).__name__]
+      return lines[0][:100].replace("|", "/")  # it stands in a table
+    return None
+
+  def draw(self, is_compiled: bool) -> Drawn:
+    """A batch, greedily, with a static cache."""
+    self.model.forward = self._compiled if is_compiled else self._forward
+    start = time.perf_counter()
+    found = self.model.generate(
+        self._ids, attention_mask=self._torch.ones_like(self._ids),
+        do_sample=False, max_new_tokens=self._setting.tokens,
+        cache_implementation="static", disable_compile=True)
+    tokens = found[:, self._setting.prompt:].cpu().numpy()
+    seconds = time.perf_counter() - start
+    return Drawn(seconds, self._setting.tokens, tokens)
+
+  @functools.cached_property
+  def _compiled(self):
+    return self._torch.compile(self._forward, mode="reduce-overhead")
+
+
+class Ours:
+  """The same trunk here.
+
+  Attributes:
+    model: Its functions.
+    params: Theirs.
+  """
+
+  def __init__(self, setting: Setting, theirs: Theirs):
+    cfg, slots = setting.trunk, setting.prompt + setting.tokens
+    generator = Generator(
+        cfg, setting.grid, rope.table_1d(slots, cfg.head_dim, _THETA),
+        np.arange(cfg.vocab_in, dtype=np.int32), jnp.dtype(setting.dtype))
+    self._setting = setting
+    self.model: Model = generator.model()
+    self.params = for_drawing(read_llama(cfg, theirs.model.state_dict()))
+    rows = (setting.batch, setting.prompt)
+    self._prompt = Prompt(
+        jnp.asarray(setting.prompts, jnp.int32), jnp.ones(rows, bool),
+        jnp.broadcast_to(jnp.arange(slots), (setting.batch, slots)))
+
+  def draw(self, decoder: engine.Decoder, temperature: float) -> Drawn:
+    """A batch; greedily at temperature 0."""
+    start = time.perf_counter()
+    found = engine.decode(
+        self.model, decoder, self.params, self._prompt,
+        Sampling.make(temperature=temperature),
+        jax.random.key(self._setting.seed), jnp.arange(self._setting.batch))
+    tokens = np.asarray(found.tokens).reshape(self._setting.batch, -1)
+    seconds = time.perf_counter() - start
+    return Drawn(seconds, int(found.passes.max()), tokens)
+
+  def queries(self, decoder: engine.Decoder) -> int:
+    """Slots that a pass of the decoder feeds."""
+    counts = []
+
+    def forward(params, cache, prompt, queries):
+      counts.append(queries.tokens.shape[-1])
+      return self.model.forward(params, cache, prompt, queries)
+
+    model = dataclasses.replace(self.model, forward=forward)
+    jax.eval_shape(
+        lambda params, prompt: engine.decode(
+            model, decoder, params, prompt, Sampling.make(), jax.random.key(0),
+            jnp.arange(self._setting.batch)), self.params, self._prompt)
+    return max(counts)
+
+
+def read_llama(cfg: TrunkConfig, tensors: dict[str, Any]) -> Params:
+  """{"trunk": ...} of a Llama's torch tensors, in their dtype."""
+  size = (cfg.vocab_in, cfg.d_model)
+  rows = [recipes.table_rows("model.embed_tokens.weight", *size),
+          *recipes.llama_layers(cfg, "model."),
+          recipes.image_head("lm_head.weight", size, 0, cfg.vocab_out)]
+  parts: dict[str, list[np.ndarray]] = {}
+  stacked = {row.target for row in rows if row.layer is not None}
+  for row in rows:
+    x = row.convert(_numpy(tensors[row.sources[0].name]))
+    parts.setdefault(row.target, []).append(x)
+  params: Params = {}
+  for target, arrays in parts.items():
+    *folders, name = target.split("/")
+    place = functools.reduce(lambda d, k: d.setdefault(k, {}), folders, params)
+    place[name] = jnp.asarray(
+        np.stack(arrays) if target in stacked else arrays[0])
+  return params
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+  tensor = tensor.detach().cpu()
+  if str(tensor.dtype) == "torch.bfloat16":
+    return tensor.view(need("torch", _EXTRA).int16).numpy().view(
+        ml_dtypes.bfloat16)
+  return tensor.numpy()
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+  """Who draws.
+
+  Attributes:
+    label: In the table.
+    draw: A batch.
+    queries: Slots of a pass.
+  """
+
+  label: str
+  draw: Callable[[], Drawn]
+  queries: int = 1
+
+
+def race(
+    contestants: Sequence[Contestant], rounds: int,
+    on_draw: Callable[[str], None] = lambda label: None,
+) -> list[list[Drawn]]:
+  """What each drew in each round; a drawing before them is not counted."""
+  check(rounds >= 1, "rounds", rounds, ">= 1")
+  found: list[list[Drawn]] = [[] for _ in contestants]
+  for turn in range(-1, rounds):
+    for place in range(len(contestants)):
+      index = (place + turn) % len(contestants)
+      on_draw(contestants[index].label)
+      drawn = contestants[index].draw()
+      if turn >= 0:
+        found[index].append(drawn)
+  return found

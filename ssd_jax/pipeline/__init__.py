@@ -1,0 +1,1 @@
+"""What a user holds: a loaded model that generates images."""

@@ -1,0 +1,181 @@
+"""What a call asks for, checked before anything is drawn."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import operator
+from typing import Any
+
+import numpy as np
+
+from ssd_jax.core.config import UserError, check
+from ssd_jax.core.grid import Grid
+from ssd_jax.decoding import registry
+from ssd_jax.decoding.engine import Decoder
+
+_LARGEST = 10_000  # guidance or temperature
+_MOST = 1_000_000  # pictures of a prompt, or in a batch
+_INDICES = 2**31  # of pictures: they are int32
+_PARTS = ("scratch", "start", "propose", "resolve")  # of a decoder
+
+
+def check_call(
+    prompts: Iterable[str], num_images: int, seed: int, batch: int,
+    **listeners: Any,
+) -> None:
+  """Raises UserError when a number is out of range or there is no prompt.
+
+  Args:
+    prompts: Read only if they are a sequence.
+    num_images: Per prompt.
+    seed: Of the noise.
+    batch: Pictures drawn together.
+    **listeners: Functions, or None.
+  """
+  if isinstance(prompts, (str, bytes)):
+    raise UserError(f"got the text {prompts[:40]!r} as prompts, expected a "
+                    "list of texts; put it into brackets")
+  check(isinstance(prompts, Iterable), "prompts", _short(prompts),
+        "a list of texts")
+  if isinstance(prompts, Sequence):
+    check(len(prompts) > 0, "prompts", prompts, "at least one")
+  numbers = dict(num_images=num_images, batch=batch, seed=seed)
+  for name, value in numbers.items():
+    check(_is_whole(value), name, _short(value), "a whole number")
+    if name != "seed":
+      check(value >= 1, name, value, ">= 1")
+      check(value <= _MOST, name, value, f"at most {_MOST}")
+  check(0 <= seed < 2**32, "seed", seed, "in [0, 2^32)")
+  for name, function in listeners.items():
+    check(function is None or callable(function), name, _short(function),
+          "a function")
+
+
+def text_of(prompt: str | int) -> str:
+  """A prompt as text; a class may be a number.
+
+  Raises:
+    UserError: when it is neither.
+  """
+  if isinstance(prompt, str):
+    return prompt
+  if not _is_whole(prompt):
+    raise UserError(f"got the prompt {_short(prompt)}, expected a text; write "
+                    "what to draw in words")
+  return str(prompt)
+
+
+def texts_of(prompts: Iterable[str | int], num_images: int) -> list[str]:
+  """The text of each picture.
+
+  Raises:
+    UserError: when there is none, or a prompt is no text.
+  """
+  texts = [text_of(prompt) for prompt in prompts for _ in range(num_images)]
+  check(bool(texts), "prompts", "none", "at least one")
+  return texts
+
+
+def decoder_of(given: Decoder | str) -> Decoder:
+  """With its settings, which a text names.
+
+  Raises:
+    UserError: when it is no decoder.
+  """
+  if isinstance(given, str):
+    return registry.parse(given)
+  if isinstance(given, type):
+    raise UserError(f"got the class {given.__name__} as decoder, expected one "
+                    f"with its settings; write {given.__name__}()")
+  missing = [x for x in _PARTS if not callable(getattr(given, x, None))]
+  if missing:
+    raise UserError(
+        f"got {_short(given)} as decoder, without a {missing[0]}(), expected "
+        "such as 'exact' or ssd_jax.Exact(); docs/extending.md shows your own")
+  if type(given).__hash__ is None:
+    raise UserError(
+        f"got the decoder {type(given).__name__}, which may change, expected "
+        "settings that stay; write @dataclasses.dataclass(frozen=True)")
+  return given
+
+
+def indices_of(
+    first: int | Sequence[int], count: int, batch: int
+) -> np.ndarray:
+  """int32 [I]: index of each picture, then of what fills the last batch.
+
+  Raises:
+    UserError: when it is neither a number nor a number for each.
+  """
+  padded = -(-count // batch) * batch
+  given = np.asarray(first)
+  check(np.issubdtype(given.dtype, np.integer), "first_image", _short(first),
+        "whole numbers")
+  if given.ndim == 0:
+    given = given + np.arange(padded)
+  else:
+    check(given.shape == (count,), "first_image", f"{len(given)} indices",
+          f"one index, or one for each of {count} pictures")
+    given = np.pad(given, (0, padded - count), "edge")
+  check(given.min() >= 0 and given.max() < _INDICES, "first_image",
+        _short(first), f"indices in [0, {_INDICES})")
+  return given.astype(np.int32)
+
+
+def grids_of(
+    tokens: np.ndarray, grid: Grid, vocab: int,
+    prompts: Sequence[str] | None = None,
+) -> np.ndarray:
+  """int32 [B, R, C]: grids of codes, where given with a prompt for each.
+
+  Raises:
+    UserError: when their shape, a code or the number of prompts is wrong.
+  """
+  given = np.asarray(tokens)
+  if given.shape[1:] != (grid.rows, grid.cols) or not np.issubdtype(
+      given.dtype, np.integer):
+    raise UserError(
+        f"got tokens of shape {given.shape} and kind {given.dtype}, expected "
+        f"whole numbers [B, {grid.rows}, {grid.cols}]; give such as "
+        "generate(...).tokens")
+  if given.size and not 0 <= given.min() <= given.max() < vocab:
+    raise UserError(
+        f"got tokens from {given.min()} to {given.max()}, expected codes in "
+        f"[0, {vocab}); take those of this model")
+  if prompts is not None:
+    check(not isinstance(prompts, str) and len(prompts) == len(given),
+          "prompts", _short(prompts), f"a list of {len(given)}, one per grid")
+  return given.astype(np.int32)
+
+
+def check_sampling(values: Mapping[str, Any]) -> None:
+  """Raises UserError when a setting is no number, or out of range."""
+  for name, value in values.items():
+    # Beyond these bounds logits or indices overflow.
+    bound = _INDICES - 1 if name == "top_k" else _LARGEST
+    check(_is_number(value) and abs(value) <= bound, name, _short(value),
+          f"a number of at most {bound}")
+  check(values["temperature"] >= 0, "temperature", values["temperature"],
+        ">= 0")
+  check(values["top_k"] >= 0, "top_k", values["top_k"], ">= 0, 0 for none")
+  check(values["top_k"] % 1 == 0, "top_k", values["top_k"], "a whole number")
+  check(0 < values["top_p"] <= 1, "top_p", values["top_p"], "in (0, 1]")
+
+
+def _is_whole(value: Any) -> bool:
+  try:
+    operator.index(value)
+  except TypeError:
+    return False
+  return not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+  try:
+    float(value)
+  except (TypeError, ValueError):
+    return False
+  return not isinstance(value, (str, bytes, bool))
+
+
+def _short(value: Any) -> str:
+  """A value as it is written, in at most 60 characters of one line."""
+  return " ".join(repr(value).split())[:60]

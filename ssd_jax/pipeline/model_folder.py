@@ -1,0 +1,304 @@
+"""Model folders: what training and infer.convert write and a pipeline reads.
+
+  DIR/model.json        the family and its settings
+  DIR/trunk, DIR/vq     orbax checkpoints
+  DIR/heads             spatial heads: heads.json and weights, if any
+  DIR/drafter           a drafter: drafter.json and weights, if any
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+from typing import Any
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ssd_jax.convert import recipes
+from ssd_jax.core.config import UserError, check, from_config_dict
+from ssd_jax.core.types import Params
+from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
+from ssd_jax.models.drafter import DrafterConfig, bind_drafter
+from ssd_jax.models.quantization import quantize
+from ssd_jax.models.spatial_heads import HeadsConfig, bind_heads
+from ssd_jax.pipeline.pipeline import Pipeline
+from ssd_jax.runtime import memory, sharding
+from ssd_jax.storage import checkpoints
+
+EMBEDDED = pathlib.Path(__file__).parent.parent / "assets" / "emoji"
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "anole": anole.from_settings,
+    "emoji": lambda settings, folder: emoji.from_settings(settings),
+    "emu3": emu3.from_settings,
+    "janus": janus.from_settings,
+    "llamagen": llamagen.from_settings,
+    "lumina": lumina.from_settings,
+}
+_CONFIGS = {"janus": "janus_pro"}  # where the file has another name
+CHOICES = {"emu3": emu3.CHOICES, "lumina": lumina.CHOICES}
+_KINDS = {"heads": HeadsConfig, "drafter": DrafterConfig}
+
+
+def load(
+    name: str | os.PathLike = "emoji", *, random_weights: bool = False,
+    heads: str | os.PathLike | None = None,
+    drafter: str | os.PathLike | None = None,
+    choices: Mapping[str, Any] | None = None, extras: bool = True,
+    int8: bool = False,
+) -> Pipeline:
+  """A pipeline from "emoji" (the embedded model) or a model folder.
+
+  Args:
+    name: "emoji", or a folder written by training or infer.convert.
+    random_weights: Draw the trunk's parameters at random instead; the model's
+      own heads and drafter, which belong to its trunk, are left out.
+    heads: Folder of spatial heads, instead of the model's own.
+    drafter: Folder of a drafter, instead of the model's own.
+    choices: What a family leaves open until it draws: the default sampling
+      ("sampling.guidance" ...), lumina's size, emu3's ratio, suffix, negative.
+    extras: Whether the model's own heads and drafter are read.
+    int8: Keep the matrices of trunk and heads in int8; see models/int8.py.
+
+  Raises:
+    UserError: when the folder is no model, damaged, or its parts do not belong
+      together, memory is too small, or int8 is not possible here.
+  """
+  _check_places(name=name, heads=heads, drafter=drafter)
+  check(choices is None or isinstance(choices, Mapping), "choices", choices,
+        "a dict of settings")
+  folder = EMBEDDED if name == "emoji" else pathlib.Path(name)
+  settings = checkpoints.read_json(folder / "model.json")
+  known = settings.get("family") if isinstance(settings, dict) else None
+  if not isinstance(known, str) or known not in FAMILIES:
+    raise UserError(
+        f"got {folder / 'model.json'} without a known family, expected one of "
+        f"{sorted(FAMILIES)}; check the folder"
+    )
+  try:
+    choose(settings, choices or {})
+    family = FAMILIES[known](settings, folder)
+    shapes = _shapes(family)
+    _check_memory(family, shapes, None if random_weights else folder)
+  except (KeyError, AttributeError, TypeError) as error:
+    raise UserError(
+        f"got {folder / 'model.json'} that lacks a setting ({error}), expected "
+        "it as it was written; write the model again"
+    ) from error
+  if random_weights:
+    params = random_params(family)
+  else:
+    params = {"trunk": checkpoints.restore(folder / "trunk")}
+    checkpoints.check_shapes(
+        folder / "trunk", params["trunk"], shapes["trunk"])
+  found = {"heads": heads, "drafter": drafter}
+  for kind in found:
+    if extras and (folder / kind).is_dir() and not random_weights:
+      found[kind] = found[kind] or folder / kind
+  vq_params = checkpoints.restore(folder / "vq")
+  checkpoints.check_shapes(folder / "vq", vq_params, shapes["vq"])
+  _check_tokenizer(folder, settings)
+  found["model"] = folder
+  return _pipeline(family, params, vq_params, found, int8)
+
+
+def _check_places(**places: Any) -> None:
+  for key, value in places.items():
+    is_open = value is None and key != "name"
+    check(is_open or isinstance(value, (str, os.PathLike)), key, repr(value),
+          "the name of a folder")
+
+
+def from_config(
+    config: ml_collections.ConfigDict,
+    heads: str | os.PathLike | None = None,
+    drafter: str | os.PathLike | None = None, int8: bool = False,
+) -> Pipeline:
+  """A pipeline of a published family at random weights; it reads no model.
+
+  Args:
+    config: Of configs/NAME.py.
+    heads: Folder of spatial heads, if any.
+    drafter: Folder of a drafter, if any.
+    int8: As for `load`.
+
+  Raises:
+    UserError: when a setting is wrong or memory is too small.
+  """
+  family = FAMILIES[config.family]({"config": config.to_dict()}, None)
+  _check_memory(family, _shapes(family), None)
+  vq_params = jax.jit(_init_vq, static_argnums=0)(family)
+  return _pipeline(family, random_params(family), vq_params,
+                   {"heads": heads, "drafter": drafter}, int8)
+
+
+def _check_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+  """Raises UserError when the trunk was trained on another tokenizer's codes.
+  """
+  known = settings.get("tokenizer")
+  if known is not None and known != checkpoints.identity(folder / "vq"):
+    raise UserError(
+        f"got a tokenizer in {folder / 'vq'} that was changed after the trunk "
+        "beside it was trained, expected the one whose codes that learned; put "
+        "it back, or train the trunk again")
+
+
+def _init_vq(family: Any) -> Params:
+  size = family.vq.cfg.downsample
+  picture = jnp.zeros((1, size, size, 3))
+  return family.vq.init(jax.random.key(1), picture)["params"]
+
+
+def _shapes(family: Any) -> Params:
+  """{"trunk": ..., "vq": ...}, nothing of it made."""
+  trunk = jax.eval_shape(family.generator.init, jax.random.key(0))
+  return trunk | {"vq": jax.eval_shape(lambda: _init_vq(family))}
+
+
+def random_params(family: Any) -> Params:
+  """{"trunk": random parameters}, in the dtype they are used in.
+
+  Arrays are made one by one, the largest first: drawing an array takes up to
+  four times its memory in float32, for a while.
+  """
+  init = lambda key: recipes.leaves(
+    family.generator.init(key)["trunk"], "trunk"
+  )
+
+  def make(path, key):
+    return {path: init(key)[path].astype(_dtype())}
+
+  key, made = jax.random.key(0), dict[str, jax.Array]()
+  shapes = jax.eval_shape(init, key)
+  for path in sorted(shapes, key=lambda path: -math.prod(shapes[path].shape)):
+    made |= sharding.create(jax.jit(functools.partial(make, path)), key)
+  return traverse_util.unflatten_dict(made, sep="/")
+
+
+def _pipeline(
+    family: Any, params: Params, vq_params: Params, found: dict[str, Any],
+    int8: bool,
+) -> Pipeline:
+  """The parts put together; `found` holds folders by kind, or None."""
+  generator, extras = family.generator, {}
+  folders = {k: pathlib.Path(v) for k, v in found.items() if v is not None}
+  for kind in folders.keys() & _KINDS:
+    extras[kind], params[kind] = read_extra(folders[kind], kind)
+  params = checkpoints.cast(params, _dtype())
+  model = generator.model()
+  if "heads" in extras:
+    model = bind_heads(generator, extras["heads"], params)
+  if "drafter" in extras:
+    model = bind_drafter(generator, model, extras["drafter"], params)
+  if int8:  # after all that compares weights
+    params |= quantize({k: params[k] for k in params.keys() - {"drafter"}})
+  vq_params = checkpoints.cast(vq_params, jnp.float32)
+  return Pipeline(family, params, vq_params, model, folders)
+
+
+def _dtype() -> Any:
+  return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def choose(settings: dict[str, Any], choices: Mapping[str, Any]) -> None:
+  """Puts choices into the settings of a model.json."""
+  family, config = settings["family"], settings["config"]
+  open_ = ("sampling", *CHOICES.get(family, ()))
+  for key, value in choices.items():
+    top, *rest = key.split(".")
+    if top not in open_ and top != "checkpoint":  # which says where it is
+      raise UserError(
+          f"got --config.{key} for a made model of {family}, expected only "
+          f"{', '.join(open_)}; leave it out, or make the model anew")
+    names = rest or (value if isinstance(value, Mapping) else [value])
+    unknown = [x for x in names if top == "sampling" and x not in config[top]]
+    if unknown:
+      raise UserError(
+          f"got {unknown[0]!r} in sampling, expected only "
+          f"{', '.join(config[top])}; correct it")
+    if top in open_ and rest:
+      config[top][rest[0]] = value
+    elif top in open_:
+      config[top] = value
+
+
+def _check_memory(
+    family: Any, shapes: Params, folder: pathlib.Path | None
+) -> None:
+  """Raises UserError when a model and one picture of it do not fit.
+
+  Args:
+    family: That is to draw.
+    shapes: Of its arrays.
+    folder: The model's; None for random weights.
+  """
+  free, size = memory.free(), np.dtype(_dtype()).itemsize
+  counts = [math.prod(x.shape) for x in jax.tree.leaves(shapes["trunk"])]
+  trunk = sum(counts)
+  apart = sharding.parameters_apart()
+  needed = (trunk + _cached(family)) * size // apart + 4 * sum(
+      math.prod(x.shape) for x in jax.tree.leaves(shapes["vq"]))  # float32
+  if folder is None:  # the largest array while it is drawn
+    needed = max(needed, 4 * 4 * max(counts) // apart)
+  elif jax.default_backend() == "cpu":  # what was read, until it is cast
+    needed += sum(
+        file.stat().st_size for file in (folder / "trunk").rglob("*"))
+  if free is not None and needed > free:
+    raise UserError(
+        f"got a trunk of {trunk / 1e9:.1f} billion parameters, with which one "
+        f"picture takes {needed / 1e9:.1f} GB here in {np.dtype(_dtype())}, "
+        f"expected at most the {free / 1e9:.1f} GB of free memory; choose a "
+        "smaller model or a larger machine, or share it by --mesh tensor=8")
+
+
+def _cached(family: Any) -> int:
+  """Keys' and values' numbers of one picture, its prompt's left out."""
+  cfg, grid = family.generator.cfg, family.generator.grid
+  streams = 1 + (family.sampling["guidance"] != 1.0)
+  return (2 * cfg.n_layers * streams * cfg.n_kv_heads * grid.length
+          * cfg.head_dim)
+
+
+def require(name: str | os.PathLike, family: str) -> None:
+  """Raises UserError unless a model is there; says how to make one.
+
+  Args:
+    name: As for `load`.
+    family: Of the model that is wanted.
+  """
+  if name == "emoji" or (pathlib.Path(name) / "model.json").is_file():
+    return
+  if family == "emoji":
+    how = ("train it with train.tokenizer and train.ar, or take the embedded "
+           "one with --config.checkpoint=emoji")
+  else:
+    file = f"configs/{_CONFIGS.get(family, family)}.py"
+    how = (f"convert one with python -m infer.convert --config {file} "
+           f"--source hf:ORG/NAME --out {name} (the names are in {file})")
+  raise UserError(f"got no model in {name}, expected a model folder; {how}")
+
+
+def write_extra(
+    folder: str | os.PathLike, kind: str, cfg: Any, params: Params, dtype: Any
+) -> None:
+  """Writes spatial "heads" or a "drafter": what they fit, and their weights."""
+  folder = pathlib.Path(folder)
+  checkpoints.save(folder / "weights", params, dtype)
+  checkpoints.write_json(folder / f"{kind}.json", dataclasses.asdict(cfg))
+
+
+def read_extra(folder: str | os.PathLike, kind: str) -> tuple[Any, Params]:
+  """(what they fit, weights) of a folder written by `write_extra`.
+
+  Raises:
+    UserError: when the folder holds none, or is damaged.
+  """
+  folder = pathlib.Path(folder)
+  values = checkpoints.read_json(folder / f"{kind}.json")
+  return (from_config_dict(_KINDS[kind], values),
+          checkpoints.restore(folder / "weights"))

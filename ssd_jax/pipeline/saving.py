@@ -1,0 +1,69 @@
+"""A pipeline written as the model folder that `ssd_jax.load` reads."""
+
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+from ssd_jax.core.config import UserError, check
+from ssd_jax.models import quantization
+from ssd_jax.storage import checkpoints
+
+_WEIGHTS = ("trunk", "vq", "heads", "drafter")
+
+
+def save(pipe: Any, folder: str | os.PathLike) -> None:
+  """Writes a pipeline with the parameters that it holds now, in their dtype.
+
+  The family's settings and the tokenizer of its prompts are copied from where
+  the pipeline was loaded.
+
+  Args:
+    pipe: A `Pipeline` that was loaded from a folder.
+    folder: Becomes the model folder, by one rename; must not be there yet.
+
+  Raises:
+    UserError: when the pipeline came from no folder or is in int8, or `folder`
+      is there.
+  """
+  check(isinstance(folder, (str, os.PathLike)), "folder", repr(folder),
+        "the name of a new folder")
+  folder = pathlib.Path(folder).absolute()
+  if "model" not in pipe.folders:
+    raise UserError(
+        "got a pipeline that was made, not loaded, expected one whose settings "
+        "are in a folder; write its params with checkpoints.save")
+  if quantization.is_quantized(pipe.params):
+    raise UserError(
+        "got a pipeline in int8, expected floats, which folders hold; load the "
+        "model without int8 to save it")
+  if folder.exists():
+    raise UserError(
+        f"got {folder}, which is there, expected a new folder; choose another "
+        "name or remove it")
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  staging = pathlib.Path(tempfile.mkdtemp(prefix=".saving-", dir=folder.parent))
+  try:
+    new = staging / "new"
+    shutil.copytree(pipe.folders["model"], new,
+                    ignore=lambda at, names: _left_out(pipe, at, names))
+    params = {**pipe.params, "vq": pipe.vq_params}
+    for kind in ("trunk", "vq"):
+      checkpoints.save(new / kind, params[kind])
+    settings = checkpoints.read_json(new / "model.json")
+    if "tokenizer" in settings:
+      settings["tokenizer"] = checkpoints.identity(new / "vq")
+      checkpoints.write_json(new / "model.json", settings)
+    for kind in params.keys() & {"heads", "drafter"}:
+      checkpoints.save(new / kind / "weights", params[kind])
+      shutil.copy2(pipe.folders[kind] / f"{kind}.json", new / kind)
+    os.rename(new, folder)
+  finally:
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _left_out(pipe: Any, at: str, names: list[str]) -> list[str]:
+  """What is written anew, or is of the weights that were converted."""
+  is_top = pathlib.Path(at) == pipe.folders["model"]
+  return [n for n in names if is_top and n in (*_WEIGHTS, "report.json")]

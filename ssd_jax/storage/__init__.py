@@ -1,0 +1,1 @@
+"""What lies on disk: checkpoints and arrays, written whole or not at all."""

@@ -1,0 +1,244 @@
+"""Trains spatial heads by self-distillation: draw images, match their states.
+
+Stage one draws an image for every caption with the frozen trunk. Stage two
+recomputes the trunk's hidden states on them and fits all heads in one step.
+
+Source: SSD, arXiv:2606.20543, section 3.2, equation 3 and table 8.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ssd_jax.core.config import (
+  LoopConfig,
+  OptimizerConfig,
+  UserError,
+  check,
+  from_config_dict,
+)
+from ssd_jax.models.fingerprint import same_trunk
+from ssd_jax.models.spatial_heads import (
+  DIRECTIONS,
+  HeadsConfig,
+  HeadsOptions,
+  SpatialHeads,
+)
+from ssd_jax.runtime import sharding
+from ssd_jax.storage import checkpoints
+from ssd_jax.training import loop, losses, self_distillation
+from ssd_jax.training.self_distillation import DrawConfig, DrawnTokens, Teacher
+from ssd_jax.training.state import (
+  TrainState,
+  apply_gradients,
+  make_optimizer,
+  mean_gradients,
+)
+
+TABLE = "acceptance.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPConfig:
+  """How heads are trained; the defaults are the paper's.
+
+  Attributes:
+    heads: Which heads.
+    draw: How the images are drawn.
+    optimizer: Of the heads. No clipping: it would tie the heads together.
+    loop: Steps, batch, logging.
+    drop_caption: Share of examples shown to the unconditional stream.
+    eval_images: Held-out images on which acceptance is measured, at most.
+  """
+
+  heads: HeadsOptions = HeadsOptions()
+  draw: DrawConfig = DrawConfig()
+  optimizer: OptimizerConfig = OptimizerConfig(
+      learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=20,
+      b1=0.9, b2=0.95, weight_decay=0.01, clip=math.inf,
+  )
+  loop: LoopConfig = LoopConfig()
+  drop_caption: float = 0.1
+  eval_images: int = 64
+
+  def __post_init__(self):
+    check(0 <= self.drop_caption < 1, "drop_caption", self.drop_caption,
+          "in [0, 1)")
+    check(self.eval_images >= 1, "eval_images", self.eval_images, ">= 1")
+
+
+def run(
+    teacher: Teacher, captions: Mapping[str, Sequence[str]], cfg: MTPConfig,
+    workdir: str | os.PathLike,
+) -> tuple[TrainState, HeadsConfig]:
+  """(state whose params are the heads', what they are), trained in `workdir`.
+
+  Args:
+    teacher: The frozen trunk.
+    captions: Of the splits "train" and "validation".
+    cfg: Settings.
+    workdir: Holds tokens, checkpoints, logs, heads.json and acceptance.md.
+
+  Raises:
+    UserError: when an offset leaves the grid, or `workdir` holds another run.
+  """
+  workdir = pathlib.Path(workdir)
+  _check_offsets(teacher.generator.grid, cfg.heads)
+  heads_cfg = HeadsConfig.make(teacher.generator, cfg.heads, teacher.params)
+  claim(workdir / "heads.json", heads_cfg)
+  splits = draw_splits(teacher, captions, cfg.draw, workdir)
+  heads = SpatialHeads(teacher.generator, heads_cfg)
+  optimizer = make_optimizer(cfg.optimizer, cfg.loop)
+  state = sharding.create(
+      lambda key: TrainState.make(heads.init(key), optimizer, cfg.optimizer),
+      jax.random.key(cfg.loop.seed))
+  step = make_step(heads, cfg, optimizer)
+  data = self_distillation.batches(
+      splits["train"], teacher, cfg.loop.batch, cfg.loop.seed,
+      cfg.drop_caption,
+  )
+  measure = make_measure(heads, teacher)
+
+  def evaluate(state):
+    held_out = plain_batches(
+        splits["validation"], teacher, cfg.loop.batch, cfg.eval_images
+    )
+    figures = measure(state.eval_params, held_out)
+    write_table(workdir / TABLE, figures)
+    return {f"{d}_{k}/{i + 1}": float(x) for d, values in figures.items()
+            for k, xs in values.items() for i, x in enumerate(xs)}
+
+  state = loop.train(
+      str(workdir), state, functools.partial(step, teacher.params), data,
+      cfg.loop, evaluate,
+  )
+  return state, heads_cfg
+
+
+def draw_splits(
+    teacher: Teacher, captions: Mapping[str, Sequence[str]], cfg: DrawConfig,
+    workdir: pathlib.Path,
+) -> dict[str, DrawnTokens]:
+  """Stage one: the images of every split, each with a seed of its own."""
+  return {
+      name: self_distillation.draw(
+          teacher, texts, dataclasses.replace(cfg, seed=cfg.seed + place),
+          workdir / "tokens" / name,
+      )
+      for place, (name, texts) in enumerate(sorted(captions.items()))
+  }
+
+
+def make_step(
+    heads: SpatialHeads, cfg: MTPConfig,
+    optimizer: optax.GradientTransformation,
+):
+  """Jitted (trunk params, state, batch) -> (state, metrics); donates state."""
+
+  def total(head_params, trunk_params, batch):
+    hidden = heads.generator.hidden(
+        trunk_params, batch["prompt"], batch["tokens"]
+    )
+    by_direction = losses.head_losses(
+        heads, {**trunk_params, "heads": head_params},
+        jax.lax.stop_gradient(hidden), batch["tokens"],
+    )
+    # A sum: each head's gradient is what it would be if trained alone.
+    return sum(jnp.sum(x) for x in by_direction.values()), by_direction
+
+  @functools.partial(jax.jit, donate_argnums=1)
+  def step(trunk_params, state: TrainState, batch):
+    grads, by_direction = mean_gradients(
+        lambda part: jax.grad(total, has_aux=True)(
+            state.params, trunk_params, part),
+        batch, cfg.loop.accumulate)
+    state = apply_gradients(state, grads, optimizer, cfg.optimizer)
+    metrics = {f"{k}_loss": jnp.mean(x) for k, x in by_direction.items()}
+    return state, metrics | {"gradient": optax.global_norm(grads)}
+
+  return step
+
+
+def make_measure(heads: SpatialHeads, teacher: Teacher):
+  """(head params, batches) -> {direction: {figure: float [n]}}, averaged."""
+
+  @jax.jit
+  def figures(head_params, trunk_params, prompt, tokens_SN):
+    streams = prompt.tokens.shape[0] // tokens_SN.shape[0]
+    params = {**trunk_params, "heads": head_params}
+    hidden = heads.generator.hidden(
+        params, prompt, jnp.concatenate([tokens_SN] * streams)
+    )
+    hidden = hidden.reshape(streams, *tokens_SN.shape, -1)
+    found = losses.head_acceptance(
+        heads, params, hidden, tokens_SN, teacher.sampling
+    )
+    loss = losses.head_losses(heads, params, hidden[0], tokens_SN)
+    return {k: v | {"loss": loss[k]} for k, v in found.items()}
+
+  def measure(head_params, held_out):
+    each = [figures(head_params, teacher.params, **batch) for batch in held_out]
+    return jax.tree.map(lambda *x: np.mean(x, axis=0), *each)
+
+  return measure
+
+
+def plain_batches(
+    source: DrawnTokens, teacher: Teacher, batch: int, count: int
+) -> Iterator[dict]:
+  """Batches {"prompt", "tokens_SN"} of the first images, none dropped."""
+  count = min(count, len(source))
+  batch = min(batch, count)
+  for start in range(0, count - batch + 1, batch):
+    images = np.arange(start, start + batch)
+    prompt, _ = teacher.encode_prompts(
+        [source.captions[i] for i in images], teacher.guided
+    )
+    yield {"prompt": prompt, "tokens_SN": source.sequences(images)}
+
+
+def write_table(path: pathlib.Path, figures) -> None:
+  """Writes acceptance per direction and offset as a table, by one rename."""
+  lines = ["| direction | offset | acceptance | top-1 | loss |",
+           "|---|---|---|---|---|"]
+  for name in (d for d in DIRECTIONS if d in figures):
+    columns = (figures[name][k] for k in ("accept", "top1", "loss"))
+    for offset, row in enumerate(zip(*columns, strict=True), start=1):
+      values = " | ".join(f"{x:.4f}" for x in row)
+      lines.append(f"| {name} | {offset} | {values} |")
+  checkpoints.write_text(path, "\n".join(lines) + "\n")
+
+
+def claim(path: pathlib.Path, cfg: HeadsConfig) -> None:
+  """Writes what a working directory trains, or checks that it is the same.
+
+  Raises:
+    UserError: when it holds heads of another kind or trunk.
+  """
+  if not path.exists():
+    checkpoints.write_json(path, dataclasses.asdict(cfg))
+  found = from_config_dict(HeadsConfig, checkpoints.read_json(path))
+  same = dataclasses.replace(found, trunk=cfg.trunk) == cfg
+  if not same or not same_trunk(found.trunk, cfg.trunk):
+    what = "another trunk" if same else "other settings"
+    raise UserError(
+        f"got {path.parent} with heads of {what}, expected those of this run; "
+        "use another workdir"
+    )
+
+
+def _check_offsets(grid, options: HeadsOptions) -> None:
+  """A head without a single pair to learn from is a mistake."""
+  widest = grid.cells if options.wrap else grid.cols
+  check(options.horizontal < widest, "heads.horizontal", options.horizontal,
+        f"below {widest} on a grid of {grid.rows}x{grid.cols}")
+  check(options.vertical < grid.rows, "heads.vertical", options.vertical,
+        f"below {grid.rows} on a grid of {grid.rows}x{grid.cols}")

@@ -1,0 +1,167 @@
+"""Pictures and words laid out beside and below each other, and written."""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import math
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ssd_jax.core.config import UserError
+
+_GAP = 6
+_TEXT = 12  # pixels
+_LINE = 16
+_LEAST = 64  # pixels of a caption's width
+
+
+def contact_sheet(
+    images: Sequence[Sequence[np.ndarray]], rows: Sequence[str],
+    columns: Sequence[str], most: int = 192,
+) -> Image.Image:
+  """Pictures in a table with a caption for each row and column.
+
+  Args:
+    images: images[row][column], uint8 [H, W, 3] of one size.
+    rows: Captions.
+    columns: Captions.
+    most: Pixels of a picture's longer side, beyond which it is shrunk.
+  """
+  height, width = images[0][0].shape[:2]
+  scale = min(1.0, most / max(height, width))
+  size = (max(int(width * scale), 1), max(int(height * scale), 1))
+  side = 120
+  head = [text_box("", side, 2)] + [
+      text_box(text, max(size[0], _LEAST), 2) for text in columns]
+  lines = [abreast(head)]
+  for caption, row in zip(rows, images, strict=True):
+    cells = [padded(Image.fromarray(x).resize(size, Image.Resampling.LANCZOS),
+                     max(size[0], _LEAST)) for x in row]
+    fit = max(size[1] // _LINE, 1)
+    lines.append(abreast([text_box(caption, side, fit)] + cells))
+  return padded(stack(lines, _GAP), lines[0].width + 2 * _GAP)
+
+
+def captioned(
+    images: Sequence[np.ndarray], captions: Sequence[str],
+) -> Image.Image:
+  """Pictures row by row, at most eight beside each other, over their captions.
+
+  Args:
+    images: uint8 [H, W, 3] of one size.
+    captions: One per picture.
+  """
+  columns = min(8, math.ceil(math.sqrt(len(images))))
+  cells = [
+      stack([Image.fromarray(image),
+             text_box(text, max(image.shape[1], _LEAST), 2)])
+      for image, text in zip(images, captions, strict=True)]
+  rows = [abreast(cells[i:i + columns]) for i in range(0, len(cells), columns)]
+  sheet = stack(rows, _GAP)
+  return padded(sheet, sheet.width + 2 * _GAP)
+
+
+def text_box(text: str, width: int, lines: int) -> Image.Image:
+  """Words wrapped into a box; what does not fit ends in an ellipsis."""
+  font = ImageFont.load_default(_TEXT)
+  fitted: list[str] = []
+  words = text.replace("+", " +").split()
+  while words and len(fitted) < lines:
+    line = words.pop(0)
+    while words and font.getlength(f"{line} {words[0]}") <= width:
+      line += f" {words.pop(0)}"
+    fitted.append(line)
+  if words:
+    fitted[-1] += " ..."
+  fitted = [_cut(line, width, font) for line in fitted]
+  box = Image.new("RGB", (width, _LINE * max(len(fitted), 1)), "white")
+  draw = ImageDraw.Draw(box)
+  for number, line in enumerate(fitted):
+    draw.text((0, number * _LINE), line, "black", font)
+  return box
+
+
+def _cut(line: str, width: int, font: Any) -> str:
+  """A line, or as much of it as fits with an ellipsis."""
+  if font.getlength(line) <= width:
+    return line
+  while line and font.getlength(f"{line}...") > width:
+    line = line[:-1]
+  return f"{line}..."
+
+
+def caption(width: int, words: Sequence[str]) -> Image.Image:
+  """A line with its first words on the left and the others on the right."""
+  font = ImageFont.load_default(_TEXT)
+  right = "  ".join(words[1:])
+  room = width - int(font.getlength(right)) - 4
+  line = Image.new("RGB", (width, _LINE), "white")
+  if room > 16:
+    line.paste(text_box(words[0], room, 1), (0, 0))
+  ImageDraw.Draw(line).text(
+      (width - font.getlength(right), 0), right, "black", font)
+  return line
+
+
+def stack(parts: Sequence[Image.Image], gap: int = 0) -> Image.Image:
+  """Pictures below each other."""
+  size = (max(p.width for p in parts), sum(p.height + gap for p in parts))
+  whole, top = Image.new("RGB", size, "white"), 0
+  for part in parts:
+    whole.paste(part, (0, top))
+    top += part.height + gap
+  return whole
+
+
+def abreast(parts: Sequence[Image.Image]) -> Image.Image:
+  """Pictures beside each other."""
+  width = sum(p.width for p in parts) + _GAP * (len(parts) - 1)
+  whole = Image.new("RGB", (width, max(p.height for p in parts)), "white")
+  left = 0
+  for part in parts:
+    whole.paste(part, (left, 0))
+    left += part.width + _GAP
+  return whole
+
+
+def padded(part: Image.Image, width: int) -> Image.Image:
+  """A picture in the middle of a white strip."""
+  whole = Image.new("RGB", (width, part.height), "white")
+  whole.paste(part, ((width - part.width) // 2, 0))
+  return whole
+
+
+def save_picture(
+    image: Image.Image, path: pathlib.Path, kind: str = "png", **kwargs: Any
+) -> None:
+  """Writes a picture by one rename.
+
+  Raises:
+    UserError: when the folder is full or cannot be written.
+  """
+  with replacing(path) as partial:
+    image.save(partial, kind, **kwargs)
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A name to write to, beside `path`, which it replaces when written whole.
+
+  Raises:
+    UserError: when the folder is full or cannot be written.
+  """
+  partial = path.with_name(f".{path.name}.partial")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield partial
+    os.replace(partial, path)
+  except OSError as error:
+    if partial.is_file():
+      partial.unlink()
+    raise UserError(
+        f"got {error.strerror or error} while writing {path}, expected a "
+        "folder with room that can be written; choose another --out"
+    ) from error
