@@ -20,15 +20,15 @@ import jax.numpy as jnp
 FOLDER = pathlib.Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))  # for configs/
 
-from ssd_jax.decoding import registry
-from ssd_jax.performance import (
+from ssd_jax.decoding import registry  # noqa: E402
+from ssd_jax.performance import (  # noqa: E402
   chips,
   cost_model as planning,
   pass_counts,
   training_cost as training_plan,
 )
-from ssd_jax.runtime import sharding
-from ssd_jax.storage import checkpoints
+from ssd_jax.runtime import sharding  # noqa: E402
+from ssd_jax.storage import checkpoints  # noqa: E402
 
 CONFIGS = ("lumina", "anole", "emu3", "janus_pro:7b", "llamagen", "emoji")
 SLICES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
@@ -63,7 +63,7 @@ def drawing(name, topology, memory):
            for text in DECODERS}
   first = plans[DECODERS[0]]
   if memory is None:
-    memory = planning.memory_of(first.compile_drawing())
+    memory = planning.memory_of(first.compile_generation())
   layers = network.generator.cfg.n_layers
   sent = planning.sent_by(*first.compile_pass(), layers, mesh.size)
   passes = {text: pass_counts.fixed_passes(plan.decoder, network.model)

@@ -60,8 +60,8 @@ def arguments(pipe, decoder, texts=("a", "b", "c", "d")):
   """Of `engine.decode`, for an image of each text."""
   settings, guided = pipe.sampling()
   prompt, _ = pipe.family.encode_prompts(list(texts), guided)
-  return (pipe.model, decoder, sharding.place(pipe.params),
-          sharding.place_rows(prompt), settings, jax.random.key(3),
+  return (pipe.model, decoder, sharding.shard_params(pipe.params),
+          sharding.shard_rows(prompt), settings, jax.random.key(3),
           jnp.arange(len(texts)))
 
 
@@ -89,7 +89,7 @@ def trained(pipe, kind, parts):
       lambda params: TrainState.make(params, optimizer, cfg), pipe.params)
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 8, (8, pipe.model.grid.length)).astype(np.int32)
-  batch = sharding.join_rows(
+  batch = sharding.global_rows(
       {"tokens": tokens, "inputs": tokens, "prompt": tokens[:, :8],
        "mask": np.ones((8, 8), bool)}, 8)
 
@@ -108,7 +108,7 @@ def trained(pipe, kind, parts):
 def distilled(pipe, kind):
   """Weights of heads or of a drafter after two steps on a frozen trunk."""
   settings, guided = pipe.sampling()
-  trunk = sharding.place({"trunk": pipe.params["trunk"]})
+  trunk = sharding.shard_params({"trunk": pipe.params["trunk"]})
   teacher = Teacher(pipe.family.generator, trunk, pipe.family.encode_prompts,
                     settings, guided)
   cfg = OptimizerConfig(warmup_steps=0)
@@ -131,7 +131,7 @@ def distilled(pipe, kind):
   grid = pipe.model.grid
   drawn = np.random.default_rng(0).integers(0, 8, (8, grid.length))
   tokens = np.where(grid.is_forced, grid.forced_tokens(8), drawn)
-  batch = sharding.join_rows(
+  batch = sharding.global_rows(
       {"prompt": prompt, "tokens": tokens.astype(np.int32)}, 8)
   for _ in range(2):
     state, _ = step(teacher.params, state, batch)
@@ -165,13 +165,20 @@ def on_cores(pipe):
         float((together == alone).mean()),
         float((stream.tokens == alone[0]).mean()), mesh and mesh.size]
   mesh = sharding.make_mesh("data=2")
-  lent = sharding.lend(jnp.ones((64, 64)), mesh)
+  lent = sharding.replicate(jnp.ones((64, 64)), mesh)
   places = {x.data.unsafe_buffer_pointer() for x in lent.addressable_shards}
   args = arguments(pipe, Stair(), ["a"])
   with jax.set_mesh(mesh):
-    text = engine.decode.lower(
-        *args[:2], sharding.lend(args[2], mesh), sharding.place_rows(args[3]),
-        *args[4:]).compile().as_text()
+    text = (
+      engine.decode.lower(
+        *args[:2],
+        sharding.replicate(args[2], mesh),
+        sharding.shard_rows(args[3]),
+        *args[4:],
+      )
+      .compile()
+      .as_text()
+    )
   sent = [(x.kind, x.count) for x in compiled.collectives(text, 2)]
   return {"shares": shares, "sent": sent, "places": len(places)}
 
@@ -203,7 +210,7 @@ def main():
       found["places"] = places(state)
   try:
     with jax.set_mesh(sharding.make_mesh("tensor=8")):
-      sharding.place(pipe.params)
+      sharding.shard_params(pipe.params)
   except UserError as error:
     found["error"] = str(error)
   print(json.dumps(found))

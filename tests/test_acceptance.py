@@ -11,7 +11,7 @@ from ssd_jax.decoding.acceptance import Drafts
 VOCAB = 6
 
 
-def laws(seed, zeros=1):
+def distributions(seed, zeros=1):
   """float32 [2, V]: two random distributions with some impossible tokens."""
   rng = np.random.default_rng(seed)
   p = rng.dirichlet(np.full(VOCAB, 0.7), 2)
@@ -33,38 +33,38 @@ def corrected(p_V, q_V, token, is_point=False):
   drafts = Drafts(
       jnp.array([token]), q_V[None], jnp.array([is_point])
   )
-  law_V = np.asarray(acceptance.residual(p_V[None], drafts))[0]
-  return law_V / law_V.sum()
+  dist_V = np.asarray(acceptance.residual(p_V[None], drafts))[0]
+  return dist_V / dist_V.sum()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_drawn_drafts_end_as_target(seed):
   """Test and residual draw together turn the draft's law into the target's."""
-  p_V, q_V = laws(seed)
-  law = np.zeros(VOCAB)
+  p_V, q_V = distributions(seed)
+  distribution = np.zeros(VOCAB)
   for token in range(VOCAB):
     passes = probability(acceptance.accept_exact, p_V, q_V, token)
     weight = float(q_V[token])
-    law[token] += weight * passes
-    law += weight * (1 - passes) * corrected(p_V, q_V, token)
-  np.testing.assert_allclose(law, p_V, atol=1e-3)
+    distribution[token] += weight * passes
+    distribution += weight * (1 - passes) * corrected(p_V, q_V, token)
+  np.testing.assert_allclose(distribution, p_V, atol=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_lenient_drafts_end_as_their_law(seed):
-  """Test and redraw lead to `lenient_law`, which no token exceeds p / l in."""
-  p_V, q_V = laws(seed)
+  """Test and redraw lead to `lenient_distribution`, which no token exceeds p / l in."""
+  p_V, q_V = distributions(seed)
   rule = lambda *args: acceptance.accept_exact(*args, lenience_Q=0.4)
-  law = np.zeros(VOCAB)
+  distribution = np.zeros(VOCAB)
   for token in range(VOCAB):
     passes = probability(rule, p_V, q_V, token)
     weight = float(q_V[token])
-    law[token] += weight * passes
-    law += weight * (1 - passes) * corrected(p_V, q_V, token)
+    distribution[token] += weight * passes
+    distribution += weight * (1 - passes) * corrected(p_V, q_V, token)
   drafts = Drafts(jnp.array([0]), q_V[None], jnp.array([False]))
-  found = lambda l: acceptance.lenient_law(
+  found = lambda l: acceptance.lenient_distribution(
       p_V[None], drafts, jnp.array([l]))[0]
-  np.testing.assert_allclose(found(0.4), law, atol=1e-3)
+  np.testing.assert_allclose(found(0.4), distribution, atol=1e-3)
   assert (found(0.4) <= p_V / 0.4 + 1e-6).all()
   np.testing.assert_allclose(found(1.0), p_V, atol=1e-6)
 
@@ -72,16 +72,16 @@ def test_lenient_drafts_end_as_their_law(seed):
 @pytest.mark.parametrize("token", range(VOCAB))
 def test_given_drafts_end_as_target(token):
   """A draft that was given, not drawn, is tested by a q of one at it."""
-  p_V, q_V = laws(7)
+  p_V, q_V = distributions(7)
   passes = probability(acceptance.accept_exact, p_V, q_V, token, True)
-  law = (1 - passes) * corrected(p_V, q_V, token, True)
-  law[token] += passes
-  np.testing.assert_allclose(law, p_V, atol=1e-3)
+  distribution = (1 - passes) * corrected(p_V, q_V, token, True)
+  distribution[token] += passes
+  np.testing.assert_allclose(distribution, p_V, atol=1e-3)
 
 
 def test_residual_falls_back_to_target():
   """Where draft and target agree, rounding leaves a law to draw from."""
-  p_V = laws(0)[0]
+  p_V = distributions(0)[0]
   np.testing.assert_allclose(corrected(p_V, p_V, 2), p_V, rtol=1e-6)
 
 
@@ -138,7 +138,7 @@ def test_cluster_passes_by_its_sums(is_point):
 
 def test_cluster_of_one_is_the_exact_test():
   """A draft alone in its cluster passes exactly as without one."""
-  p_V, q_V = laws(3)
+  p_V, q_V = distributions(3)
   for token in range(VOCAB):
     alone = group_rule([token, (token + 1) % VOCAB], [True, False])
     assert probability(alone, p_V, q_V, token) == probability(

@@ -10,8 +10,8 @@ import pytest
 import testkit as kit
 
 from ssd_jax.decoding import engine, registry
-from ssd_jax.models import layouts as apart_lib
-from ssd_jax.models.layouts import apart, for_drawing
+from ssd_jax.models import layouts as layouts_lib
+from ssd_jax.models.layouts import inference_layout, unstacked
 from ssd_jax.performance import compiled
 from ssd_jax.pipeline import testing
 from ssd_jax.runtime import memory
@@ -20,7 +20,7 @@ from ssd_jax.runtime import memory
 @pytest.fixture(autouse=True)
 def tiny_is_large(monkeypatch):
   """Trunks of any size are copied."""
-  monkeypatch.setattr(apart_lib, "_LEAST", 0)
+  monkeypatch.setattr(layouts_lib, "_LEAST", 0)
 
 
 @pytest.mark.parametrize("guidance, decoder", [
@@ -35,7 +35,7 @@ def test_layers_apart_draw_what_stacked_layers_draw(guidance, decoder):
       engine.decode(
           pipe.model, registry.parse(decoder), params, prompt, settings,
           jax.random.key(3), jnp.arange(2)).tokens
-      for params in (pipe.params, for_drawing(pipe.params))]
+      for params in (pipe.params, inference_layout(pipe.params))]
   np.testing.assert_array_equal(*drawn)
 
 
@@ -52,7 +52,7 @@ def test_a_stream_takes_caches_apart():
 @pytest.fixture
 def in_tiles(monkeypatch):
   """Trunks of any size are tiled, four columns to a tile."""
-  monkeypatch.setattr(apart_lib, "TILE", 4)
+  monkeypatch.setattr(layouts_lib, "TILE", 4)
 
 
 @pytest.mark.parametrize("decoder", ["ar", "sjd"])
@@ -61,7 +61,7 @@ def test_tiles_draw_what_whole_matrices_draw(in_tiles, decoder):
   pipe = kit.tiny(3, 3, vocab=8, guidance=3.0)
   settings, guided = pipe.sampling()
   prompt, _ = pipe.family.encode_prompts(["ab"] * 2, guided)
-  params = for_drawing(pipe.params)
+  params = inference_layout(pipe.params)
   assert params["tiles"]["head"].shape[::2] == (2, 4)
   # Whatever else is drawn with, an empty matrix would show.
   broken = {**params, "tiles": jax.tree.map(jnp.zeros_like, params["tiles"])}
@@ -75,8 +75,8 @@ def test_tiles_draw_what_whole_matrices_draw(in_tiles, decoder):
 
 def test_columns_that_make_no_whole_tiles_stay_whole(in_tiles):
   """Of 7 codes no tiles of 4 can be made, so there are none."""
-  assert "tiles" not in for_drawing(kit.tiny(vocab=7).params)
-  assert "tiles" in for_drawing(kit.tiny(vocab=8).params)
+  assert "tiles" not in inference_layout(kit.tiny(vocab=7).params)
+  assert "tiles" in inference_layout(kit.tiny(vocab=8).params)
 
 
 def test_taps_come_in_the_order_of_layers_from_both_forms():
@@ -86,7 +86,7 @@ def test_taps_come_in_the_order_of_layers_from_both_forms():
   prompt, _ = pipe.family.encode_prompts(["ab"], False)
   tokens = jnp.zeros((1, generator.grid.length), jnp.int32)
   found = [generator.hidden({"trunk": trunk}, prompt, tokens)
-           for trunk in (pipe.params["trunk"], apart(pipe.params["trunk"]))]
+           for trunk in (pipe.params["trunk"], unstacked(pipe.params["trunk"]))]
   np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
@@ -94,15 +94,15 @@ def test_small_trunks_and_those_without_room_stay_stacked(monkeypatch):
   """Layers are copied where that pays and a copy fits twice over."""
   params = kit.tiny().params
   monkeypatch.setattr(memory, "free", lambda: 0)
-  assert for_drawing(params) is params
+  assert inference_layout(params) is params
   layers = sum(x.nbytes for x in jax.tree.leaves(params["trunk"]["layers"]))
   with_heads = testing.tiny().params  # which take more than these layers
   monkeypatch.setattr(memory, "free", lambda: 2 * layers)
-  assert for_drawing(with_heads) is with_heads
+  assert inference_layout(with_heads) is with_heads
   monkeypatch.setattr(memory, "free", lambda: None)  # nobody tells
-  assert "layers_0" in for_drawing(params)["trunk"]
-  monkeypatch.setattr(apart_lib, "_LEAST", 1e8)
-  assert for_drawing(params) is params
+  assert "layers_0" in inference_layout(params)["trunk"]
+  monkeypatch.setattr(layouts_lib, "_LEAST", 1e8)
+  assert inference_layout(params) is params
 
 
 def _moves(monkeypatch, kinds, pipe, decoder, smallest, *forms):
@@ -131,7 +131,7 @@ def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
   """The loop multiplies by weights where they lie; stacked ones it copies."""
   pipe = kit.tiny(3, 3, vocab=8)
   params = pipe.params
-  tiled = for_drawing(params)
+  tiled = inference_layout(params)
   whole = {k: v for k, v in tiled.items() if k != "tiles"}
   moved = _moves(
       monkeypatch, ("copy", "transpose", "dynamic-slice"), pipe, "ar",
@@ -144,6 +144,12 @@ def test_no_head_is_moved_in_the_loop(monkeypatch, in_tiles):
   pipe = testing.tiny(8, 3, 3, guidance=3.0)
   params = pipe.params
   moved = _moves(
-      monkeypatch, ("copy", "transpose", "slice"), pipe, "ssd",
-      _least_bytes(params["heads"]["vertical"]), params, for_drawing(params))
+    monkeypatch,
+    ("copy", "transpose", "slice"),
+    pipe,
+    "ssd",
+    _least_bytes(params["heads"]["vertical"]),
+    params,
+    inference_layout(params),
+  )
   assert moved[0] and not moved[1]

@@ -85,7 +85,7 @@ def test_surprisal_is_the_joint_law_without_filters():
   np.testing.assert_allclose(filtered, nll, atol=1e-5)
   other, _ = pipe.nll(out.tokens, PROMPTS[:3], guidance=1.0)
   assert np.abs(other - nll).max() > 0.1
-  np.testing.assert_array_equal(pipe.draw_tokens(out.tokens, 2), out.images)
+  np.testing.assert_array_equal(pipe.decode_images(out.tokens, 2), out.images)
 
 
 def test_excess_of_ar_is_zero():

@@ -20,7 +20,7 @@ from ssd_jax.core.config import UserError
 from ssd_jax.decoding.ar import AR
 from ssd_jax.serving import jobs, server
 from ssd_jax.serving.jobs import Limits
-from ssd_jax.serving.studio import Busy, Studio
+from ssd_jax.serving.studio import Busy, Worker
 
 DECODERS = ("ar", "sjd:window=4", "zipar:window=2")
 
@@ -28,7 +28,7 @@ DECODERS = ("ar", "sjd:window=4", "zipar:window=2")
 @pytest.fixture(scope="module")
 def site():
   """(address, studio) of a page with a model that needs no time."""
-  studio = Studio(chains.pipeline())
+  studio = Worker(chains.pipeline())
   listener = socket.socket()
   listener.bind(("127.0.0.1", 0))
   app = server.make_app(studio, ["127.0.0.1"])
@@ -166,7 +166,7 @@ def test_nothing_else_is_served(site):
 
 def test_a_full_queue_turns_away():
   """More than may wait are told so at once; those that wait are drawn."""
-  studio = Studio(chains.pipeline(), limits=Limits(waiting=2))
+  studio = Worker(chains.pipeline(), limits=Limits(waiting=2))
   gate, draw = threading.Event(), studio._draw
   studio._draw = lambda taken: gate.wait() and draw(taken)
   first = studio.submit(dict(prompt="a"))
@@ -184,7 +184,7 @@ def test_a_full_queue_turns_away():
 
 def test_a_failure_is_told_and_the_next_is_drawn(monkeypatch):
   """What fails inside says so to its visitor; the worker goes on."""
-  studio = Studio(chains.pipeline())
+  studio = Worker(chains.pipeline())
   draw = studio._draw
 
   def fail(taken):

@@ -24,7 +24,7 @@ from ssd_jax.pipeline import testing
 from ssd_jax.training import drafter as training
 from ssd_jax.training.draft_paths import Acceptance
 from ssd_jax.training.heads import plain_batches
-from ssd_jax.training.self_distillation import DrawnTokens, Teacher
+from ssd_jax.training.self_distillation import GeneratedTokens, Teacher
 
 
 def _generator(**options):
@@ -147,7 +147,7 @@ def test_training_learns_to_draft_and_resumes(tmp_path):
   tokens = np.random.default_rng(0).integers(0, 2, (16, 4))
   drawn = dict.fromkeys(
       ("train", "validation"),
-      DrawnTokens(("ab",) * 16, tokens, pipe.model.grid, 2))
+      GeneratedTokens(("ab",) * 16, tokens, pipe.model.grid, 2))
   cfg = training.DrafterTraining(
       optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
       loop=LoopConfig(steps=20, batch=8, save_every=20, eval_every=20),
@@ -193,7 +193,7 @@ def test_accepted_length_is_that_of_decoding():
   images, grid = 32, pipe.model.grid
   draw = functools.partial(
       pipe.generate, ["ab"], num_images=images, batch=images)
-  drawn = DrawnTokens(
+  drawn = GeneratedTokens(
       ("ab",) * images, draw(AR()).tokens.reshape(images, -1), grid, 3)
   find = training.make_ranks(DraftNet(teacher.generator), teacher, 3)
   found = Acceptance.of(

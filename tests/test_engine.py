@@ -91,14 +91,14 @@ def test_ar_follows_the_exact_joint_law():
   """
   pipe = testing.tiny(vocab=3, rows=2, cols=2, guidance=2.0)
   images = testing.every_image(pipe)
-  law = np.exp(pipe.log_prob(images, ["a"] * len(images)))
-  assert abs(law.sum() - 1) < 1e-5
+  distribution = np.exp(pipe.log_prob(images, ["a"] * len(images)))
+  assert abs(distribution.sum() - 1) < 1e-5
   out = pipe.generate(["a"], num_images=20_000, batch=20_000)
   code = out.tokens.reshape(len(out.tokens), -1) @ 3 ** np.arange(3, -1, -1)
   counts = np.bincount(code, minlength=81)
-  rare = law * len(code) < 5
+  rare = distribution * len(code) < 5
   pool = lambda x: np.append(x[~rare], x[rare].sum())
-  expected = pool(law.astype(np.float64))
+  expected = pool(distribution.astype(np.float64))
   p_value = scipy.stats.chisquare(
       pool(counts), expected / expected.sum() * len(code)).pvalue
   assert p_value > 1e-3

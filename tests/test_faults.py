@@ -19,8 +19,8 @@ import tiny_training as tiny
 from ssd_jax.core.config import UserError
 from ssd_jax.storage import checkpoints
 from ssd_jax.training import loop, self_distillation
-from ssd_jax.training.self_distillation import DrawConfig
-from ssd_jax.training.state import bit_sums
+from ssd_jax.training.self_distillation import GenerationConfig
+from ssd_jax.training.state import checksum_tree
 
 SCRIPT = pathlib.Path(tiny.__file__)
 
@@ -96,16 +96,16 @@ def test_a_sum_tells_every_bit():
   """Another one for each bit of each kind of number, whatever its place."""
   kinds = [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, bool]
   leaves = [jnp.ones((3, 5), kind) for kind in kinds]
-  before = [int(x) for x in bit_sums(leaves)]
+  before = [int(x) for x in checksum_tree(leaves)]
   for at, leaf in enumerate(leaves):
     flat = np.array(leaf).view(np.uint8).reshape(-1)
     for place in (0, flat.size // 2, flat.size - 1):
       other = flat.copy()
       other[place] ^= 1
       other = jnp.asarray(other.view(leaf.dtype).reshape(leaf.shape))
-      assert int(bit_sums([other])[0]) != before[at]
+      assert int(checksum_tree([other])[0]) != before[at]
   swapped = jnp.array([[1.0, 2.0]]), jnp.array([[2.0, 1.0]])
-  assert len({int(x) for x in bit_sums(swapped)}) == 2
+  assert len({int(x) for x in checksum_tree(swapped)}) == 2
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "logs"])
@@ -156,12 +156,16 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
 
 def test_a_removed_shard_is_drawn_again(tmp_path):
   """The same images; the other shards are not touched."""
-  teacher, cfg = tiny.teacher(), DrawConfig(batch=2, shard=2)
-  before = self_distillation.draw(teacher, list("abcdef"), cfg, tmp_path).tokens
+  teacher, cfg = tiny.teacher(), GenerationConfig(batch=2, shard=2)
+  before = self_distillation.generate_images(
+    teacher, list("abcdef"), cfg, tmp_path
+  ).tokens
   shards = sorted(tmp_path.glob("*.npy"))
   written = [path.stat().st_mtime_ns for path in shards]
   shards[1].unlink()
-  again = self_distillation.draw(teacher, list("abcdef"), cfg, tmp_path).tokens
+  again = self_distillation.generate_images(
+    teacher, list("abcdef"), cfg, tmp_path
+  ).tokens
   np.testing.assert_array_equal(before, again)
   now = [path.stat().st_mtime_ns for path in shards]
   assert now[::2] == written[::2] and now[1] != written[1]

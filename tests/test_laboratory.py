@@ -25,8 +25,8 @@ def tiny():
 
 
 @functools.cache
-def law():
-  return exactness.enumerate_law(tiny())[1]
+def distribution():
+  return exactness.enumerate_distribution(tiny())[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,10 @@ class LockStep(SJD):
   name = "lockstep"
 
   def _test(self, ctx, slots_Q, p_QV, drafts, is_tested_Q):
-    passed_Q, tokens_Q = super()._test(
+    accepted_Q, tokens_Q = super()._test(
         ctx, slots_Q, p_QV, drafts, is_tested_Q)
-    least = jax.lax.pmin(acceptance.count_prefix(passed_Q), "images")
-    return passed_Q & (jnp.arange(len(passed_Q)) < least), tokens_Q
+    least = jax.lax.pmin(acceptance.count_prefix(accepted_Q), "images")
+    return accepted_Q & (jnp.arange(len(accepted_Q)) < least), tokens_Q
 
   def resolve(self, ctx, state, queries, p_QV, hidden_GQD):
     after = super().resolve(ctx, state, queries, p_QV, hidden_GQD)
@@ -52,8 +52,8 @@ class LockStep(SJD):
     drafts = Drafts(
         state.tokens[jnp.minimum(slots_D, last)], state.q, state.is_point)
     u_D = jax.random.uniform(ctx.pass_key(0), slots_D.shape)
-    passed_D = acceptance.accept_exact(p_QV[:-1], drafts, u_D)
-    is_prefix_D = jnp.cumprod(passed_D.astype(jnp.int32)) > 0
+    accepted_D = acceptance.accept_exact(p_QV[:-1], drafts, u_D)
+    is_prefix_D = jnp.cumprod(accepted_D.astype(jnp.int32)) > 0
     rows_D = after.next - state.next + jnp.arange(len(state.q))
     kept_D = is_prefix_D.at[rows_D].get(mode="fill", fill_value=False)
     old_DV = state.q[jnp.minimum(rows_D, len(state.q) - 1)]
@@ -97,7 +97,7 @@ def test_planted_bias_is_caught(images_in_touch, group):
 
 def test_the_law_is_a_law():
   """All images are enumerated, each once; their probabilities sum to one."""
-  images, p_I = exactness.enumerate_law(tiny())
+  images, p_I = exactness.enumerate_distribution(tiny())
   assert images.shape == (729, 2, 3) and p_I.sum() == pytest.approx(1)
   np.testing.assert_array_equal(
       exactness.count(tiny(), images), np.ones(729))
@@ -106,23 +106,25 @@ def test_the_law_is_a_law():
 def test_statistics_of_exact_draws():
   """P-values are uniform and distances lie at the floor for exact draws."""
   rng = np.random.default_rng(0)
-  counts = rng.multinomial(5000, law(), 200)
-  p_values = np.array([exactness.chi_square(c, law()) for c in counts])
-  tvs = [exactness.total_variation(c, law()) for c in counts]
+  counts = rng.multinomial(5000, distribution(), 200)
+  p_values = np.array([exactness.chi_square(c, distribution()) for c in counts])
+  tvs = [exactness.total_variation(c, distribution()) for c in counts]
   assert 0.4 < p_values.mean() < 0.6 and (p_values < 0.1).mean() < 0.2
   assert np.mean(tvs) == pytest.approx(
-      exactness.noise_floor(law(), 5000), rel=0.02)
+      exactness.noise_floor(distribution(), 5000), rel=0.02)
 
 
 def test_bias_of_the_stated_size_is_found_as_often_as_stated():
   """About 9 in 10 draws with a bias of `detectable` size are called biased."""
   rng = np.random.default_rng(1)
-  size = exactness.detectable(law(), DRAWS)
+  size = exactness.detectable(distribution(), DRAWS)
   found = []
   for _ in range(30):
-    p_I = law() * (1 + 2 * size * rng.choice([-1, 1], len(law())))
+    p_I = distribution() * (
+      1 + 2 * size * rng.choice([-1, 1], len(distribution()))
+    )
     counts = rng.multinomial(DRAWS, p_I / p_I.sum(), 10)
-    found += [exactness.chi_square(c, law()) < exactness.P_VALUE
+    found += [exactness.chi_square(c, distribution()) < exactness.P_VALUE
               for c in counts]
   assert 0.75 < np.mean(found) < 0.97
 

@@ -21,7 +21,7 @@ BLANK = animations._BLANK
 class Painter:
   """A stand-in for a pipeline whose code v is painted as v in all pixels."""
 
-  def draw_tokens(self, tokens):
+  def decode_images(self, tokens):
     cells = np.asarray(tokens, np.uint8).repeat(2, 1).repeat(2, 2)
     return np.stack([cells] * 3, -1)
 
@@ -35,7 +35,7 @@ def traced():
   history[0, 3] = [[10, 20], [30, 40]]
   tokens = history[:, 3]
   return types.SimpleNamespace(
-      history=history, tokens=tokens, images=Painter().draw_tokens(tokens),
+      history=history, tokens=tokens, images=Painter().decode_images(tokens),
       passes=np.array([4]), commit_pass=COMMIT[None], prompts=("a",),
       seconds=2.0)
 

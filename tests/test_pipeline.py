@@ -104,7 +104,7 @@ def test_grids_of_another_model_are_told(pipe):
   one = np.zeros((1, 3, 4), int)
   for wrong in (one[0], one[:, :2], one + 0.5, one + 5, one - 1):
     with pytest.raises(UserError, match="got tokens .* expected"):
-      pipe.draw_tokens(wrong)
+      pipe.decode_images(wrong)
     with pytest.raises(UserError, match="got tokens .* expected"):
       pipe.log_prob(wrong, ["a"])
   for prompts in ([], "a", ["a", "b"]):
@@ -146,8 +146,8 @@ def test_saved_pipeline_draws_the_same(tmp_path):
         *(np.concatenate([np.ravel(x) for x in jax.tree.leaves(p.params[kind])])
           for p in (pipe, again)))
   np.testing.assert_array_equal(
-      pipe.draw_tokens(np.arange(256).reshape(1, 16, 16)),
-      again.draw_tokens(np.arange(256).reshape(1, 16, 16)))
+      pipe.decode_images(np.arange(256).reshape(1, 16, 16)),
+      again.decode_images(np.arange(256).reshape(1, 16, 16)))
   with pytest.raises(UserError, match="new folder"):
     pipe.save(tmp_path / "mine")
   assert [x.name for x in tmp_path.iterdir()] == ["mine"]

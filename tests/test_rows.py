@@ -59,7 +59,7 @@ def test_rows_in_flight_predict_each_cell_once(end_of_row):
   state = drafted(model, 3)
   queries = queries_of(model, state, size=3 * model.grid.row_slots)
   p = jnp.full((len(queries.slots), model.vocab), 0.5)
-  verdict = rows_lib.judge(context(model), state, queries, p)
+  verdict = rows_lib.verify(context(model), state, queries, p)
   cells = np.asarray(verdict.cells)[np.asarray(verdict.is_open)]
   np.testing.assert_array_equal(cells, model.grid.slot_of[:3].ravel()[1:])
 
@@ -114,9 +114,9 @@ def test_the_distributions_move_with_their_cells():
   model = kit.chain(5, 3)
   state = drafted(model, 2)
   state = state.replace(q=jnp.arange(6.0)[:, None] * jnp.ones(model.vocab))
-  moved = rows_lib.move(state, jnp.int32(1), state.first)
+  moved = rows_lib.shift_window(state, jnp.int32(1), state.first)
   np.testing.assert_array_equal(moved.q[:, 0], [3, 4, 5, 0, 0, 0])
-  shifted = rows_lib.move(state, jnp.int32(0), state.first + 1)
+  shifted = rows_lib.shift_window(state, jnp.int32(0), state.first + 1)
   np.testing.assert_array_equal(shifted.q[:, 0], [1, 2, 0, 4, 5, 0])
   for row, col in ((0, 1), (1, 2)):
     index = rows_lib.window_index(state, jnp.int32(row), jnp.int32(col))
@@ -130,7 +130,7 @@ def test_a_token_is_settled_once_it_was_fed():
   state = state.replace(q=jnp.full_like(state.q, 0.25))
   queries = queries_of(model, state)
   p = jnp.full((len(queries.slots), 4), 0.25).at[1].set(jnp.eye(4)[3])
-  verdict = rows_lib.judge(context(model), state, queries, p)
+  verdict = rows_lib.verify(context(model), state, queries, p)
   state = rows_lib.commit(
       state, queries, verdict, verdict.had_draft, verdict.had_draft
   )
@@ -146,18 +146,18 @@ def test_the_first_test_of_a_draft_is_strict():
   state = state.replace(q=jnp.full_like(state.q, 0.25))
   queries = queries_of(model, state)
   p = jnp.full((len(queries.slots), 4), 0.25).at[:, 0].set(0.1)
-  judge = lambda state, lenience: rows_lib.judge(
+  judge = lambda state, lenience: rows_lib.verify(
       context(model), state, queries, p, lenience=lenience)
   strict, first = judge(state, 1.0), judge(state, 0.3)
-  np.testing.assert_array_equal(first.passed, strict.passed)
-  np.testing.assert_allclose(first.law, p, atol=1e-6)
+  np.testing.assert_array_equal(first.accepted, strict.accepted)
+  np.testing.assert_allclose(first.distribution, p, atol=1e-6)
   state = rows_lib.commit(
       state.replace(tokens=jnp.zeros_like(state.tokens)), queries,
       strict.replace(tokens=jnp.zeros_like(strict.tokens)), strict.had_draft,
       jnp.zeros_like(strict.had_draft))
   state = state.replace(q=jnp.full_like(state.q, 0.25))
   again, lenient = judge(state, 1.0), judge(state, 0.3)
-  assert lenient.passed.sum() == again.had_draft.sum() > again.passed.sum()
+  assert lenient.accepted.sum() == again.had_draft.sum() > again.accepted.sum()
 
 
 def test_a_token_without_a_distribution_is_no_draft():
@@ -166,7 +166,7 @@ def test_a_token_without_a_distribution_is_no_draft():
   state = drafted(model, 1)
   queries = queries_of(model, state, size=2)
   p = jnp.eye(4)[jnp.array([3, 2])]
-  verdict = rows_lib.judge(context(model), state, queries, p)
+  verdict = rows_lib.verify(context(model), state, queries, p)
   assert not verdict.had_draft.any()
   np.testing.assert_array_equal(verdict.tokens, [3, 2])
 

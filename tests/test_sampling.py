@@ -67,7 +67,9 @@ def test_draws_by_inversion_follow_the_distribution(vocab):
   p_V = jax.random.dirichlet(jax.random.key(vocab), jnp.full(vocab, 0.5))
   p_V = jnp.where(jnp.arange(vocab) % 3 == 2, 0.0, 7 * p_V)
   keys = jax.random.split(jax.random.key(0), 50)
-  draw = jax.vmap(lambda key: sampling.draw(jnp.tile(p_V, (2000, 1)), key))
+  draw = jax.vmap(
+    lambda key: sampling.sample_inverse(jnp.tile(p_V, (2000, 1)), key)
+  )
   counts_V = np.bincount(draw(keys).ravel(), minlength=vocab)
   expected_V = np.asarray(p_V / p_V.sum()) * counts_V.sum()
   assert not counts_V[expected_V == 0].any()
@@ -77,14 +79,16 @@ def test_draws_by_inversion_follow_the_distribution(vocab):
 
 def test_no_rows_draw_nothing():
   """A grid of one column has no cells to draft in a row."""
-  assert sampling.draw(jnp.ones((0, 5)), jax.random.key(0)).shape == (0,)
+  assert sampling.sample_inverse(jnp.ones((0, 5)), jax.random.key(0)).shape == (
+    0,
+  )
 
 
 @pytest.mark.parametrize("p", [0.0, np.nan])
 def test_a_row_without_numbers_draws_a_token_that_exists(p):
   """Nothing to draw from gives the first token, not one out of range."""
   p_QV = jnp.full((2, 10), p)
-  assert (sampling.draw(p_QV, jax.random.key(0)) == 0).all()
+  assert (sampling.sample_inverse(p_QV, jax.random.key(0)) == 0).all()
   noise_QV = jnp.zeros((2, 10))
   assert (sampling.sample(p_QV, noise_QV) < 10).all()
 

@@ -152,10 +152,10 @@ def test_images_do_not_depend_on_the_batch(decoder):
 ])
 def test_blocks_of_one_cell_are_lossless(grid, decoder):
   """A round corrects a draft whose context is final to the target's law."""
-  assert_law_of_ar(kit.tiny(**grid), decoder)
+  assert_ar_distribution(kit.tiny(**grid), decoder)
 
 
-def assert_law_of_ar(pipe, decoder):
+def assert_ar_distribution(pipe, decoder):
   """Which SSD does not claim, as it depends on the grid."""
   assert kit.p_value(pipe, kit.draw(pipe, decoder).tokens) > 1e-3
 
@@ -194,7 +194,7 @@ def test_lenience_keeps_more_drafts_at_the_same_passes():
 @pytest.mark.slow
 def test_argmax_drafts():
   """Greedy drafts are tested as what they are: their law is exact as well."""
-  assert_law_of_ar(
+  assert_ar_distribution(
       kit.tiny(rows=1, cols=4), SSD(horizontal=1, drafts="argmax")
   )
 

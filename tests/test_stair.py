@@ -120,9 +120,9 @@ def test_lenience_bounds_every_cell():
       counts.reshape(-1, 2).sum(1, keepdims=True), 1e-9)
   drawn = exactness.count(pipe, out.tokens)
   error = 4 * 0.5 / np.sqrt(np.maximum(drawn.reshape(-1, 2).sum(1), 1))
-  bound = last(kit.law(pipe)) / 0.6
+  bound = last(kit.distribution(pipe)) / 0.6
   assert (last(drawn) <= bound + error[:, None]).all()
-  assert (last(drawn) > 1.2 * last(kit.law(pipe))).any()
+  assert (last(drawn) > 1.2 * last(kit.distribution(pipe))).any()
 
 
 def test_defaults_follow_the_grid():

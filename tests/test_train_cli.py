@@ -20,7 +20,7 @@ from ssd_jax.models.spatial_heads import HeadsOptions
 from ssd_jax.training import self_distillation
 from ssd_jax.training.drafter import DrafterTraining
 from ssd_jax.training.heads import MTPConfig
-from ssd_jax.training.self_distillation import DrawConfig
+from ssd_jax.training.self_distillation import GenerationConfig
 
 GET_CONFIGS = (anole.get_config, emoji.get_config, emu3.get_config,
                janus.get_config, llamagen.get_config, lumina.get_config)
@@ -175,7 +175,7 @@ def test_every_setting_can_be_changed(get_config):
     assert set(part.loop) == names(LoopConfig)
     assert set(part.optimizer) == names(OptimizerConfig)
   assert set(config.mtp.heads) == names(HeadsOptions)
-  assert set(config.mtp.draw) == names(DrawConfig)
+  assert set(config.mtp.draw) == names(GenerationConfig)
   assert isinstance(config.sampling, ml_collections.ConfigDict)
   for key in ("workdir", "checkpoint", "prompts_file", "num_prompts",
               "images_per_caption"):

@@ -19,10 +19,10 @@ from ssd_jax.models.spatial_heads import HeadsOptions
 from ssd_jax.pipeline import testing
 from ssd_jax.training import heads as heads_lib, self_distillation
 from ssd_jax.training.heads import MTPConfig
-from ssd_jax.training.self_distillation import DrawConfig, Teacher
+from ssd_jax.training.self_distillation import GenerationConfig, Teacher
 
 CAPTIONS = tuple("abcdefghijk")
-DRAW = DrawConfig(batch=3, shard=4, seed=5)
+DRAW = GenerationConfig(batch=3, shard=4, seed=5)
 CONFIG = MTPConfig(
     HeadsOptions(2, 1), DRAW,
     OptimizerConfig(
@@ -58,7 +58,7 @@ def teacher(pipe):
 
 @pytest.fixture(scope="module")
 def drawn(teacher, tmp_path_factory):
-  return self_distillation.draw(
+  return self_distillation.generate_images(
     teacher, CAPTIONS, DRAW, tmp_path_factory.mktemp("all")
   )
 
@@ -83,7 +83,9 @@ def draw_until_killed(folder):
     calls.append(real(partial, path))
 
   self_distillation.os.replace = replace
-  self_distillation.draw(make_teacher(make_pipe()), CAPTIONS, DRAW, folder)
+  self_distillation.generate_images(
+    make_teacher(make_pipe()), CAPTIONS, DRAW, folder
+  )
 
 
 def test_a_killed_draw_loses_and_repeats_nothing(
@@ -103,7 +105,7 @@ def test_a_killed_draw_loses_and_repeats_nothing(
   monkeypatch.setattr(
       self_distillation, "_draw_images",
       lambda *args: (calls.append(args[2][0]), real(*args))[1])
-  again = self_distillation.draw(teacher, CAPTIONS, DRAW, tmp_path)
+  again = self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
   np.testing.assert_array_equal(again.tokens, drawn.tokens)
   assert calls == [4, 8]  # the first shard was not drawn again
   assert not list(tmp_path.glob(".*"))
@@ -119,26 +121,26 @@ def test_a_kill_between_write_and_rename_is_harmless(
   with monkeypatch.context() as patch:
     patch.setattr(self_distillation.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-      self_distillation.draw(teacher, CAPTIONS, DRAW, tmp_path)
-  again = self_distillation.draw(teacher, CAPTIONS, DRAW, tmp_path)
+      self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
+  again = self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
   np.testing.assert_array_equal(again.tokens, drawn.tokens)
 
 
 def test_images_of_other_settings_are_refused(teacher, drawn, tmp_path):
   """Captions, seed and sampling are in the manifest; damage is named."""
   del drawn
-  self_distillation.draw(teacher, CAPTIONS, DRAW, tmp_path)
+  self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
   with pytest.raises(UserError, match="whose captions differs"):
-    self_distillation.draw(teacher, CAPTIONS[::-1], DRAW, tmp_path)
+    self_distillation.generate_images(teacher, CAPTIONS[::-1], DRAW, tmp_path)
   with pytest.raises(UserError, match="whose seed differs"):
-    self_distillation.draw(
+    self_distillation.generate_images(
         teacher, CAPTIONS, dataclasses.replace(DRAW, seed=6), tmp_path)
   hotter = dataclasses.replace(teacher, guided=False)
   with pytest.raises(UserError, match="whose sampling differs"):
-    self_distillation.draw(hotter, CAPTIONS, DRAW, tmp_path)
+    self_distillation.generate_images(hotter, CAPTIONS, DRAW, tmp_path)
   next(tmp_path.glob("tokens-00001*")).write_bytes(b"half")
   with pytest.raises(UserError, match="damaged.*tokens-00001"):
-    self_distillation.draw(teacher, CAPTIONS, DRAW, tmp_path)
+    self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
 
 
 def test_dropped_captions_are_the_unconditional_stream(teacher, drawn):

@@ -113,13 +113,13 @@ def _cut(count, batch, decode):
 
 def p_value(pipe, tokens):
   """Of the chi-square test against the exact joint law."""
-  return exactness.chi_square(exactness.count(pipe, tokens), law(pipe))
+  return exactness.chi_square(exactness.count(pipe, tokens), distribution(pipe))
 
 
 @functools.cache
-def law(pipe):
+def distribution(pipe):
   """float64 [V ** cells]: AR's joint law of the tiny grid."""
-  return exactness.enumerate_law(pipe, _PROMPT)[1]
+  return exactness.enumerate_distribution(pipe, _PROMPT)[1]
 
 
 def assert_lossless(pipe, decoder, group=4):
@@ -129,7 +129,7 @@ def assert_lossless(pipe, decoder, group=4):
   decoded `group` at a time.
   """
   assert engine.is_lossless(decoder, pipe.model.grid)
-  out = exactness.draw(pipe, decoder, 20_000, group)
+  out = exactness.sample_images(pipe, decoder, 20_000, group)
   p = p_value(pipe, out.tokens)
   print(decoder, "p", p, "passes", out.passes.mean())
   assert p > exactness.P_VALUE

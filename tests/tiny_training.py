@@ -27,7 +27,7 @@ from ssd_jax.pipeline import testing
 from ssd_jax.runtime import sharding
 from ssd_jax.storage import checkpoints
 from ssd_jax.training import loop, self_distillation
-from ssd_jax.training.self_distillation import DrawConfig, Teacher
+from ssd_jax.training.self_distillation import GenerationConfig, Teacher
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
 
 STEPS = 12
@@ -60,19 +60,19 @@ def train(workdir, steps=STEPS, die_at=None, save_every=2, batch=8, width=4):
   return loop.train(str(workdir), state, step, data, cfg)
 
 
-def teacher(is_told=False):
+def teacher(is_reported=False):
   """A tiny trunk that draws 2x2 images; it may hear SIGTERM in each batch."""
   family = testing.TinyFamily(
       ml_collections.ConfigDict(), Vocabulary((), 8), Grid(2, 2), 3)
   params = jax.jit(family.generator.init)(jax.random.key(0))
 
   def encode(texts, guided):
-    if is_told:
+    if is_reported:
       os.kill(os.getpid(), signal.SIGTERM)
       time.sleep(2)  # until all hosts know
     return family.encode_prompts(texts, guided)
 
-  return Teacher(family.generator, sharding.place(params), encode,
+  return Teacher(family.generator, sharding.shard_params(params), encode,
                  Sampling.make(), False)
 
 
@@ -80,10 +80,10 @@ def body():
   """Draws, trains, and leaves DIR/drawn.npy and DIR/weights."""
   folder = pathlib.Path(flags.FLAGS.workdir)
   if flags.FLAGS.draws:
-    is_told = flags.FLAGS.is_told and jax.process_index() > 0
-    drawn = self_distillation.draw(
-        teacher(is_told), [str(i) for i in range(10)],
-        DrawConfig(batch=4, shard=4), folder / "tokens")
+    is_reported = flags.FLAGS.is_reported and jax.process_index() > 0
+    drawn = self_distillation.generate_images(
+        teacher(is_reported), [str(i) for i in range(10)],
+        GenerationConfig(batch=4, shard=4), folder / "tokens")
     if jax.process_index() == 0:
       np.save(folder / "drawn.npy", drawn.tokens)
   die_at = flags.FLAGS.die_at if jax.process_index() else None

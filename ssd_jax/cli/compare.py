@@ -19,11 +19,11 @@ from ssd_jax.core.config import UserError, check
 from ssd_jax.core.extras import need
 from ssd_jax.decoding import registry
 from ssd_jax.performance.transformers_baseline import (
-  Contestant,
-  Drawn,
-  Ours,
+  Contender,
+  Generation,
+  OurDecoders,
   Setting,
-  Theirs,
+  TransformersBaseline,
   race,
 )
 from ssd_jax.runtime.progress import Bar
@@ -76,25 +76,25 @@ def body() -> None:
   for module in ("torch", "transformers"):
     need(module, "parity")
   out = common.writable_folder(common.OUT.value or "compare")
-  theirs = Theirs(setting)
-  ours = Ours(setting, theirs)
+  theirs = TransformersBaseline(setting)
+  ours = OurDecoders(setting, theirs)
   missing = theirs.compile()
-  contestants = [
-      Contestant(_AR, lambda: ours.draw(registry.parse("ar"), 0.0)),
-      Contestant(_STATIC, lambda: theirs.draw(False))]
+  contenders = [
+      Contender(_AR, lambda: ours.generate(registry.parse("ar"), 0.0)),
+      Contender(_STATIC, lambda: theirs.generate(False))]
   if missing is None:
-    contestants.append(Contestant(_COMPILED, lambda: theirs.draw(True)))
-  contestants += [
-      Contestant(label, _loop(ours, decoder), ours.queries(decoder))
+    contenders.append(Contender(_COMPILED, lambda: theirs.generate(True)))
+  contenders += [
+      Contender(label, _loop(ours, decoder), ours.queries(decoder))
       for label, decoder in zip(labels, loops, strict=True)]
-  total = (1 + rounds) * len(contestants)
+  total = (1 + rounds) * len(contenders)
   with Bar(total=total, unit="drawing") as bar:
-    def on_draw(label):
+    def on_step(label):
       bar.set_description(label)
       bar.update()
 
-    found = race(contestants, rounds, on_draw)
-  _write(out, setting, _rows(contestants, found, setting, missing))
+    found = race(contenders, rounds, on_step)
+  _write(out, setting, _rows(contenders, found, setting, missing))
 
 
 def _setting() -> Setting:
@@ -110,17 +110,17 @@ def _setting() -> Setting:
       values.dtype or dtype, common.SEED.value)
 
 
-def _loop(ours: Ours, decoder: Any) -> Callable[[], Drawn]:
-  return lambda: ours.draw(decoder, 1.0)
+def _loop(ours: OurDecoders, decoder: Any) -> Callable[[], Generation]:
+  return lambda: ours.generate(decoder, 1.0)
 
 
 def _rows(
-    contestants: Sequence[Contestant], found: Sequence[Sequence[Drawn]],
+    contenders: Sequence[Contender], found: Sequence[Sequence[Generation]],
     setting: Setting, missing: str | None,
 ) -> list[dict]:
   """The rows of results.json."""
   ar, rows = found[0], []
-  for who, drawn in zip(contestants, found, strict=True):
+  for who, drawn in zip(contenders, found, strict=True):
     is_loop = who.label not in (_AR, _STATIC, _COMPILED)
     per = [d.passes for d in drawn] if is_loop else [setting.tokens] * len(ar)
     ms = np.array([d.seconds * 1e3 for d in drawn]) / per

@@ -8,7 +8,7 @@ from ssd_jax.cli import common, run as cli
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.extras import need
 from ssd_jax.serving import server
-from ssd_jax.serving.studio import Studio
+from ssd_jax.serving.studio import Worker
 
 _BATCH = 4
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -33,7 +33,7 @@ def body() -> None:
   check(batch >= 1, "batch", batch, ">= 1")
   listener = _listen(values.host, values.port)
   cli.use_compilation_cache()
-  studio = Studio(common.load_pipeline(), batch)
+  studio = Worker(common.load_pipeline(), batch)
   hosts = list(_LOCAL) if values.host in _LOCAL else ["*"]
   app = server.make_app(studio, hosts, values.bench)
   config = uvicorn.Config(app, log_level="warning", server_header=False)

@@ -81,10 +81,10 @@ def plot(found: Evidence, figure, path: pathlib.Path) -> None:
   (equal, different, slots), (siblings, entropy, spread) = figure.subplots(2, 3)
   reach = found.equal_UW.shape[1] // 2
   extent = (-reach - 0.5, reach + 0.5, found.equal_UW.shape[0] - 0.5, -0.5)
-  apart = ("columns apart", "rows apart")
+  unstacked = ("columns apart", "rows apart")
   maps = (
-      (equal, found.equal_UW, "equal code", extent, apart),
-      (different, found.different_UW, "different codes", extent, apart),
+      (equal, found.equal_UW, "equal code", extent, unstacked),
+      (different, found.different_UW, "different codes", extent, unstacked),
       (slots, found.slots_MM, "the first picture", None, ("slot", "slot")),
   )
   for axes, values, title, place, names in maps:

@@ -50,7 +50,7 @@ def body() -> None:
   album = Album(out, _settings(pipe))
   times, notes, output = _draw(pipe, prompts, decoder, album)
   album.close()
-  sharding.meet("pictures are written")
+  sharding.barrier("pictures are written")
   if jax.process_index():
     return  # the first host tells
   for note in [*notes, *album.notes]:
@@ -216,12 +216,12 @@ def _report(
   cells, passes, paths = pipe.model.grid.cells, album.passes, album.paths
   mean = float(np.mean([cells / p for p in passes]))
   is_lossless = engine.is_lossless(decoder, pipe.model.grid)
-  law = "the law of AR sampling" if is_lossless else "relaxed"
+  distribution = "the law of AR sampling" if is_lossless else "relaxed"
   compiling, seconds = times
   print(
-      f"{len(paths)} pictures by {_DECODER.value} ({law}): {cells} cells in "
-      f"{np.mean(passes):.1f} passes each, {seconds:.1f} s, after "
-      f"{compiling:.1f} s of compiling"
+    f"{len(paths)} pictures by {_DECODER.value} ({distribution}): {cells} cells in "
+    f"{np.mean(passes):.1f} passes each, {seconds:.1f} s, after "
+    f"{compiling:.1f} s of compiling"
   )
   for path in [*paths, *([album.sheet] if album.sheet else [])]:
     print(path)

@@ -170,7 +170,7 @@ def measure(
     print(json.dumps([dataclasses.asdict(x) for x in found]))
 
 
-def trials_table(found: Sequence[tuning.Trial]) -> str:
+def trials_table(found: Sequence[tuning.Measurement]) -> str:
   """Markdown."""
   lines = ["| decoder | lossless | queries | passes | s/image | over ar |",
            "| --- | --- | ---: | ---: | ---: | ---: |"]
@@ -218,7 +218,7 @@ def compiled_figures(plan, chip):
   """(bytes on a device, whether they fit, collectives, XLA's counts)."""
   devices = plan.mesh.size
   try:
-    memory = planning.memory_of(plan.compile_drawing())
+    memory = planning.memory_of(plan.compile_generation())
   except jax.errors.JaxRuntimeError as error:
     memory = planning.out_of_memory(error)
     if memory is None:

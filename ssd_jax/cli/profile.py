@@ -60,7 +60,7 @@ def profile(
   batch = sharding.even_batch(batch, streams)
   on = functools.cache(
       lambda mesh: Profiler(pipe, text, batch, mesh, **sampling))
-  profiler_of = lambda count: on(sharding.of_cores(batch * streams, count))
+  profiler_of = lambda count: on(sharding.cpu_mesh(batch * streams, count))
   queries = sorted({min(count, most) for count in queries})
   rows = [profiler_of(count).row(count) for count in Bar(queries, unit="row")]
   machines = {x.devices: x.machine for x in map(profiler_of, queries)}

@@ -33,7 +33,7 @@ from ssd_jax.training import (
   heads as mtp_training,
   tokenizer as tokenizer_training,
 )
-from ssd_jax.training.self_distillation import DrawConfig, Teacher
+from ssd_jax.training.self_distillation import GenerationConfig, Teacher
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of checkpoints, logs and the model; default: the "
@@ -112,13 +112,13 @@ def drafter() -> None:
   """Trains a drafter into DIR/drafter, exports DIR/model/drafter."""
   config, workdir = _distillation("drafter")
   cfg = from_config_dict(drafter_training.DrafterTraining, config.drafter)
-  draw_cfg = from_config_dict(DrawConfig, config.mtp.draw)
+  generation_cfg = from_config_dict(GenerationConfig, config.mtp.draw)
   captions = _captions(config)
   teacher = _teacher(config, workdir)
   _begin(workdir / "drafter", config, *_DRAWN, "drafter")
   # The images that heads are trained on, whoever draws them first.
-  splits = mtp_training.draw_splits(
-      teacher, captions, draw_cfg, workdir / "mtp")
+  splits = mtp_training.generate_splits(
+      teacher, captions, generation_cfg, workdir / "mtp")
   state, drafter_cfg = drafter_training.run(
       teacher, splits, cfg, workdir / "drafter")
   _export(workdir, "drafter", drafter_cfg, state)

@@ -35,7 +35,7 @@ def stream(
   Raises:
     UserError: where the source is empty, or hosts cannot share a batch.
   """
-  index, count = shard or sharding.share()
+  index, count = shard or sharding.host_share()
   if not len(source):
     raise UserError(
         "got a source without pictures, expected one or more; check its path "

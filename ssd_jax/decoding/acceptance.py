@@ -56,7 +56,7 @@ def residual(p_QV: jax.Array, drafts: Drafts) -> jax.Array:
   return sampling.residual(p_QV, _drawn_from(p_QV, drafts))
 
 
-def lenient_law(
+def lenient_distribution(
     p_QV: jax.Array, drafts: Drafts, lenience_Q: jax.Array
 ) -> jax.Array:
   """float32 [Q, V]: what tokens are drawn from by a lenient test and redraw.

@@ -21,7 +21,7 @@ from ssd_jax.runtime import sharding
 
 
 @functools.partial(jax.jit, static_argnames=("model", "decoder", "batch"))
-def empty(
+def init(
     model: Model, decoder: Decoder, params: Params, prompt: Prompt,
     sampling: Sampling, batch: int,
 ) -> LoopState:
@@ -46,7 +46,7 @@ def empty(
 
 @functools.partial(
     jax.jit, static_argnames=("model", "decoder"), donate_argnames="loop")
-def admit(
+def insert(
     model: Model, decoder: Decoder, params: Params, prompt: Prompt,
     sampling: Sampling, key: jax.Array, loop: LoopState, image: jax.Array,
     place: jax.Array,

@@ -21,7 +21,7 @@ from ssd_jax.decoding.engine import Context
 
 VERIFY = ("exact", "coupled", "correct")
 _DEFAULT_HEADS = 5
-_DRAFT, _TEST, _REDRAW = 0, 1, 2  # purposes of a pass' noise
+_DRAFT, _TEST, _RESAMPLE = 0, 1, 2  # purposes of a pass' noise
 
 
 class MTPState(flax.struct.PyTreeNode):
@@ -140,16 +140,16 @@ class MTP:
     """State after exact verification: some drafts, and one cell more."""
     slots, drafts, exists = self._drafted(ctx, state)
     if self.verify == "coupled":
-      redrawn = sampling.sample(p_KV, ctx.token_noise(slots))
-      accept = drafts.tokens == redrawn
+      resampled = sampling.sample(p_KV, ctx.token_noise(slots))
+      accept = drafts.tokens == resampled
     else:
       u = jax.random.uniform(ctx.pass_key(_TEST), slots.shape)
       accept = acceptance.accept_exact(p_KV, drafts, u)
-      redrawn = self._redraw(ctx, p_KV, drafts, exists)
+      resampled = self._resample(ctx, p_KV, drafts, exists)
     kept = acceptance.count_prefix(accept & exists)
     # A rejected draft is replaced; after the last draft a cell is won.
     tokens = state.tokens.at[_at(slots, kept, ctx.model.grid)].set(
-        redrawn[kept], mode="drop")
+        resampled[kept], mode="drop")
     return self._settle(
         ctx, state.replace(tokens=tokens), kept + 1, source, hidden_GQD
     )
@@ -162,14 +162,14 @@ class MTP:
     slots, drafts, exists = self._drafted(ctx, state)
     u = jax.random.uniform(ctx.pass_key(_TEST), slots.shape)
     accept = acceptance.accept_exact(p_KV, drafts, u)
-    redrawn = self._redraw(ctx, p_KV, drafts, exists)
+    resampled = self._resample(ctx, p_KV, drafts, exists)
     # Without drafts (at a row's end) the pass wins one cell, as in AR.
     is_single = state.count == 0
     first = jnp.arange(slots.size) == 0
     is_new = jnp.where(is_single, first, exists & ~accept)
     write = jnp.where(is_new, slots, ctx.model.grid.length)
     corrected = state.replace(
-        tokens=state.tokens.at[write].set(redrawn, mode="drop"),
+        tokens=state.tokens.at[write].set(resampled, mode="drop"),
         q=p_KV[:-1], round=state.round + 1,
     )
     settled = self._settle(
@@ -216,7 +216,7 @@ class MTP:
     if self.verify == "coupled":
       drafts = sampling.sample(q_KV, ctx.token_noise(slots))
     else:
-      drafts = sampling.draw(q_KV, ctx.pass_key(_DRAFT))
+      drafts = sampling.sample_inverse(q_KV, ctx.pass_key(_DRAFT))
     count = jnp.minimum(room, size)
     write = jnp.where(jnp.arange(size) < count, slots, grid.length)
     return state.replace(
@@ -236,17 +236,17 @@ class MTP:
     return (slots, Drafts(tokens, q, jnp.zeros(size + 1, bool)),
             places < state.count)
 
-  def _redraw(self, ctx, p_KV, drafts: Drafts, exists) -> jax.Array:
+  def _resample(self, ctx, p_KV, drafts: Drafts, exists) -> jax.Array:
     """int32 [K + 1]: from the residual, or from p where nothing was drafted."""
     left_KV = jnp.where(
         exists[:, None], acceptance.residual(p_KV, drafts), p_KV
     )
-    return sampling.draw(left_KV, ctx.pass_key(_REDRAW))
+    return sampling.sample_inverse(left_KV, ctx.pass_key(_RESAMPLE))
 
   def _draw_first(self, ctx: Context, p_V: jax.Array, slot) -> jax.Array:
     if self.verify == "coupled":
       return sampling.sample(p_V[None], ctx.token_noise(slot[None]))[0]
-    return sampling.draw(p_V[None], ctx.pass_key(_REDRAW))[0]
+    return sampling.sample_inverse(p_V[None], ctx.pass_key(_RESAMPLE))[0]
 
   def _drafts(self, model: Model) -> int:
     """Drafts K per pass."""

@@ -77,7 +77,7 @@ def target(logits_GV: jax.Array, sampling: Sampling) -> jax.Array:
     logits_GV: [G, ..., V], conditional first, then unconditional if G is 2.
     sampling: Guidance, temperature and filters.
   """
-  logits = guide(sharding.whole(logits_GV, axis=0), sampling.guidance)
+  logits = guide(sharding.replicate_axis(logits_GV, axis=0), sampling.guidance)
   logits /= jnp.maximum(sampling.temperature, 1e-5)
   if sampling.use_top_k:
     logits = keep_top_k(logits, sampling.top_k)
@@ -147,7 +147,7 @@ def sample(p_QV: jax.Array, gumbel_QV: jax.Array) -> jax.Array:
   return jnp.min(place_QV, axis=-1).astype(jnp.int32)
 
 
-def draw(p_QV: jax.Array, key: jax.Array) -> jax.Array:
+def sample_inverse(p_QV: jax.Array, key: jax.Array) -> jax.Array:
   """int32 [Q]: draws from probabilities (need not sum to one) by inversion.
 
   One uniform number a row, looked up among the sums of runs of codes and then

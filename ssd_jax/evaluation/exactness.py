@@ -85,7 +85,7 @@ class Control(SJD):
     return super().accept(ctx, p_QV, drafts, jnp.sqrt(u_Q))
 
 
-def enumerate_law(
+def enumerate_distribution(
     pipe: Pipeline, prompt: str = PROMPT
 ) -> tuple[np.ndarray, np.ndarray]:
   """(all images int32 [I, R, C], their probabilities float64 [I])."""
@@ -97,7 +97,7 @@ def enumerate_law(
   return images, p_I / p_I.sum()
 
 
-def draw(
+def sample_images(
     pipe: Pipeline, decoder: engine.Decoder, draws: int, group: int = 1,
     seed: int = 0, prompt: str = PROMPT,
 ) -> engine.Decoded:
@@ -125,7 +125,7 @@ def draw(
 
 
 def count(pipe: Pipeline, tokens: ArrayLike) -> np.ndarray:
-  """int [I]: how often each image was drawn, ordered as `enumerate_law`."""
+  """int [I]: how often each image was drawn, ordered as `enumerate_distribution`."""
   images = np.asarray(tokens)
   cells = images.reshape(len(images), -1)
   places = pipe.model.vocab ** np.arange(cells.shape[1])[::-1]
@@ -202,8 +202,8 @@ def examine(
     group: int = 1, seed: int = 0,
 ) -> Finding:
   """What `draws` images of a decoder say about its law."""
-  _, p_I = enumerate_law(pipe)
-  out = draw(pipe, decoder, draws, group, seed)
+  _, p_I = enumerate_distribution(pipe)
+  out = sample_images(pipe, decoder, draws, group, seed)
   found_I = count(pipe, out.tokens)
   size = int(found_I.sum())
   return Finding(
@@ -230,7 +230,7 @@ def table(findings: list[Finding]) -> str:
 
 def sensitivity(pipe: Pipeline, draws: int) -> str:
   """What the table can see, in words."""
-  _, p_I = enumerate_law(pipe)
+  _, p_I = enumerate_distribution(pipe)
   grid, seen = pipe.model.grid, detectable(p_I, draws)
   return (
       f"\n{draws} draws each, of the {len(p_I)} images of a grid of "

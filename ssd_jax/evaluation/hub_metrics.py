@@ -1,7 +1,7 @@
 """FID, Inception Score and CLIPScore, for machines that reach a model hub.
 
 By torchmetrics, whose networks and weights are those of the literature; the
-extra "metrics" installs it. Everywhere else `ssd_jax.evaluation.metrics` has to do.
+extra "metrics" installs it. Elsewhere `ssd_jax.evaluation.metrics` has to do.
 """
 
 from collections.abc import Sequence

@@ -30,7 +30,7 @@ def attend(
   return jnp.swapaxes(y_SNQH, 1, 2)
 
 
-def written(
+def update_cache(
     cache_LSKXH: jax.Array, layer: jax.Array, slots_SQ: jax.Array,
     new_SQKH: jax.Array,
 ) -> jax.Array:

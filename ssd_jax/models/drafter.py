@@ -46,7 +46,7 @@ class DrafterLayer(nn.Module):
     x = jnp.concatenate([embedded_SQD, hidden_SQD.astype(embedded_SQD.dtype)],
                         axis=-1)
     fuse = nn.Dense(self.cfg.d_model, dtype=x.dtype, name="fuse")
-    x = sharding.whole(fuse(sharding.whole(x)))
+    x = sharding.replicate_axis(fuse(sharding.replicate_axis(x)))
     (x, cache), _ = Layer(self.cfg, input_norm=False, name="layer")(
         (x, cache), 0, cos_sin_SQh2, visible_SQX, slots_SQ
     )

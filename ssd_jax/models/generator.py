@@ -64,7 +64,7 @@ class Generator:
 
   def whole_logits(self, params: Params, hidden: jax.Array) -> jax.Array:
     """The same for drawing: all codes on every device of the mesh."""
-    return sharding.whole(self.logits(params, hidden))
+    return sharding.replicate_axis(self.logits(params, hidden))
 
   def normalize(self, params: Params, hidden: jax.Array) -> jax.Array:
     """Hidden states after the final norm."""
@@ -154,15 +154,15 @@ class Generator:
 
   def _rows(self, params: Params, ids: jax.Array) -> jax.Array:
     rows = self._apply(params, ids, method="embed")
-    return sharding.whole(rows.astype(self.dtype))
+    return sharding.replicate_axis(rows.astype(self.dtype))
 
   def _apply(self, params: Params, x: jax.Array, *args, **kwargs):
-    rows = math.prod(x.shape[:-1]) / sharding.rows_apart()
+    rows = math.prod(x.shape[:-1]) / sharding.num_row_shards()
     is_few = rows <= layouts.TILED_ROWS
     is_tiled = is_few and "tiles" in params
     weights = params["tiles" if is_tiled else "trunk"]
     trunk = self.trunk.clone(
-        apart="layers" not in weights, tile=layouts.TILE if is_tiled else 0)
+        unstacked="layers" not in weights, tile=layouts.TILE if is_tiled else 0)
     if quantization.is_quantized(weights):  # layers become floats one by one
       trunk = trunk.clone(packed=True)
       layers = {k: v for k, v in weights.items() if k.startswith("layers")}

@@ -30,7 +30,7 @@ _SUMMED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1,
            "head": 1}
 
 
-def for_drawing(params: Params) -> Params:
+def inference_layout(params: Params) -> Params:
   """The parameters; of a larger trunk on a CPU in other forms.
 
   "trunk" has its layers apart, and "tiles" is the same trunk in tiles, for
@@ -42,23 +42,23 @@ def for_drawing(params: Params) -> Params:
   if not (isinstance(trunk, dict) and "layers" in trunk):
     return params
   is_cpu = (
-      jax.default_backend() == "cpu" and sharding.parameters_apart() == 1)
+      jax.default_backend() == "cpu" and sharding.num_param_shards() == 1)
   bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
   layers, heads = bytes_of(trunk["layers"]), bytes_of(params.get("heads", {}))
   free = memory.free()
   room = math.inf if free is None else free
   if not is_cpu or layers < _LEAST or 2 * layers + heads > room:
     return params
-  trunk = apart(trunk)
+  trunk = unstacked(trunk)
   tiles = _tiled(trunk) if 3 * layers + heads <= room else {}
   found = {**params, "trunk": trunk, **tiles}
   if "heads" in params:
     found["heads"] = {
-        name: _heads_apart(stack) for name, stack in params["heads"].items()}
+        name: _unstack_heads(stack) for name, stack in params["heads"].items()}
   return found
 
 
-def apart(trunk: Params) -> Params:
+def unstacked(trunk: Params) -> Params:
   """A trunk's parameters with each layer's arrays by themselves."""
   layers = trunk["layers"]
   count = len(jax.tree.leaves(layers)[0])
@@ -67,7 +67,7 @@ def apart(trunk: Params) -> Params:
       for i in range(count)}
 
 
-def _heads_apart(stack: Params) -> list[Params]:
+def _unstack_heads(stack: Params) -> list[Params]:
   """The heads of a direction, a stack of one each."""
   count = len(jax.tree.leaves(stack)[0])
   return [jax.tree.map(lambda x, i=i: x[i:i + 1], stack) for i in range(count)]

@@ -35,7 +35,7 @@ def quantize(params: Params) -> Params:
       they are quantised already.
   """
   qwix = need("qwix", "int8")
-  if sharding.parameters_apart() > 1:
+  if sharding.num_param_shards() > 1:
     raise UserError(
         "got int8 for weights that several devices share, expected them whole "
         "on each; use --mesh data=N alone, or leave int8 out")

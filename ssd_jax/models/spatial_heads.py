@@ -132,11 +132,11 @@ class Predictors(nn.Module):
 
     into = functools.partial(jnp.einsum, "n...d,ndf->n...f")
     inner = 2 * self.width
-    z, w0 = sharding.whole(z), weight("w0", z.shape[-1], self.width)
+    z, w0 = sharding.replicate_axis(z), weight("w0", z.shape[-1], self.width)
     # Before the product with a single head XLA would turn its weights around.
     u = into(z[None], w0) if len(w0) == 1 else jnp.einsum(
         "...z,nzd->n...d", z, w0)
-    u = sharding.whole(u)
+    u = sharding.replicate_axis(u)
     scale = self.param(
         "scale", nn.initializers.ones, (self.offsets, self.width)
     )[wanted]
@@ -146,7 +146,9 @@ class Predictors(nn.Module):
     v = v.astype(z.dtype)
     gate = nn.silu(into(v, weight("w1", self.width, inner)))
     up = into(v, weight("w3", self.width, inner))
-    return sharding.whole(u + into(gate * up, weight("w2", inner, self.width)))
+    return sharding.replicate_axis(
+      u + into(gate * up, weight("w2", inner, self.width))
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -224,7 +226,7 @@ class SpatialHeads:
     logits = self.logits(
         params, self.predict(params, direction, hidden, tokens, offset)
     )
-    return sharding.whole(logits if offset is None else logits[0])
+    return sharding.replicate_axis(logits if offset is None else logits[0])
 
   def model(self) -> Model:
     """The generator's functions with drafting."""

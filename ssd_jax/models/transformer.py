@@ -94,7 +94,7 @@ class HeadNorm(nn.Module):
     return (x * scale + bias).astype(x_SQNH.dtype)
 
 
-def product(x: jax.Array, w: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
   """[..., N]: x @ w, of a matrix [K, N] or of its tiles [N / T, K, T].
 
   Tiles are columns that lie in one piece each: see models/apart.py.
@@ -140,7 +140,7 @@ class Attention(nn.Module):
       shape = (count, cfg.head_dim)
       w = self.param(name, into, matrix_shape((cfg.d_model,), shape, self.tile))
       if self.tile:
-        return product(x_SQD, w).reshape(*x_SQD.shape[:2], *shape)
+        return matmul(x_SQD, w).reshape(*x_SQD.shape[:2], *shape)
       return jnp.einsum("sqd,dnh->sqnh", x_SQD, w.astype(x_SQD.dtype))
 
     q, k, v = (heads("q", cfg.n_heads), heads("k", cfg.n_kv_heads),
@@ -150,8 +150,8 @@ class Attention(nn.Module):
     q = rotate(q, cos_sin_SQh2, cfg.interleaved)
     k = rotate(k, cos_sin_SQh2, cfg.interleaved)
     if cache is not None:
-      cache = KVCache(attention.written(cache.k, layer, slots_SQ, k),
-                      attention.written(cache.v, layer, slots_SQ, v))
+      cache = KVCache(attention.update_cache(cache.k, layer, slots_SQ, k),
+                      attention.update_cache(cache.v, layer, slots_SQ, v))
       k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
     else:
       k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
@@ -163,7 +163,7 @@ class Attention(nn.Module):
     )
     # One product of two matrices: left to itself XLA turns the weights around.
     o = o if self.tile else o.reshape(-1, cfg.d_model)
-    return product(y.reshape(*y.shape[:2], -1), o), cache
+    return matmul(y.reshape(*y.shape[:2], -1), o), cache
 
 
 class SwiGLU(nn.Module):
@@ -184,7 +184,7 @@ class SwiGLU(nn.Module):
     gate = self.param("gate", _dense, matrix_shape(narrow, wide, self.tile))
     up = self.param("up", _dense, matrix_shape(narrow, wide, self.tile))
     down = self.param("down", _dense, matrix_shape(wide, narrow, self.tile))
-    return product(nn.silu(product(x, gate)) * product(x, up), down)
+    return matmul(nn.silu(matmul(x, gate)) * matmul(x, up), down)
 
 
 class Layer(nn.Module):
@@ -210,9 +210,9 @@ class Layer(nn.Module):
     y = RMSNorm(cfg.norm_eps, name="attn_norm")(x) if self.input_norm else x
     y, cache = Attention(cfg, self.tile, name="attn")(
         y, cos_sin, visible, cache, layer, slots)
-    x = sharding.whole(x + y)
+    x = sharding.replicate_axis(x + y)
     y = RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
-    x = sharding.whole(x + SwiGLU(cfg.d_ff, self.tile, name="mlp")(y))
+    x = sharding.replicate_axis(x + SwiGLU(cfg.d_ff, self.tile, name="mlp")(y))
     return (x, cache), x if self.emit else None
 
 
@@ -230,7 +230,7 @@ class Trunk(nn.Module):
   cfg: TrunkConfig
   taps: tuple[int, ...] = ()
   packed: bool = False
-  apart: bool = False
+  unstacked: bool = False
   tile: int = 0
 
   def setup(self):  # noqa: D102
@@ -240,7 +240,7 @@ class Trunk(nn.Module):
     )
     block = nn.remat(Layer, prevent_cse=False) if cfg.remat else Layer
     block = quantization.dequantized(block) if self.packed else block
-    if self.apart:
+    if self.unstacked:
       self.layers = [
           block(cfg, emit=bool(self.taps), tile=self.tile)
           for _ in range(cfg.n_layers)]
@@ -284,15 +284,17 @@ class Trunk(nn.Module):
       cache: Keys and values of every slot, or None.
       slots_SQ: Where the queries are written; out of range is dropped.
     """
-    carry = (sharding.whole(x_SQD), cache)
+    carry = (sharding.replicate_axis(x_SQD), cache)
     rest = (cos_sin_SQh2, visible_SQX, slots_SQ)
-    if self.apart:
+    if self.unstacked:
       carry, every_LSQD = self._one_by_one(*carry, *rest)
     else:
       carry, every_LSQD = self.layers(
           carry, jnp.arange(self.cfg.n_layers), *rest)
     x_SQD, cache = carry
-    x_SQD = sharding.whole(x_SQD)  # else what follows would cut the loop's
+    x_SQD = sharding.replicate_axis(
+      x_SQD
+    )  # else what follows would cut the loop's
     if self.taps:
       tapped = [every_LSQD[layer] for layer in self.taps]
       x_SQD = jnp.concatenate([x_SQD, *tapped], axis=-1)
@@ -341,8 +343,8 @@ class Trunk(nn.Module):
   def project(self, y: jax.Array) -> jax.Array:
     """float32 [..., V], image logits of normalised hidden states."""
     if not self.cfg.head_hidden:
-      return product(y, self.head).astype(jnp.float32)
+      return matmul(y, self.head).astype(jnp.float32)
     y = y @ self.head_in.astype(y.dtype) + self.head_in_bias.astype(y.dtype)
-    y = sharding.whole(nn.gelu(y, approximate=False))
-    y = product(y, self.head).astype(jnp.float32)
+    y = sharding.replicate_axis(nn.gelu(y, approximate=False))
+    y = matmul(y, self.head).astype(jnp.float32)
     return y + self.head_bias.astype(jnp.float32)

@@ -157,7 +157,7 @@ class Plan:
     found = jax.eval_shape(look, self.params, jax.random.key(0))
     return found.tokens.shape[0]
 
-  def compile_drawing(self) -> Any:
+  def compile_generation(self) -> Any:
     """The whole program of a batch, compiled."""
     key = jax.eval_shape(jax.random.key, 0)
     index = jax.ShapeDtypeStruct((self.batch,), np.int32)
@@ -229,7 +229,9 @@ class Plan:
     flops = 2 * fed * weights
     flops += 4 * attended * cfg.n_layers * cfg.n_heads * cfg.head_dim
     kept = rows * self.slots * cfg.n_kv_heads * cfg.head_dim * cfg.n_layers
-    moved = weights * size * sharding.rows_apart(self.mesh) + 2 * kept * size
+    moved = (
+      weights * size * sharding.num_row_shards(self.mesh) + 2 * kept * size
+    )
     moved += 2 * 4 * attended * cfg.n_layers * cfg.n_heads
     # Activations: in and out of attention and of the feed-forward part.
     moved += fed * cfg.n_layers * size * (12 * cfg.d_model + 3 * cfg.d_ff)

@@ -5,7 +5,7 @@ timed on the arrays of a pass in the middle of an image; the whole pass is that
 of the real loop. What it has beyond its parts is the loop's own. The roofline's
 bandwidth and arithmetic are measured in the same run. All of it runs on the
 devices that a picture of so many queries is drawn on: the cores of a CPU share
-the rows of a pass from some queries on (`sharding.of_cores`).
+the rows of a pass from some queries on (`sharding.cpu_mesh`).
 """
 
 from collections.abc import Callable
@@ -148,17 +148,17 @@ class Profiler:
         pipe.model.prefill(params, prompt, 0)[1])
     with self._on_devices():
       self._params = pipe.params_for(AR(), mesh)
-      self._prompt = sharding.place_rows(prompt)
+      self._prompt = sharding.shard_rows(prompt)
       self._cache = jax.jit(prefill)(self._params, self._prompt)
     self._programs: dict[int, Any] = {}
 
   def _on_devices(self):
-    return sharding.using(self.mesh)
+    return sharding.use_mesh(self.mesh)
 
   @property
   def devices(self) -> int:
     """That share the rows of a pass."""
-    return sharding.rows_apart(self.mesh or sharding.current())
+    return sharding.num_row_shards(self.mesh or sharding.current())
 
   @functools.cached_property
   def counts(self) -> tuple[int, int]:
@@ -211,7 +211,7 @@ class Profiler:
     one = Queries(
         jnp.zeros(count, jnp.int32), jnp.minimum(slots, grid.length - 1),
         slots, jnp.arange(grid.length) <= slots[:, None])
-    return sharding.place_rows(
+    return sharding.shard_rows(
         jax.tree.map(lambda x: jnp.stack([x] * self._rows), one))
 
   # What follows makes the arguments of `_timed`.
@@ -236,7 +236,7 @@ class Profiler:
       return q, None
 
     q = q.astype(self._dtype)
-    return run, (cache, *sharding.place_rows((q, visible))), 1
+    return run, (cache, *sharding.shard_rows((q, visible))), 1
 
   def _head(self, count: int):
     def run(_, params, hidden):
@@ -247,7 +247,7 @@ class Profiler:
   def _hidden(self, count: int) -> jax.Array:
     """[G, B, Q, D], with streams on devices of their own where these share
     them."""
-    return sharding.place_rows(self._normal(
+    return sharding.shard_rows(self._normal(
         self._streams, self.batch, count, self._hidden_width
     ).astype(self._dtype))
 
@@ -267,7 +267,7 @@ class Profiler:
     return p_BQV, jax.vmap(draw)(p_BQV, jnp.arange(self.batch))
 
   def _sampling(self, count: int):
-    logits = sharding.place_rows(self._normal(
+    logits = sharding.shard_rows(self._normal(
         self._streams, self.batch, count, self.pipe.model.vocab))
     run = lambda _, *args: (self._sample(*args), None)
     return run, (logits, jax.random.key(0), jnp.arange(count)), 0
@@ -299,7 +299,7 @@ class Profiler:
       return self._sample(logits, key, slots), None
 
     return draft, (
-        self._params, self._hidden(count), sharding.place_rows(tokens),
+        self._params, self._hidden(count), sharding.shard_rows(tokens),
         jax.random.key(0), jnp.arange(count)), 1
 
   def _normal(self, *shape: int, seed: int = 0) -> jax.Array:

@@ -52,7 +52,7 @@ def measure_machine(size: float, dtype: Any) -> Machine:
   rows = max(int(size) // (_SIDE * jnp.dtype(dtype).itemsize), 8)
   matrix, vector = jnp.ones((rows, _SIDE), dtype), jnp.ones(_SIDE, dtype)
   square = jnp.ones((_SIDE, _SIDE), dtype)
-  matrix, square_rows, short = sharding.place_rows(
+  matrix, square_rows, short = sharding.shard_rows(
       (matrix, square, jnp.ones((8, 8), dtype)))
   product = jax.jit(lambda a, b: a @ b)
   total = jax.jit(lambda a: jnp.sum(a, axis=1, dtype=jnp.float32))

@@ -68,7 +68,7 @@ def report(
   cfg = from_config_dict(heads_lib.MTPConfig, config.mtp)
   batch = cfg.loop.batch if batch is None else batch
   check(batch >= 1, "batch", batch, ">= 1")
-  parts = sharding.rows_apart(mesh)
+  parts = sharding.num_row_shards(mesh)
   check(batch % parts == 0, "batch", batch,
         f"a multiple of data x fsdp = {parts}")
   compiled = functools.cache(lambda images: _compiled(

@@ -27,7 +27,7 @@ from ssd_jax.decoding import engine
 from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.models import rope
 from ssd_jax.models.generator import Generator
-from ssd_jax.models.layouts import for_drawing
+from ssd_jax.models.layouts import inference_layout
 from ssd_jax.models.transformer import TrunkConfig
 
 _THETA = 10_000.0
@@ -92,7 +92,7 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class Generation:
   """One drawing of a batch.
 
   Attributes:
@@ -106,7 +106,7 @@ class Drawn:
   tokens: np.ndarray
 
 
-class Theirs:
+class TransformersBaseline:
   """transformers' Llama.
 
   Attributes:
@@ -137,13 +137,13 @@ class Theirs:
   def compile(self) -> str | None:
     """Draws with the compiled forward; why it cannot be compiled, or None."""
     try:
-      self.draw(True)
+      self.generate(True)
     except RuntimeError as error:  # what all of torch.compile's errors are
       lines = str(error).strip().splitlines() or [type(error).__name__]
       return lines[0][:100].replace("|", "/")  # it stands in a table
     return None
 
-  def draw(self, is_compiled: bool) -> Drawn:
+  def generate(self, is_compiled: bool) -> Generation:
     """A batch, greedily, with a static cache."""
     self.model.forward = self._compiled if is_compiled else self._forward
     start = time.perf_counter()
@@ -153,14 +153,14 @@ class Theirs:
         cache_implementation="static", disable_compile=True)
     tokens = found[:, self._setting.prompt:].cpu().numpy()
     seconds = time.perf_counter() - start
-    return Drawn(seconds, self._setting.tokens, tokens)
+    return Generation(seconds, self._setting.tokens, tokens)
 
   @functools.cached_property
   def _compiled(self):
     return self._torch.compile(self._forward, mode="reduce-overhead")
 
 
-class Ours:
+class OurDecoders:
   """The same trunk here.
 
   Attributes:
@@ -168,20 +168,20 @@ class Ours:
     params: Theirs.
   """
 
-  def __init__(self, setting: Setting, theirs: Theirs):
+  def __init__(self, setting: Setting, theirs: TransformersBaseline):
     cfg, slots = setting.trunk, setting.prompt + setting.tokens
     generator = Generator(
         cfg, setting.grid, rope.table_1d(slots, cfg.head_dim, _THETA),
         np.arange(cfg.vocab_in, dtype=np.int32), jnp.dtype(setting.dtype))
     self._setting = setting
     self.model: Model = generator.model()
-    self.params = for_drawing(read_llama(cfg, theirs.model.state_dict()))
+    self.params = inference_layout(read_llama(cfg, theirs.model.state_dict()))
     rows = (setting.batch, setting.prompt)
     self._prompt = Prompt(
         jnp.asarray(setting.prompts, jnp.int32), jnp.ones(rows, bool),
         jnp.broadcast_to(jnp.arange(slots), (setting.batch, slots)))
 
-  def draw(self, decoder: engine.Decoder, temperature: float) -> Drawn:
+  def generate(self, decoder: engine.Decoder, temperature: float) -> Generation:
     """A batch; greedily at temperature 0."""
     start = time.perf_counter()
     found = engine.decode(
@@ -190,7 +190,7 @@ class Ours:
         jax.random.key(self._setting.seed), jnp.arange(self._setting.batch))
     tokens = np.asarray(found.tokens).reshape(self._setting.batch, -1)
     seconds = time.perf_counter() - start
-    return Drawn(seconds, int(found.passes.max()), tokens)
+    return Generation(seconds, int(found.passes.max()), tokens)
 
   def queries(self, decoder: engine.Decoder) -> int:
     """Slots that a pass of the decoder feeds."""
@@ -237,7 +237,7 @@ def _numpy(tensor: Any) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contestant:
+class Contender:
   """Who draws.
 
   Attributes:
@@ -247,22 +247,22 @@ class Contestant:
   """
 
   label: str
-  draw: Callable[[], Drawn]
+  generate: Callable[[], Generation]
   queries: int = 1
 
 
 def race(
-    contestants: Sequence[Contestant], rounds: int,
-    on_draw: Callable[[str], None] = lambda label: None,
-) -> list[list[Drawn]]:
+    contenders: Sequence[Contender], rounds: int,
+    on_step: Callable[[str], None] = lambda label: None,
+) -> list[list[Generation]]:
   """What each drew in each round; a drawing before them is not counted."""
   check(rounds >= 1, "rounds", rounds, ">= 1")
-  found: list[list[Drawn]] = [[] for _ in contestants]
+  found: list[list[Generation]] = [[] for _ in contenders]
   for turn in range(-1, rounds):
-    for place in range(len(contestants)):
-      index = (place + turn) % len(contestants)
-      on_draw(contestants[index].label)
-      drawn = contestants[index].draw()
+    for place in range(len(contenders)):
+      index = (place + turn) % len(contenders)
+      on_step(contenders[index].label)
+      drawn = contenders[index].generate()
       if turn >= 0:
         found[index].append(drawn)
   return found

@@ -19,7 +19,7 @@ _ROUNDS = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class Measurement:
   """What a decoder took.
 
   Attributes:
@@ -65,7 +65,7 @@ def candidates(model: Model, is_trained: bool = True) -> list[str]:
 def run(
     pipe: Pipeline, names: Sequence[str], texts: Sequence[str], batch: int,
     on_ready: Callable[[str], None] = lambda name: None,
-) -> list[Trial]:
+) -> list[Measurement]:
   """Draws the texts with each decoder in turn; the fastest comes first.
 
   Args:
@@ -87,7 +87,7 @@ def run(
       seconds[name].append(out.seconds / batch)
       passes[name] += out.passes.tolist()
   ar = seconds[names[0]]
-  found = [Trial(
+  found = [Measurement(
       name, engine.is_lossless(decoder, pipe.model.grid),
       _queries(pipe, decoder, texts[:batch]), statistics.mean(passes[name]),
       statistics.median(seconds[name]),

@@ -240,11 +240,11 @@ def _check_memory(
   free, size = memory.free(), np.dtype(_dtype()).itemsize
   counts = [math.prod(x.shape) for x in jax.tree.leaves(shapes["trunk"])]
   trunk = sum(counts)
-  apart = sharding.parameters_apart()
-  needed = (trunk + _cached(family)) * size // apart + 4 * sum(
+  unstacked = sharding.num_param_shards()
+  needed = (trunk + _cached(family)) * size // unstacked + 4 * sum(
       math.prod(x.shape) for x in jax.tree.leaves(shapes["vq"]))  # float32
   if folder is None:  # the largest array while it is drawn
-    needed = max(needed, 4 * 4 * max(counts) // apart)
+    needed = max(needed, 4 * 4 * max(counts) // unstacked)
   elif jax.default_backend() == "cpu":  # what was read, until it is cast
     needed += sum(
         file.stat().st_size for file in (folder / "trunk").rglob("*"))

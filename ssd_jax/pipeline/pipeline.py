@@ -19,9 +19,9 @@ from ssd_jax.decoding import engine, sampling as sampling_lib
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.sampling import Overrides, Sampling
 from ssd_jax.decoding.trees.relaxed import neighbour_table
-from ssd_jax.models.layouts import for_drawing
+from ssd_jax.models.layouts import inference_layout
 from ssd_jax.pipeline import arguments, likelihood, saving
-from ssd_jax.pipeline.stream import Order, Stream
+from ssd_jax.pipeline.stream import Stream, StreamRequest
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Clock, Listener, Progress
 
@@ -94,14 +94,14 @@ class Pipeline:
       if start == 0 and not on_pass:  # each device would call it
         mesh = clock.compile(self.cores, decoder, prompt, settings, batch)
       listener = self._listener if on_pass else None
-      with sharding.using(mesh):
-        args = (self.params_for(decoder, mesh), sharding.place_rows(prompt),
+      with sharding.use_mesh(mesh):
+        args = (self.params_for(decoder, mesh), sharding.shard_rows(prompt),
                 settings, jax.random.key(seed), index_I[start:start + batch])
         run = clock.compile(self.compiled, engine.decode, decoder, *args,
                             trace=trace, on_pass=listener)
         with self._listener.tell(on_pass, len(part)):
           decoded = sharding.fetch(jax.block_until_ready(run(*args)))
-      tokens = jnp.asarray(sharding.place_rows(decoded.tokens))
+      tokens = jnp.asarray(sharding.shard_rows(decoded.tokens))
       decode_images = clock.compile(self.compiled_images, tokens)
       images = decode_images(self.vq_params, tokens)
       chunk = (sharding.fetch(images), decoded.tokens, decoded.passes,
@@ -157,7 +157,7 @@ class Pipeline:
       first_image = arguments.indices_of(first_image, count, 1).tolist()
       batch = min(batch, count)
     batch = sharding.even_batch(batch, 1 + guided)
-    return Stream(self, Order(
+    return Stream(self, StreamRequest(
         map(arguments.text_of, prompts), decoder, num_images, seed, batch,
         first_image, settings, guided, on_step))
 
@@ -165,16 +165,16 @@ class Pipeline:
       self, decoder: engine.Decoder, prompt: Prompt, settings: Sampling,
       batch: int,
   ) -> jax.sharding.Mesh | None:
-    """The devices of a CPU that should share a batch: `sharding.of_cores`."""
+    """The devices of a CPU that should share a batch: `sharding.cpu_mesh`."""
     rows = len(prompt.tokens)
-    if sharding.of_cores(rows, self.model.grid.length) is None:
+    if sharding.cpu_mesh(rows, self.model.grid.length) is None:
       return None  # none ever would
     key = (decoder, rows, batch)
     if key not in self._queries:
       self._queries[key] = engine.count_queries(
           self.model, decoder, self.params_for(decoder), prompt, settings,
           batch)
-    return sharding.of_cores(rows, self._queries[key])
+    return sharding.cpu_mesh(rows, self._queries[key])
 
   def params_for(
       self, decoder: engine.Decoder, mesh: jax.sharding.Mesh | None = None
@@ -199,16 +199,16 @@ class Pipeline:
     if mesh is None:
       return params
     if (mesh, count) not in self._lent:
-      self._lent[mesh, count] = sharding.lend(params, mesh)
+      self._lent[mesh, count] = sharding.replicate(params, mesh)
     return self._lent[mesh, count]
 
   @property
   def _drawing(self) -> Params:
     """In the form for devices that share the weights, or for those that do not.
     """
-    is_cut = sharding.parameters_apart() > 1
+    is_cut = sharding.num_param_shards() > 1
     if is_cut not in self._forms:
-      self._forms[is_cut] = for_drawing(self.params)
+      self._forms[is_cut] = inference_layout(self.params)
     return self._forms[is_cut]
 
   @functools.cached_property
@@ -291,7 +291,7 @@ class Pipeline:
   def _surprisal(self):
     return likelihood.surprisal(self.family.generator)
 
-  def draw_tokens(self, tokens: np.ndarray, batch: int = 8) -> np.ndarray:
+  def decode_images(self, tokens: np.ndarray, batch: int = 8) -> np.ndarray:
     """uint8 [B, H, W, 3]: the pictures of grids, int32 [B, R, C]."""
     images, tokens = [], self._grids(tokens)
     for start in range(0, len(tokens), batch):

@@ -21,7 +21,7 @@ _PASSES = 16  # after which whoever waits is told how far it is
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
+class StreamRequest:
   """What is to be drawn, and how.
 
   Attributes:
@@ -58,7 +58,7 @@ class Stream:
     passes: Trunk forwards of the whole batch so far, beside one per prompt.
   """
 
-  def __init__(self, pipe: Any, order: Order):
+  def __init__(self, pipe: Any, order: StreamRequest):
     self._pipe, self._order = pipe, order
     self.notes: list[str] = []
     self.clock = Clock()
@@ -80,7 +80,7 @@ class Stream:
         item = next(waiting, None)
         if item is None:
           break
-        batch.admit(place, *item)
+        batch.insert(place, *item)
       is_busy = batch.start()  # draws on while the last ones are handed over
       for finish, image in finished:
         yield finish(image=sharding.fetch(image)[0])
@@ -113,7 +113,7 @@ class _Batch:
     drawn: Pictures so far, those of which only a part is final in part.
   """
 
-  def __init__(self, pipe: Any, order: Order, clock: Clock):
+  def __init__(self, pipe: Any, order: StreamRequest, clock: Clock):
     self._pipe, self._order, self._clock = pipe, order, clock
     self._mesh: jax.sharding.Mesh | None = None
     self._key = jax.random.key(order.seed)
@@ -127,24 +127,24 @@ class _Batch:
     """Places that nobody has."""
     return [place for place, who in enumerate(self._who) if who is None]
 
-  def admit(self, place: int, index: int, text: str, prompt: Prompt) -> None:
+  def insert(self, place: int, index: int, text: str, prompt: Prompt) -> None:
     """Prefills a prompt into a place."""
     order, loop = self._order, self._loop
     if loop is None:
       rows = jax.tree.map(lambda x: jnp.repeat(x, order.batch, axis=0), prompt)
       self._mesh = self._clock.compile(
           self._pipe.cores, order.decoder, rows, order.sampling, order.batch)
-    with sharding.using(self._mesh):
-      prompt = sharding.place_rows(prompt)
+    with sharding.use_mesh(self._mesh):
+      prompt = sharding.shard_rows(prompt)
       if loop is None:
         loop = self._run(
-          continuous_batching.empty, prompt, order.sampling, batch=order.batch
+          continuous_batching.init, prompt, order.sampling, batch=order.batch
         )
       # The longest prompt so far says how many slots all have.
       loop = continuous_batching.widen_batch(loop, prompt.tokens.shape[1])
       prompt = continuous_batching.widen(prompt, loop.prompt.tokens.shape[1])
       self._loop = self._run(
-          continuous_batching.admit, prompt, order.sampling, self._key, loop,
+          continuous_batching.insert, prompt, order.sampling, self._key, loop,
           np.int32(index), np.int32(place))
     self._who[place], self._passes_B[place] = (index, text), 1
 
@@ -152,7 +152,7 @@ class _Batch:
     """Lets the device draw for a while; whether there is somebody to draw."""
     if not any(self._who):
       return False
-    with sharding.using(self._mesh):
+    with sharding.use_mesh(self._mesh):
       self._loop, *self._found = self._run(
         continuous_batching.advance,
         self._order.sampling,

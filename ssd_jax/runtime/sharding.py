@@ -116,7 +116,7 @@ def current() -> Mesh | None:
   return None if mesh.empty else mesh
 
 
-def of_cores(rows: int, queries: int) -> Mesh | None:
+def cpu_mesh(rows: int, queries: int) -> Mesh | None:
   """A mesh of the CPU's devices that share the rows of a pass, if they should.
 
   XLA runs the small products of a pass mostly on one core; devices draw their
@@ -135,12 +135,12 @@ def of_cores(rows: int, queries: int) -> Mesh | None:
   return None if parts == 1 else make_mesh(f"data={parts}")
 
 
-def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
   """With the mesh set; with None, nothing changes."""
   return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
 
 
-def lend(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: Any, mesh: Mesh) -> Any:
   """Arrays of one CPU device on all of a mesh, in the memory where they are."""
 
   def shared(x):
@@ -152,7 +152,7 @@ def lend(tree: Any, mesh: Mesh) -> Any:
   return jax.tree.map(shared, tree)
 
 
-def rows_apart(mesh: Any = None) -> int:
+def num_row_shards(mesh: Any = None) -> int:
   """Into how many parts rows are cut, inside jit too."""
   mesh = mesh or jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else math.prod(mesh.shape[a] for a in _ROWS)
@@ -160,12 +160,12 @@ def rows_apart(mesh: Any = None) -> int:
 
 def even_batch(batch: int, streams: int) -> int:
   """The batch, or the next larger one whose rows the mesh shares evenly."""
-  parts = rows_apart()
+  parts = num_row_shards()
   step = parts // math.gcd(parts, streams)
   return -(-batch // step) * step
 
 
-def parameters_apart() -> int:
+def num_param_shards() -> int:
   """Into how many parts large parameters are cut."""
   mesh = current()
   return 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
@@ -221,7 +221,7 @@ def _joined(path) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def place(tree: Any, mesh: Mesh | None = None) -> Any:
+def shard_params(tree: Any, mesh: Mesh | None = None) -> Any:
   """The tree of parameters as arrays on the mesh, if one is set.
 
   Every host holds the whole tree and hands over its devices' parts.
@@ -262,7 +262,7 @@ def constrain(tree: Any) -> Any:
 
 def rows_spec(count: int, ndim: int, mesh: Any, axis: int = 0) -> PartitionSpec:
   """Rows over data and fsdp; whole where these do not share them evenly."""
-  if count % rows_apart(mesh):
+  if count % num_row_shards(mesh):
     return PartitionSpec()
   return PartitionSpec(*(None,) * axis, _ROWS, *(None,) * (ndim - axis - 1))
 
@@ -295,7 +295,7 @@ def constrain_rows(tree: Any) -> Any:
           x, rows_spec(x.shape[0], x.ndim, mesh)), tree)
 
 
-def whole(x: jax.Array, axis: int = -1) -> jax.Array:
+def replicate_axis(x: jax.Array, axis: int = -1) -> jax.Array:
   """Inside jit: the array with an axis whole on every device.
 
   The other axes lie as they do. States between layers are kept so: left to
@@ -313,7 +313,7 @@ def whole(x: jax.Array, axis: int = -1) -> jax.Array:
   return jax.numpy.moveaxis(last, -1, axis)
 
 
-def place_rows(tree: Any, mesh: Mesh | None = None) -> Any:
+def shard_rows(tree: Any, mesh: Mesh | None = None) -> Any:
   """Arrays that lead with rows, the same on every host, cut by rows."""
   mesh = mesh or current()
   if mesh is None:
@@ -323,7 +323,7 @@ def place_rows(tree: Any, mesh: Mesh | None = None) -> Any:
           mesh, rows_spec(len(x), np.ndim(x), mesh))), tree)
 
 
-def share(mesh: Mesh | None = None) -> tuple[int, int]:
+def host_share(mesh: Mesh | None = None) -> tuple[int, int]:
   """(index, count): which part of the rows this host's devices hold.
 
   Raises:
@@ -337,7 +337,7 @@ def share(mesh: Mesh | None = None) -> tuple[int, int]:
     row = at[0] * mesh.shape["fsdp"] + at[1]
     held.setdefault(device.process_index, set()).add(row)
   parts = sorted({tuple(sorted(rows)) for rows in held.values()})
-  if sum(map(len, parts)) != rows_apart(mesh):
+  if sum(map(len, parts)) != num_row_shards(mesh):
     raise UserError(
         f"got mesh {dict(mesh.shape)} whose hosts hold overlapping rows, "
         "expected tensor to divide the devices of a host or be a multiple of "
@@ -345,7 +345,7 @@ def share(mesh: Mesh | None = None) -> tuple[int, int]:
   return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
-def join_rows(tree: Any, rows: int, mesh: Mesh | None = None) -> Any:
+def global_rows(tree: Any, rows: int, mesh: Mesh | None = None) -> Any:
   """A batch over all hosts, of this host's share.
 
   Args:
@@ -359,7 +359,7 @@ def join_rows(tree: Any, rows: int, mesh: Mesh | None = None) -> Any:
   mesh = mesh or current()
   if mesh is None:
     return tree
-  total, parts = rows * share(mesh)[1], rows_apart(mesh)
+  total, parts = rows * host_share(mesh)[1], num_row_shards(mesh)
   if total % parts:
     raise UserError(
         f"got a batch of {total} rows for data x fsdp = {parts}, expected a "
@@ -376,14 +376,14 @@ def join_rows(tree: Any, rows: int, mesh: Mesh | None = None) -> Any:
   return jax.tree.map(join, tree)
 
 
-def agree(values: Any) -> Any:
+def broadcast_from_host0(values: Any) -> Any:
   """The first host's numpy array, on every host."""
   if jax.process_count() == 1:
     return values
   return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
-def meet(what: str) -> None:
+def barrier(what: str) -> None:
   """Returns once every host has come here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)

@@ -16,7 +16,7 @@ from ssd_jax.core.config import UserError
 from ssd_jax.core.extras import need
 from ssd_jax.decoding import registry
 from ssd_jax.decoding.engine import is_lossless
-from ssd_jax.serving.studio import Busy, Studio
+from ssd_jax.serving.studio import Busy, Worker
 from ssd_jax.storage import checkpoints
 
 _PAGE = {
@@ -40,7 +40,7 @@ EXAMPLES = ("red heart", "smiling cat face", "pizza", "peach", "money bag",
             "firefighter", "pencil", "angry face with horns")
 
 
-def make_app(studio: Studio, hosts: list[str], bench: str | None = None) -> Any:
+def make_app(studio: Worker, hosts: list[str], bench: str | None = None) -> Any:
   """The ASGI application.
 
   Args:
@@ -75,7 +75,7 @@ def make_app(studio: Studio, hosts: list[str], bench: str | None = None) -> Any:
 class _Service:
   """The routes; those without `async` run beside the event loop."""
 
-  def __init__(self, studio: Studio, bench: str | None):
+  def __init__(self, studio: Worker, bench: str | None):
     self.studio = studio
     self.responses = need("starlette.responses", "demo")
     self.bench = _read_bench(bench)
@@ -159,7 +159,7 @@ class _Service:
     return self.answer(self.bench["plot"], "image/png")
 
 
-def _info(studio: Studio) -> dict[str, Any]:
+def _info(studio: Worker) -> dict[str, Any]:
   pipe, grid = studio.pipe, studio.pipe.model.grid
   device = jax.devices()[0]
   decoders = [

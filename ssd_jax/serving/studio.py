@@ -27,7 +27,7 @@ class Busy(Exception):
   """More requests wait than are let in."""
 
 
-class Studio:
+class Worker:
   """Draws requests in the order they come, those that are alike together."""
 
   def __init__(
@@ -55,7 +55,7 @@ class Studio:
     """
     request = parse(values, self.limits, self.pipe.model.grid.cells)
     lossless = self._check(request)
-    made = lambda label, law: Lane(label, law, [
+    made = lambda label, distribution: Lane(label, distribution, [
         Picture(np.zeros(self._shape, int)) for _ in range(request.images)])
     lanes = [made(request.label, lossless)]
     if request.race:
@@ -181,7 +181,7 @@ class Studio:
     for lane in lanes:
       lane.state, lane.together = "compiling", len(texts)
     # Compiled before the clock runs.
-    self.pipe.draw_tokens(np.zeros((size, *self._shape), int), size)
+    self.pipe.decode_images(np.zeros((size, *self._shape), int), size)
     painter = _Painter(self.pipe, pictures, size)
 
     def on_pass(progress: Progress) -> None:
@@ -243,7 +243,7 @@ class _Painter:
           return
         tokens, self._tokens = self._tokens, None
       start = time.monotonic()
-      images = self._pipe.draw_tokens(tokens, self._size)
+      images = self._pipe.decode_images(tokens, self._size)
       for picture, image in zip(self._pictures, images, strict=False):
         picture.paint(image)
       pause = max((time.monotonic() - start) / _SHARE, _LEAST)

@@ -33,7 +33,7 @@ def save(folder: str | os.PathLike, tree: Any, dtype: Any = None) -> None:
   tree = sharding.fetch(tree)
   if jax.process_index() == 0:
     _write(folder, tree, dtype)
-  sharding.meet(f"saved {folder.name}")
+  sharding.barrier(f"saved {folder.name}")
 
 
 def _write(folder: pathlib.Path, tree: Any, dtype: Any) -> None:
@@ -195,7 +195,7 @@ def cast(tree: Any, dtype: Any) -> Any:
         lambda x: jax.numpy.asarray(x, dtype if _is_float(x) else None), tree)
   # On the host: the whole need not fit on one device.
   is_right = lambda x: not _is_float(x) or x.dtype == dtype
-  return sharding.place(jax.tree.map(
+  return sharding.shard_params(jax.tree.map(
       lambda x: x if is_right(x) else np.asarray(x, dtype), tree))
 
 

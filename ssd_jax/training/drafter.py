@@ -49,7 +49,7 @@ from ssd_jax.storage import checkpoints
 from ssd_jax.training import loop, losses
 from ssd_jax.training.draft_paths import WIDTH, Acceptance
 from ssd_jax.training.heads import plain_batches
-from ssd_jax.training.self_distillation import DrawnTokens, Teacher
+from ssd_jax.training.self_distillation import GeneratedTokens, Teacher
 from ssd_jax.training.state import (
   TrainState,
   apply_gradients,
@@ -113,7 +113,7 @@ class DrafterTraining:
 
 
 def run(
-    teacher: Teacher, splits: Mapping[str, DrawnTokens],
+    teacher: Teacher, splits: Mapping[str, GeneratedTokens],
     cfg: DrafterTraining, workdir: str | os.PathLike,
 ) -> tuple[TrainState, DrafterConfig]:
   """(state whose params are the drafter's, its trunk), trained in `workdir`.
@@ -163,7 +163,7 @@ def run(
 
 
 def both_streams(
-    source: DrawnTokens, teacher: Teacher, cfg: LoopConfig
+    source: GeneratedTokens, teacher: Teacher, cfg: LoopConfig
 ) -> grain.IterDataset:
   """Endless batches {"prompt": Prompt [G * B], "tokens": int32 [B, N]}."""
 

@@ -35,7 +35,11 @@ from ssd_jax.models.spatial_heads import (
 from ssd_jax.runtime import sharding
 from ssd_jax.storage import checkpoints
 from ssd_jax.training import loop, losses, self_distillation
-from ssd_jax.training.self_distillation import DrawConfig, DrawnTokens, Teacher
+from ssd_jax.training.self_distillation import (
+  GeneratedTokens,
+  GenerationConfig,
+  Teacher,
+)
 from ssd_jax.training.state import (
   TrainState,
   apply_gradients,
@@ -60,7 +64,7 @@ class MTPConfig:
   """
 
   heads: HeadsOptions = HeadsOptions()
-  draw: DrawConfig = DrawConfig()
+  draw: GenerationConfig = GenerationConfig()
   optimizer: OptimizerConfig = OptimizerConfig(
       learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=20,
       b1=0.9, b2=0.95, weight_decay=0.01, clip=math.inf,
@@ -94,7 +98,7 @@ def run(
   _check_offsets(teacher.generator.grid, cfg.heads)
   heads_cfg = HeadsConfig.make(teacher.generator, cfg.heads, teacher.params)
   claim(workdir / "heads.json", heads_cfg)
-  splits = draw_splits(teacher, captions, cfg.draw, workdir)
+  splits = generate_splits(teacher, captions, cfg.draw, workdir)
   heads = SpatialHeads(teacher.generator, heads_cfg)
   optimizer = make_optimizer(cfg.optimizer, cfg.loop)
   state = sharding.create(
@@ -123,13 +127,15 @@ def run(
   return state, heads_cfg
 
 
-def draw_splits(
-    teacher: Teacher, captions: Mapping[str, Sequence[str]], cfg: DrawConfig,
-    workdir: pathlib.Path,
-) -> dict[str, DrawnTokens]:
+def generate_splits(
+  teacher: Teacher,
+  captions: Mapping[str, Sequence[str]],
+  cfg: GenerationConfig,
+  workdir: pathlib.Path,
+) -> dict[str, GeneratedTokens]:
   """Stage one: the images of every split, each with a seed of its own."""
   return {
-      name: self_distillation.draw(
+      name: self_distillation.generate_images(
           teacher, texts, dataclasses.replace(cfg, seed=cfg.seed + place),
           workdir / "tokens" / name,
       )
@@ -192,7 +198,7 @@ def make_measure(heads: SpatialHeads, teacher: Teacher):
 
 
 def plain_batches(
-    source: DrawnTokens, teacher: Teacher, batch: int, count: int
+    source: GeneratedTokens, teacher: Teacher, batch: int, count: int
 ) -> Iterator[dict]:
   """Batches {"prompt", "tokens_SN"} of the first images, none dropped."""
   count = min(count, len(source))

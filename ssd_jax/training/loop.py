@@ -26,7 +26,7 @@ from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage import checkpoints
 from ssd_jax.training.preemption import Preemption
-from ssd_jax.training.state import TrainState, bit_sums
+from ssd_jax.training.state import TrainState, checksum_tree
 
 Metrics = Mapping[str, jax.Array]
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -55,26 +55,26 @@ def train(
     SystemExit: with 0 after SIGTERM, once the state is saved.
   """
   folder = pathlib.Path(workdir).absolute()
-  rows = cfg.batch // sharding.share()[1]
+  rows = cfg.batch // sharding.host_share()[1]
   for name in ("checkpoints", "logs"):
     _make_folder(folder / name)
   with _manager(folder, cfg) as manager, Preemption() as preemption:
-    state, iterator = _restore(manager, sharding.place(state), data)
+    state, iterator = _restore(manager, sharding.shard_params(state), data)
     start = int(state.step)
     log = _Log(folder, start, cfg.steps)
     for step in log.bar:
-      batch = sharding.join_rows(next(iterator), rows)
+      batch = sharding.global_rows(next(iterator), rows)
       state, metrics = step_fn(state, batch)
       done = step + 1
       is_due = lambda every, done=done: done % every == 0 or done == cfg.steps
-      is_told = preemption.is_due()
-      if is_due(cfg.log_every) or is_due(cfg.save_every) or is_told:
+      is_reported = preemption.is_due()
+      if is_due(cfg.log_every) or is_due(cfg.save_every) or is_reported:
         values = {k: float(v) for k, v in metrics.items()}
         _check_finite(values, done, manager)
         log.write(values, done)
-      if is_due(cfg.save_every) or is_told:
+      if is_due(cfg.save_every) or is_reported:
         _save(manager, done, state, iterator)
-      if is_told and done < cfg.steps:
+      if is_reported and done < cfg.steps:
         _stop(manager, done)
       if evaluate and is_due(cfg.eval_every):
         log.tell(evaluate(state), done)
@@ -168,7 +168,7 @@ def _sums(state: TrainState, iterator: Any) -> dict[str, int]:
   """A number of each array, and of the place in the stream on one host."""
   names, leaves = zip(
       *jax.tree_util.tree_flatten_with_path(state)[0], strict=True)
-  sums = map(int, jax.device_get(bit_sums(leaves)))
+  sums = map(int, jax.device_get(checksum_tree(leaves)))
   found = dict(zip(map(jax.tree_util.keystr, names), sums, strict=True))
   if jax.process_count() == 1:
     place = json.dumps(iterator.get_state(), sort_keys=True, default=str)

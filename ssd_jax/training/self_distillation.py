@@ -53,7 +53,7 @@ class Teacher:
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawConfig:
+class GenerationConfig:
   """How images are drawn.
 
   Attributes:
@@ -73,7 +73,7 @@ class DrawConfig:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DrawnTokens:
+class GeneratedTokens:
   """Captions and the images drawn for them.
 
   Attributes:
@@ -99,10 +99,10 @@ class DrawnTokens:
     return sequence
 
 
-def draw(
-    teacher: Teacher, captions: Sequence[str], cfg: DrawConfig,
+def generate_images(
+    teacher: Teacher, captions: Sequence[str], cfg: GenerationConfig,
     folder: str | os.PathLike,
-) -> DrawnTokens:
+) -> GeneratedTokens:
   """One image per caption, from `folder` as far as it holds them.
 
   Raises:
@@ -119,7 +119,9 @@ def draw(
   bar = Bar(total=len(captions), desc=folder.name, unit="image",
             disable=not is_first)
   # All hosts draw every shard together: none may think another is there.
-  is_there = sharding.agree(np.array([path.exists() for path, _ in shards]))
+  is_there = sharding.broadcast_from_host0(
+    np.array([path.exists() for path, _ in shards])
+  )
   with bar, Preemption() as preemption:
     for (path, images), skip in zip(shards, is_there, strict=True):
       if skip:
@@ -128,16 +130,16 @@ def draw(
       drawn = _draw_images(teacher, captions, images, cfg, preemption, bar)
       if is_first:
         _write_whole(path, drawn)
-  sharding.meet(f"drawn {folder.name}")
+  sharding.barrier(f"drawn {folder.name}")
   grid = teacher.generator.grid
   tokens = [_read(path, (len(images), grid.cells)) for path, images in shards]
-  return DrawnTokens(
+  return GeneratedTokens(
       captions, np.concatenate(tokens), grid, teacher.generator.cfg.vocab_out
   )
 
 
 def batches(
-    source: DrawnTokens, teacher: Teacher, batch: int, seed: int,
+    source: GeneratedTokens, teacher: Teacher, batch: int, seed: int,
     drop_caption: float,
 ) -> grain.IterDataset:
   """Endless batches {"prompt": Prompt [B], "tokens": int32 [B, N]}.
@@ -167,7 +169,9 @@ def batches(
   return data_stream.stream(source, load, batch, seed).map(assemble)
 
 
-def _manifest(teacher: Teacher, captions: tuple[str, ...], cfg: DrawConfig):
+def _manifest(
+  teacher: Teacher, captions: tuple[str, ...], cfg: GenerationConfig
+):
   """Everything that the drawn tokens depend on."""
   generator, settings = teacher.generator, teacher.sampling
   return {
@@ -217,7 +221,7 @@ def _shards(folder: pathlib.Path, count: int, size: int):
 
 
 def _draw_images(
-    teacher, captions, images, cfg: DrawConfig, preemption: Preemption,
+    teacher, captions, images, cfg: GenerationConfig, preemption: Preemption,
     bar: Bar,
 ) -> np.ndarray:
   """Codes [images, cells] in the smallest unsigned type that holds them."""
@@ -235,7 +239,7 @@ def _draw_images(
         [captions[i] for i in index], teacher.guided
     )
     out = engine.decode(
-        model, AR(), teacher.params, sharding.place_rows(prompt),
+        model, AR(), teacher.params, sharding.shard_rows(prompt),
         teacher.sampling, jax.random.key(cfg.seed), jnp.asarray(index),
     )
     tokens = sharding.fetch(out.tokens)

@@ -135,16 +135,16 @@ def mean_gradients(
 
 
 @jax.jit
-def bit_sums(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+def checksum_tree(leaves: Sequence[jax.Array]) -> list[jax.Array]:
   """uint32 [] of each array, another one when a bit of it is.
 
   Its words, each times an odd number of its place, modulo 2^32: exact in any
   order, so that the same comes of any mesh.
   """
-  return [_bit_sum(x) for x in leaves]
+  return [_checksum_leaf(x) for x in leaves]
 
 
-def _bit_sum(x: jax.Array) -> jax.Array:
+def _checksum_leaf(x: jax.Array) -> jax.Array:
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     x = jax.random.key_data(x)
   if x.dtype == bool:

@@ -76,7 +76,7 @@ def filling(
   image = output.images[index]
   drafts = np.broadcast_to(image, (len(shown), *image.shape))
   if is_draft.any():
-    drafts = pipe.draw_tokens(history[moments])
+    drafts = pipe.decode_images(history[moments])
   frames = [
       compose(image, draft, final_RC, draft_RC)
       for draft, final_RC, draft_RC in zip(

@@ -10,14 +10,14 @@ import uvicorn
 
 import ssd_jax
 from ssd_jax.serving import server
-from ssd_jax.serving.studio import Studio
+from ssd_jax.serving.studio import Worker
 
 
 @contextlib.contextmanager
 def page(model: str, bench: str | None = None):
   """(address, studio) of a page with "greys", "emoji" or a model folder."""
   pipe = chains.pipeline(8, 8, 32) if model == "greys" else ssd_jax.load(model)
-  studio = Studio(pipe)
+  studio = Worker(pipe)
   listener = socket.socket()
   listener.bind(("127.0.0.1", 0))
   app = server.make_app(studio, ["127.0.0.1"], bench)

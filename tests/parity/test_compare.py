@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from ssd_jax.decoding.ar import AR
-from ssd_jax.performance.transformers_baseline import Ours, Setting, Theirs
+from ssd_jax.performance.transformers_baseline import (
+  OurDecoders,
+  Setting,
+  TransformersBaseline,
+)
 
 _ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -17,8 +21,11 @@ _ROOT = pathlib.Path(__file__).parent.parent.parent
 def test_both_sides_draw_the_same_greedy_tokens():
   """One set of weights: our AR and transformers agree, token for token."""
   setting = Setting(2, 64, 16, 50, 25, 7, 2, "float32", seed=3)
-  theirs = Theirs(setting)
-  drawn, ours = theirs.draw(False), Ours(setting, theirs).draw(AR(), 0.0)
+  theirs = TransformersBaseline(setting)
+  drawn, ours = (
+    theirs.generate(False),
+    OurDecoders(setting, theirs).generate(AR(), 0.0),
+  )
   np.testing.assert_array_equal(ours.tokens, drawn.tokens)
   assert ours.tokens.shape == (2, 25) and ours.passes == drawn.passes == 25
   assert len(np.unique(ours.tokens)) > 5
@@ -27,8 +34,8 @@ def test_both_sides_draw_the_same_greedy_tokens():
 def test_bfloat16_weights_are_read_as_they_are():
   """The two bytes of each weight arrive."""
   setting = Setting(1, 32, 16, 20, 4, 3, 1, "bfloat16")
-  theirs = Theirs(setting)
-  embedding = Ours(setting, theirs).params["trunk"]["embedding"]
+  theirs = TransformersBaseline(setting)
+  embedding = OurDecoders(setting, theirs).params["trunk"]["embedding"]
   expected = theirs.model.state_dict()["model.embed_tokens.weight"]
   assert embedding.dtype == "bfloat16"
   np.testing.assert_array_equal(

@@ -126,16 +126,24 @@ _VOCABULARIES = {"lumina": 8192, "anole": 8192, "janus": 16384,
 @pytest.mark.parametrize("name", _VOCABULARIES)
 def test_law_of_sampling(name):
   """The default law is what transformers' own steps make of the logits."""
-  law = getattr(families, name).get_config().sampling
+  distribution = getattr(families, name).get_config().sampling
   logits = 4 * np.random.default_rng(3).normal(
       size=(2, 3, _VOCABULARIES[name]))
   cond, uncond = torch.tensor(logits, dtype=torch.float32)
-  scores = uncond + law.guidance * (cond - uncond)
-  steps = [transformers.TemperatureLogitsWarper(law.temperature)]
-  steps += [transformers.TopKLogitsWarper(law.top_k)] if law.top_k else []
-  steps += [transformers.TopPLogitsWarper(law.top_p)] if law.top_p < 1 else []
+  scores = uncond + distribution.guidance * (cond - uncond)
+  steps = [transformers.TemperatureLogitsWarper(distribution.temperature)]
+  steps += (
+    [transformers.TopKLogitsWarper(distribution.top_k)]
+    if distribution.top_k
+    else []
+  )
+  steps += (
+    [transformers.TopPLogitsWarper(distribution.top_p)]
+    if distribution.top_p < 1
+    else []
+  )
   for step in steps:
     scores = step(None, scores)
   ours = sampling.target(
-      jnp.asarray(logits, jnp.float32), sampling.Sampling.make(**law))
+      jnp.asarray(logits, jnp.float32), sampling.Sampling.make(**distribution))
   np.testing.assert_allclose(ours, scores.softmax(-1).numpy(), atol=1e-6)

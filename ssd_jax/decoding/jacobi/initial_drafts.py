@@ -47,7 +47,7 @@ def draft_first(
   if init.startswith("repeat"):
     near_Q, is_point_Q = tokens_N[source_Q], exists_Q
   else:
-    near_Q = sampling.draw(q_QV, ctx.pass_key(_SAMPLE_PURPOSE))
+    near_Q = sampling.sample_inverse(q_QV, ctx.pass_key(_SAMPLE_PURPOSE))
     is_point_Q = jnp.zeros(size, bool)
   return Drafts(
       jnp.where(exists_Q, near_Q, random_Q),

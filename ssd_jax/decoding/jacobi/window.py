@@ -137,8 +137,8 @@ class Jacobi:
         state.q, state.is_point,
     )
     judge = self._equate if self.acceptance == "equality" else self._test
-    passed_Q, tokens_Q = judge(ctx, slots_Q, p_QV, drafts, is_tested_Q)
-    count = acceptance.count_prefix(is_forced_Q | passed_Q)
+    accepted_Q, tokens_Q = judge(ctx, slots_Q, p_QV, drafts, is_tested_Q)
+    count = acceptance.count_prefix(is_forced_Q | accepted_Q)
     following = state.next + jnp.minimum(count + 1, size)
     following = jnp.minimum(following, grid.length)
     return self._advance(ctx, state, tokens_Q, p_QV, following)
@@ -175,26 +175,26 @@ class Jacobi:
     u_Q = jax.random.uniform(
         ctx.pass_key(_TEST_PURPOSE), drafts.tokens.shape
     )
-    passed_Q = _pad(self.accept(ctx, p_QV[:-1], drafts, u_Q)) & is_tested_Q
-    failed_Q = is_tested_Q & ~passed_Q
+    accepted_Q = _pad(self.accept(ctx, p_QV[:-1], drafts, u_Q)) & is_tested_Q
+    rejected_Q = is_tested_Q & ~accepted_Q
     if self.coupling != "maximal":
       # Only the first rejection is corrected; later slots are drawn afresh.
-      is_prefix_Q = jnp.cumsum(failed_Q) == 0
-      failed_Q &= jnp.cumsum(failed_Q) == 1
-      passed_Q &= is_prefix_Q
-    law_QV = jnp.concatenate(
+      is_prefix_Q = jnp.cumsum(rejected_Q) == 0
+      rejected_Q &= jnp.cumsum(rejected_Q) == 1
+      accepted_Q &= is_prefix_Q
+    dist_QV = jnp.concatenate(
         [acceptance.residual(p_QV[:-1], drafts), p_QV[-1:]]
     )
-    law_QV = jnp.where(failed_Q[:, None], law_QV, p_QV)
+    dist_QV = jnp.where(rejected_Q[:, None], dist_QV, p_QV)
     # A correction must not reuse the noise its draft was drawn with. A slot
     # without a draft to test may take the noise AR takes.
-    is_shared_Q = ~failed_Q if self.coupling == "gumbel" else ~is_tested_Q
+    is_shared_Q = ~rejected_Q if self.coupling == "gumbel" else ~is_tested_Q
     drawn_Q = jnp.where(
         is_shared_Q,
-        sampling.sample(law_QV, ctx.token_noise(slots_Q)),
-        sampling.draw(law_QV, ctx.pass_key(_DRAW_PURPOSE)),
+        sampling.sample(dist_QV, ctx.token_noise(slots_Q)),
+        sampling.sample_inverse(dist_QV, ctx.pass_key(_DRAW_PURPOSE)),
     )
-    return passed_Q, jnp.where(passed_Q, _pad(drafts.tokens), drawn_Q)
+    return accepted_Q, jnp.where(accepted_Q, _pad(drafts.tokens), drawn_Q)
 
   def _advance(
       self, ctx: Context, state: JacobiState, tokens_Q: jax.Array,

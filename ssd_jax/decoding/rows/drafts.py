@@ -27,7 +27,7 @@ def put_drafts(
   )
 
 
-def draw(
+def sample_drafts(
     ctx: Context, q_KV: jax.Array, slots_K: jax.Array, how: str,
     purpose: int = 0,
 ) -> Drafts:
@@ -39,7 +39,7 @@ def draw(
     tokens_K = sampling_lib.sample(q_KV, ctx.token_noise(slots_K))
   else:
     key = jax.random.fold_in(ctx.pass_key(DRAFT), purpose)
-    tokens_K = sampling_lib.draw(q_KV, key)
+    tokens_K = sampling_lib.sample_inverse(q_KV, key)
   return Drafts(tokens_K, q_KV, jnp.zeros(slots_K.shape, bool))
 
 

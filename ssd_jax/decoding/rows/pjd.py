@@ -97,24 +97,24 @@ class PJD:
     """State with each active row's accepted drafts final, the rest redrawn."""
     del hidden_GQD
     grid = ctx.model.grid
-    verdict = rows_lib.judge(ctx, state, queries, p_QV)
+    verdict = rows_lib.verify(ctx, state, queries, p_QV)
     row_Q, col_Q = rows_lib.place(grid, verdict.cells)
-    run_H = rows_lib.run(grid, state, verdict)
+    run_H = rows_lib.accepted_prefix(grid, state, verdict)
     is_top_H = jnp.arange(grid.rows) == state.lead
     final_Q = verdict.is_open & (col_Q < (run_H + is_top_H)[row_Q])
-    fresh_Q = sampling.draw(p_QV, ctx.pass_key(rows_lib.REFRESH))
+    fresh_Q = sampling.sample_inverse(p_QV, ctx.pass_key(rows_lib.REFRESH))
     verdict = verdict.replace(
         tokens=jnp.where(final_Q, verdict.tokens, fresh_Q))
     at_Q = jnp.where(final_Q, verdict.cells, grid.length)
     fill_H = rows_lib.prefix(grid, state.final.at[at_Q].set(True, mode="drop"))
     # The cell after the last draft is one itself, if there is room for it.
     end_H = fill_H + self._drafts(grid, fill_H)
-    redrawn_Q = verdict.is_open & (final_Q | (col_Q < end_H[row_Q]))
+    resampled_Q = verdict.is_open & (final_Q | (col_Q < end_H[row_Q]))
     if self.keep:
       # The rejected draft itself is never kept.
       is_behind_Q = col_Q > run_H[row_Q]
-      redrawn_Q &= final_Q | ~(is_behind_Q & self._is_likely(state, verdict))
-    state = rows_lib.commit(state, queries, verdict, redrawn_Q, final_Q)
+      resampled_Q &= final_Q | ~(is_behind_Q & self._is_likely(state, verdict))
+    state = rows_lib.commit(state, queries, verdict, resampled_Q, final_Q)
     return self._advance(ctx, state)
 
   def _is_likely(self, state: Rows, verdict: Verdict) -> jax.Array:
@@ -140,7 +140,7 @@ class PJD:
     state = row_drafts.stand_in(grid, state, row, last, is_due)
     state = state.replace(entered=row + is_due)
     fill_R = fill_H.at[lead + jnp.arange(rows)].get(mode="clip")
-    state = rows_lib.move(state, lead, fill_R)
+    state = rows_lib.shift_window(state, lead, fill_R)
     return self._top_up(ctx, state, fill_H)
 
   def _top_up(self, ctx: Context, state: Rows, fill_H: jax.Array) -> Rows:

@@ -130,7 +130,7 @@ class SSD:
   ) -> Rows:
     """State with rows corrected or committed, and the next ones drafted."""
     grid = ctx.model.grid
-    verdict = rows_lib.judge(
+    verdict = rows_lib.verify(
         ctx, state, queries, p_QV, lenience=self.lenience, eager=True)
     row_Q, _ = rows_lib.place(grid, verdict.cells)
     is_round_H = (state.plan.rounds > 0) & _in_flight(grid, state)
@@ -152,7 +152,7 @@ class SSD:
     The first row after the pass that commits it; and, if adaptive, rows that a
     round left as they are, where those above are final.
     """
-    rejected_Q = verdict.had_draft & ~verdict.passed
+    rejected_Q = verdict.had_draft & ~verdict.accepted
     changed_Q = jnp.where(rejected_Q, row_Q, is_round_H.shape[0])
     is_changed_H = jnp.zeros_like(is_round_H).at[changed_Q].set(
         True, mode="drop"
@@ -167,7 +167,7 @@ class SSD:
     """State with the window moved on and what is due drafted."""
     grid, entered = ctx.model.grid, state.entered
     lead = rows_lib.first_open(grid, state.final)
-    moved = rows_lib.move(state, lead, state.first)
+    moved = rows_lib.shift_window(state, lead, state.first)
     plan = state.plan
     if self.schedule != "pipelined":
       # A block's next row begins its own rounds.
@@ -199,7 +199,7 @@ class SSD:
         for offset in range(1, reach + 1)
     ])
     slots_K = count + jnp.arange(reach)
-    drafts = row_drafts.draw(ctx, q_KV, slots_K, self.drafts)
+    drafts = row_drafts.sample_drafts(ctx, q_KV, slots_K, self.drafts)
     index_K = rows_lib.window_index(moved, jnp.int32(0), slots_K)
     moved = row_drafts.put_drafts(
         moved, slots_K, index_K, drafts, is_due & (slots_K < cols)
@@ -228,7 +228,7 @@ class SSD:
           ctx, state, "vertical", offset, (source_C, hidden_GCD), is_new
       )
       slots_C = source_C + offset * grid.row_slots
-      drafts = row_drafts.draw(ctx, q_CV, slots_C, self.drafts, offset)
+      drafts = row_drafts.sample_drafts(ctx, q_CV, slots_C, self.drafts, offset)
       index_C = rows_lib.window_index(moved, row, cols_C)
       moved = row_drafts.put_drafts(moved, slots_C, index_C, drafts, is_new)
       moved = moved.replace(entered=moved.entered + is_new)

@@ -105,10 +105,10 @@ class _Staircase:
     grid = ctx.model.grid
     # What heads say is near the model's law; copies of the row above are not,
     # and if they passed leniently, pictures would run flat.
-    verdict = rows_lib.judge(
+    verdict = rows_lib.verify(
         ctx, state, queries, p_QV, self.coupled, self._lenience(grid),
         eager=self._uses_heads(ctx.model))
-    final_Q = self._climb(grid, state, verdict)
+    final_Q = self._accepted_prefix(grid, state, verdict)
     state = rows_lib.commit(
         state, queries, verdict, verdict.had_draft, final_Q
     )
@@ -143,7 +143,9 @@ class _Staircase:
     has_room = jnp.sum(wanted_N) <= self._size(grid)
     return jnp.where(has_room, wanted_N, open_N)
 
-  def _climb(self, grid: Grid, state: Rows, verdict: Verdict) -> jax.Array:
+  def _accepted_prefix(
+    self, grid: Grid, state: Rows, verdict: Verdict
+  ) -> jax.Array:
     """bool [Q]: cells that become final.
 
     In a row whose first n cells are final or passed, cell n was redrawn in
@@ -154,7 +156,7 @@ class _Staircase:
     rows = state.first.shape[0]
     row_R = jnp.minimum(state.lead + jnp.arange(rows), grid.rows - 1)
     fill_R = rows_lib.prefix(grid, state.final)[row_R]
-    run_R = rows_lib.run(grid, state, verdict)[row_R]
+    run_R = rows_lib.accepted_prefix(grid, state, verdict)[row_R]
     ahead_RC = jnp.full((rows, grid.cols), self._lookahead(grid.cols))
     if self.sure:
       entropy_Q = jnp.sum(jax.scipy.special.entr(verdict.p), axis=-1)
@@ -184,7 +186,7 @@ class _Staircase:
       ]
       # Beyond the furthest head, its guess is as good as any.
       q_KV = jnp.concatenate(heads)[jnp.minimum(cols_K, reach) - 1]
-    drafts = row_drafts.draw(ctx, q_KV, cols_K, self._how(), _ROW_0)
+    drafts = row_drafts.sample_drafts(ctx, q_KV, cols_K, self._how(), _ROW_0)
     index_K = rows_lib.window_index(state, jnp.int32(0), cols_K)
     return row_drafts.put_drafts(
         state, cols_K, index_K, drafts, jnp.bool_(True)
@@ -197,7 +199,7 @@ class _Staircase:
     row, cols_C = state.entered, jnp.arange(grid.cols)
     above_C = jnp.asarray(grid.slot_of)[row - 1]
     lead = rows_lib.first_open(grid, state.final)
-    moved = rows_lib.move(state, lead, state.first)
+    moved = rows_lib.shift_window(state, lead, state.first)
     needed = jnp.sum(row_queries.open_rows(grid, moved))
     is_due = (
         (row < grid.rows) & (row < lead + state.first.shape[0])
@@ -206,7 +208,9 @@ class _Staircase:
     )
     q_CV = self._guess(ctx, state, fed, above_C, is_due)
     slots_C = above_C + grid.row_slots
-    drafts = row_drafts.draw(ctx, q_CV, slots_C, self._how(), _ROW_BELOW)
+    drafts = row_drafts.sample_drafts(
+      ctx, q_CV, slots_C, self._how(), _ROW_BELOW
+    )
     index_C = rows_lib.window_index(moved, row, cols_C)
     moved = row_drafts.put_drafts(moved, slots_C, index_C, drafts, is_due)
     return moved.replace(entered=row + is_due)

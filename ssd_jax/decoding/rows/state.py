@@ -25,7 +25,7 @@ from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.engine import Context
 
 # Purposes of a pass's keys.
-TEST, REDRAW, DRAFT, REFRESH = range(4)
+TEST, RESAMPLE, DRAFT, REFRESH = range(4)
 
 
 class Rows(flax.struct.PyTreeNode):
@@ -68,7 +68,7 @@ class Verdict(flax.struct.PyTreeNode):
     index: int32 [Q], their places in the window; W outside.
     is_open: bool [Q], predicted and not final.
     had_draft: bool [Q], open and drafted before.
-    passed: bool [Q], the draft passed its test.
+    accepted: bool [Q], the draft passed its test.
     tokens: int32 [Q], the draft if it passed, else a new draw.
     p: float32 [Q, V], targets.
     law: float32 [Q, V], what the tokens are drawn from: p, but for leniently
@@ -79,10 +79,10 @@ class Verdict(flax.struct.PyTreeNode):
   index: jax.Array
   is_open: jax.Array
   had_draft: jax.Array
-  passed: jax.Array
+  accepted: jax.Array
   tokens: jax.Array
   p: jax.Array
-  law: jax.Array
+  distribution: jax.Array
 
 
 def start(
@@ -101,7 +101,7 @@ def start(
   )
 
 
-def judge(
+def verify(
     ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
     coupled: bool = False, lenience: float = 1.0, eager: bool = False,
 ) -> Verdict:
@@ -137,22 +137,22 @@ def judge(
   had_draft_Q = (
       is_open_Q & is_at(state.known) & (acceptance.at(q_QV, draft_Q) != 0)
   )
-  law_QV = p_QV
+  dist_QV = p_QV
   if coupled:
     drawn_Q = sampling.sample(p_QV, ctx.token_noise(cells_Q))
-    passed_Q = had_draft_Q & (drawn_Q == draft_Q)
+    accepted_Q = had_draft_Q & (drawn_Q == draft_Q)
   else:
     drafts = Drafts(draft_Q, q_QV, jnp.zeros_like(is_open_Q))
     lenience_Q = jnp.where(eager | is_at(state.tested), lenience, 1.0)
-    passed_Q, drawn_Q = _test(ctx, p_QV, drafts, had_draft_Q, lenience_Q)
+    accepted_Q, drawn_Q = _test(ctx, p_QV, drafts, had_draft_Q, lenience_Q)
     if lenience < 1:
-      law_QV = jnp.where(
+      dist_QV = jnp.where(
           had_draft_Q[:, None],
-          acceptance.lenient_law(p_QV, drafts, lenience_Q), p_QV
+          acceptance.lenient_distribution(p_QV, drafts, lenience_Q), p_QV
       )
   return Verdict(
-      cells_Q, index_Q, is_open_Q, had_draft_Q, passed_Q,
-      jnp.where(passed_Q, draft_Q, drawn_Q), p_QV, law_QV,
+      cells_Q, index_Q, is_open_Q, had_draft_Q, accepted_Q,
+      jnp.where(accepted_Q, draft_Q, drawn_Q), p_QV, dist_QV,
   )
 
 
@@ -162,16 +162,16 @@ def _test(
 ) -> tuple[jax.Array, jax.Array]:
   """(bool [Q] drafts that passed, int32 [Q] what is drawn for the others)."""
   u_Q = jax.random.uniform(ctx.pass_key(TEST), had_draft_Q.shape)
-  passed_Q = acceptance.accept_exact(p_QV, drafts, u_Q, lenience_Q)
+  accepted_Q = acceptance.accept_exact(p_QV, drafts, u_Q, lenience_Q)
   left_QV = jnp.where(
       had_draft_Q[:, None], acceptance.residual(p_QV, drafts), p_QV
   )
-  drawn_Q = sampling.draw(left_QV, ctx.pass_key(REDRAW))
-  return had_draft_Q & passed_Q, drawn_Q
+  drawn_Q = sampling.sample_inverse(left_QV, ctx.pass_key(RESAMPLE))
+  return had_draft_Q & accepted_Q, drawn_Q
 
 
 def commit(
-    state: Rows, queries: Queries, verdict: Verdict, redrawn_Q: jax.Array,
+    state: Rows, queries: Queries, verdict: Verdict, resampled_Q: jax.Array,
     final_Q: jax.Array,
 ) -> Rows:
   """State with a verdict carried out.
@@ -185,23 +185,23 @@ def commit(
   """
   nowhere, outside = state.tokens.shape[0], state.q.shape[0]
   pick = lambda is_Q: jnp.where(is_Q, verdict.cells, nowhere)
-  tokens_N = state.tokens.at[pick(redrawn_Q)].set(verdict.tokens, mode="drop")
+  tokens_N = state.tokens.at[pick(resampled_Q)].set(verdict.tokens, mode="drop")
   final_N = state.final.at[pick(final_Q)].set(True, mode="drop")
   same_Q = tokens_N[queries.positions] == queries.tokens
   fed_N = jnp.zeros_like(final_N).at[queries.slots].set(same_Q, mode="drop")
-  index_Q = jnp.where(redrawn_Q, verdict.index, outside)
+  index_Q = jnp.where(resampled_Q, verdict.index, outside)
   return state.replace(
       tokens=tokens_N,
       final=final_N,
-      known=state.known.at[pick(redrawn_Q)].set(True, mode="drop"),
-      tested=state.tested.at[pick(redrawn_Q)].set(True, mode="drop"),
+      known=state.known.at[pick(resampled_Q)].set(True, mode="drop"),
+      tested=state.tested.at[pick(resampled_Q)].set(True, mode="drop"),
       written=state.written.at[queries.slots].set(True, mode="drop"),
       settled=state.settled | (fed_N & final_N),
-      q=state.q.at[index_Q].set(verdict.law, mode="drop"),
+      q=state.q.at[index_Q].set(verdict.distribution, mode="drop"),
   )
 
 
-def move(state: Rows, lead: jax.Array, first_R: jax.Array) -> Rows:
+def shift_window(state: Rows, lead: jax.Array, first_R: jax.Array) -> Rows:
   """State whose window begins elsewhere; q moves along with its cells."""
   moved = state.replace(lead=lead, first=first_R)
   source_W = window_index(state, *window(moved))
@@ -222,9 +222,9 @@ def prefix(grid: Grid, is_N: jax.Array) -> jax.Array:
   return jnp.sum(jnp.cumprod(is_HC, axis=1), axis=1)
 
 
-def run(grid: Grid, state: Rows, verdict: Verdict) -> jax.Array:
+def accepted_prefix(grid: Grid, state: Rows, verdict: Verdict) -> jax.Array:
   """int32 [grid rows]: leading cells of each row that are final or passed."""
-  at_Q = jnp.where(verdict.passed, verdict.cells, grid.length)
+  at_Q = jnp.where(verdict.accepted, verdict.cells, grid.length)
   return prefix(grid, state.final.at[at_Q].set(True, mode="drop"))
 
 

@@ -83,7 +83,7 @@ class ZipAR:
   ) -> Rows:
     """State with one more cell in every row."""
     del hidden_GQD
-    verdict = rows_lib.judge(ctx, state, queries, p_QV, coupled=True)
+    verdict = rows_lib.verify(ctx, state, queries, p_QV, coupled=True)
     final_Q = verdict.is_open
     if self.adaptive:
       verdict, is_final_Q = self._judge_candidates(ctx, state, queries, verdict)
@@ -101,7 +101,7 @@ class ZipAR:
     Source: ZipAR, section 3.3.
     """
     grid = ctx.model.grid
-    tested = rows_lib.judge(ctx, state, queries, verdict.p)
+    tested = rows_lib.verify(ctx, state, queries, verdict.p)
     row_Q, col_Q = rows_lib.place(grid, verdict.cells)
     is_first_Q = col_Q == 0
     is_free_Q = row_Q <= state.lead
@@ -110,7 +110,7 @@ class ZipAR:
     )
     return (
         verdict.replace(tokens=tokens_Q),
-        ~is_first_Q | is_free_Q | tested.passed,
+        ~is_first_Q | is_free_Q | tested.accepted,
     )
 
   def _advance(self, grid: Grid, state: Rows) -> Rows:
@@ -128,7 +128,7 @@ class ZipAR:
     source = (row - 2) * grid.row_slots + fill_H[row - 2] - 1
     state = row_drafts.stand_in(grid, state, row, source, is_due)
     fill_R = fill_H.at[lead + jnp.arange(rows)].get(mode="clip")
-    state = rows_lib.move(state, lead, fill_R)
+    state = rows_lib.shift_window(state, lead, fill_R)
     return state.replace(entered=row + is_due)
 
   def _lag(self, grid: Grid) -> int:

@@ -288,7 +288,7 @@ class Eagle:
       return token, jnp.where(jnp.any(same_K), jnp.argmax(same_K), len(same_K))
     p_V, child = self._test(ctx, p_V, family, u_K)
     # One draw per pass suffices: only the walk's last step uses it.
-    drawn = sampling.draw(p_V[None], ctx.pass_key(_DRAW_PURPOSE))[0]
+    drawn = sampling.sample_inverse(p_V[None], ctx.pass_key(_DRAW_PURPOSE))[0]
     drafted = family.tokens.at[child].get(mode="fill", fill_value=0)
     return jnp.where(child < len(u_K), drafted, drawn), child
 
