@@ -1,7 +1,7 @@
 """The live page in a real Chromium: mouse, keyboard, phone, hostile prompts.
 
     pip install -e ".[demo]" playwright
-    PYTHONPATH=tests python tests/browser/check.py --out screenshots \\
+    python -m tests.browser.check --out screenshots \\
         [--model emoji]
 
 Needs a chromium of the system; writes screenshots and says what it saw. Fails
@@ -13,7 +13,8 @@ import pathlib
 import shutil
 
 from playwright.sync_api import expect, sync_playwright
-import serve
+
+from tests.browser import serve
 
 HOSTILE = '<img src=x onerror="window.owned=1"><script>owned=1</script>'
 DONE = 180_000  # ms, with compiling on a busy machine

@@ -1,6 +1,6 @@
 """200 requests of 16 visitors at once: none may be lost, the page stays quick.
 
-    PYTHONPATH=tests python tests/browser/load.py [--model emoji]
+    python -m tests.browser.load [--model emoji]
 """
 
 import argparse
@@ -10,7 +10,7 @@ import json
 import time
 import urllib.request
 
-import serve
+from tests.browser import serve
 
 
 def ask(url, values=None):

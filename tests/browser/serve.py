@@ -5,12 +5,12 @@ import socket
 import threading
 import time
 
-import chains
 import uvicorn
 
 import ssd_jax
 from ssd_jax.serving import server
 from ssd_jax.serving.studio import Worker
+from tests.support import chains
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Writes efficientnet.npz: features by the published torch network.
 
 Needs torch and efficientnet-lite-pytorch==0.1.0; run from the repository root:
-python tests/golden/efficientnet.py
+python -m tests.golden.efficientnet
 """
 
 import importlib.resources

@@ -1,6 +1,6 @@
 """Writes families.npz: what PyTorch computes of the toy families.
 
-    PYTHONPATH=.:tests:tests/parity python tests/golden/make_families.py
+    python -m tests.golden.make_families
 
 Needs the extra `parity`. Weights are not stored: their names determine them.
 """
@@ -9,9 +9,10 @@ import pathlib
 import tempfile
 
 import numpy as np
-from references import FAMILIES, TEXTS
 import torch
-from toy_weights import CODES
+
+from tests.parity.references import FAMILIES, TEXTS
+from tests.support.toy_weights import CODES
 
 
 def main() -> None:

@@ -1,10 +1,7 @@
 """These tests need the extra `parity`: PyTorch, transformers, diffusers."""
 
 import importlib.util
-import pathlib
-import sys
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent))
 _NEEDED = ("torch", "transformers", "tokenizers", "tiktoken", "bs4", "ftfy",
            "diffusers")
 _MISSING = [name for name in _NEEDED if not importlib.util.find_spec(name)]

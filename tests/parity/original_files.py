@@ -5,7 +5,8 @@ import json
 import safetensors.torch
 import tokenizers
 import torch
-from toy_weights import toy
+
+from tests.support.toy_weights import toy
 
 WORDS = ("a", "red", "blue", "cat", "dog", "in", "the", "rain")
 

@@ -9,23 +9,22 @@ import argparse
 import base64
 import re
 
-from original_files import (
-    fill,
-    frozen,
-    read_ids,
-    renamed,
-    write_safetensors,
-    write_shards,
-    write_tokenizer,
-)
 import torch
-import torch_gpt
-import torch_vq
-from toy_families import CONFIGS
-from toy_weights import CODES, DIM, HEADS, HIDDEN, LAYERS
 import transformers
 from transformers.models.chameleon import modeling_chameleon
-import transformers_vq
+
+from tests.parity import torch_gpt, torch_vq, transformers_vq
+from tests.parity.original_files import (
+  fill,
+  frozen,
+  read_ids,
+  renamed,
+  write_safetensors,
+  write_shards,
+  write_tokenizer,
+)
+from tests.support.toy_families import CONFIGS
+from tests.support.toy_weights import CODES, DIM, HEADS, HIDDEN, LAYERS
 
 TEXTS = ("a red cat", "the dog in the blue rain")
 _PIECES = [bytes([i]) for i in range(256)] + [b"ca", b"cat", b"re", b"red"]

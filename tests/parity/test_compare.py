@@ -1,7 +1,6 @@
 """The comparison with transformers, on a trunk of a moment."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -14,8 +13,7 @@ from ssd_jax.performance.transformers_baseline import (
   Setting,
   TransformersBaseline,
 )
-
-_ROOT = pathlib.Path(__file__).parent.parent.parent
+from tests.support import ROOT
 
 
 def test_both_sides_draw_the_same_greedy_tokens():
@@ -49,7 +47,7 @@ def test_command_writes_both_tables(tmp_path):
       [sys.executable, "-m", "infer.compare", "--layers=2", "--width=64",
        "--vocab=50", "--tokens=16", "--rounds=1", "--loops=sjd:window=4",
        f"--out={tmp_path}"],
-      cwd=_ROOT, capture_output=True, text=True)
+      cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert sorted(x.name for x in tmp_path.iterdir()) == [
       "results.json", "table.md"]

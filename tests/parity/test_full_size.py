@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-import torch_gpt
-import torch_vq
 import transformers
 from transformers.models.chameleon import modeling_chameleon
-import transformers_vq
 
 from ssd_jax import families
 from ssd_jax.cli.convert import RECIPES
+from tests.parity import torch_gpt, torch_vq, transformers_vq
 
 _LEFT_OUT = ("codebook_used", "num_batches_tracked")
 

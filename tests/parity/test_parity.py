@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from references import FAMILIES, TEXTS
 import torch
-from toy_weights import CODES
 import transformers
 
 import ssd_jax
@@ -15,6 +13,8 @@ from ssd_jax.cli.convert import RECIPES
 from ssd_jax.convert import convert
 from ssd_jax.decoding import engine, sampling
 from ssd_jax.decoding.ar import AR
+from tests.parity.references import FAMILIES, TEXTS
+from tests.support.toy_weights import CODES
 
 _GUIDANCE = 2.5
 

@@ -2,11 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-import torch_vq
 import transformers
 from transformers.models.chameleon import modeling_chameleon
 from transformers.models.emu3 import modeling_emu3
 from transformers.models.janus import modeling_janus
+
+from tests.parity import torch_vq
 
 
 class Chameleon:

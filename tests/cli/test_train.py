@@ -1,0 +1,193 @@
+"""train.mtp and train.drafter on a converted model, and drawing with them."""
+
+import dataclasses
+import json
+
+from absl import flags
+import ml_collections
+from PIL import Image
+import pytest
+
+from ssd_jax.cli import generate, run, train
+from ssd_jax.cli.convert import RECIPES
+from ssd_jax.convert import convert
+from ssd_jax.convert.tensors import Checkpoint
+from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
+from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
+from ssd_jax.models.spatial_heads import HeadsOptions
+from ssd_jax.training import self_distillation
+from ssd_jax.training.drafter import DrafterTraining
+from ssd_jax.training.heads import MTPConfig
+from ssd_jax.training.self_distillation import GenerationConfig
+from tests.support.toy_families import llamagen_class_config
+from tests.support.toy_weights import InMemory
+
+GET_CONFIGS = (anole.get_config, emoji.get_config, emu3.get_config,
+               janus.get_config, llamagen.get_config, lumina.get_config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def config_flag():
+  if "config" not in flags.FLAGS:
+    run.define_config()
+
+
+def call(capsys, body, *args):
+  """(exit status, stdout, stderr) of a command with these arguments."""
+  flags.FLAGS.unparse_flags()
+  for name in ("config", "workdir", "prompt", "out", "decoder", "json",
+               "checkpoint", "heads", "drafter", "temperature"):
+    flags.FLAGS[name].unparse()
+  try:
+    run.main(body, ["command", *map(str, args)])
+    status = 0
+  except SystemExit as error:
+    status = error.code
+  captured = capsys.readouterr()
+  return status, captured.out, captured.err
+
+
+def write_config(file, steps=2, rate=1e-4, **changes):
+  """A config file of the toy family, with short runs."""
+  config = llamagen_class_config()
+  config.images_per_caption = 1
+  config.mtp.heads.update(horizontal=2, vertical=1)
+  config.mtp.draw.update(batch=10, shard=10)
+  for part in (config.mtp, config.drafter):
+    part.loop.update(steps=steps, batch=4, save_every=1, eval_every=2)
+    part.update(eval_images=4)
+    part.optimizer.learning_rate = rate
+  config.drafter.update(depth=2, redundancy=0.1)
+  config.update(changes)
+  file.write_text(
+      "import json, ml_collections\n"
+      "get_config = lambda: ml_collections.ConfigDict(json.loads(\n"
+      f"    {config.to_json()!r}))\n")
+  return f"--config={file}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  """The folder of a converted toy checkpoint."""
+  recipe = RECIPES["llamagen"](llamagen_class_config())
+  found = tuple(
+      Checkpoint({s.name: InMemory(s.name, s.shape) for row in part.table.rows
+                  for s in row.sources}, ()) for part in recipe.parts)
+  out = tmp_path_factory.mktemp("toy") / "model"
+  convert.convert(convert.Job(recipe, found, (), "float32"), out)
+  return out
+
+
+def test_converted_trained_drawn(capsys, model, tmp_path, monkeypatch):
+  """Both commands run on one set of images; their weights draw pictures."""
+  config = write_config(tmp_path / "toy.py", checkpoint=str(model))
+  args = (config, "--workdir", tmp_path / "run")
+  status, out, err = call(capsys, train.mtp, *args)
+  assert status == 0, err
+  assert "| vertical | 1 |" in out and "--decoder ssd" in out
+  monkeypatch.setattr(
+    self_distillation, "_draw_images", None
+  )  # nothing drawn anew
+  other = write_config(tmp_path / "b.py", rate=0.5, checkpoint=str(model))
+  status, _, err = call(capsys, train.mtp, other, *args[1:])
+  assert status == 2 and "got mtp.optimizer.learning_rate=0.5" in err
+  longer = write_config(tmp_path / "c.py", steps=3, checkpoint=str(model))
+  status, _, err = call(capsys, train.mtp, longer, *args[1:])
+  assert status == 0, err
+  status, out, err = call(capsys, train.drafter, *args)
+  assert status == 0, err
+  assert "Mean accepted length on 4 held-out images" in out
+  assert "Mean accepted length" in (
+      tmp_path / "run" / "drafter" / "acceptance.md").read_text()
+  trained = tmp_path / "run" / "model"
+  for decoder in ("ssd", "eagle", "lantern:neighbours=5"):
+    status, out, err = call(
+        capsys, generate.body, "--checkpoint", model, "--heads",
+        trained / "heads", "--drafter", trained / "drafter", "--decoder",
+        decoder, "--prompt", "3", "--json", "--out", tmp_path / "out")
+    assert status == 0, err
+    assert json.loads(out.splitlines()[-1])["passes"][0] <= 16
+
+
+def test_a_configs_sampling_reaches_the_pictures(capsys, model, tmp_path):
+  """The file's settings and model are used; flags go before them."""
+  config = write_config(
+      tmp_path / "toy.py", checkpoint=str(model), sampling=dict(
+          guidance=2.0, temperature=1.0, top_k=5, top_p=1.0))
+  status, out, err = call(
+      capsys, generate.body, config, "--temperature", 0.5, "--prompt", "3",
+      "--json", "--out", tmp_path / "out")
+  assert status == 0, err
+  said = Image.open(json.loads(out.splitlines()[-1])["images"][0]).text
+  assert (said["guidance"], said["temperature"], said["top_k"]) == (
+      "2.0", "0.5", "5")
+
+
+@pytest.mark.parametrize("decoder", ["eagle", "lantern", "ssd"])
+def test_without_weights_a_decoder_says_what_trains_them(
+    capsys, model, tmp_path, decoder
+):
+  """One line, nothing written."""
+  status, _, err = call(
+      capsys, generate.body, "--checkpoint", model, "--decoder", decoder,
+      "--prompt", "3", "--out", tmp_path / "out")
+  assert status == 2
+  command = "train.mtp" if decoder == "ssd" else "train.drafter"
+  assert command in err.splitlines()[-1]
+  assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(checkpoint="nowhere"), "infer.convert --config configs/llamagen.py"),
+    (dict(prompts_file="nowhere.txt"), "--config.prompts_file=FILE"),
+    (dict(images_per_caption=0), "images_per_caption"),
+])
+def test_what_training_lacks_is_one_line(
+    capsys, model, tmp_path, changes, said
+):
+  """A missing model or prompts file: how to get it."""
+  changes = dict(checkpoint=str(model)) | changes
+  config = write_config(tmp_path / "toy.py", **changes)
+  for body in (train.mtp, train.drafter):
+    status, _, err = call(
+        capsys, body, config, "--workdir", tmp_path / "run")
+    assert status == 2 and said in err.splitlines()[-1]
+    assert "expected" in err.splitlines()[-1]
+
+
+def test_settings_that_nothing_reads_are_refused(monkeypatch):
+  """--config.trunk.d_model would change nothing when heads are trained."""
+  changed = {"mtp.loop.steps": 2, "trunk.d_model": 8}
+  monkeypatch.setattr(
+      run.config_flags, "get_override_values", lambda flag: changed)
+  run.refuse_unused("mtp", "trunk")
+  with pytest.raises(UserError, match="got --config.trunk.d_model"):
+    run.refuse_unused("mtp", "trun")
+
+
+@pytest.mark.parametrize("get_config", GET_CONFIGS)
+def test_every_setting_can_be_changed(get_config):
+  """What the trainers know is spelled out in every family's config."""
+  names = lambda cls: {f.name for f in dataclasses.fields(cls)}
+  config = get_config()
+  for part, cls in ((config.mtp, MTPConfig), (config.drafter, DrafterTraining)):
+    assert set(part) == names(cls)
+    assert set(part.loop) == names(LoopConfig)
+    assert set(part.optimizer) == names(OptimizerConfig)
+  assert set(config.mtp.heads) == names(HeadsOptions)
+  assert set(config.mtp.draw) == names(GenerationConfig)
+  assert isinstance(config.sampling, ml_collections.ConfigDict)
+  for key in ("workdir", "checkpoint", "prompts_file", "num_prompts",
+              "images_per_caption"):
+    assert key in config
+
+
+def test_a_part_of_the_captions_is_learnt_from():
+  """num_prompts cuts what is trained on, and not what is held out."""
+  config = emoji.get_config()
+  whole = train._captions(config)
+  config.num_prompts = 10
+  assert train._captions(config) == {**whole, "train": whole["train"][:10]}
+  config.num_prompts = -1
+  with pytest.raises(UserError, match="got num_prompts=-1, expected >= 0"):
+    train._captions(config)

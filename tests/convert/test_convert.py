@@ -1,0 +1,322 @@
+"""Conversion: checks and resumption; no PyTorch needed."""
+
+import json
+import os
+import resource
+import shutil
+import types
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from ssd_jax.convert import convert
+from ssd_jax.core.config import UserError
+from ssd_jax.families import janus
+from ssd_jax.storage import checkpoints
+from tests.support.toy_weights import write_safetensors
+
+
+def tiny():
+  """Settings of a Janus of toy size."""
+  config = janus.get_config("1b")
+  config.trunk.update(d_model=8, n_layers=3, n_heads=2, n_kv_heads=1,
+                      head_dim=4, d_ff=12, vocab_in=15 + 6, vocab_out=6,
+                      head_hidden=10)
+  config.vq.update(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=4,
+                   n_codes=6, code_dim=8, attn_levels=(1,), groups=2)
+  return config
+
+
+def published(recipe):
+  """Random tensors with the names and shapes of a recipe's first part."""
+  rng = np.random.default_rng(0)
+  shapes = {s.name: s.shape for row in recipe.parts[0].table.rows
+            for s in row.sources}
+  return {name: rng.normal(size=shape).astype(np.float32)
+          for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def source(tmp_path):
+  """A toy checkpoint in two shards."""
+  folder = tmp_path / "source"
+  folder.mkdir()
+  write_source(folder, published(janus.recipe(tiny())))
+  return folder
+
+
+def write_source(folder, arrays):
+  names, index = sorted(arrays), {}
+  for i, part in enumerate((names[::2], names[1::2])):
+    file = f"model-{i}.safetensors"
+    write_safetensors(folder / file, {name: arrays[name] for name in part})
+    index |= dict.fromkeys(part, file)
+  (folder / "model.safetensors.index.json").write_text(
+      json.dumps({"weight_map": index}))
+  (folder / "tokenizer.json").write_text("{}")
+
+
+def run(source, out, dtype="float32", progress=lambda n: None):
+  """Converts the toy checkpoint."""
+  job = convert.open_job(janus.recipe(tiny()), {"source": source}, dtype)
+  return convert.convert(job, out, progress)
+
+
+def test_every_tensor_lands_in_its_place(source, tmp_path):
+  """Stacked layers, joined tables and heads hold the published numbers."""
+  arrays = published(janus.recipe(tiny()))
+  report = run(source, tmp_path / "out")
+  trunk = checkpoints.restore(tmp_path / "out" / "trunk")
+  at = lambda name: arrays[f"language_model.model.{name}.weight"]
+  np.testing.assert_array_equal(
+      trunk["layers"]["attn"]["q"][2, :, 1],
+      at("layers.2.self_attn.q_proj").T[:, 4:])
+  np.testing.assert_array_equal(
+      trunk["layers"]["attn"]["o"][0, 1], at("layers.0.self_attn.o_proj").T[4:])
+  np.testing.assert_array_equal(trunk["embedding"][:15], at("embed_tokens"))
+  assert trunk["embedding"].shape == (21, 8)
+  assert np.all(np.any(trunk["embedding"][15:], axis=1))
+  np.testing.assert_array_equal(
+      checkpoints.restore(tmp_path / "out" / "vq")["codebook"],
+      arrays["gen_vision_model.quantize.embedding.weight"])
+  assert report["parameters"]["trunk"] == sum(
+      x.size for x in _leaves(trunk))
+  assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").exists()
+
+
+def _leaves(tree):
+  for value in tree.values():
+    yield from _leaves(value) if isinstance(value, dict) else [value]
+
+
+def test_dtype_is_chosen(source, tmp_path):
+  """The trunk is stored in the dtype asked for, the tokenizer in float32."""
+  run(source, tmp_path / "out", "bfloat16")
+  trunk = checkpoints.restore(tmp_path / "out" / "trunk")
+  assert {x.dtype for x in _leaves(trunk)} == {np.dtype(ml_dtypes.bfloat16)}
+  vq = checkpoints.restore(tmp_path / "out" / "vq")
+  assert {x.dtype for x in _leaves(vq)} == {np.dtype(np.float32)}
+
+
+def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):
+  """Nothing appears before the end; what was done is not done again."""
+  out, count = tmp_path / "out", 0
+  expected = run(source, tmp_path / "whole")
+
+  def stop(_):
+    nonlocal count
+    count += 1
+    if count == 20:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    run(source, out, progress=stop)
+  assert not out.exists()
+  written, write = [], convert._write_unit
+  monkeypatch.setattr(convert, "_write_unit", lambda job, work, unit: (
+      written.append(unit.name), write(job, work, unit))[1])
+  report = run(source, out)
+  assert report["arrays"] == expected["arrays"]
+  assert len(written) == len(expected["arrays"]) - 20
+  assert not list(tmp_path.glob(".out*"))
+  before = (out / "report.json").stat().st_mtime_ns
+  assert run(source, out) == report  # says it is done
+  assert (out / "report.json").stat().st_mtime_ns == before
+
+
+class Stop(BaseException):
+  """A kill."""
+
+
+def stopped(source, out, at):
+  """Starts a conversion that is killed after so many pieces."""
+  left = iter(range(at - 1, -1, -1))
+
+  def progress(_):
+    if next(left) == 0:
+      raise Stop
+
+  with pytest.raises(Stop):
+    run(source, out, progress=progress)
+  return out.with_name(f".{out.name}.converting")
+
+
+def test_a_torn_journal_is_mended(source, tmp_path):
+  """A line cut by a kill spoils neither the next run nor the one after it."""
+  work = stopped(source, tmp_path / "out", 20)
+  journal = work / "journal.jsonl"
+  journal.write_bytes(journal.read_bytes()[:-30])
+  stopped(source, tmp_path / "out", 25)
+  lines = journal.read_text().splitlines()
+  assert len(lines) == 26 and all(json.loads(line) for line in lines)
+  run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    lambda file: file.write_bytes(b"x")])
+def test_what_the_disk_lost_is_written_again(source, tmp_path, damage):
+  """The journal is not believed: pieces that differ from it are redone."""
+  work = stopped(source, tmp_path / "out", 20)
+  layers = work / "arrays" / "trunk" / "layers.attn.q"
+  damage(next(f for f in layers.iterdir() if f.name.startswith("0.")))
+  run(source, tmp_path / "out")
+  expected = published(janus.recipe(tiny()))
+  trunk = checkpoints.restore(tmp_path / "out" / "trunk")
+  np.testing.assert_array_equal(
+      trunk["layers"]["attn"]["q"][0, :, 0],
+      expected["language_model.model.layers.0.self_attn.q_proj.weight"].T[:, :4]
+  )
+
+
+def test_every_rename_can_be_the_last(source, tmp_path, monkeypatch):
+  """Killed before a step of the assembly, and again, it still ends."""
+  rename, count, out = os.rename, 0, tmp_path / "out"
+  is_array = lambda path: "arrays" in str(path)
+  for is_last in (
+      lambda a, b, n: is_array(a) and n == 1,  # its place has been cleared
+      lambda a, b, n: is_array(a) and n == 9,
+      lambda a, b, n: is_array(b) and n == 3,  # on the way back
+      lambda a, b, n: b == out):
+
+    def kill(a, b, is_last=is_last):
+      nonlocal count
+      count += is_array(a) or is_array(b)
+      if is_last(a, b, count):
+        raise Stop
+      rename(a, b)
+
+    count = 0
+    monkeypatch.setattr(convert.os, "rename", kill)
+    with pytest.raises(Stop):
+      run(source, out)
+    assert not out.exists()
+  monkeypatch.setattr(convert.os, "rename", rename)
+  run(source, out)
+  np.testing.assert_array_equal(
+      checkpoints.restore(out / "trunk")["embedding"][:15],
+      published(janus.recipe(tiny()))[
+          "language_model.model.embed_tokens.weight"])
+
+
+def test_leftovers_of_a_finished_conversion_go(source, tmp_path, monkeypatch):
+  """Killed after the last rename, the next run removes the workplace."""
+  remove = shutil.rmtree
+
+  def kill(path, *args, **kwargs):
+    if path.name.endswith(".converting"):
+      raise Stop
+    remove(path, *args, **kwargs)
+
+  monkeypatch.setattr(convert.shutil, "rmtree", kill)
+  with pytest.raises(Stop):
+    run(source, tmp_path / "out")
+  assert list(tmp_path.glob(".out*"))
+  monkeypatch.setattr(convert.shutil, "rmtree", remove)
+  run(source, tmp_path / "out")
+  assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_corrected_tokenizer_is_another_conversion(source):
+  """A folder made with other files of the tokenizer is not called done."""
+  opened = lambda: convert.open_job(
+      janus.recipe(tiny()), {"source": source}, "float32").fingerprint
+  before = opened()
+  assert opened() == before
+  (source / "tokenizer.json").write_text("[]")
+  assert opened() != before
+
+
+def test_a_write_that_fails_is_one_line(source, tmp_path):
+  """A disk that fills up on the way is told, and the run can go on."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+  try:
+    with pytest.raises(UserError, match="free space") as error:
+      run(source, tmp_path / "out")
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert "\n" not in str(error.value)
+  run(source, tmp_path / "out")
+
+
+def _truncate(folder):
+  file = folder / "model-0.safetensors"
+  file.write_bytes(file.read_bytes()[:-7])
+
+
+def _rewrite(change):
+  def run_change(folder):
+    arrays = published(janus.recipe(tiny()))
+    change(arrays)
+    write_source(folder, arrays)
+
+  return run_change
+
+
+def _other_family(arrays):
+  arrays.clear()
+  arrays["layers.0.attention.wqkv.weight"] = np.zeros((3, 3), np.float32)
+
+
+def _duplicate(folder):
+  name = "gen_embed.weight"
+  extra = {name: np.zeros((6, 8), np.float32)}
+  index = json.loads((folder / "model.safetensors.index.json").read_text())
+  write_safetensors(folder / "extra.safetensors", extra)
+  index["weight_map"]["x"] = "extra.safetensors"
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _twice(folder):
+  file = folder / "model-0.safetensors"
+  data = file.read_bytes()
+  size = int.from_bytes(data[:8], "little")
+  entry = b'"x": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, '
+  header = b"{" + entry + entry + data[9:8 + size]
+  file.write_bytes(
+      len(header).to_bytes(8, "little") + header + data[8 + size:])
+
+
+@pytest.mark.parametrize("damage, said", [
+    (_truncate, "truncated"),
+    (_twice, "x twice"),
+    (lambda f: (f / "model-1.safetensors").unlink(), "model-1.safetensors"),
+    (lambda f: (f / "tokenizer.json").unlink(), "--tokenizer"),
+    (lambda f: (f / "model.safetensors.index.json").write_text("{"),
+     "weight_map"),
+    (_duplicate, "in both"),
+    (_rewrite(_other_family), "looks like llamagen"),
+    (_rewrite(lambda a: a.update(new=np.zeros(2, np.float32))),
+     r"1 unknown tensors \(new\)"),
+    (_rewrite(lambda a: a.pop("gen_embed.weight")),
+     r"1 missing tensors \(gen_embed"),
+    (_rewrite(lambda a: a.update(
+        {"gen_head.vision_head.bias": np.zeros(7, np.float32)})),
+     r"1 misshaped tensors .*\(7,\) for \(6,\)"),
+])
+def test_wrong_checkpoints_are_named(source, tmp_path, damage, said):
+  """What is wrong is said in one line, and nothing is written."""
+  damage(source)
+  with pytest.raises(UserError, match=said) as error:
+    run(source, tmp_path / "out")
+  assert "\n" not in str(error.value)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_full_disk_is_noticed_first(source, tmp_path, monkeypatch):
+  """Too little space is an error before anything is written."""
+  usage = types.SimpleNamespace(free=100)
+  monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage)
+  with pytest.raises(UserError, match="GB free"):
+    run(source, tmp_path / "out")
+  assert not list(tmp_path.glob("*out*"))
+
+
+def test_other_folders_are_left_alone(source, tmp_path):
+  """A target with other content is an error."""
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "diary").write_text("dear")
+  with pytest.raises(UserError, match="something else"):
+    run(source, tmp_path / "out")

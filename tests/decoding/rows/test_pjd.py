@@ -1,0 +1,77 @@
+"""PJD: exact where rows follow each other, masks, progress."""
+
+import numpy as np
+import pytest
+
+from ssd_jax.core.config import UserError
+from ssd_jax.decoding.engine import is_lossless
+from ssd_jax.decoding.rows.pjd import PJD
+from tests.support import testkit as kit
+
+
+@pytest.mark.parametrize("grid, decoder, group", [
+    (dict(rows=2, cols=3, vocab=2), PJD(context=3, window=2), 1),
+    pytest.param(
+        dict(rows=2, cols=2, end_of_row=True, guidance=2.0, top_k=2),
+        PJD(context=2), 4, marks=pytest.mark.slow),
+])
+def test_rows_one_after_the_other_are_lossless(grid, decoder, group):
+  """With the whole row as context only the top row is drafted: exact."""
+  pipe = kit.tiny(**grid)
+  out = kit.assert_lossless(pipe, decoder, group)
+  assert not is_lossless(PJD(context=1), pipe.model.grid)
+  assert out.passes.mean() < pipe.model.grid.cells
+
+
+@pytest.mark.slow
+def test_an_early_row_is_told_apart():
+  """The same test sees rows that start before the one above ends."""
+  pipe = kit.tiny(rows=2, cols=3, vocab=2)
+  out = kit.draw(pipe, PJD(context=1))
+  assert kit.p_value(pipe, out.tokens) < 1e-3
+
+
+@pytest.mark.parametrize("end_of_row, decoder", [
+    (False, PJD(context=2, window=4)), (True, PJD(context=2, window=4)),
+    (False, PJD(context=3, row_causal=False)), (True, PJD(window=1)),
+    (False, PJD(context=1, keep=True)),
+])
+def test_rows_advance_and_never_overtake(end_of_row, decoder):
+  """The top row wins a cell in every pass; no row overtakes the one above."""
+  model = kit.chain(6, 7, end_of_row, vocab=9)
+  out = kit.run(model, decoder, 16)
+  kit.assert_well_recorded(out)
+  assert out.passes.max() <= model.grid.cells
+  assert (np.diff(out.commit_pass, axis=2) >= 0).all()
+  assert (np.diff(out.commit_pass, axis=1) >= 0).all()
+
+
+def test_the_context_is_counted_in_cells():
+  """A row's first cell is final only after `context` cells above it."""
+  out = kit.run(kit.chain(6, 7), PJD(context=3), 16)
+  assert (out.commit_pass[:, 1:, 0] > out.commit_pass[:, :-1, 2]).all()
+
+
+def test_images_do_not_depend_on_the_batch():
+  """Batch 1 and batch 4 give the same tokens and passes."""
+  kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), PJD(keep=True))
+
+
+@pytest.mark.parametrize("rows, cols, end_of_row", [
+    (1, 6, False), (6, 1, True), (1, 1, False),
+])
+def test_single_rows_and_columns(rows, cols, end_of_row):
+  """Grids of one row or one column are drawn in full."""
+  out = kit.run(kit.chain(rows, cols, end_of_row), PJD())
+  kit.assert_well_recorded(out)
+  assert out.passes.max() <= rows * cols
+
+
+def test_impossible_settings_are_one_line():
+  """No window, no context, or one longer than the row is a UserError."""
+  with pytest.raises(UserError, match="window=0"):
+    PJD(window=0)
+  with pytest.raises(UserError, match="context=0"):
+    PJD(context=0)
+  with pytest.raises(UserError, match="context=5, expected at most 4"):
+    kit.run(kit.chain(3, 4), PJD(context=5))

@@ -1,0 +1,226 @@
+"""SSD: published counts, equal schedules, and where it is exact."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssd_jax.core.config import UserError
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import Model
+from ssd_jax.decoding.rows.ssd import SSD
+from tests.support import testkit as kit
+
+_JANUS = (24, 24, False)
+_LUMINA = (48, 48, True)
+_EMU3 = (90, 90, True)
+
+
+def staged(vertical, staged_rounds):
+  """The published settings for 48x48."""
+  return SSD(vertical=vertical, rounds=5, schedule="staged",
+             staged_rounds=staged_rounds)
+
+
+def pipelined(rounds, lag):
+  """Rows that enter every `lag` passes."""
+  return SSD(rounds=rounds, schedule="pipelined", lag=lag)
+
+
+@pytest.mark.parametrize("grid, decoder, published", [
+    (_JANUS, SSD(rounds=0), 34),
+    (_JANUS, SSD(), 80),
+    (_JANUS, pipelined(2, 1), 36),
+    (_LUMINA, staged(2, 4), 281),
+])
+def test_passes_are_the_published_ones(grid, decoder, published):
+  """The counts of the paper; with row ends one less, as they ride along."""
+  check_count(grid, decoder, published)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid, decoder, published", [
+    (_JANUS, SSD(rounds=1), 57),
+    (_LUMINA, pipelined(5, 1), 74),
+    *((_LUMINA, staged(k, 4), n)
+      for k, n in ((1, 304), (3, 273), (4, 269), (5, 267))),
+    *((_LUMINA, staged(2, i), n) for i, n in ((1, 212), (2, 235), (3, 258))),
+    (_LUMINA, SSD(vertical=2, rounds=9), 285),
+    (_EMU3, SSD(rounds=6), 661),
+    (_EMU3, pipelined(6, 1), 133),
+])
+def test_all_published_passes(grid, decoder, published):
+  """The rest of the paper's tables, and the pipeline's."""
+  check_count(grid, decoder, published)
+
+
+def check_count(grid, decoder, published):
+  """Of one grid; the paper counts the end of the first row as a pass."""
+  rows, cols, end_of_row = grid
+  out = kit.run(kit.chain(rows, cols, end_of_row), decoder, 1)
+  assert out.passes.tolist() == [published - int(end_of_row)]
+  kit.assert_well_recorded(out)
+
+
+def test_a_trunk_changes_no_count():
+  """The same count with attention, guidance and forced tokens."""
+  pipe = kit.tiny(rows=6, cols=7, end_of_row=True, guidance=2.0)
+  out = kit.draw(pipe, SSD(rounds=1), 2)
+  assert out.passes.tolist() == [1 + 2 * 2 + 5 * 2] * 2
+
+
+def test_heads_speak_only_when_they_are_due():
+  """Per image one group of row 0 in three passes, then a row in three."""
+  asked = []
+  pipe = kit.tiny(4, 4, guidance=2.0)
+
+  def draft(params, direction, offset, hidden, tokens):
+    jax.debug.callback(lambda _: asked.append((direction, offset)), tokens[0])
+    return pipe.model.draft(params, direction, offset, hidden, tokens)
+
+  heard = dataclasses.replace(pipe, model=dataclasses.replace(
+      pipe.model, draft=draft))
+  out = kit.draw(heard, SSD(horizontal=2, horizontal_rounds=1), 2)
+  jax.effects_barrier()
+  assert out.passes.tolist() == [1 + 2 * 2 + 3 * 3] * 2
+  groups = {("horizontal", 1): 2, ("horizontal", 2): 2, ("vertical", 1): 3}
+  assert collections.Counter(asked) == {k: 2 * n for k, n in groups.items()}
+
+
+@pytest.mark.parametrize("end_of_row, vertical", [(False, 1), (True, 2)])
+def test_heads_read_the_state_and_the_token_of_their_cell(end_of_row, vertical):
+  """Drafts that nobody corrects say what they were drawn from."""
+  grid = Grid(5, 6, end_of_row)
+  slots, codes = np.asarray(grid.slot_of), 3 * grid.length
+  state_of_slot_0 = codes - 1  # the prefill's
+
+  def drawn(say):
+    model = Model(
+        grid, codes, lambda params, prompt, scratch: (
+            jnp.full((len(prompt.tokens), 1), state_of_slot_0), None),
+        lambda params, cache, prompt, queries: (
+            queries.positions[..., None], cache),
+        lambda params, hidden: jnp.zeros((*hidden.shape[:-1], codes)), None,
+        lambda params, direction, offset, hidden, tokens: 1e9 * jax.nn.one_hot(
+            say(offset, hidden[..., 0], tokens) % codes, codes), (3, vertical))
+    decoder = SSD(
+        horizontal=3, vertical=vertical, rounds=0, horizontal_rounds=0)
+    return kit.run(model, decoder, 1).tokens[0]
+
+  states = drawn(lambda offset, state, token: state)
+  tokens = drawn(lambda offset, state, token: token + offset)
+  for row, col in np.ndindex(grid.rows, grid.cols):
+    if (row, col) == (0, 0):
+      continue
+    source = ((row - 1) // vertical * vertical, col) if row else (
+        0, (col - 1) // 3 * 3)
+    offset = row - source[0] or col - source[1]
+    slot = slots[source] if row else source[1]
+    assert states[row, col] == (slot - 1 if slot else state_of_slot_0)
+    assert tokens[row, col] == (tokens[source] + offset) % codes
+
+
+def test_a_lag_of_a_whole_row_is_joint():
+  """A pipeline with lag = rounds + 1 is the paper's, token for token."""
+  model = kit.chain(6, 5, True, vocab=9)
+  joint, late = kit.run(model, SSD()), kit.run(model, pipelined(2, 3))
+  np.testing.assert_array_equal(joint.tokens, late.tokens)
+  np.testing.assert_array_equal(joint.commit_pass, late.commit_pass)
+
+
+def test_a_single_stage_of_no_rounds_is_joint():
+  """Staged with no rounds of its own is the joint schedule."""
+  model = kit.chain(6, 5, vocab=9)
+  joint = kit.run(model, SSD(vertical=3, rounds=5))
+  single = kit.run(model, staged(3, 0))
+  np.testing.assert_array_equal(joint.tokens, single.tokens)
+
+
+@pytest.mark.parametrize("decoder", [staged(2, 1), pipelined(2, 1)])
+def test_images_do_not_depend_on_the_batch(decoder):
+  """Batch 1 and batch 4 give the same tokens and passes."""
+  kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), decoder)
+
+
+@pytest.mark.parametrize("grid, decoder", [
+    (dict(rows=1, cols=4), SSD(horizontal=1)),
+    (dict(rows=4, cols=1, end_of_row=True), SSD(rounds=1)),
+    (dict(rows=3, cols=1, top_k=2, top_p=0.9, guidance=2.0), SSD(rounds=1)),
+])
+def test_blocks_of_one_cell_are_lossless(grid, decoder):
+  """A round corrects a draft whose context is final to the target's law."""
+  assert_ar_distribution(kit.tiny(**grid), decoder)
+
+
+def assert_ar_distribution(pipe, decoder):
+  """Which SSD does not claim, as it depends on the grid."""
+  assert kit.p_value(pipe, kit.draw(pipe, decoder).tokens) > 1e-3
+
+
+@pytest.mark.slow
+def test_without_rounds_the_law_is_the_heads():
+  """The same test sees drafts that were never corrected."""
+  pipe = kit.tiny(rows=1, cols=4)
+  out = kit.draw(pipe, SSD(horizontal=1, horizontal_rounds=0))
+  assert kit.p_value(pipe, out.tokens) < 1e-3
+
+
+@pytest.mark.parametrize("decoder", [
+    SSD(rounds=4, adaptive=True), SSD(vertical=3, rounds=4, adaptive=True),
+    SSD(rounds=4, schedule="pipelined", adaptive=True),
+])
+def test_adaptive_saves_passes(decoder):
+  """A round that changes nothing is a row's last; never more passes."""
+  model = kit.chain(8, 6)
+  out = kit.run(model, decoder, 16)
+  full = kit.run(model, dataclasses.replace(decoder, adaptive=False), 1)
+  kit.assert_well_recorded(out)
+  assert out.passes.max() <= full.passes[0]
+  assert out.passes.mean() < full.passes[0]
+
+
+def test_lenience_keeps_more_drafts_at_the_same_passes():
+  """Fewer drafts are redrawn, in as many passes, and the law gives way."""
+  pipe = kit.tiny(rows=1, cols=4)
+  strict, lenient = (
+      kit.draw(pipe, SSD(horizontal=1, lenience=x)) for x in (1.0, 0.05))
+  np.testing.assert_array_equal(strict.passes, lenient.passes)
+  assert kit.p_value(pipe, lenient.tokens) < 1e-3
+
+
+@pytest.mark.slow
+def test_argmax_drafts():
+  """Greedy drafts are tested as what they are: their law is exact as well."""
+  assert_ar_distribution(
+      kit.tiny(rows=1, cols=4), SSD(horizontal=1, drafts="argmax")
+  )
+
+
+@pytest.mark.parametrize("rows, cols, end_of_row", [
+    (1, 7, False), (7, 1, True), (1, 1, False),
+])
+def test_single_rows_and_columns(rows, cols, end_of_row):
+  """Grids of one row or one column have only groups, or only blocks."""
+  out = kit.run(kit.chain(rows, cols, end_of_row), SSD())
+  kit.assert_well_recorded(out)
+  assert (out.passes == 1 + 2 * -(-(cols - 1) // 5) + 3 * (rows - 1)).all()
+
+
+def test_impossible_settings_are_one_line():
+  """What cannot be is a UserError, not a crash."""
+  for settings in (
+      dict(lag=0), dict(rounds=-1), dict(vertical=0), dict(schedule="late"),
+      dict(schedule="pipelined", lag=4), dict(schedule="pipelined", vertical=2),
+      dict(drafts="best"), dict(lenience=0), dict(lenience=1.5),
+      dict(lag=1), dict(staged_rounds=3),
+      dict(schedule="staged", lag=1),  # nothing would read it
+  ):
+    with pytest.raises(UserError, match="got .*, expected .*"):
+      SSD(**settings)
+  with pytest.raises(UserError, match="got vertical=3, expected at most 2"):
+    kit.run(kit.chain(3, 4, heads=(5, 2)), SSD(vertical=3))
+  with pytest.raises(UserError, match="spatial heads"):
+    kit.run(kit.chain(3, 4, heads=(0, 0)), SSD())

@@ -1,0 +1,102 @@
+"""ZipAR: AR with a whole row, its formula, candidates."""
+
+import pytest
+
+from ssd_jax.core.config import UserError
+from ssd_jax.decoding.engine import is_lossless
+from ssd_jax.decoding.rows.zipar import ZipAR
+from tests.support import testkit as kit
+
+
+@pytest.mark.parametrize("end_of_row, decoder", [
+    (False, ZipAR(window=4)),
+    (True, ZipAR(window=5, adaptive=True)),
+])
+def test_a_window_of_a_row_gives_the_tokens_of_ar(end_of_row, decoder):
+  """Rows that wait for the whole row above are AR, token for token."""
+  pipe = kit.tiny(
+      rows=3, cols=4, vocab=7, end_of_row=end_of_row, guidance=1.5, top_k=5,
+      top_p=0.9,
+  )
+  out = kit.assert_same_as_ar(pipe, decoder)
+  assert (out.passes == 12).all()
+  assert is_lossless(decoder, pipe.model.grid)
+  assert not is_lossless(ZipAR(window=3), pipe.model.grid)
+
+
+@pytest.mark.parametrize("window", [1, 7, 24, 30])
+def test_passes_without_row_ends(window):
+  """2W + (R - 2) w, the prefill included; AR's from w = W on."""
+  out = kit.run(kit.chain(24, 24), ZipAR(window=window), 2)
+  assert (out.passes == 2 * 24 + 22 * min(window, 24)).all()
+  kit.assert_well_recorded(out)
+
+
+@pytest.mark.parametrize("window", [2, 16, 60])
+def test_passes_with_row_ends(window):
+  """(R - 1)(w - 1) + W: the token before a row is known in advance."""
+  out = kit.run(kit.chain(12, 48, True), ZipAR(window=window), 2)
+  assert (out.passes == 11 * (min(window, 49) - 1) + 48).all()
+
+
+@pytest.mark.parametrize("window, published", [(16, 422), (14, 378)])
+def test_candidates_that_pass_cost_a_pass_each(window, published):
+  """The paper's counts on 24x24, where no window was widened.
+
+  A first token is drawn, then tested: 2W + (R - 2)(w + 1).
+  """
+  out = kit.run(kit.chain(24, 24), ZipAR(window=window, adaptive=True), 2)
+  assert (out.passes == published).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end_of_row, adaptive, group", [
+    (False, False, 1), (True, True, 4),
+])
+def test_a_window_of_a_row_is_lossless(end_of_row, adaptive, group):
+  """The law of whole images is AR's."""
+  pipe = kit.tiny(rows=3, cols=2, vocab=2, end_of_row=end_of_row)
+  kit.assert_lossless(pipe, ZipAR(window=3, adaptive=adaptive), group)
+
+
+@pytest.mark.slow
+def test_a_short_window_is_told_apart_from_ar():
+  """A row that has not seen the end of the one above has another law."""
+  pipe = kit.tiny(rows=3, cols=2, vocab=2)
+  out = kit.draw(pipe, ZipAR(window=1))
+  assert kit.p_value(pipe, out.tokens) < 1e-3
+
+
+@pytest.mark.parametrize("end_of_row", [False, True])
+def test_candidates_widen_the_window(end_of_row):
+  """Adaptive rows start a pass later at the earliest; never later than AR."""
+  pipe = kit.tiny(rows=5, cols=6, vocab=7, end_of_row=end_of_row, heads=(0, 0))
+  fixed = kit.draw(pipe, ZipAR(window=3), 16)
+  out = kit.draw(pipe, ZipAR(window=3, adaptive=True), 16)
+  kit.assert_well_recorded(out)
+  assert (out.passes > fixed.passes).all()
+  assert out.passes.max() > out.passes.min()
+  assert (out.passes <= 30).all()
+
+
+def test_images_do_not_depend_on_the_batch():
+  """Batch 1 and batch 4 give the same tokens and passes."""
+  kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), ZipAR(2, True))
+
+
+@pytest.mark.parametrize("rows, cols, adaptive", [
+    (1, 6, False), (6, 1, True), (1, 1, False),
+])
+def test_single_rows_and_columns(rows, cols, adaptive):
+  """Grids of one row or one column take AR's passes."""
+  out = kit.run(kit.chain(rows, cols), ZipAR(adaptive=adaptive))
+  kit.assert_well_recorded(out)
+  assert (out.passes == rows * cols).all()
+
+
+def test_impossible_windows_are_one_line():
+  """No window, or none beyond the token before the row, is a UserError."""
+  with pytest.raises(UserError, match="window=0"):
+    ZipAR(window=0)
+  with pytest.raises(UserError, match="window=1, expected >= 2"):
+    kit.run(kit.chain(3, 4, True), ZipAR(window=1))

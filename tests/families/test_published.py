@@ -1,0 +1,381 @@
+"""Published families: sizes, tables, prompts; no weights needed."""
+
+import functools
+import math
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from ssd_jax.cli.convert import RECIPES
+from ssd_jax.convert.recipes import copy
+from ssd_jax.core.config import UserError
+from ssd_jax.core.prompts import clean
+from ssd_jax.families import anole, emu3, janus, llamagen, lumina, published
+from ssd_jax.pipeline import model_folder
+from ssd_jax.runtime import memory
+from tests.support.toy_families import CONFIGS
+
+_CONFIGS = {
+    **{f"llamagen:{v}": (llamagen, v)
+       for v in (*llamagen.VARIANTS, "c2i_B_256_ds8")},
+    **{f"lumina:{v}": (lumina, v) for v in lumina.VARIANTS},
+    **{f"anole:{v}": (anole, v) for v in anole.VARIANTS},
+    **{f"janus:{v}": (janus, v) for v in janus.VARIANTS},
+    "emu3:1:1": (emu3, "1:1"), "emu3:16:9": (emu3, "16:9"),
+}
+
+
+@functools.cache
+def recipe_of(name):
+  family, variant = _CONFIGS[name]
+  config = family.get_config(variant)
+  return RECIPES[config.family](config)
+
+
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_tables_fill_every_array(name):
+  """At full size, each of our arrays is filled once and entirely."""
+  for part in recipe_of(name).parts:
+    rows = {}
+    for row in part.table.rows:
+      rows.setdefault(row.target, []).append(row)
+    assert set(rows) == set(part.leaves)
+    for target, mine in rows.items():
+      shape = part.leaves[target].shape
+      layers = [row.layer for row in mine]
+      if layers[0] is not None:
+        assert layers == list(range(shape[0])), target
+        continue
+      at = 0
+      for row in mine:
+        assert row.at == at, target
+        at += row.sources[0].shape[0]
+      if mine[0].convert is copy or len(mine) > 1:
+        assert at == shape[0], target
+
+
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_tables_convert_to_our_shapes(name):
+  """At full size, the published shapes turn into ours."""
+  for part in recipe_of(name).parts:
+    for row in part.table.rows:
+      if row.layer not in (None, 0) or math.prod(
+          part.leaves[row.target].shape) > 2**31 or len(row.sources) > 1:
+        continue
+      arrays = []
+      for source in row.sources:
+        shape = source.shape
+        if source.rows:
+          shape = (source.rows[1] - source.rows[0], *shape[1:])
+        arrays.append(np.broadcast_to(np.int8(0), shape))
+      shape = part.leaves[row.target].shape
+      if row.layer is not None:
+        shape = shape[1:]
+      got = row.convert(*arrays).shape
+      assert got[1:] == shape[1:] and (got == shape or row.convert is copy)
+
+
+def published_size(part):
+  """(tensors, parameters) as published."""
+  shapes = {s.name: s.shape for row in part.table.rows for s in row.sources}
+  return len(shapes), sum(map(math.prod, shapes.values()))
+
+
+@pytest.mark.parametrize("name, part, tensors, parameters", [
+    ("llamagen:c2i_B_256", 0, None, 110.9e6),
+    ("llamagen:c2i_L_384", 0, None, 343e6),
+    ("llamagen:c2i_XL_384", 0, None, 775e6),
+    ("llamagen:c2i_XXL_384", 0, None, 1.41e9),
+    ("llamagen:c2i_3B_384", 0, None, 3.1e9),
+    ("llamagen:t2i_XL_256", 0, 258, 777.9e6),
+    ("lumina:768", 0, None, None),
+    ("emu3:1:1", 0, None, 8.49e9),
+    ("llamagen:c2i_B_256", 1, 343, 71.9e6),
+    ("llamagen:c2i_B_256_ds8", 1, None, 70e6),
+    ("lumina:768", 1, 293, 68.7e6),
+    ("emu3:1:1", 1, 495 - 8, 270.7e6),
+    ("janus:1b", 0, None, 1_556_937_355),
+    ("janus:7b", 0, None, 6_663_674_507),
+    ("anole:native", 0, None, 7_013_158_912),
+    ("anole:hf", 0, None, 7_081_877_379),
+    ("llamagen:t2i_XL_256", 2, None, 1_223_527_424),
+])
+def test_published_sizes(name, part, tensors, parameters):
+  """Numbers of tensors and parameters are the published ones."""
+  count, size = published_size(recipe_of(name).parts[part])
+  if name == "lumina:768" and part == 0:
+    assert size == 7_013_158_912
+    return
+  assert tensors in (None, count)
+  is_exact = isinstance(parameters, int)
+  assert size == pytest.approx(parameters, rel=0 if is_exact else 2e-3)
+
+
+@pytest.mark.parametrize("name, guidance, temperature, top_k, top_p", [
+    ("llamagen:c2i_XL_384", 4.0, 1.0, 2000, 1.0),  # sample_c2i.py
+    ("llamagen:t2i_XL_512", 7.5, 1.0, 1000, 1.0),  # sample_t2i.py
+    ("lumina:768", 4.0, 1.0, 2000, 1.0),  # README
+    ("anole:native", 3.0, 0.7, 0, 0.9),
+    ("janus:1b", 5.0, 1.0, 0, 1.0),
+    ("emu3:1:1", 3.0, 1.0, 2048, 1.0),
+])
+def test_published_sampling(name, guidance, temperature, top_k, top_p):
+  """Guidance and sampling are by default those of the authors' scripts."""
+  family, variant = _CONFIGS[name]
+  assert family.get_config(variant).sampling.to_dict() == dict(
+      guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+def test_lumina_sizes():
+  """The crop lists have the published lengths; others are refused."""
+  assert [len(lumina.sizes(t)) for t in (512, 768, 1024)] == [49, 73, 97]
+  assert lumina.parse_size("768x768", 768) == (768, 768)
+  with pytest.raises(UserError, match="got size '700x700'"):
+    lumina.parse_size("700x700", 768)
+
+
+def test_emu3_ratios():
+  """Ratios give the published grids; others are refused."""
+  assert emu3.cells("1:1", 720 * 720, 8) == (90, 90)
+  assert emu3.cells("16:9", 720 * 720, 8) == (68, 120)
+  assert emu3.cells("1:100", 720 * 720, 8) == (900, 9)
+  for ratio in ("wide", "0:1", "1:1000", "1", "9000000:1"):
+    with pytest.raises(UserError, match="got ratio"):
+      emu3.cells(ratio, 720 * 720, 8)
+
+
+@pytest.mark.parametrize("family", [llamagen, lumina, anole, janus, emu3])
+def test_unknown_variants_are_named(family):
+  """A wrong variant is an error of one line."""
+  with pytest.raises(ValueError, match="got .*'tiny'") as error:
+    family.get_config("tiny")
+  assert "\n" not in str(error.value)
+
+
+def spelled(family):
+  """The family with letters for a tokenizer."""
+  family.__dict__["text_ids"] = lambda text: [ord(c) for c in text]
+  return family
+
+
+def test_lumina_prompt():
+  """Instruction, turn, then the opening; unconditionally the opening alone."""
+  config = lumina.get_config("768")
+  config.size = "768x736"
+  family = spelled(lumina.Lumina(config))
+  assert (family.grid.rows, family.grid.cols) == (46, 48)
+  prompt, _ = family.encode_prompts(["a cat"], guided=True)
+  words = "Generate an image of 768x736 according to the following prompt:\n"
+  opening = [8197, 8804 + 23, 8804 + 24]
+  expected = [0, *map(ord, words + "a cat"), 8710, *opening]
+  cond, uncond = (np.asarray(t)[np.asarray(m)].tolist()
+                  for t, m in zip(prompt.tokens, prompt.mask))
+  assert (cond, uncond) == (expected, opening)
+  first = prompt.tokens.shape[1] - 3
+  assert prompt.positions[1, first:first + 5].tolist() == [0, 1, 2, 3, 4]
+  assert family.input_ids[[0, -2, -1]].tolist() == [4, 8195, 8803]
+
+
+def test_emu3_prompt():
+  """Text and negative prompt, each before the size in digits."""
+  config = emu3.get_config("16:9")
+  config.negative = "bad"
+  family = spelled(emu3.Emu3(config))
+  header = [151852, *map(ord, "68*120"), 151851]
+  cond, uncond = family.streams("cat")
+  assert list(cond) == [151849, *map(ord, "cat" + config.suffix), *header]
+  assert list(uncond) == [151849, *map(ord, "bad"), *header]
+
+
+def test_long_prompts_are_refused():
+  """A prompt beyond the largest bucket is an error of one line."""
+  with pytest.raises(UserError, match="got a prompt of 5000 tokens"):
+    published.left_padded([[1] * 5000], 4)
+
+
+def test_llamagen_classes():
+  """Classes are rows of the table; the null class guides; others fail."""
+  family = llamagen.LlamaGen(llamagen.get_config("c2i_B_256"))
+  prompt, _ = family.encode_prompts(["207", 0], guided=True)
+  assert prompt.tokens.ravel().tolist() == [207, 0, 1000, 1000]
+  assert prompt.positions.shape == (4, 257)
+  assert not family.rope[0].any() and family.rope[1].any()
+  assert family.input_ids[0] == 1001
+  for bad in ("1000", "-1", "cat"):
+    with pytest.raises(UserError, match="got class"):
+      family.encode_prompts([bad], guided=False)
+
+
+def test_llamagen_reads_features(tmp_path):
+  """Prompts may be files of features; what is none is an error of one line."""
+  family = llamagen.LlamaGen(llamagen.get_config("t2i_XL_256"))
+  np.save(tmp_path / "cat.npy", np.ones((1, 3, 2048), np.float16))
+  prompt, notes = family.encode_prompts([str(tmp_path / "cat.npy")], True)
+  assert prompt.mask.sum() == 6 and notes == []
+  assert float(prompt.features[0].sum()) == 3 * 2048
+  np.save(tmp_path / "narrow.npy", np.ones((1, 3, 8)))
+  (tmp_path / "torn.npy").write_bytes(b"")
+  for name, said in (("narrow", "shape"), ("torn", "readable"),
+                     ("lost", "readable")):
+    with pytest.raises(UserError, match=said) as error:
+      family.encode_prompts([str(tmp_path / f"{name}.npy")], False)
+    assert "\n" not in str(error.value)
+  with pytest.raises(UserError, match="one kind"):
+    family.encode_prompts([str(tmp_path / "cat.npy"), "a dog"], False)
+
+
+@pytest.mark.parametrize("name", ["lumina", "janus", "llamagen_class"])
+def test_pixels_as_the_originals_store_them(name):
+  """LlamaGen rounds to whole numbers, the others cut."""
+  config = CONFIGS[name]()
+  family = model_folder.FAMILIES[config.family](
+    {"config": config.to_dict()}, None
+  )
+  x = np.linspace(-1.2, 1.2, 99, dtype=np.float32)
+  family.__dict__["vq"] = types.SimpleNamespace(apply=lambda *a, **k: x)
+  scaled = np.clip((x.astype(np.float64) + 1) / 2 * 255, 0, 255)
+  whole = np.floor(scaled + 0.5) if name == "llamagen_class" else scaled
+  np.testing.assert_allclose(
+      family.decode({}, None), whole.astype(np.uint8), atol=0)
+
+
+@pytest.mark.parametrize("name", ["janus", "emu3", "llamagen_text"])
+def test_random_weights_need_no_files(name):
+  """Settings alone make a pipeline, whose prompts are told to be stand-ins."""
+  pipe = model_folder.from_config(CONFIGS[name]())
+  prompt, notes = pipe.family.encode_prompts(["a cat"], guided=True)
+  assert prompt.tokens.shape[0] == 2 and "random" in notes[0]
+  grid = pipe.model.grid
+  codes = np.zeros((1, grid.rows, grid.cols), np.int32)
+  pictures = jax.eval_shape(pipe.family.decode, pipe.vq_params, codes)
+  side = pipe.family.vq.cfg.downsample
+  assert pictures.shape == (1, side * grid.rows, side * grid.cols, 3)
+  assert pictures.dtype == np.uint8
+
+
+def test_memory_is_looked_at_first(monkeypatch):
+  """A trunk that does not fit with tokenizer and cache is never made."""
+  family = lumina.Lumina(lumina.get_config())
+  # Two streams of 48 rows, of 49 tokens but for the last.
+  cache = 2 * 32 * 2 * 32 * (48 * 49 - 1) * 128
+  needed = 4 * (6_778_500_000 + cache + 68_700_000)
+  monkeypatch.setattr(memory, "free", lambda: int(0.998 * needed))
+  with pytest.raises(UserError, match="got a trunk of 6.8 billion"):
+    model_folder.from_config(family.config)
+  monkeypatch.setattr(memory, "free", lambda: int(1.002 * needed))
+  model_folder._check_memory(family, model_folder._shapes(family), None)
+
+
+def test_random_weights_are_those_of_init():
+  """Made one by one to spare memory, arrays are those of the whole."""
+  config = CONFIGS["llamagen_class"]()
+  family = model_folder.FAMILIES[config.family](
+    {"config": config.to_dict()}, None
+  )
+  made = model_folder.random_params(family)
+  jax.tree.map(np.testing.assert_array_equal, made,
+               jax.jit(family.generator.init)(jax.random.key(0)))
+
+
+def test_choices_of_a_made_model():
+  """Size and ratio are open until drawing; what weights fix is not."""
+  settings = {"family": "lumina", "config": lumina.get_config().to_dict()}
+  model_folder.choose(settings, {"size": "1024x576", "sampling.top_k": 7})
+  family = lumina.from_settings(settings, None)
+  assert (family.grid.rows, family.grid.cols) == (36, 64)
+  assert family.sampling["top_k"] == 7
+  for key, said in (("trunk.n_layers", "made model"), ("theta", "made model")):
+    with pytest.raises(UserError, match=said):
+      model_folder.choose(settings, {key: 3})
+
+
+class Words:
+  """A tokenizer that has a vocabulary only."""
+
+  def __init__(self, vocabulary):
+    self.get_vocab = lambda: vocabulary
+
+
+def test_chameleon_ids_are_checked(monkeypatch):
+  """A tokenizer whose ids are others' is refused by the name of one."""
+  digits = str.maketrans("0123456789", "ABCDEFGHIJ")
+  good = {"<s>": 0, "<racm3:break>": 8197, "<reserved08706>": 8710,
+          "<reserved08799>": 8803, "<reserved08800>": 8804}
+  good |= {f"IMGIMG{str(c).translate(digits)}Z": 4 + c for c in range(8192)}
+  for change, said in (({}, None), ({"<s>": 1}, "'?<s>"),
+                       ({"IMGIMGBZ": 9}, "image codes")):
+    monkeypatch.setattr(
+        published.Published, "text_tokenizer", Words(good | change))
+    family = lumina.Lumina(lumina.get_config())
+    if said is None:
+      assert family.text_tokenizer.get_vocab()["IMGIMGBZ"] == 5
+      continue
+    with pytest.raises(UserError, match=said):
+      _ = family.text_tokenizer
+
+
+def test_emu3_ids_are_checked(tmp_path):
+  """Vision tokens in another order or place, or words too few, are refused."""
+  family = emu3.Emu3(emu3.get_config(), tmp_path)
+  names = ["image token", "image start", "image end"] + [
+      f"visual token {code:06d}" for code in range(32_768)]
+  names = [f"<|{name}|>" for name in names]
+  family.check_ids([*names, ""])
+  for wrong in (names[::-1], ["<|extra|>"] * 7 + names, names[1:]):
+    with pytest.raises(UserError, match="image (start|token)"):
+      family.check_ids(wrong)
+  ranks = {str(i).encode(): i for i in range(151_643)}
+  family.check_ranks(ranks)
+  with pytest.raises(UserError, match="got emu3.tiktoken with 151642 pieces"):
+    family.check_ranks({k: i for k, i in ranks.items() if i != 7})
+
+
+def test_prompts_as_they_are_typed():
+  """Blanks reach the model as in the original: Janus' strips the ends."""
+  typed = clean(" a  red\ncat ")
+  for family in (lumina.Lumina(lumina.get_config()),
+                 anole.Anole(anole.get_config()),
+                 emu3.Emu3(emu3.get_config())):
+    ids = bytes(i for i in spelled(family).streams(typed)[0] if 0 < i < 256)
+    assert b" a  red\ncat " in ids
+  family = spelled(janus.Janus(janus.get_config()))
+  assert family.streams(typed) == family.streams("a  red\ncat")
+  assert family.streams(typed) != family.streams("a red cat")
+
+
+def test_tokenizers_neither_cut_nor_pad(tmp_path, monkeypatch):
+  """What a trainer left in tokenizer.json does not change a prompt."""
+  (tmp_path / "tokenizer").mkdir()
+  (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+  asked = []
+  tokenizer = types.SimpleNamespace(
+      no_truncation=lambda: asked.append("whole"),
+      no_padding=lambda: asked.append("bare"))
+  module = types.SimpleNamespace(
+      Tokenizer=types.SimpleNamespace(from_file=lambda file: tokenizer))
+  monkeypatch.setattr(published, "need", lambda *_: module)
+  family = janus.Janus(janus.get_config(), tmp_path)
+  assert family.text_tokenizer is tokenizer and sorted(asked) == [
+      "bare", "whole"]
+
+
+def test_llamagen_features_end_at_the_last_slot():
+  """Captions are moved to the end; hidden slots stay hidden in both rows."""
+  family = llamagen.LlamaGen(llamagen.get_config("t2i_XL_256"))
+  features = np.ones((1, 120, 2048), np.float32)
+  mask = np.arange(120)[None] < 3
+  prompt = family.from_features(features, mask, guided=True)
+  assert np.flatnonzero(prompt.mask[0]).tolist() == [117, 118, 119]
+  assert np.array_equal(prompt.mask[0], prompt.mask[1])
+  assert prompt.tokens[1].tolist() == list(range(1, 121))
+  assert float(prompt.features[0].sum()) == 3 * 2048
+
+
+def test_full_size_parameters_have_our_shapes():
+  """A trunk of 7 billion parameters is described without being made."""
+  family = lumina.Lumina(lumina.get_config())
+  shapes = jax.eval_shape(family.generator.init, jax.random.key(0))["trunk"]
+  assert shapes["layers"]["attn"]["q_norm"]["scale"].shape == (32, 32, 128)
+  assert shapes["head"].shape == (4096, 8192)

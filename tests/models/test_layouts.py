@@ -1,0 +1,155 @@
+"""Forms of a trunk that a CPU draws with: the same drawing, without copies of
+weights in the loop."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssd_jax.decoding import engine, registry
+from ssd_jax.models import layouts as layouts_lib
+from ssd_jax.models.layouts import inference_layout, unstacked
+from ssd_jax.performance import compiled
+from ssd_jax.pipeline import testing
+from ssd_jax.runtime import memory
+from tests.support import testkit as kit
+
+
+@pytest.fixture(autouse=True)
+def tiny_is_large(monkeypatch):
+  """Trunks of any size are copied."""
+  monkeypatch.setattr(layouts_lib, "_LEAST", 0)
+
+
+@pytest.mark.parametrize("guidance, decoder", [
+    (1.0, "sjd"), (3.0, "sjd"), (3.0, "eagle:tree=2-1"),
+    (3.0, "ssd")])
+def test_layers_apart_draw_what_stacked_layers_draw(guidance, decoder):
+  """Decoders see the same model in both forms of its parameters."""
+  pipe = testing.tiny(7, 3, 3, guidance=guidance)
+  settings, guided = pipe.sampling()
+  prompt, _ = pipe.family.encode_prompts(["ab"] * 2, guided)
+  drawn = [
+      engine.decode(
+          pipe.model, registry.parse(decoder), params, prompt, settings,
+          jax.random.key(3), jnp.arange(2)).tokens
+      for params in (pipe.params, inference_layout(pipe.params))]
+  np.testing.assert_array_equal(*drawn)
+
+
+def test_a_stream_takes_caches_apart():
+  """Pictures take places, and prompts grow, in each layer's cache."""
+  pipe = testing.tiny(7, 3, 3, guidance=3.0)
+  texts = ["a", "b", "a prompt that is longer than those before it", "c"]
+  whole = pipe.generate(texts, "ar", batch=4)
+  for picture in pipe.stream(texts, "ar", batch=2):
+    np.testing.assert_array_equal(picture.tokens, whole.tokens[picture.index])
+  assert "layers_0" in pipe.params_for(registry.parse("ar"))["trunk"]
+
+
+@pytest.fixture
+def in_tiles(monkeypatch):
+  """Trunks of any size are tiled, four columns to a tile."""
+  monkeypatch.setattr(layouts_lib, "TILE", 4)
+
+
+@pytest.mark.parametrize("decoder", ["ar", "sjd"])
+def test_tiles_draw_what_whole_matrices_draw(in_tiles, decoder):
+  """Passes of few rows multiply by tiles, and draw the same."""
+  pipe = kit.tiny(3, 3, vocab=8, guidance=3.0)
+  settings, guided = pipe.sampling()
+  prompt, _ = pipe.family.encode_prompts(["ab"] * 2, guided)
+  params = inference_layout(pipe.params)
+  assert params["tiles"]["head"].shape[::2] == (2, 4)
+  # Whatever else is drawn with, an empty matrix would show.
+  broken = {**params, "tiles": jax.tree.map(jnp.zeros_like, params["tiles"])}
+  drawn = [
+      engine.decode(pipe.model, registry.parse(decoder), each, prompt, settings,
+                    jax.random.key(3), jnp.arange(2)).tokens
+      for each in (pipe.params, params, broken)]
+  np.testing.assert_array_equal(drawn[0], drawn[1])
+  assert (drawn[2] != drawn[0]).any()
+
+
+def test_columns_that_make_no_whole_tiles_stay_whole(in_tiles):
+  """Of 7 codes no tiles of 4 can be made, so there are none."""
+  assert "tiles" not in inference_layout(kit.tiny(vocab=7).params)
+  assert "tiles" in inference_layout(kit.tiny(vocab=8).params)
+
+
+def test_taps_come_in_the_order_of_layers_from_both_forms():
+  """States of the same layers are appended, whichever form is given."""
+  pipe = kit.tiny()
+  generator = dataclasses.replace(pipe.family.generator, taps=(1, 0))
+  prompt, _ = pipe.family.encode_prompts(["ab"], False)
+  tokens = jnp.zeros((1, generator.grid.length), jnp.int32)
+  found = [generator.hidden({"trunk": trunk}, prompt, tokens)
+           for trunk in (pipe.params["trunk"], unstacked(pipe.params["trunk"]))]
+  np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_small_trunks_and_those_without_room_stay_stacked(monkeypatch):
+  """Layers are copied where that pays and a copy fits twice over."""
+  params = kit.tiny().params
+  monkeypatch.setattr(memory, "free", lambda: 0)
+  assert inference_layout(params) is params
+  layers = sum(x.nbytes for x in jax.tree.leaves(params["trunk"]["layers"]))
+  with_heads = testing.tiny().params  # which take more than these layers
+  monkeypatch.setattr(memory, "free", lambda: 2 * layers)
+  assert inference_layout(with_heads) is with_heads
+  monkeypatch.setattr(memory, "free", lambda: None)  # nobody tells
+  assert "layers_0" in inference_layout(params)["trunk"]
+  monkeypatch.setattr(layouts_lib, "_LEAST", 1e8)
+  assert inference_layout(params) is params
+
+
+def _moves(monkeypatch, kinds, pipe, decoder, smallest, *forms):
+  """What is moved in the loop and has so many bytes, by each form."""
+  monkeypatch.setattr(compiled, "MOVES", kinds)
+  settings, guided = pipe.sampling()
+  prompt, _ = pipe.family.encode_prompts(["ab"], guided)
+  jax.config.update("jax_disable_most_optimizations", False)
+  try:
+    return [
+        compiled.moves_in_loops(engine.decode.lower(
+            pipe.model, registry.parse(decoder), params, prompt, settings,
+            jax.random.key(0), jnp.arange(1)).compile().as_text(), smallest)
+        for params in forms]
+  finally:
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def _least_bytes(stack):
+  """Of one matrix of a stack."""
+  matrices = [x for x in jax.tree.leaves(stack) if x.ndim == 3]
+  return min(x.nbytes // len(x) for x in matrices)
+
+
+def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
+  """The loop multiplies by weights where they lie; stacked ones it copies."""
+  pipe = kit.tiny(3, 3, vocab=8)
+  params = pipe.params
+  tiled = inference_layout(params)
+  whole = {k: v for k, v in tiled.items() if k != "tiles"}
+  moved = _moves(
+      monkeypatch, ("copy", "transpose", "dynamic-slice"), pipe, "ar",
+      _least_bytes(params["trunk"]["layers"]["mlp"]), params, whole, tiled)
+  assert moved[0] and not moved[1] and not moved[2]
+
+
+def test_no_head_is_moved_in_the_loop(monkeypatch, in_tiles):
+  """So do spatial heads, of which a pass asks one or all."""
+  pipe = testing.tiny(8, 3, 3, guidance=3.0)
+  params = pipe.params
+  moved = _moves(
+    monkeypatch,
+    ("copy", "transpose", "slice"),
+    pipe,
+    "ssd",
+    _least_bytes(params["heads"]["vertical"]),
+    params,
+    inference_layout(params),
+  )
+  assert moved[0] and not moved[1]

@@ -1,0 +1,99 @@
+"""The compiled loop turns and copies no cache; a planted turn is found."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ssd_jax.core.types import KVCache
+from ssd_jax.decoding import engine, registry
+from ssd_jax.performance import compiled
+from tests.support import testkit as kit
+
+_TURNS = ("copy", "transpose", "convert")
+TEXT = """HloModule m
+%turn (p.1: f32[2,8]) -> f32[8,2] {
+  %p.1 = f32[2,8]{1,0} parameter(0)
+  %transpose.1 = f32[8,2]{1,0} transpose(%p.1), dimensions={1,0}
+  ROOT %bitcast.1 = f32[16]{0} bitcast(%transpose.1)
+}
+
+%body.1 (p.2: (s32[], f32[2,8])) -> (s32[], f32[2,8]) {
+  %fusion.1 = f32[16]{0} fusion(%x), kind=kLoop, calls=%turn
+  %copy.1 = bf16[2,8]{1,0} copy(%y)
+  %convert.1 = f32[2]{0} convert(%z)
+}
+
+ENTRY %main (p.3: f32[2,8]) -> f32[2,8] {
+  %w = (s32[], f32[2,8]) while(%t), condition=%c, body=%body.1
+  %copy.2 = f32[2,8]{1,0} copy(%q)
+}
+"""
+
+
+@pytest.fixture(autouse=True)
+def optimised():
+  """Programs as users get them."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_moves_are_those_of_loops_and_of_fusions_roots():
+  """Kinds and bytes of a text made by hand; the entry's copy is no loop's."""
+  found = compiled.moves_in_loops(TEXT, at_least=32)
+  assert [(x.kind, x.bytes) for x in found] == [("transpose", 64), ("copy", 32)]
+
+
+class _SlotsLast:
+  """A model whose cache is [L, S, K, H, X] between the passes."""
+
+  def __init__(self, model):
+    self.model = model
+
+  def prefill(self, params, prompt, scratch):
+    hidden, cache = self.model.prefill(params, prompt, scratch)
+    return hidden, _turned(cache)
+
+  def forward(self, params, cache, prompt, queries):
+    hidden, cache = self.model.forward(
+        params, _turned(cache), prompt, queries)
+    return hidden, _turned(cache)
+
+
+def _turned(cache):
+  return KVCache(cache.k.swapaxes(3, 4), cache.v.swapaxes(3, 4))
+
+
+def _moves(pipe, model, decoder):
+  """(what the loop moves, bytes of a layer's keys, bytes of all keys)."""
+  settings, guided = pipe.sampling()
+  prompt, _ = pipe.family.encode_prompts(["ab"], guided)
+  text = engine.decode.lower(
+      model, decoder, pipe.params, prompt, settings, jax.random.key(0),
+      jnp.arange(1)).compile().as_text()
+  shapes = jax.eval_shape(
+      lambda: pipe.model.prefill(
+          pipe.params, prompt, decoder.scratch(model))[1])
+  whole = shapes.k.size * shapes.k.dtype.itemsize
+  layer = whole // shapes.k.shape[0]
+  return compiled.moves_in_loops(text, layer), layer, whole
+
+
+@pytest.mark.parametrize("decoder", ["ar", "exact"])
+def test_no_pass_copies_the_cache(decoder):
+  """No layer's keys are copied, turned or converted; never all are sliced."""
+  pipe = kit.tiny(8, 8, heads=(0, 0), guidance=2.0)
+  moves, _, whole = _moves(pipe, pipe.model, registry.parse(decoder))
+  assert [x for x in moves if x.kind in _TURNS or x.bytes >= whole] == []
+
+
+def test_a_cache_turned_around_in_each_pass_is_found():
+  """The test above would fail if slots stood last in the cache."""
+  pipe = kit.tiny(8, 8, heads=(0, 0), guidance=2.0)
+  planted = _SlotsLast(pipe.model)
+  model = dataclasses.replace(
+      pipe.model, prefill=planted.prefill, forward=planted.forward)
+  moves, layer, _ = _moves(pipe, model, registry.parse("ar"))
+  assert [x for x in moves if x.kind in _TURNS and x.bytes >= layer]

@@ -1,0 +1,74 @@
+"""Settings of every published family at toy size."""
+
+from ssd_jax.families import anole, emu3, janus, llamagen, lumina
+from tests.support.toy_weights import CODES, shrink_trunk, shrink_vq
+
+_IDS = dict(first_code=4, end_of_row=40, image=37, end_of_turn=41, size=42)
+
+
+def lumina_config():
+  config = lumina.get_config("768")
+  config.target_size, config.size = 64, "96x32"  # 2 x 6 cells
+  config.ids.update(**_IDS)
+  shrink_trunk(config, 96)
+  shrink_vq(config, levels=5)
+  return config
+
+
+def anole_config(layout):
+  config = anole.get_config(layout)
+  config.side = 4
+  config.ids.update(**_IDS)
+  shrink_trunk(config, 96)
+  shrink_vq(config)
+  return config
+
+
+def janus_config():
+  config = janus.get_config("1b")
+  config.side = 4
+  shrink_trunk(config, 64 + CODES)
+  shrink_vq(config)
+  return config
+
+
+def emu3_config():
+  config = emu3.get_config("3:2")
+  config.area = 6 * 4 * 4  # 2 x 3 cells of 4 px
+  config.ids.update(specials=260, start=300, end_of_row=301, image=302,
+                    begin_of_image=303, first_code=304)
+  config.suffix, config.negative = " in the rain", "blue dog"
+  shrink_trunk(config, 304 + CODES, kv=2)
+  shrink_vq(config, levels=3, dim=4, z=4)
+  return config
+
+
+def llamagen_class_config():
+  config = llamagen.get_config("c2i_B_256_ds8")
+  config.classes, config.side = 10, 4
+  shrink_trunk(config, 11 + CODES)
+  shrink_vq(config)
+  config.vq.update(ch_mult=(1, 2, 2, 4), attn_levels=(3,))
+  return config
+
+
+def llamagen_text_config():
+  config = llamagen.get_config("t2i_XL_256")
+  config.side = 4
+  shrink_trunk(config, CODES)
+  config.trunk.update(caption_dim=32, caption_slots=12)
+  config.t5.update(d_model=32, n_layers=2, n_heads=4, head_dim=8, d_ff=48,
+                   vocab=64)
+  shrink_vq(config)
+  return config
+
+
+CONFIGS = {
+    "lumina": lumina_config,
+    "anole": lambda: anole_config("native"),
+    "anole_hf": lambda: anole_config("hf"),
+    "janus": janus_config,
+    "emu3": emu3_config,
+    "llamagen_class": llamagen_class_config,
+    "llamagen_text": llamagen_text_config,
+}
