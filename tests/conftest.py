@@ -1,9 +1,13 @@
 """Settings of the whole suite.
 
-Most of its time goes into compiling programs that then run for milliseconds,
-so they are compiled with few optimisations, and forgotten after each file, or
-sooner: every one holds memory maps, of which a process may have only so many,
-and a compiler that gets no more of them takes the process down.
+`python -m pytest` runs the quick tests, `python -m pytest --all` also those
+marked slow.
+
+Most of the time goes into compiling programs that then run for milliseconds,
+so they are compiled with few optimisations; tests marked `as_users_compile`
+have them compiled with all. They are freed after each file, or sooner: every
+program holds memory maps, of which a process may have only so many, and XLA
+crashes the process when it gets no more of them.
 """
 
 import functools
@@ -15,9 +19,24 @@ import pytest
 
 jax.config.update("jax_disable_most_optimizations", True)
 
-
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST = 30_000  # of the 65,530 that Linux allows
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+      "--all", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+  if config.getoption("--all") or config.option.markexpr:
+    return
+  slow = [item for item in items if item.get_closest_marker("slow")]
+  # A test that is named, rather than found in a folder or file, is meant.
+  named = any("::" in arg for arg in config.args)
+  if slow and not named:
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +53,20 @@ def forget_programs():
   yield
   for thing in gc.get_objects():
     if isinstance(thing, functools._lru_cache_wrapper) and (
-        (thing.__module__ or "").startswith(("test", "toy_", "ssd_jax"))):
+        (thing.__module__ or "").startswith(("tests.", "ssd_jax"))):
       thing.cache_clear()
   jax.clear_caches()
   gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def compile_as_users_do(request):
+  """All of XLA's optimisations, for a test marked `as_users_compile`."""
+  if request.node.get_closest_marker("as_users_compile") is None:
+    yield
+    return
+  jax.clear_caches()
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
+  jax.clear_caches()

@@ -358,8 +358,8 @@ HEAD = """\
 
 What a command says when it is given something wrong. Every line was produced
 by feeding the command that input (`tests/support/bad_inputs.py`), and a test
-feeds all of them again: each ends with exit status 2, one line on stderr, no traceback,
-and no file half-written.
+feeds all of them again: each ends with exit status 2, one line on stderr, no
+traceback, and no file half-written.
 
 | command | given | it says |
 | --- | --- | --- |"""

@@ -128,7 +128,7 @@ def assert_lossless(pipe, decoder, group=4):
   A bias of 3 % in the probability of one grid in ten would be seen. Grids are
   decoded `group` at a time.
   """
-  assert engine.is_lossless(decoder, pipe.model.grid)
+  assert decoder.is_lossless(pipe.model.grid)
   out = exactness.sample_images(pipe, decoder, 20_000, group)
   p = p_value(pipe, out.tokens)
   print(decoder, "p", p, "passes", out.passes.mean())

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from ssd_jax.core.config import UserError
-from ssd_jax.decoding.engine import is_lossless
 from ssd_jax.decoding.rows.pjd import PJD
 from tests.support import testkit as kit
 
@@ -19,7 +18,7 @@ def test_rows_one_after_the_other_are_lossless(grid, decoder, group):
   """With the whole row as context only the top row is drafted: exact."""
   pipe = kit.tiny(**grid)
   out = kit.assert_lossless(pipe, decoder, group)
-  assert not is_lossless(PJD(context=1), pipe.model.grid)
+  assert not PJD(context=1).is_lossless(pipe.model.grid)
   assert out.passes.mean() < pipe.model.grid.cells
 
 

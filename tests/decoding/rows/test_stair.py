@@ -7,7 +7,6 @@ import pytest
 
 from ssd_jax.core.config import UserError
 from ssd_jax.core.grid import Grid
-from ssd_jax.decoding.engine import is_lossless
 from ssd_jax.decoding.rows.stair import Exact, Stair
 from ssd_jax.evaluation import exactness
 from tests.support import testkit as kit
@@ -44,11 +43,11 @@ def test_what_is_lossless_is_known_for_a_grid():
       (Exact(), True), (Stair(), False), (Stair(lookahead=6), True),
       (Stair(lookahead=5), False), (Stair(lookahead=6, sure=0.1), False),
   ):
-    assert is_lossless(decoder, wide) is expected
-  assert is_lossless(Stair(), row)
-  assert not is_lossless(Stair(lookahead=6, lenience=0.5), wide)
-  assert is_lossless(Stair(lookahead=9), wide)
-  assert not is_lossless(Stair(lenience=0.5), row)
+    assert decoder.is_lossless(wide) is expected
+  assert Stair().is_lossless(row)
+  assert not Stair(lookahead=6, lenience=0.5).is_lossless(wide)
+  assert Stair(lookahead=9).is_lossless(wide)
+  assert not Stair(lenience=0.5).is_lossless(row)
 
 
 @pytest.mark.slow

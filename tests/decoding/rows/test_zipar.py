@@ -3,7 +3,6 @@
 import pytest
 
 from ssd_jax.core.config import UserError
-from ssd_jax.decoding.engine import is_lossless
 from ssd_jax.decoding.rows.zipar import ZipAR
 from tests.support import testkit as kit
 
@@ -20,8 +19,8 @@ def test_a_window_of_a_row_gives_the_tokens_of_ar(end_of_row, decoder):
   )
   out = kit.assert_same_as_ar(pipe, decoder)
   assert (out.passes == 12).all()
-  assert is_lossless(decoder, pipe.model.grid)
-  assert not is_lossless(ZipAR(window=3), pipe.model.grid)
+  assert decoder.is_lossless(pipe.model.grid)
+  assert not ZipAR(window=3).is_lossless(pipe.model.grid)
 
 
 @pytest.mark.parametrize("window", [1, 7, 24, 30])
