@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ssd_jax.cli import generate, run
+from ssd_jax.cli import common, generate, run
 from ssd_jax.core.outputs import Picture
+from ssd_jax.pipeline import testing
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,3 +147,29 @@ def test_damaged_checkpoint(capsys, tmp_path):
                         "--out", tmp_path / "out")
   assert status == 2 and "damaged" in err.splitlines()[-1]
   assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_generate_writes_traces_and_a_race(monkeypatch, capsys, tmp_path):
+  """--trace adds animations, heat maps and AR beside the decoder."""
+  pipe = testing.tiny(vocab=5, rows=3, cols=4, heads=(0, 0))
+  monkeypatch.setattr(common, "load_pipeline", lambda: pipe)
+  monkeypatch.setattr(run, "use_compilation_cache", lambda: None)
+  if "config" not in flags.FLAGS:
+    run.define_config()
+  flags.FLAGS.unparse_flags()
+  for module in (generate, common):
+    for flag in flags.FLAGS.get_key_flags_for_module(module):
+      flag.unparse()
+  run.main(generate.body, [
+      "generate", "--prompt", "a", "--prompt", "b", "--trace", "--json",
+      "--decoder", "sjd:window=4", "--out", str(tmp_path)])
+  said = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert sorted(said["images"]) == [
+      str(tmp_path / "0000_a.png"), str(tmp_path / "0001_b.png")]
+  for stem in ("0000_a", "0001_b"):
+    assert Image.open(tmp_path / f"{stem}_passes.png").size[0] == 8
+    with Image.open(tmp_path / f"{stem}_filling.gif") as gif:
+      assert gif.n_frames > 2
+    assert list((tmp_path / f"{stem}_filling").glob("*.png"))
+  assert Image.open(tmp_path / "beside_ar.gif").size[0] > 16
+  assert not list(tmp_path.rglob("*.partial"))

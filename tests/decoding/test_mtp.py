@@ -23,7 +23,7 @@ def test_exact_verification_is_lossless(kwargs, decoder, group):
   """The joint law of the output is AR's: chi-square over every image."""
   finding = exactness.examine(tiny(**kwargs), decoder, "mtp", group=group)
   assert finding.lossless and finding.p_value > exactness.P_VALUE
-  assert finding.passes < tiny(**kwargs).model.grid.cells
+  assert finding.passes < tiny(**kwargs).model.grid.num_tokens
 
 
 def test_correction_is_told_from_exact_sampling():

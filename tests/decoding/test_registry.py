@@ -83,7 +83,7 @@ def prompt_of(name, family):
 def draw(name, decoder):
   """What a decoder draws greedily, guided."""
   pipe = pipeline(name)
-  args = (pipe.params_for(decoder), prompt_of(name, pipe.family),
+  args = (pipe.programs.params_for(decoder), prompt_of(name, pipe.family),
           Sampling.make(guidance=2.5, temperature=0.0), jax.random.key(0),
           jnp.arange(2))
   program = engine.decode.lower(pipe.model, decoder, *args)

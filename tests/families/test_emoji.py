@@ -26,20 +26,6 @@ def test_weights_are_small():
   assert 20e6 < sum(path.stat().st_size for path in files) < 40e6
 
 
-def test_a_flipped_bit_is_found(tmp_path):
-  """Weights that differ from their checksum do not load."""
-  folder = tmp_path / "vq"
-  shutil.copytree(EMBEDDED / "vq", folder)
-  assert set(checkpoints.restore(folder)) >= {"codebook", "decoder"}
-  largest = max((p for p in folder.rglob("*") if p.is_file()),
-                key=lambda path: path.stat().st_size)
-  blob = bytearray(largest.read_bytes())
-  blob[len(blob) // 2] ^= 1
-  largest.write_bytes(blob)
-  with pytest.raises(UserError, match="got a damaged checkpoint"):
-    checkpoints.restore(folder)
-
-
 @pytest.mark.parametrize("change, match", [
     (lambda x: x[::-1], "tokenizer .* that was changed after the trunk"),
     (lambda x: x[:512], r"codebook of shape \(512, 16\)"),

@@ -1,20 +1,15 @@
 """Published families: sizes, tables, prompts; no weights needed."""
 
-import functools
-import math
 import types
 
 import jax
 import numpy as np
 import pytest
 
-from ssd_jax.cli.convert import RECIPES
-from ssd_jax.convert.recipes import copy
 from ssd_jax.core.config import UserError
 from ssd_jax.core.prompts import clean
 from ssd_jax.families import anole, emu3, janus, llamagen, lumina, published
 from ssd_jax.pipeline import model_folder
-from ssd_jax.runtime import memory
 from tests.support.toy_families import CONFIGS
 
 _CONFIGS = {
@@ -25,92 +20,6 @@ _CONFIGS = {
     **{f"janus:{v}": (janus, v) for v in janus.VARIANTS},
     "emu3:1:1": (emu3, "1:1"), "emu3:16:9": (emu3, "16:9"),
 }
-
-
-@functools.cache
-def recipe_of(name):
-  family, variant = _CONFIGS[name]
-  config = family.get_config(variant)
-  return RECIPES[config.family](config)
-
-
-@pytest.mark.parametrize("name", _CONFIGS)
-def test_tables_fill_every_array(name):
-  """At full size, each of our arrays is filled once and entirely."""
-  for part in recipe_of(name).parts:
-    rows = {}
-    for row in part.table.rows:
-      rows.setdefault(row.target, []).append(row)
-    assert set(rows) == set(part.leaves)
-    for target, mine in rows.items():
-      shape = part.leaves[target].shape
-      layers = [row.layer for row in mine]
-      if layers[0] is not None:
-        assert layers == list(range(shape[0])), target
-        continue
-      at = 0
-      for row in mine:
-        assert row.at == at, target
-        at += row.sources[0].shape[0]
-      if mine[0].convert is copy or len(mine) > 1:
-        assert at == shape[0], target
-
-
-@pytest.mark.parametrize("name", _CONFIGS)
-def test_tables_convert_to_our_shapes(name):
-  """At full size, the published shapes turn into ours."""
-  for part in recipe_of(name).parts:
-    for row in part.table.rows:
-      if row.layer not in (None, 0) or math.prod(
-          part.leaves[row.target].shape) > 2**31 or len(row.sources) > 1:
-        continue
-      arrays = []
-      for source in row.sources:
-        shape = source.shape
-        if source.rows:
-          shape = (source.rows[1] - source.rows[0], *shape[1:])
-        arrays.append(np.broadcast_to(np.int8(0), shape))
-      shape = part.leaves[row.target].shape
-      if row.layer is not None:
-        shape = shape[1:]
-      got = row.convert(*arrays).shape
-      assert got[1:] == shape[1:] and (got == shape or row.convert is copy)
-
-
-def published_size(part):
-  """(tensors, parameters) as published."""
-  shapes = {s.name: s.shape for row in part.table.rows for s in row.sources}
-  return len(shapes), sum(map(math.prod, shapes.values()))
-
-
-@pytest.mark.parametrize("name, part, tensors, parameters", [
-    ("llamagen:c2i_B_256", 0, None, 110.9e6),
-    ("llamagen:c2i_L_384", 0, None, 343e6),
-    ("llamagen:c2i_XL_384", 0, None, 775e6),
-    ("llamagen:c2i_XXL_384", 0, None, 1.41e9),
-    ("llamagen:c2i_3B_384", 0, None, 3.1e9),
-    ("llamagen:t2i_XL_256", 0, 258, 777.9e6),
-    ("lumina:768", 0, None, None),
-    ("emu3:1:1", 0, None, 8.49e9),
-    ("llamagen:c2i_B_256", 1, 343, 71.9e6),
-    ("llamagen:c2i_B_256_ds8", 1, None, 70e6),
-    ("lumina:768", 1, 293, 68.7e6),
-    ("emu3:1:1", 1, 495 - 8, 270.7e6),
-    ("janus:1b", 0, None, 1_556_937_355),
-    ("janus:7b", 0, None, 6_663_674_507),
-    ("anole:native", 0, None, 7_013_158_912),
-    ("anole:hf", 0, None, 7_081_877_379),
-    ("llamagen:t2i_XL_256", 2, None, 1_223_527_424),
-])
-def test_published_sizes(name, part, tensors, parameters):
-  """Numbers of tensors and parameters are the published ones."""
-  count, size = published_size(recipe_of(name).parts[part])
-  if name == "lumina:768" and part == 0:
-    assert size == 7_013_158_912
-    return
-  assert tensors in (None, count)
-  is_exact = isinstance(parameters, int)
-  assert size == pytest.approx(parameters, rel=0 if is_exact else 2e-3)
 
 
 @pytest.mark.parametrize("name, guidance, temperature, top_k, top_p", [
@@ -239,56 +148,6 @@ def test_pixels_as_the_originals_store_them(name):
   whole = np.floor(scaled + 0.5) if name == "llamagen_class" else scaled
   np.testing.assert_allclose(
       family.decode({}, None), whole.astype(np.uint8), atol=0)
-
-
-@pytest.mark.parametrize("name", ["janus", "emu3", "llamagen_text"])
-def test_random_weights_need_no_files(name):
-  """Settings alone make a pipeline, whose prompts are told to be stand-ins."""
-  pipe = model_folder.from_config(CONFIGS[name]())
-  prompt, notes = pipe.family.encode_prompts(["a cat"], guided=True)
-  assert prompt.tokens.shape[0] == 2 and "random" in notes[0]
-  grid = pipe.model.grid
-  codes = np.zeros((1, grid.rows, grid.cols), np.int32)
-  pictures = jax.eval_shape(pipe.family.decode, pipe.vq_params, codes)
-  side = pipe.family.vq.cfg.downsample
-  assert pictures.shape == (1, side * grid.rows, side * grid.cols, 3)
-  assert pictures.dtype == np.uint8
-
-
-def test_memory_is_looked_at_first(monkeypatch):
-  """A trunk that does not fit with tokenizer and cache is never made."""
-  family = lumina.Lumina(lumina.get_config())
-  # Two streams of 48 rows, of 49 tokens but for the last.
-  cache = 2 * 32 * 2 * 32 * (48 * 49 - 1) * 128
-  needed = 4 * (6_778_500_000 + cache + 68_700_000)
-  monkeypatch.setattr(memory, "free", lambda: int(0.998 * needed))
-  with pytest.raises(UserError, match="got a trunk of 6.8 billion"):
-    model_folder.from_config(family.config)
-  monkeypatch.setattr(memory, "free", lambda: int(1.002 * needed))
-  model_folder._check_memory(family, model_folder._shapes(family), None)
-
-
-def test_random_weights_are_those_of_init():
-  """Made one by one to spare memory, arrays are those of the whole."""
-  config = CONFIGS["llamagen_class"]()
-  family = model_folder.FAMILIES[config.family](
-    {"config": config.to_dict()}, None
-  )
-  made = model_folder.random_params(family)
-  jax.tree.map(np.testing.assert_array_equal, made,
-               jax.jit(family.generator.init)(jax.random.key(0)))
-
-
-def test_choices_of_a_made_model():
-  """Size and ratio are open until drawing; what weights fix is not."""
-  settings = {"family": "lumina", "config": lumina.get_config().to_dict()}
-  model_folder.choose(settings, {"size": "1024x576", "sampling.top_k": 7})
-  family = lumina.from_settings(settings, None)
-  assert (family.grid.rows, family.grid.cols) == (36, 64)
-  assert family.sampling["top_k"] == 7
-  for key, said in (("trunk.n_layers", "made model"), ("theta", "made model")):
-    with pytest.raises(UserError, match=said):
-      model_folder.choose(settings, {key: 3})
 
 
 class Words:

@@ -46,7 +46,7 @@ def test_a_stream_takes_caches_apart():
   whole = pipe.generate(texts, "ar", batch=4)
   for picture in pipe.stream(texts, "ar", batch=2):
     np.testing.assert_array_equal(picture.tokens, whole.tokens[picture.index])
-  assert "layers_0" in pipe.params_for(registry.parse("ar"))["trunk"]
+  assert "layers_0" in pipe.programs.params_for(registry.parse("ar"))["trunk"]
 
 
 @pytest.fixture
@@ -110,15 +110,11 @@ def _moves(monkeypatch, kinds, pipe, decoder, smallest, *forms):
   monkeypatch.setattr(compiled, "MOVES", kinds)
   settings, guided = pipe.sampling()
   prompt, _ = pipe.family.encode_prompts(["ab"], guided)
-  jax.config.update("jax_disable_most_optimizations", False)
-  try:
-    return [
-        compiled.moves_in_loops(engine.decode.lower(
-            pipe.model, registry.parse(decoder), params, prompt, settings,
-            jax.random.key(0), jnp.arange(1)).compile().as_text(), smallest)
-        for params in forms]
-  finally:
-    jax.config.update("jax_disable_most_optimizations", True)
+  return [
+      compiled.moves_in_loops(engine.decode.lower(
+          pipe.model, registry.parse(decoder), params, prompt, settings,
+          jax.random.key(0), jnp.arange(1)).compile().as_text(), smallest)
+      for params in forms]
 
 
 def _least_bytes(stack):
@@ -127,6 +123,7 @@ def _least_bytes(stack):
   return min(x.nbytes // len(x) for x in matrices)
 
 
+@pytest.mark.as_users_compile
 def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
   """The loop multiplies by weights where they lie; stacked ones it copies."""
   pipe = kit.tiny(3, 3, vocab=8)
@@ -139,6 +136,7 @@ def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
   assert moved[0] and not moved[1] and not moved[2]
 
 
+@pytest.mark.as_users_compile
 def test_no_head_is_moved_in_the_loop(monkeypatch, in_tiles):
   """So do spatial heads, of which a pass asks one or all."""
   pipe = testing.tiny(8, 3, 3, guidance=3.0)

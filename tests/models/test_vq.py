@@ -8,7 +8,6 @@ import pytest
 
 from ssd_jax.models import vq as vq_lib
 from ssd_jax.models.vq import VQ, VQConfig
-from ssd_jax.training import tokenizer
 
 CFG = VQConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, n_codes=32,
                code_dim=4, l2_norm=False, attn_levels=(1,), patch=2, groups=4)
@@ -56,31 +55,6 @@ def test_patches_fold_and_unfold():
   folded = vq_lib._space_to_depth(x, 4)
   chex.assert_shape(folded, (2, 2, 3, 48))
   np.testing.assert_array_equal(vq_lib._depth_to_space(folded, 4), x)
-
-
-def test_codebook_starts_and_restarts_where_pixels_are_wrong():
-  """Codes out of use become latents of wrong cells, never of blank ones."""
-  cfg = tokenizer.TokenizerConfig()
-  z = jnp.concatenate([jnp.zeros((1, 8, 8, 4)), jnp.ones((1, 8, 8, 4))])
-  error = jnp.concatenate([jnp.zeros((1, 8, 8)), jnp.ones((1, 8, 8))])
-  stats = tokenizer.CodebookStats(jnp.ones(16), jnp.zeros((16, 4)))
-  codes, stats = tokenizer.update_codebook(
-      jnp.zeros((16, 4)), stats, (z, jnp.zeros((2, 8, 8), int), error),
-      jax.random.key(0), True, cfg)
-  np.testing.assert_allclose(codes, 1.0, atol=0.05)
-
-
-def test_codebook_follows_its_latents():
-  """In the long run a code is the mean of the latents that choose it."""
-  cfg = tokenizer.TokenizerConfig(decay=0.5)
-  z = jnp.full((1, 4, 4, 4), 3.0)
-  codes = jnp.zeros((2, 4))
-  stats = tokenizer.CodebookStats(jnp.ones(2), jnp.zeros((2, 4)))
-  for _ in range(20):
-    codes, stats = tokenizer.update_codebook(
-        codes, stats, (z, jnp.zeros((1, 4, 4), int), jnp.ones((1, 4, 4))),
-        jax.random.key(0), False, cfg)
-  np.testing.assert_allclose(codes[0], 3.0, atol=1e-3)
 
 
 def test_a_price_decides_between_codes_that_serve_alike():

@@ -11,6 +11,7 @@ from ssd_jax.decoding import engine, registry
 from ssd_jax.performance import compiled
 from tests.support import testkit as kit
 
+pytestmark = pytest.mark.as_users_compile
 _TURNS = ("copy", "transpose", "convert")
 TEXT = """HloModule m
 %turn (p.1: f32[2,8]) -> f32[8,2] {
@@ -30,14 +31,6 @@ ENTRY %main (p.3: f32[2,8]) -> f32[2,8] {
   %copy.2 = f32[2,8]{1,0} copy(%q)
 }
 """
-
-
-@pytest.fixture(autouse=True)
-def optimised():
-  """Programs as users get them."""
-  jax.config.update("jax_disable_most_optimizations", False)
-  yield
-  jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_moves_are_those_of_loops_and_of_fusions_roots():
@@ -97,3 +90,32 @@ def test_a_cache_turned_around_in_each_pass_is_found():
       pipe.model, prefill=planted.prefill, forward=planted.forward)
   moves, layer, _ = _moves(pipe, model, registry.parse("ar"))
   assert [x for x in moves if x.kind in _TURNS and x.bytes >= layer]
+
+
+HLO = """HloModule m
+%body.1 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %all-reduce.3 = f32[2,4]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}
+  %ag = (bf16[1,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%y), replica_groups=[1,4]<=[4]
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %done = bf16[4,8]{1,0} all-gather-done(%ag)
+  %all-reduce.4 = f32[10]{0} all-reduce(%z), replica_groups={{0,1,2,3}}
+  %cp.1 = f32[4]{0} collective-permute(%a), channel_id=7
+  %cp.2 = f32[4]{0} collective-permute(%b), channel_id=7
+  %rs = f32[4]{0} reduce-scatter(%c), channel_id=8, replica_groups=mesh['x'=2,'y'=2] {'y'}
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_loops_count_as_often_as_they_run():
+  """Kinds, counts, bytes and groups of a text made by hand."""
+  found = {x.kind: x for x in compiled.collectives(HLO, 4)}
+  assert found["all-reduce"] == compiled.Collective(
+      "all-reduce", 5 + 1, 5 * 32 + 40, 4)
+  assert found["all-gather"] == compiled.Collective("all-gather", 5, 5 * 64, 4)
+  assert found["collective-permute"].count == 1  # two steps of one
+  assert found["reduce-scatter"].group == 2
+  # A ring of 4 sends each byte 1.5 times.
+  assert found["all-reduce"].seconds(1.0, 0.0) == pytest.approx(300)

@@ -1,15 +1,13 @@
 """What a user holds: progress pass by pass, saving, decoders by name."""
 
 from collections.abc import Iterator
-import json
 
-import jax
 import numpy as np
 import pytest
 
 import ssd_jax
 from ssd_jax.core.config import UserError
-from ssd_jax.pipeline import model_folder, testing
+from ssd_jax.pipeline import testing
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +31,9 @@ def test_another_listener_compiles_nothing_and_silence_is_free(pipe):
   """Listeners share a program; a call without one runs another, as before."""
   first, second = [], []
   pipe.generate(["a"], on_pass=first.append)
-  programs = len(pipe._executables)
+  programs = len(pipe.programs)
   listened = pipe.generate(["a"], on_pass=second.append)
-  assert len(pipe._executables) == programs and len(first) == len(second) == 12
+  assert len(pipe.programs) == programs and len(first) == len(second) == 12
   silent = pipe.generate(["a"])
   np.testing.assert_array_equal(silent.tokens, listened.tokens)
   assert len(first) == len(second) == 12
@@ -112,62 +110,8 @@ def test_grids_of_another_model_are_told(pipe):
       pipe.nll(one, prompts)
 
 
-@pytest.mark.parametrize("given,said", [
-    (dict(name=3), "name=3, expected the name of a folder"),
-    (dict(name=None), "name=None, expected the name"),
-    (dict(heads=3), "heads=3, expected the name"),
-    (dict(choices=3), "choices=3, expected a dict"),
-    (dict(choices={"colour": 3}), "colour .* expected only sampling"),
-    (dict(choices={"sampling.colour": 3}), "'colour' in sampling, .* top_p"),
-    (dict(choices={"sampling": 3}), "3 in sampling, .* top_p"),
-])
-def test_a_model_that_cannot_be_named_so_is_one_line(given, said):
-  """Before anything is read."""
-  with pytest.raises(UserError, match=said):
-    ssd_jax.load(**given)
-
-
 def test_a_prompt_may_be_the_number_of_a_class(pipe):
   """A number is its text, from numpy too."""
   out = pipe.generate([7, np.int64(8)], num_images=np.int32(1))
   assert out.prompts == ("7", "8")
   assert [p.prompt for p in pipe.stream([7])] == ["7"]
-
-
-def test_saved_pipeline_draws_the_same(tmp_path):
-  """A saved pipeline loads with the parameters it held, and is whole."""
-  pipe = ssd_jax.load("emoji")
-  pipe.params["heads"] = jax.tree.map(
-      lambda x: 0.5 * x, pipe.params["heads"])
-  pipe.save(tmp_path / "mine")
-  again = ssd_jax.load(tmp_path / "mine")
-  for kind in pipe.params:
-    np.testing.assert_array_equal(
-        *(np.concatenate([np.ravel(x) for x in jax.tree.leaves(p.params[kind])])
-          for p in (pipe, again)))
-  np.testing.assert_array_equal(
-      pipe.decode_images(np.arange(256).reshape(1, 16, 16)),
-      again.decode_images(np.arange(256).reshape(1, 16, 16)))
-  with pytest.raises(UserError, match="new folder"):
-    pipe.save(tmp_path / "mine")
-  assert [x.name for x in tmp_path.iterdir()] == ["mine"]
-
-
-def test_pipeline_that_was_made_says_that_it_has_no_settings(pipe, tmp_path):
-  """What came from no folder cannot be written as one; nothing is left."""
-  with pytest.raises(UserError, match="made, not loaded"):
-    pipe.save(tmp_path / "tiny")
-  assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("change", [
-    lambda x: x.pop("config"), lambda x: x.pop("words"),
-    lambda x: x.update(family=["x"]), lambda x: x["config"].pop("trunk")])
-def test_a_damaged_model_json_is_one_line(tmp_path, change):
-  """Settings that lack something are refused before weights are read."""
-  settings = json.loads((model_folder.EMBEDDED / "model.json").read_text())
-  change(settings)
-  (tmp_path / "model.json").write_text(json.dumps(settings))
-  with pytest.raises(UserError, match="model.json") as error:
-    ssd_jax.load(tmp_path)
-  assert "\n" not in str(error.value)

@@ -46,7 +46,7 @@ def test_one_compile_of_each_and_prompts_as_there_is_room(pipe):
   """Other prompts, seeds and scales compile nothing; prompts may not end."""
   read, first = [], pipe.stream(PROMPTS, batch=2)
   assert len(list(first)) == 5 and first.clock.compiling > 0
-  programs = len(pipe._executables)
+  programs = len(pipe.programs)
 
   def endless():
     for i in itertools.count():
@@ -55,7 +55,7 @@ def test_one_compile_of_each_and_prompts_as_there_is_room(pipe):
 
   stream = pipe.stream(endless(), num_images=2, batch=2, seed=7, guidance=3.0)
   found = [next(stream) for _ in range(5)]
-  assert len(pipe._executables) == programs and max(read) <= 4
+  assert len(pipe.programs) == programs and max(read) <= 4
   whole = pipe.generate(
       ["p0", "p1"], num_images=2, batch=4, seed=7, guidance=3.0)
   assert_same([p for p in found if p.index < 4], whole)

@@ -160,7 +160,7 @@ def on_cores(pipe):
     together = pipe.generate(["a"], decoder, seed=4).tokens
     stream, = pipe.stream(["a"], decoder, seed=4)
     prompt, _ = pipe.family.encode_prompts(["a"], True)
-    mesh = pipe.cores(decoder, prompt, pipe.sampling()[0], 1)
+    mesh = pipe.programs.mesh_for(decoder, prompt, pipe.sampling()[0], 1)
     shares[decoder.name] = [
         float((together == alone).mean()),
         float((stream.tokens == alone[0]).mean()), mesh and mesh.size]

@@ -1,8 +1,11 @@
-"""The training loop: it learns, resumes exactly, and stops when it must."""
+"""Whatever befalls a run, it continues from a whole checkpoint."""
 
+import errno
+import itertools
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +19,135 @@ import numpy as np
 import pytest
 
 from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
-from ssd_jax.data import sources
-from ssd_jax.models.vocabulary import Vocabulary
 from ssd_jax.storage import checkpoints
-from ssd_jax.training import ar, loop
+from ssd_jax.training import loop
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
-from ssd_jax.training.tokenizer import TokenizerConfig, load_augmented
-from tests.support import ROOT
+from tests.support import ROOT, tiny_training as tiny
+
+
+def assert_same(one, other):
+  chex.assert_trees_all_equal(one.params, other.params)
+
+
+@pytest.mark.slow
+def test_twenty_kills_while_saving(tmp_path):
+  """A child that saves every step dies twenty times; nothing is lost."""
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  subprocess.run(
+      [sys.executable, "-m", "tests.support.tiny_training",
+       "--workdir", tmp_path, "--kills=20"],
+      check=True, env=environment, capture_output=True)
+  a, b = (checkpoints.restore(tmp_path / f"weights_{name}")
+          for name in ("run", "whole"))
+  chex.assert_trees_all_equal(a, b)
+
+
+def test_sigterm_saves_exits_0_and_resumes(tmp_path, monkeypatch, capsys):
+  """Told to stop in step 5: that step is saved, the rest is the same bits."""
+  whole = tiny.train(tmp_path / "whole", 8)
+  due, steps = loop.Preemption.is_due, itertools.count(1)
+
+  def terminate(self):
+    if next(steps) == 5:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(0.05)
+    return due(self)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Preemption, "is_due", terminate)
+    with pytest.raises(SystemExit) as stopped:
+      tiny.train(tmp_path / "run", 8, save_every=100)
+  assert stopped.value.code == 0
+  assert "saved step 5" in capsys.readouterr().err
+  assert os.listdir(tmp_path / "run" / "checkpoints") == ["5"]
+  assert_same(tiny.train(tmp_path / "run", 8), whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+  """Files cut in half: the one before it is taken, and the end is the same."""
+  whole = tiny.train(tmp_path / "whole", 10)
+  tiny.train(tmp_path / "run", 8)
+  newest = tmp_path / "run" / "checkpoints" / "8"
+  for path in newest.rglob("*"):
+    if path.is_file():
+      os.truncate(path, path.stat().st_size // 2)
+  assert_same(tiny.train(tmp_path / "run", 10), whole)
+  assert "checkpoint 8" in capsys.readouterr().err
+  aside, = (tmp_path / "run" / "damaged").iterdir()
+  assert aside.name.startswith("8-") and any(aside.iterdir())
+
+
+def test_a_single_bit_of_a_training_checkpoint_is_noticed(tmp_path, capsys):
+  """A number, or the place in the data, that differs from what was saved: the
+  checkpoint before it is taken, and the end is the same."""
+  whole = tiny.train(tmp_path / "whole", 8, width=8)
+  tiny.train(tmp_path / "run", 6, width=8)
+  folder = tmp_path / "run" / "checkpoints"
+  # The whole state of a smaller step, and the place of another.
+  shutil.rmtree(folder / "6" / "state")
+  shutil.copytree(folder / "2" / "state", folder / "6" / "state")
+  place, = (folder / "4" / "data").glob("*.json")
+  place.write_text(place.read_text().replace("32", "40"))
+  assert_same(tiny.train(tmp_path / "run", 8, width=8), whole)
+  said = capsys.readouterr().err
+  assert "checkpoint 6" in said and "checkpoint 4" in said
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs"])
+def test_a_file_in_place_of_a_runs_folder_is_one_line(tmp_path, name):
+  """Told before anything is trained; nothing waits for it for ever."""
+  (tmp_path / name).write_text("mine")
+  with pytest.raises(UserError, match=f"{name}, which is no folder"):
+    tiny.train(tmp_path, 2)
+  assert (tmp_path / name).read_text() == "mine"
+
+
+def test_other_settings_do_not_touch_a_runs_checkpoints(tmp_path):
+  """A matrix of another size: one line that names it; the run goes on."""
+  whole = tiny.train(tmp_path / "whole", 6)
+  tiny.train(tmp_path / "run", 4)
+  with pytest.raises(UserError, match=r"w1 of shape \(8, 4\).*\(8, 2\) by"):
+    tiny.train(tmp_path / "run", 6, width=2)
+  assert_same(tiny.train(tmp_path / "run", 6), whole)
+
+
+def test_when_all_are_damaged_nothing_is_made_up(tmp_path):
+  """One line; training does not start anew by itself."""
+  tiny.train(tmp_path, 2)
+  for path in (tmp_path / "checkpoints").rglob("*"):
+    if path.is_file():
+      os.truncate(path, 0)
+  with pytest.raises(UserError, match="got damaged checkpoints.*remove"):
+    tiny.train(tmp_path, 4)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+  """No room for step 4: the run ends, step 2 stays, and goes on later."""
+  whole = tiny.train(tmp_path / "whole", 6)
+  save = loop.ocp.CheckpointManager.save
+
+  def full(self, step, **kwargs):
+    if step == 4:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return save(self, step, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.ocp.CheckpointManager, "save", full)
+    with pytest.raises(UserError, match="No space left.*expected room"):
+      tiny.train(tmp_path / "run", 6)
+  assert "2" in os.listdir(tmp_path / "run" / "checkpoints")
+  assert_same(tiny.train(tmp_path / "run", 6), whole)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+  """A day back in the middle: steps, not times, say which one is newest."""
+  whole = tiny.train(tmp_path / "whole", 6)
+  tiny.train(tmp_path / "run", 4)
+  now = time.time
+  monkeypatch.setattr(time, "time", lambda: now() - 86_400)
+  for path in (tmp_path / "run" / "checkpoints").iterdir():
+    os.utime(path, (now() + int(path.name), now() - int(path.name)))
+  assert_same(tiny.train(tmp_path / "run", 6), whole)
 
 
 def fit(workdir, steps, stop_at=None, kind="adamw", scale=1.0):
@@ -79,20 +204,6 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     fit(tmp_path, 4, scale=float("nan"))
 
 
-def test_checkpoints_of_parameters_are_whole_or_absent(tmp_path):
-  """save() replaces by rename; restore() gives the same arrays, or one line."""
-  tree = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)},
-          "c": np.int32(4)}
-  checkpoints.save(tmp_path / "x", tree)
-  checkpoints.save(tmp_path / "x", tree, np.float16)
-  restored = checkpoints.restore(tmp_path / "x")
-  np.testing.assert_array_equal(restored["a"]["b"], tree["a"]["b"])
-  assert restored["a"]["b"].dtype == np.float16 and restored["c"] == 4
-  assert os.listdir(tmp_path) == ["x"]
-  with pytest.raises(UserError, match="got no checkpoint"):
-    checkpoints.restore(tmp_path / "nowhere")
-
-
 def command(part, workdir):
   return [sys.executable, "-m", f"train.{part}", "--config",
           "configs/emoji.py:smoke", "--workdir", str(workdir)]
@@ -134,58 +245,3 @@ def test_sigkill_at_any_moment_changes_nothing(tmp_path, part):
   a, b = (checkpoints.restore(tmp_path / name / "model" / model)
           for name in ("whole", "broken"))
   chex.assert_trees_all_equal(a, b)
-
-
-def test_a_picture_may_stay_where_it_is():
-  """max_shift=0 moves nothing; negative settings are one line."""
-  source = sources.EmojiSource("validation", 32)
-  rng = np.random.default_rng(0)
-  image = load_augmented(source, 0, rng, 0)["image"]
-  chex.assert_shape(image, (32, 32, 3))
-  chex.assert_shape(load_augmented(source, 0, rng, 3)["image"], (32, 32, 3))
-  with pytest.raises(UserError, match="got max_shift=-1, expected 0 or more"):
-    TokenizerConfig(max_shift=-1)
-
-
-def test_codes_of_other_pictures_are_not_taken(
-    tmp_path, monkeypatch, capsys):
-  """Kept codes belong to their pictures and tokenizer; others are made anew,
-  and so are damaged ones."""
-  monkeypatch.setattr(
-      ar, "reconstruct",
-      lambda vq, params, images, on_batch: (None, images[..., 0]))
-
-  class Source(list):
-    def variants(self, index):
-      image = np.full((2, 2, 3), self[index], np.uint8)
-      return [{"caption": str(self[index]), "tags": (), "image": image}]
-
-  encode = lambda pictures, params: ar.encode_split(
-      None, params, Source(pictures), tmp_path / "train_tokens.npy")
-  for pictures in ([1, 2], [0, 1, 2], [1, 2]):
-    codes = encode(pictures, {"w": np.zeros(1)})
-    assert codes.tokens[:, 0].tolist() == pictures
-  assert len(list(tmp_path.iterdir())) == 2
-  encode([1, 2], {"w": np.ones(1)})
-  assert len(list(tmp_path.iterdir())) == 3
-  capsys.readouterr()
-  for path in tmp_path.iterdir():
-    whole = path.read_bytes()
-    flipped = whole.replace(b"\x01\x01", b"\x01\x03", 1)
-    for damaged in (b"", whole[:len(whole) // 2], flipped):
-      path.write_bytes(damaged)
-      encode([1, 2], {"w": np.ones(1)})
-      encode([0, 1, 2], {"w": np.zeros(1)})
-      codes = encode([1, 2], {"w": np.zeros(1)})
-      assert codes.tokens[:, 0].tolist() == [1, 2]
-      assert path.read_bytes() == whole and flipped != whole
-      assert capsys.readouterr().err.count("made again\n") == 1
-
-
-def test_few_held_out_pictures_are_a_batch():
-  """A split smaller than a batch is measured all the same."""
-  words = Vocabulary.build(["a", "b"], 6)
-  few = ar.TokenSource(
-      np.zeros((2, 4), np.int32), ("a", "b"), ((), ()), ((0,), (1,)))
-  (batch,) = ar.plain_batches(few, words, 8, 64)
-  assert batch["tokens"].shape == (2, 4)

@@ -1,17 +1,11 @@
 """Pictures of decoding: what is final, what is a draft, what is empty."""
 
-import json
 import types
 
-from absl import flags
 import numpy as np
 from PIL import Image
-import pytest
 
-from ssd_jax.cli import common, generate, run as cli
-from ssd_jax.core.config import UserError
-from ssd_jax.pipeline import testing
-from ssd_jax.visualization import animations, contact_sheets
+from ssd_jax.visualization import animations
 from ssd_jax.visualization.animations import Filling
 
 COMMIT = np.array([[1, 2], [2, 4]])
@@ -110,42 +104,6 @@ def test_heat_map_colours_passes():
   assert np.asarray(animations.heat_map(np.ones((2, 2), int), (8, 8))).any()
 
 
-def test_contact_sheet_places_pictures_by_row_and_column():
-  """Every picture is on the sheet once, in its row and column."""
-  colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (9, 9, 9)]]
-  images = [[np.full((64, 64, 3), c, np.uint8) for c in row] for row in colours]
-  captions = ["a long caption of many words " * 9, ""]
-  sheet = np.asarray(
-      contact_sheets.contact_sheet(images, captions, ["ar", "ssd:rounds=1"]))
-  places = {}
-  for row in colours:
-    for colour in row:
-      rows, cols = np.where((sheet == colour).all(-1))
-      assert len(rows) >= 64 * 64
-      places[colour] = rows.mean(), cols.mean()
-  (a, b), (c, d) = ([places[x] for x in row] for row in colours)
-  assert a[0] == b[0] < c[0] == d[0] and a[1] == c[1] < b[1] == d[1]
-
-
-def test_large_pictures_are_shrunk():
-  """A sheet of large pictures stays of a size one can look at."""
-  images = [[np.zeros((512, 256, 3), np.uint8)]]
-  sheet = contact_sheets.contact_sheet(
-    images, ["x" * 100], ["y" * 100], most=100
-  )
-  assert sheet.height < 160 and sheet.width < 240
-
-
-def test_a_sheet_says_what_was_asked():
-  """Three pictures in two rows, each whole, with room for its caption."""
-  images = [np.full((40, 60, 3), i, np.uint8) for i in range(3)]
-  sheet = np.asarray(
-    contact_sheets.captioned(images, ["a", "b c", "long " * 90])
-  )
-  assert sheet.shape[0] > 2 * (40 + 16) and sheet.shape[1] > 2 * 60
-  assert all((sheet == i).all(-1).sum() >= 40 * 60 for i in range(3))
-
-
 def test_pareto_plot_is_written(tmp_path):
   """Points with and without intervals are drawn, in as many panels as given."""
   points = [
@@ -163,42 +121,3 @@ def test_pareto_plot_is_written(tmp_path):
   assert four.width == two.width and four.height == 2 * two.height
   animations.pareto([], tmp_path / "none.png")
   assert len(list(tmp_path.iterdir())) == 3
-
-
-
-def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
-  """What cannot be written ends in one line and leaves nothing behind."""
-  def fail(self, path, *args, **kwargs):
-    path.write_bytes(b"half")
-    raise OSError(28, "No space left on device")
-
-  monkeypatch.setattr(Image.Image, "save", fail)
-  with pytest.raises(UserError, match="No space left"):
-    contact_sheets.save_picture(Image.new("RGB", (4, 4)), tmp_path / "x.png")
-  assert not list(tmp_path.iterdir())
-
-
-def test_generate_writes_traces_and_a_race(monkeypatch, capsys, tmp_path):
-  """--trace adds animations, heat maps and AR beside the decoder."""
-  pipe = testing.tiny(vocab=5, rows=3, cols=4, heads=(0, 0))
-  monkeypatch.setattr(common, "load_pipeline", lambda: pipe)
-  monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
-  if "config" not in flags.FLAGS:
-    cli.define_config()
-  flags.FLAGS.unparse_flags()
-  for module in (generate, common):
-    for flag in flags.FLAGS.get_key_flags_for_module(module):
-      flag.unparse()
-  cli.main(generate.body, [
-      "generate", "--prompt", "a", "--prompt", "b", "--trace", "--json",
-      "--decoder", "sjd:window=4", "--out", str(tmp_path)])
-  said = json.loads(capsys.readouterr().out.splitlines()[-1])
-  assert sorted(said["images"]) == [
-      str(tmp_path / "0000_a.png"), str(tmp_path / "0001_b.png")]
-  for stem in ("0000_a", "0001_b"):
-    assert Image.open(tmp_path / f"{stem}_passes.png").size[0] == 8
-    with Image.open(tmp_path / f"{stem}_filling.gif") as gif:
-      assert gif.n_frames > 2
-    assert list((tmp_path / f"{stem}_filling").glob("*.png"))
-  assert Image.open(tmp_path / "beside_ar.gif").size[0] > 16
-  assert not list(tmp_path.rglob("*.partial"))

@@ -72,8 +72,8 @@ def test_equals_ar(decoder, end_of_row):
   """A window of one, and equality Jacobi, give AR's tokens cell by cell."""
   pipe = larger(3, end_of_row, **FILTERED)
   out = kit.assert_same_as_ar(pipe, decoder, 16)
-  assert (out.passes <= pipe.model.grid.cells).all()
-  assert decoder.window == 1 or out.passes.mean() < pipe.model.grid.cells
+  assert (out.passes <= pipe.model.grid.num_tokens).all()
+  assert decoder.window == 1 or out.passes.mean() < pipe.model.grid.num_tokens
 
 
 def test_continuation_is_maximal_coupling():

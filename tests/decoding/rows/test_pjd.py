@@ -19,7 +19,7 @@ def test_rows_one_after_the_other_are_lossless(grid, decoder, group):
   pipe = kit.tiny(**grid)
   out = kit.assert_lossless(pipe, decoder, group)
   assert not PJD(context=1).is_lossless(pipe.model.grid)
-  assert out.passes.mean() < pipe.model.grid.cells
+  assert out.passes.mean() < pipe.model.grid.num_tokens
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_rows_advance_and_never_overtake(end_of_row, decoder):
   model = kit.chain(6, 7, end_of_row, vocab=9)
   out = kit.run(model, decoder, 16)
   kit.assert_well_recorded(out)
-  assert out.passes.max() <= model.grid.cells
+  assert out.passes.max() <= model.grid.num_tokens
   assert (np.diff(out.commit_pass, axis=2) >= 0).all()
   assert (np.diff(out.commit_pass, axis=1) >= 0).all()
 

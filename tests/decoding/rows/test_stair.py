@@ -33,7 +33,7 @@ def test_whole_row_ahead_is_lossless(grid, decoder, group):
   """With the row above final, the joint law is AR's, in fewer passes."""
   pipe = kit.tiny(**grid)
   out = kit.assert_lossless(pipe, decoder, group)
-  assert out.passes.mean() < pipe.model.grid.cells
+  assert out.passes.mean() < pipe.model.grid.num_tokens
 
 
 def test_what_is_lossless_is_known_for_a_grid():
@@ -69,7 +69,7 @@ def test_coupled_gives_the_tokens_of_ar(grid, decoder):
   pipe = kit.tiny(**grid)
   out = kit.assert_same_as_ar(pipe, decoder)
   kit.assert_well_recorded(out)
-  assert out.passes.mean() < pipe.model.grid.cells
+  assert out.passes.mean() < pipe.model.grid.num_tokens
 
 
 @pytest.mark.parametrize("end_of_row, decoder", [
@@ -142,8 +142,8 @@ def test_few_queries_cost_passes(queries):
   model = kit.chain(6, 8, vocab=9)
   out = kit.run(model, Stair(queries=queries), 16)
   kit.assert_well_recorded(out)
-  assert out.passes.max() <= model.grid.cells
-  assert queries > 1 or out.passes.min() == model.grid.cells
+  assert out.passes.max() <= model.grid.num_tokens
+  assert queries > 1 or out.passes.min() == model.grid.num_tokens
 
 
 @pytest.mark.parametrize("lookahead, rows, entry", [
@@ -157,7 +157,7 @@ def test_passes_are_bounded(lookahead, rows, entry):
   out = kit.run(model, decoder, 16)
   latest = latest_passes(model.grid, decoder)
   assert (out.commit_pass <= latest).all()
-  assert out.passes.max() <= latest[-1, -1] <= model.grid.cells
+  assert out.passes.max() <= latest[-1, -1] <= model.grid.num_tokens
   kit.assert_well_recorded(out)
 
 

@@ -1,0 +1,171 @@
+"""Self-distillation: images generated in shards, resumed, never repeated."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ssd_jax.core.config import UserError
+from ssd_jax.decoding.ar import AR
+from ssd_jax.pipeline import testing
+from ssd_jax.training import self_distillation
+from ssd_jax.training.self_distillation import GenerationConfig, Teacher
+from tests.support import ROOT, tiny_training as tiny
+
+
+def test_a_removed_shard_is_drawn_again(tmp_path):
+  """The same images; the other shards are not touched."""
+  teacher, cfg = tiny.teacher(), GenerationConfig(batch=2, shard=2)
+  before = self_distillation.generate_images(
+    teacher, list("abcdef"), cfg, tmp_path
+  ).tokens
+  shards = sorted(tmp_path.glob("*.npy"))
+  written = [path.stat().st_mtime_ns for path in shards]
+  shards[1].unlink()
+  again = self_distillation.generate_images(
+    teacher, list("abcdef"), cfg, tmp_path
+  ).tokens
+  np.testing.assert_array_equal(before, again)
+  now = [path.stat().st_mtime_ns for path in shards]
+  assert now[::2] == written[::2] and now[1] != written[1]
+
+
+CAPTIONS = tuple("abcdefghijk")
+DRAW = GenerationConfig(batch=3, shard=4, seed=5)
+
+
+def make_pipe():
+  return testing.tiny(vocab=5, rows=3, cols=3, end_of_row=True, guidance=2.0)
+
+
+def make_teacher(pipe):
+  settings, guided = pipe.sampling()
+  return Teacher(
+      pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
+      guided,
+  )
+
+
+@pytest.fixture(scope="module")
+def pipe():
+  return make_pipe()
+
+
+@pytest.fixture(scope="module")
+def teacher(pipe):
+  return make_teacher(pipe)
+
+
+@pytest.fixture(scope="module")
+def drawn(teacher, tmp_path_factory):
+  return self_distillation.generate_images(
+    teacher, CAPTIONS, DRAW, tmp_path_factory.mktemp("all")
+  )
+
+
+def test_images_are_those_of_ar(pipe, drawn):
+  """Stage one stores what generate() draws for the same seed, in codes."""
+  out = pipe.generate(list(CAPTIONS), AR(), seed=5, batch=11)
+  np.testing.assert_array_equal(drawn.tokens, out.tokens.reshape(11, -1))
+  assert drawn.tokens.dtype == np.uint8
+  np.testing.assert_array_equal(
+      drawn.sequences(np.arange(11)), pipe.sequence(out.tokens)
+  )
+
+
+def draw_until_killed(folder):
+  """Draws into a folder; dies by SIGKILL while it writes the second shard."""
+  real, calls = self_distillation.os.replace, []
+
+  def replace(partial, path):
+    if pathlib.Path(path).name.startswith("tokens-00001"):
+      os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(real(partial, path))
+
+  self_distillation.os.replace = replace
+  self_distillation.generate_images(
+    make_teacher(make_pipe()), CAPTIONS, DRAW, folder
+  )
+
+
+def test_a_killed_draw_loses_and_repeats_nothing(
+    teacher, drawn, tmp_path, monkeypatch
+):
+  """Killed before the second shard's rename and restarted: the same images."""
+  child = subprocess.run(
+      [sys.executable, "-c",
+       "from tests.training import test_self_distillation as here; "
+       f"here.draw_until_killed({str(tmp_path)!r})"],
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
+      capture_output=True)
+  assert child.returncode == -signal.SIGKILL, child.stderr
+  assert [f.name for f in tmp_path.glob("*.npy")] == [
+      "tokens-00000-of-00003.npy"]
+  real, calls = self_distillation._draw_images, []
+  monkeypatch.setattr(
+      self_distillation, "_draw_images",
+      lambda *args: (calls.append(args[2][0]), real(*args))[1])
+  again = self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
+  np.testing.assert_array_equal(again.tokens, drawn.tokens)
+  assert calls == [4, 8]  # the first shard was not drawn again
+  assert not list(tmp_path.glob(".*"))
+
+
+def test_a_kill_between_write_and_rename_is_harmless(
+    teacher, drawn, tmp_path, monkeypatch
+):
+  """What was not renamed is not read."""
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(self_distillation.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+      self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
+  again = self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
+  np.testing.assert_array_equal(again.tokens, drawn.tokens)
+
+
+def test_images_of_other_settings_are_refused(teacher, drawn, tmp_path):
+  """Captions, seed and sampling are in the manifest; damage is named."""
+  del drawn
+  self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
+  with pytest.raises(UserError, match="whose captions differs"):
+    self_distillation.generate_images(teacher, CAPTIONS[::-1], DRAW, tmp_path)
+  with pytest.raises(UserError, match="whose seed differs"):
+    self_distillation.generate_images(
+        teacher, CAPTIONS, dataclasses.replace(DRAW, seed=6), tmp_path)
+  hotter = dataclasses.replace(teacher, guided=False)
+  with pytest.raises(UserError, match="whose sampling differs"):
+    self_distillation.generate_images(hotter, CAPTIONS, DRAW, tmp_path)
+  next(tmp_path.glob("tokens-00001*")).write_bytes(b"half")
+  with pytest.raises(UserError, match="damaged.*tokens-00001"):
+    self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
+
+
+def test_dropped_captions_are_the_unconditional_stream(teacher, drawn):
+  """Rows hold the image's caption or, at the given rate, the empty one."""
+  stream = iter(
+    self_distillation.batches(drawn, teacher, 8, 0, drop_caption=0.5)
+  )
+  prompt_of = {}
+  for image, text in enumerate(CAPTIONS):
+    both, _ = teacher.encode_prompts([text], True)
+    prompt_of[image] = np.asarray(both.tokens)
+  dropped = total = 0
+  sequences = drawn.sequences(np.arange(len(drawn)))
+  for _ in range(20):
+    batch = next(stream)
+    rows = np.asarray(batch["prompt"].tokens)
+    for row, tokens in zip(rows, batch["tokens"], strict=True):
+      images = np.flatnonzero((sequences == tokens).all(-1))
+      is_cond = any((prompt_of[i][0] == row).all() for i in images)
+      is_uncond = (prompt_of[images[0]][1] == row).all()
+      assert is_cond or is_uncond
+      dropped, total = dropped + is_uncond, total + 1
+  assert abs(dropped / total - 0.5) < 0.15
