@@ -4,20 +4,29 @@
 marked slow.
 
 Most of the time goes into compiling programs that then run for milliseconds,
-so they are compiled with few optimisations; tests marked `as_users_compile`
-have them compiled with all. They are freed after each file, or sooner: every
-program holds memory maps, of which a process may have only so many, and XLA
-crashes the process when it gets no more of them.
+so XLA optimises them little. A test marked `as_users_compile` runs in a process
+of its own, whose programs are compiled as users' are. Programs are freed after
+each file, or sooner: every one holds memory maps, of which a process may have
+only so many, and XLA crashes the process when it gets no more of them.
 """
 
 import functools
 import gc
+import os
 import pathlib
+import subprocess
+import sys
 
-import jax
-import pytest
+_AS_USERS = "SSD_JAX_TESTS_COMPILE_AS_USERS"
+if _AS_USERS not in os.environ:  # before jax reads it
+  os.environ["XLA_FLAGS"] = (
+      "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", ""))
 
-jax.config.update("jax_disable_most_optimizations", True)
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+if _AS_USERS not in os.environ:
+  jax.config.update("jax_disable_most_optimizations", True)
 
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST = 30_000  # of the 65,530 that Linux allows
@@ -59,14 +68,15 @@ def forget_programs():
   gc.collect()
 
 
-@pytest.fixture(autouse=True)
-def compile_as_users_do(request):
-  """All of XLA's optimisations, for a test marked `as_users_compile`."""
-  if request.node.get_closest_marker("as_users_compile") is None:
-    yield
-    return
-  jax.clear_caches()
-  jax.config.update("jax_disable_most_optimizations", False)
-  yield
-  jax.config.update("jax_disable_most_optimizations", True)
-  jax.clear_caches()
+def pytest_pyfunc_call(pyfuncitem):
+  """Runs a test marked `as_users_compile` in a process without our flags."""
+  if _AS_USERS in os.environ or not pyfuncitem.get_closest_marker(
+      "as_users_compile"):
+    return None
+  child = subprocess.run(
+      [sys.executable, "-m", "pytest", "-q", "-n", "0", pyfuncitem.nodeid],
+      cwd=pyfuncitem.config.rootpath, capture_output=True, text=True,
+      env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+      | {_AS_USERS: "1"})
+  assert child.returncode == 0, child.stdout + child.stderr
+  return True
