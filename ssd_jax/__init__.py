@@ -1,6 +1,7 @@
 """ssd_jax: autoregressive pictures, many tokens per pass."""
 
 from ssd_jax.core.outputs import Output
+from ssd_jax.core.protocols import DecoderBase, Needs
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.jacobi.gsd import GSD
 from ssd_jax.decoding.jacobi.sjd import SJD, Continuation, Coupled
@@ -19,7 +20,26 @@ from ssd_jax.runtime.progress import Progress
 __version__ = "0.1.0"
 
 __all__ = [
-    "AR", "Cascade", "Continuation", "Coupled", "Eagle", "Exact", "GSD",
-    "Lantern", "LanternPP", "MTP", "Output", "PJD", "Pipeline", "Progress",
-    "SJD", "SSD", "Stair", "ZipAR", "load", "testing",
+  "AR",
+  "Cascade",
+  "Continuation",
+  "Coupled",
+  "DecoderBase",
+  "Eagle",
+  "Exact",
+  "GSD",
+  "Lantern",
+  "LanternPP",
+  "MTP",
+  "Needs",
+  "Output",
+  "PJD",
+  "Pipeline",
+  "Progress",
+  "SJD",
+  "SSD",
+  "Stair",
+  "ZipAR",
+  "load",
+  "testing",
 ]

@@ -45,6 +45,10 @@ from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage import checkpoints
 from ssd_jax.visualization import animations, contact_sheets
 
+common.define_flags(
+    "prompts_file", "num_images", "seed", "batch", "out", "decoder_file",
+    *common.SAMPLING, *common.MODEL)
+
 _DECODERS = flags.DEFINE_string(
     "decoders", None, "Decoders, separated by commas: NAME or "
     "NAME:key=value+key=value, where seed= is that run's. Default: "
@@ -95,8 +99,8 @@ def body() -> None:
   entries = _entries(_DEFAULT)
   items = _items()
   job = Job(
-      tuple(item.prompt for item in items), common.NUM_IMAGES.value,
-      1 if common.BATCH.value is None else common.BATCH.value,
+      tuple(item.prompt for item in items), flags.FLAGS.num_images,
+      1 if flags.FLAGS.batch is None else flags.FLAGS.batch,
       common.sampling())
   if _EXPORT.value:
     prompt_files.check_exportable(_EXPORT.value, items, job.num_images)
@@ -106,7 +110,7 @@ def body() -> None:
   pipe = common.load_pipeline()
   # Before any work: a decoder that the model cannot run ends here.
   traits = [benchmark.traits(pipe, e.decoder, job) for e in entries]
-  out = common.writable_folder(common.OUT.value or "bench")
+  out = common.writable_folder(flags.FLAGS.out or "bench")
   runs = _run(pipe, entries, job, out)
   qualities = _assess(entries, job, runs, real)
   hubs = [_hub_figures(run, job) if _HUB.value else None for run in runs]
@@ -123,8 +127,8 @@ def body() -> None:
 def _entries(default: str) -> list[Entry]:
   """The decoders of the flags."""
   text = default if _DECODERS.value is None else _DECODERS.value
-  known = registry.with_file(common.DECODER_FILE.value)
-  return benchmark.parse_entries(text, common.SEED.value, known)
+  known = registry.with_file(flags.FLAGS.decoder_file)
+  return benchmark.parse_entries(text, flags.FLAGS.seed, known)
 
 
 def _items() -> list[Item]:
@@ -133,12 +137,12 @@ def _items() -> list[Item]:
   if most is None and not _EXPORT.value:
     most = _PROMPTS
   check(most is None or most >= 1, "num_prompts", most, ">= 1")
-  if common.PROMPTS_FILE.value is not None:
-    items = prompt_files.read_prompts(common.PROMPTS_FILE.value)
+  if flags.FLAGS.prompts_file is not None:
+    items = prompt_files.read_prompts(flags.FLAGS.prompts_file)
   else:
     captions = quality.emoji_captions(_SPLIT.value)
     items = [Item(text, f"{i:05d}") for i, text in enumerate(captions)]
-  if common.PROMPTS_FILE.value is not None and most and most < len(items):
+  if flags.FLAGS.prompts_file is not None and most and most < len(items):
     print(f"taking {most} of {len(items)} prompts; --num_prompts takes more")
   items = items[:most]
   return [Item(clean(x.prompt), x.name, x.metadata) for x in items]
@@ -227,7 +231,7 @@ def _write_report(
   device = jax.devices()[0]
   sampling, _ = pipe.sampling(**job.sampling)
   settings = dict(
-      checkpoint=common.CHECKPOINT.value or "emoji", prompts=list(job.prompts),
+      checkpoint=flags.FLAGS.checkpoint or "emoji", prompts=list(job.prompts),
       num_images=job.num_images, batch=job.batch,
       **{k: round(float(getattr(sampling, k)), 6)
          for k in job.sampling})
@@ -255,11 +259,11 @@ def _profile() -> None:
       "profile", "batch", "checkpoint", "drafter", "guidance", "heads", "int8",
       "out", "prompts_file", "random_weights", "split", "temperature", "top_k",
       "top_p")
-  batch = 1 if common.BATCH.value is None else common.BATCH.value
+  batch = 1 if flags.FLAGS.batch is None else flags.FLAGS.batch
   check(batch >= 1, "batch", batch, ">= 1")
   need("matplotlib.figure", "bench")
   text = _items()[0].prompt
-  out = common.writable_folder(common.OUT.value or "bench")
+  out = common.writable_folder(flags.FLAGS.out or "bench")
   profile.profile(
       common.load_pipeline(), text, batch, out, **common.sampling())
 
@@ -270,7 +274,7 @@ def _exactness() -> None:
   _refuse_flags("exactness", "draws", "decoders", "decoder_file", "seed", "out")
   check(_DRAWS.value >= 1000, "draws", _DRAWS.value, ">= 1000")
   entries = _entries(",".join(registry.DECODERS))
-  out = common.writable_folder(common.OUT.value or "bench")
+  out = common.writable_folder(flags.FLAGS.out or "bench")
   pipe = testing.tiny(vocab=3, rows=2, cols=3, guidance=2.0)
   findings = []
   tests = [(e, group) for e in entries for group in exactness.GROUPS]
@@ -302,8 +306,8 @@ def _refuse_flags(mode: str, *used: str) -> None:
     for flag in ours[module]:
       if flag.present and flag.name not in (mode, *used):
         raise UserError(
-            f"got --{flag.name} with --{mode}, which does not read it, "
-            f"expected only {', '.join(used)}; leave it out")
+            f"Expected only {', '.join(used)}, got --{flag.name} with "
+            f"--{mode}, which does not read it. Leave it out.")
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """Flags and first steps that the commands which draw pictures share."""
 
+from collections.abc import Callable
 import os
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -11,34 +13,59 @@ from ssd_jax.decoding.sampling import Overrides
 from ssd_jax.pipeline import model_folder
 from ssd_jax.pipeline.pipeline import Pipeline
 
-PROMPTS_FILE = flags.DEFINE_string(
-    "prompts_file", None, "Prompts: UTF-8 text with one per line, or an "
-    "official prompt file (GenEval .jsonl, folder of DPG-Bench, COCO captions "
-    ".json, PartiPrompts .tsv).")
-NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures per prompt.")
-SEED = flags.DEFINE_integer("seed", 0, "Same seed, same pictures.")
-BATCH = flags.DEFINE_integer(
-    "batch", None, "Pictures drawn together; default: 8, in benchmark 1.")
-OUT = flags.DEFINE_string(
-    "out", None, "Folder of what is written; default: out, in benchmark bench.")
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale.")
-_TEMPERATURE = flags.DEFINE_float("temperature", None, "Divides the logits.")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Codes kept; 0 keeps all.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Probability mass kept.")
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Model folder; default: the config's, else the "
-    "embedded model.")
-_HEADS = flags.DEFINE_string(
-    "heads", None, "Folder of spatial heads; default: the model's own.")
-_DRAFTER = flags.DEFINE_string(
-    "drafter", None, "Folder of a drafter; default: the model's own.")
-_RANDOM_WEIGHTS = flags.DEFINE_bool(
-    "random_weights", False, "Random trunk: for trying sizes and speed.")
-_INT8 = flags.DEFINE_bool(
-    "int8", False, "Keep the matrices of trunk and heads in int8, half or a "
-    "quarter of the bytes; needs the extra 'int8'.")
-DECODER_FILE = flags.DEFINE_string(
-    "decoder_file", None, "Python file with decoders of your own; it is run.")
+# Flags that several commands read; each command defines those that it reads.
+_FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
+    "prompts_file": (
+        flags.DEFINE_string, None, "Prompts: UTF-8 text with one per line, or "
+        "an official prompt file (GenEval .jsonl, folder of DPG-Bench, COCO "
+        "captions .json, PartiPrompts .tsv)."),
+    "num_images": (flags.DEFINE_integer, 1, "Images per prompt."),
+    "seed": (
+        flags.DEFINE_integer, 0, "The same seed gives the same images."),
+    "batch": (
+        flags.DEFINE_integer, None, "Images decoded together; default: 8, in "
+        "benchmark 1."),
+    "out": (
+        flags.DEFINE_string, None, "Output folder; default: out, in benchmark "
+        "bench."),
+    "guidance": (flags.DEFINE_float, None, "Guidance scale."),
+    "temperature": (flags.DEFINE_float, None, "Sampling temperature."),
+    "top_k": (
+        flags.DEFINE_integer, None, "Image tokens kept; 0 keeps all."),
+    "top_p": (flags.DEFINE_float, None, "Probability mass kept."),
+    "checkpoint": (
+        flags.DEFINE_string, None, "Model folder; default: the config's, else "
+        "the embedded model."),
+    "heads": (
+        flags.DEFINE_string, None, "Folder of spatial heads; default: the "
+        "model's own."),
+    "drafter": (
+        flags.DEFINE_string, None, "Folder of a drafter; default: the model's "
+        "own."),
+    "random_weights": (
+        flags.DEFINE_bool, False, "Use a random trunk, to try sizes and "
+        "speed."),
+    "int8": (
+        flags.DEFINE_bool, False, "Keep the matrices of trunk and heads in "
+        "int8: half or a quarter of the bytes. Needs the extra 'int8'."),
+    "decoder_file": (
+        flags.DEFINE_string, None, "Python file that defines your own "
+        "decoders; it is executed."),
+}
+SAMPLING = ("guidance", "temperature", "top_k", "top_p")
+MODEL = ("checkpoint", "heads", "drafter", "random_weights", "int8")
+
+
+def define_flags(*names: str) -> None:
+  """Defines shared flags, to be called where a command's module is imported.
+
+  Args:
+    *names: Names of flags, such as "out" or all of `MODEL`.
+  """
+  for name in names:
+    if name not in flags.FLAGS:  # another command of this process has done so
+      define, default, text = _FLAGS[name]
+      define(name, default, text)
 
 
 def load_pipeline() -> Pipeline:
@@ -50,18 +77,18 @@ def load_pipeline() -> Pipeline:
     UserError: when --config is given and names another family.
   """
   config = flags.FLAGS.config
-  checkpoint = CHECKPOINT.value or config.get("checkpoint", "")
-  heads, drafter = _HEADS.value, _DRAFTER.value
-  if config.family != "emoji" and not CHECKPOINT.value:
-    if _RANDOM_WEIGHTS.value:
-      return model_folder.from_config(config, heads, drafter, _INT8.value)
+  checkpoint = flags.FLAGS.checkpoint or config.get("checkpoint", "")
+  heads, drafter = flags.FLAGS.heads, flags.FLAGS.drafter
+  if config.family != "emoji" and not flags.FLAGS.checkpoint:
+    if flags.FLAGS.random_weights:
+      return model_folder.from_config(config, heads, drafter, flags.FLAGS.int8)
     model_folder.require(checkpoint, config.family)
   cli.refuse_unused(
       "checkpoint", "sampling", *model_folder.CHOICES.get(config.family, ()))
   pipe = model_folder.load(
-      checkpoint or "emoji", random_weights=_RANDOM_WEIGHTS.value,
+      checkpoint or "emoji", random_weights=flags.FLAGS.random_weights,
       choices=config_overrides.choices(config), heads=heads, drafter=drafter,
-      int8=_INT8.value)
+      int8=flags.FLAGS.int8)
   config_overrides.check_family(pipe, config)
   return pipe
 
@@ -69,8 +96,8 @@ def load_pipeline() -> Pipeline:
 def sampling() -> Overrides:
   """The flags' settings of the target distribution, None for the model's."""
   return {
-      "guidance": _GUIDANCE.value, "temperature": _TEMPERATURE.value,
-      "top_k": _TOP_K.value, "top_p": _TOP_P.value,
+      "guidance": flags.FLAGS.guidance, "temperature": flags.FLAGS.temperature,
+      "top_k": flags.FLAGS.top_k, "top_p": flags.FLAGS.top_p,
   }
 
 
@@ -85,12 +112,12 @@ def writable_folder(path: str) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(
-        f"got --out {path}, expected a folder that can be made "
-        f"({error.strerror}); choose another"
+        f"Expected a folder that can be made ({error.strerror}), got --out "
+        f"{path}. Choose another."
     ) from error
   if not os.access(folder, os.W_OK | os.X_OK):
     raise UserError(
-        f"got --out {path}, expected a folder that can be written; change its "
-        "permissions or choose another"
+        f"Expected a folder that can be written, got --out {path}. Change its "
+        "permissions or choose another."
     )
   return folder

@@ -29,6 +29,9 @@ from ssd_jax.performance.transformers_baseline import (
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage import checkpoints
 
+common.define_flags(
+    "seed", "batch", "out")
+
 _SIZES = {  # layers, width, head_dim, vocab, dtype
     "100m": (12, 768, 64, 8192, "float32"),
     "300m": (24, 1024, 64, 8192, "float32"),
@@ -67,15 +70,15 @@ def define_flags() -> None:
 def body() -> None:
   """Compares what the flags say."""
   if flags.FLAGS["config"].present:
-    raise UserError("got --config, expected none: the trunk is that of --size; "
-                    "leave it out")
+    raise UserError("Expected none: the trunk is that of --size, got "
+                    "--config. Leave it out.")
   setting, rounds = _setting(), flags.FLAGS.rounds
   check(rounds >= 1, "rounds", rounds, ">= 1")
   labels = [x.strip() for x in flags.FLAGS.loops.split(",") if x.strip()]
   loops = [registry.parse(label) for label in labels]
   for module in ("torch", "transformers"):
     need(module, "parity")
-  out = common.writable_folder(common.OUT.value or "compare")
+  out = common.writable_folder(flags.FLAGS.out or "compare")
   theirs = TransformersBaseline(setting)
   ours = OurDecoders(setting, theirs)
   missing = theirs.compile()
@@ -106,8 +109,8 @@ def _setting() -> Setting:
   return Setting(
       given(values.layers, layers), width, min(head_dim, width),
       given(values.vocab, vocab), values.tokens, values.prompt_tokens,
-      1 if common.BATCH.value is None else common.BATCH.value,
-      values.dtype or dtype, common.SEED.value)
+      1 if flags.FLAGS.batch is None else flags.FLAGS.batch,
+      values.dtype or dtype, flags.FLAGS.seed)
 
 
 def _loop(ours: OurDecoders, decoder: Any) -> Callable[[], Generation]:

@@ -25,7 +25,6 @@ def check_family(pipe: Pipeline, config: ml_collections.ConfigDict) -> None:
   """Raises UserError when --config is given and names another family."""
   if flags.FLAGS["config"].present and config.family != pipe.family.name:
     raise UserError(
-        f"got --config of family {config.family!r} and a model of "
-        f"{pipe.family.name!r}, expected one family; set --checkpoint to a "
-        "model of it"
+        f"Expected one family, got --config of family {config.family!r} and a "
+        f"model of {pipe.family.name!r}. Set --checkpoint to a model of it."
     )

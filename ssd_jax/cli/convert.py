@@ -41,7 +41,7 @@ def body() -> None:
   recipe = recipe_of(values.config)
   for name in ("source", "out"):
     if not getattr(values, name):
-      raise UserError(f"got no --{name}, expected a folder; give one")
+      raise UserError(f"Expected a folder, got no --{name}. Give one.")
   given = {name: getattr(values, name) for name in _WHAT
            if getattr(values, name)}
   if given.get("text_encoder") == "none":
@@ -73,8 +73,8 @@ def recipe_of(config) -> Recipe:
   """
   if config.family not in RECIPES:
     raise UserError(
-        f"got family {config.family!r}, expected one of {sorted(RECIPES)}; "
-        "choose --config configs/NAME.py of a published family")
+        f"Expected one of {sorted(RECIPES)}, got family {config.family!r}. "
+        "Choose --config configs/NAME.py of a published family.")
   return RECIPES[config.family](config)
 
 
@@ -85,9 +85,8 @@ def _check_places(recipe: Recipe, given: dict[str, str]) -> None:
   for name in given:
     if name not in known:
       raise UserError(
-          f"got --{name} {given[name]}, expected only "
-          f"{', '.join(sorted('--' + flag for flag in known))} for "
-          f"{recipe.family}; leave it out")
+          f"Expected only {', '.join(sorted('--' + flag for flag in known))} "
+          f"for {recipe.family}, got --{name} {given[name]}. Leave it out.")
 
 
 def fetched(
@@ -126,9 +125,9 @@ def _find(
     if place.has(patterns):
       return i
   raise UserError(
-      f"got {' and '.join(place.source for place in places)} without any of "
-      f"{', '.join(patterns)}, expected the {what}'s files; say where they "
-      f"are with --{flag}")
+      f"Expected the {what}'s files, got "
+      f"{' and '.join(place.source for place in places)} without any of "
+      f"{', '.join(patterns)}. Say where they are with --{flag}.")
 
 
 def main() -> None:

@@ -10,6 +10,9 @@ from ssd_jax.core.extras import need
 from ssd_jax.serving import server
 from ssd_jax.serving.studio import Worker
 
+common.define_flags(
+    "batch", *common.MODEL)
+
 _BATCH = 4
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -29,7 +32,7 @@ def body() -> None:
   uvicorn = need("uvicorn", "demo")
   need("starlette", "demo")
   check(0 <= values.port < 2**16, "port", values.port, "in [0, 65535]")
-  batch = _BATCH if common.BATCH.value is None else common.BATCH.value
+  batch = _BATCH if flags.FLAGS.batch is None else flags.FLAGS.batch
   check(batch >= 1, "batch", batch, ">= 1")
   listener = _listen(values.host, values.port)
   cli.use_compilation_cache()
@@ -59,8 +62,8 @@ def _listen(host: str, port: int) -> socket.socket:
   except OSError as error:
     listener.close()
     raise UserError(
-        f"got --host {host} --port {port}, expected a free port of this "
-        f"machine ({error.strerror}); choose another --port") from error
+        f"Expected a free port of this machine ({error.strerror}), got --host "
+        f"{host} --port {port}. Choose another --port.") from error
   return listener
 
 

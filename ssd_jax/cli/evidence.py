@@ -19,6 +19,8 @@ from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage import checkpoints
 from ssd_jax.visualization import contact_sheets
 
+common.define_flags(
+    "prompts_file", "seed", "batch", "out", *common.SAMPLING, *common.MODEL)
 
 def define_flags() -> None:
   """Defines the command's own flag."""
@@ -32,12 +34,12 @@ def body() -> None:
   matplotlib = need("matplotlib.figure", "bench")
   cli.use_compilation_cache()
   prompts = _prompts()[:number]
-  out = common.writable_folder(common.OUT.value or "evidence")
+  out = common.writable_folder(flags.FLAGS.out or "evidence")
   pipe = common.load_pipeline()
-  batch = 4 if common.BATCH.value is None else common.BATCH.value
+  batch = 4 if flags.FLAGS.batch is None else flags.FLAGS.batch
   with Bar(total=2 * len(prompts), unit="image") as bar:
     drawn = pipe.generate(
-        prompts, seed=common.SEED.value, batch=batch, on_batch=bar.update,
+        prompts, seed=flags.FLAGS.seed, batch=batch, on_batch=bar.update,
         **common.sampling())
     found = redundancy.collect(
         pipe, drawn.tokens, prompts, batch, bar.update, **common.sampling())
@@ -48,9 +50,9 @@ def body() -> None:
 
 
 def _prompts() -> list[str]:
-  if common.PROMPTS_FILE.value is None:
+  if flags.FLAGS.prompts_file is None:
     return quality.emoji_captions("validation")
-  items = prompt_files.read_prompts(common.PROMPTS_FILE.value)
+  items = prompt_files.read_prompts(flags.FLAGS.prompts_file)
   return [clean(item.prompt) for item in items]
 
 

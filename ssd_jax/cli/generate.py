@@ -15,7 +15,8 @@ from ssd_jax.cli import common, run as cli
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.outputs import Output, Picture
 from ssd_jax.core.prompts import clean
-from ssd_jax.decoding import engine, registry
+from ssd_jax.core.protocols import Decoder
+from ssd_jax.decoding import registry
 from ssd_jax.decoding.ar import AR
 from ssd_jax.evaluation import prompt_files
 from ssd_jax.pipeline.pipeline import Pipeline
@@ -23,6 +24,10 @@ from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.visualization import animations
 from ssd_jax.visualization.contact_sheets import captioned, save_picture
+
+common.define_flags(
+    "prompts_file", "num_images", "seed", "batch", "out", "decoder_file",
+    *common.SAMPLING, *common.MODEL)
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
 _DECODER = flags.DEFINE_string(
@@ -37,14 +42,14 @@ _SHEET_PICTURES = 64  # at most
 
 def body() -> None:
   """Draws the prompts of the flags and says what it did."""
-  prompts = read_prompts(_PROMPT.value, common.PROMPTS_FILE.value)
-  known = registry.with_file(common.DECODER_FILE.value)
+  prompts = read_prompts(_PROMPT.value, flags.FLAGS.prompts_file)
+  known = registry.with_file(flags.FLAGS.decoder_file)
   decoder = registry.parse(_DECODER.value, known)
-  number = common.NUM_IMAGES.value
+  number = flags.FLAGS.num_images
   check(number >= 1, "num_images", number, ">= 1")
   check(not _TRACE.value or jax.process_count() == 1, "trace", True,
         "a single host")
-  out = common.writable_folder(common.OUT.value or "out")
+  out = common.writable_folder(flags.FLAGS.out or "out")
   cli.use_compilation_cache()
   pipe = common.load_pipeline()
   album = Album(out, _settings(pipe))
@@ -61,13 +66,13 @@ def body() -> None:
 
 
 def _draw(
-    pipe: Pipeline, prompts: list[str], decoder: engine.Decoder, album: "Album"
+    pipe: Pipeline, prompts: list[str], decoder: Decoder, album: "Album"
 ) -> tuple[tuple[float, float], list[str], Output | None]:
   """((seconds of compiling, the rest), notes, all pictures for --trace)."""
-  number = common.NUM_IMAGES.value
+  number = flags.FLAGS.num_images
   args: dict[str, Any] = dict(
-      num_images=number, seed=common.SEED.value,
-      batch=8 if common.BATCH.value is None else common.BATCH.value,
+      num_images=number, seed=flags.FLAGS.seed,
+      batch=8 if flags.FLAGS.batch is None else flags.FLAGS.batch,
       **common.sampling())
   with Bar(total=len(prompts) * number, unit="image",
            unit_scale=not _TRACE.value, desc="compiling") as bar:
@@ -186,11 +191,11 @@ def _settings(pipe: Pipeline) -> dict:
   """The settings that go into each picture's metadata."""
   sampling, _ = pipe.sampling(**common.sampling())
   return {
-      "seed": common.SEED.value, "decoder": _DECODER.value,
+      "seed": flags.FLAGS.seed, "decoder": _DECODER.value,
       "guidance": round(float(sampling.guidance), 6),
       "temperature": round(float(sampling.temperature), 6),
       "top_k": int(sampling.top_k), "top_p": round(float(sampling.top_p), 6),
-      "checkpoint": common.CHECKPOINT.value or pipe.family.name,
+      "checkpoint": flags.FLAGS.checkpoint or pipe.family.name,
       "software": f"ssd_jax {__version__}",
   }
 
@@ -203,7 +208,7 @@ def _write_trace(pipe: Pipeline, output: Output, decoder, paths) -> None:
     race = paths[0].with_name("beside_ar.gif")
     animations.write_race(
         pipe, output.prompts[0], decoder, _DECODER.value, race,
-        seed=common.SEED.value, **common.sampling())
+        seed=flags.FLAGS.seed, **common.sampling())
     written.append(race)
   for path in written:
     print(path)
@@ -213,9 +218,9 @@ def _report(
     pipe: Pipeline, decoder, album: Album, times: tuple[float, float]
 ) -> None:
   """Prints what was drawn; `times` are (compiling, the rest)."""
-  cells, passes, paths = pipe.model.grid.cells, album.passes, album.paths
+  cells, passes, paths = pipe.model.grid.num_tokens, album.passes, album.paths
   mean = float(np.mean([cells / p for p in passes]))
-  is_lossless = engine.is_lossless(decoder, pipe.model.grid)
+  is_lossless = decoder.is_lossless(pipe.model.grid)
   distribution = "the law of AR sampling" if is_lossless else "relaxed"
   compiling, seconds = times
   print(

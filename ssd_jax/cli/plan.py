@@ -22,6 +22,7 @@ from ssd_jax.cli import config_overrides, run as cli
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.extras import need
 from ssd_jax.decoding import registry
+from ssd_jax.decoding.rows.ssd import SSD
 from ssd_jax.evaluation import quality
 from ssd_jax.performance import (
   chips,
@@ -100,12 +101,12 @@ def _check_mode(args: flags.FlagValues) -> None:
   for mode, unread in modes.items():
     for name in unread:
       if args[mode].value and args[name].present:
-        raise UserError(f"got --{name} with --{mode}, which does not read it, "
-                        "expected only --batch, --config, --json and --mesh; "
-                        "leave it out")
+        raise UserError("Expected only --batch, --config, --json and --mesh, "
+                        f"got --{name} with --{mode}, which does not read it. "
+                        "Leave it out.")
   if args.plot and pathlib.Path(args.plot).is_dir():
-    raise UserError(f"got --plot {args.plot}, which is a folder, expected a "
-                    "file; add a name that ends in .png")
+    raise UserError(f"Expected a file, got --plot {args.plot}, which is a "
+                    "folder. Add a name that ends in .png.")
   if args.plot:
     pathlib.Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
 
@@ -231,7 +232,7 @@ def compiled_figures(plan, chip):
 
 def best(network, decoder, time) -> dict:
   """SSD's fastest schedule with the decoder's rounds, else the paper's 2."""
-  rounds = getattr(decoder, "rounds", 2)
+  rounds = decoder.rounds if isinstance(decoder, SSD) else 2
   found = [(passes * time(queries), name, passes, queries)
            for name, passes, queries in pass_counts.of_rows(
                rounds, network.model)]

@@ -63,15 +63,15 @@ def main(
   except Exception as error:  # a config is a program, and may raise anything
     fail(_bad_flag(error, argv))
   if len(rest) > 1:
-    fail(f"got argument {rest[1]!r}, expected flags only; see --help")
+    fail(f"Expected flags only, got argument {rest[1]!r}. See --help.")
   try:
     with devices(draws) if runs_here else contextlib.nullcontext():
       body()
   except UserError as error:
     fail(str(error))
   except OSError as error:  # a folder that is none, a disk that is full
-    fail(f"got {error}, expected files that can be read and written; check "
-         "the path and the disk")
+    fail(f"Expected files that can be read and written, got {error}. Check "
+         "the path and the disk.")
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
@@ -145,8 +145,8 @@ def refuse_unused(*used: str) -> None:
   for key in config_flags.get_override_values(flags.FLAGS["config"]):
     if not any(f"{key}.".startswith(f"{name}.") for name in used):
       raise UserError(
-          f"got --config.{key}, which this command does not read, expected "
-          f"a key of {', '.join(sorted(used))}; leave it out")
+          f"Expected a key of {', '.join(sorted(used))}, got --config.{key}, "
+          "which this command does not read. Leave it out.")
 
 
 def fail(message: str) -> NoReturn:
@@ -163,19 +163,19 @@ def _bad_flag(error: BaseException, argv: list[str]) -> str:
   for name in (arg.partition("=")[0] for arg in argv):
     if isinstance(error, (AttributeError, KeyError)) and (
         name.startswith("--config.") and key in name.split(".")):
-      return (f"got {name}, and the config has no {key}, expected one of the "
-              "keys that its file sets; correct it")
+      return (f"Expected a key that the config's file sets, got {name}; the "
+              f"config has no {key}.")
   if not isinstance(error, flags.Error) or told.endswith(":"):
     while told.endswith(":") and (
         cause := error.__cause__ or error.__context__):
       error, told = cause, _first_line(cause)
-    if "expected" in told:
+    if "xpected" in told:
       return told
     told = f"--config, {type(error).__name__}: {told}"
     if isinstance(error, OSError):  # kept by the flag until it is looked at
       name = config_flags.get_config_filename(flags.FLAGS["config"])
       told = f"--config {name}, which cannot be read"
-  return f"got a bad flag: {told}; expected the flags of --help, correct it"
+  return f"Expected the flags of --help, got a bad one: {told}."
 
 
 def _first_line(error: BaseException) -> str:

@@ -90,8 +90,8 @@ def _tokenizer_of(workdir: pathlib.Path) -> Any:
   folder = workdir / "model" / "vq"
   if not folder.is_dir():
     raise UserError(
-        f"got no tokenizer at {folder}, expected a trained one; run "
-        f"python -m train.tokenizer --workdir {workdir} before")
+        f"Expected a trained one, got no tokenizer at {folder}. Run python -m "
+        f"train.tokenizer --workdir {workdir} before.")
   return checkpoints.restore(folder)
 
 
@@ -190,8 +190,8 @@ def _captions(config) -> dict[str, list[str]]:
               for split in ("train", "validation")}
   else:
     raise UserError(
-        "got no prompts_file, expected a file with a prompt per line; name it "
-        "with --config.prompts_file=FILE")
+        "Expected a file with a prompt per line, got no prompts_file. Name "
+        "it with --config.prompts_file=FILE.")
   splits["train"] = splits["train"][:config.num_prompts or None]
   count = config.images_per_caption
   check(count >= 1, "images_per_caption", count, ">= 1")
@@ -212,15 +212,15 @@ def _lines(config) -> list[str]:
   file = pathlib.Path(config.prompts_file)
   if not file.exists():
     raise UserError(
-        f"got no file {file}, expected the prompts to draw, one per line (the "
-        "papers take Midjourney's); write it or name another with "
-        "--config.prompts_file=FILE")
+        "Expected the prompts to draw, one per line (the papers take "
+        f"Midjourney's), got no file {file}. Write it or name another with "
+        "--config.prompts_file=FILE.")
   texts = (item.prompt.strip() for item in prompt_files.read_prompts(file))
   lines = list(dict.fromkeys(filter(None, texts)))
   if len(lines) < 2:
     raise UserError(
-        f"got {len(lines)} prompts in {file}, expected two or more, one of "
-        "them held out; add some")
+        f"Expected two or more, one of them held out, got {len(lines)} "
+        f"prompts in {file}. Add some.")
   return lines[:config.num_prompts or None]
 
 
@@ -229,8 +229,8 @@ def _settings(*used: str):
   config = flags.FLAGS.config
   if config.family != "emoji":
     raise UserError(
-        f"got family {config.family!r}, expected 'emoji': published trunks and "
-        "tokenizers are converted, not trained; see infer.convert"
+        "Expected 'emoji': published trunks and tokenizers are converted, "
+        f"not trained, got family {config.family!r}. See infer.convert."
     )
   return config, _workdir(config)
 
@@ -238,8 +238,8 @@ def _settings(*used: str):
 def _workdir(config) -> pathlib.Path:
   folder = pathlib.Path(_WORKDIR.value or config.workdir)
   if folder.exists() and not folder.is_dir():
-    raise UserError(f"got --workdir {folder}, which is a file, expected a "
-                    "folder; choose another")
+    raise UserError(f"Expected a folder, got --workdir {folder}, which is a "
+                    "file. Choose another.")
   return folder
 
 
@@ -262,9 +262,9 @@ def _begin(folder: pathlib.Path, config, *keys: str, **more: str) -> None:
     for key in sorted(begun.keys() | now.keys()):
       if begun.get(key) != now.get(key):
         raise UserError(
-            f"got {key}={now.get(key)} for the run in {folder}, expected "
-            f"{begun.get(key)}, with which it began; set it back, or choose "
-            "another --workdir")
+            f"Expected {begun.get(key)}, with which it began, got "
+            f"{key}={now.get(key)} for the run in {folder}. Set it back, or "
+            "choose another --workdir.")
   checkpoints.write_json(file, now)
 
 

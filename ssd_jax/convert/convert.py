@@ -119,8 +119,8 @@ def open_job(
     UserError: when files are missing or damaged, or are another family's.
   """
   if dtype not in DTYPES:
-    raise UserError(f"got dtype {dtype!r}, expected one of {sorted(DTYPES)}; "
-                    "change --dtype")
+    raise UserError(f"Expected one of {sorted(DTYPES)}, got dtype {dtype!r}. "
+                    "Change --dtype.")
   found = []
   for part in recipe.parts:
     checkpoint = _open(part, folders)
@@ -138,9 +138,9 @@ def _open(part: Part, folders: dict[str, pathlib.Path]) -> Checkpoint:
   inside = source if source.is_dir() else source.parent
   if not any(any(inside.glob(pattern)) for pattern in part.inside):
     raise UserError(
-        f"got {inside} without any of {', '.join(part.inside)}, expected the "
-        f"{part.flag.replace('_', ' ')} there; say where it is with "
-        f"--{part.flag}")
+        f"Expected the {part.flag.replace('_', ' ')} there, got {inside} "
+        f"without any of {', '.join(part.inside)}. Say where it is with "
+        f"--{part.flag}.")
   return tensors.open_checkpoint(inside, part.inside)
 
 
@@ -159,8 +159,9 @@ def _asset(folders: dict[str, pathlib.Path], pattern: str) -> pathlib.Path:
     if files:
       return files[0]
   raise UserError(
-      f"got {' and '.join(map(str, places))} without {pattern}, expected the "
-      "tokenizer's files there; say where they are with --tokenizer")
+      "Expected the tokenizer's files there, got "
+      f"{' and '.join(map(str, places))} without {pattern}. Say where they "
+      "are with --tokenizer.")
 
 
 _SIGNS = {  # a tensor that only this family has
@@ -181,9 +182,9 @@ def _check_family(recipe: Recipe, part: Part, found: Checkpoint) -> None:
            if name in found.tensors and name not in expected]
   looks = f" that looks like {guess[0]}" if guess else ""
   raise UserError(
-      f"got a checkpoint{looks} in {found.files[0].name}, expected "
-      f"{recipe.family} with tensors such as {min(expected)}; choose the "
-      "--config of its family, or another folder")
+      f"Expected {recipe.family} with tensors such as {min(expected)}, got a "
+      f"checkpoint{looks} in {found.files[0].name}. Choose the --config of "
+      "its family, or another folder.")
 
 
 def check_table(part: Part, found: Checkpoint) -> None:
@@ -205,9 +206,9 @@ def check_table(part: Part, found: Checkpoint) -> None:
   said = [_listing(kind, items) for kind, items in problems.items() if items]
   if said:
     raise UserError(
-        f"got {found.files[0].name} with {'; '.join(said)}; expected every "
-        "tensor of this family and variant once; choose the variant of "
-        "--config that the checkpoint is")
+        "Expected every tensor of this family and variant once, got "
+        f"{found.files[0].name} with {'; '.join(said)}. Choose the variant of "
+        "--config that matches the checkpoint.")
 
 
 def _listing(kind: str, items: list[str]) -> str:
@@ -242,8 +243,8 @@ def convert(
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise UserError(f"got {out} while another conversion writes it, expected "
-                      "one at a time; wait for it") from error
+      raise UserError(f"Expected one at a time, got {out} while another "
+                      "conversion writes it. Wait for it.") from error
     start = time.monotonic()
     done = _write_arrays(job, work, progress)
     report = _assemble(job, work, done, time.monotonic() - start)
@@ -266,8 +267,8 @@ def finished(job: Job, out: pathlib.Path) -> dict[str, Any] | None:
   file = out / "report.json"
   report = checkpoints.read_json(file) if file.is_file() else {}
   if report.get("fingerprint") != job.fingerprint:
-    raise UserError(f"got {out}, which holds something else, expected a new "
-                    "folder; choose another --out or remove it")
+    raise UserError(f"Expected a new folder, got {out}, which holds something "
+                    "else. Choose another --out or remove it.")
   shutil.rmtree(_workplace(out.absolute()), ignore_errors=True)
   return report
 
@@ -278,8 +279,8 @@ def _check_disk(job: Job, out: pathlib.Path, work: pathlib.Path) -> None:
   free, needed = shutil.disk_usage(above).free, job.size - written
   if needed * 1.02 > free:
     raise UserError(
-        f"got {free / 1e9:.1f} GB free at {above}, expected "
-        f"{needed * 1.02 / 1e9:.1f} GB; free some, or choose another --out")
+        f"Expected {needed * 1.02 / 1e9:.1f} GB, got {free / 1e9:.1f} GB free "
+        f"at {above}. Free some, or choose another --out.")
 
 
 def _write_arrays(job: Job, work: pathlib.Path, progress) -> dict[str, dict]:

@@ -95,8 +95,8 @@ class Place:
             fetch(str(shard.relative_to(root)))
     if root is None:
       raise UserError(
-          f"got {self.source} without any of the files looked for, expected a "
-          "checkpoint of this --config; check the name")
+          f"Expected a checkpoint of this --config, got {self.source} without "
+          "any of the files looked for. Check the name.")
     return root
 
   @property
@@ -109,16 +109,16 @@ class Place:
     name, _, revision = self.source.removeprefix(PREFIX).partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
       raise UserError(
-          f"got source {self.source!r}, expected hf:ORG/NAME; correct it")
+          f"Expected hf:ORG/NAME, got source {self.source!r}.")
     return name, revision or None
 
   def _unreachable(self, error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(
-        f"got no files of {self.source} ({reason[:160]}), expected a "
-        "repository that can be reached; check its name and the network, "
-        "accept its terms and set HF_TOKEN if it is gated, or download it and "
-        "give the folder")
+        "Expected a repository that can be reached, got no files of "
+        f"{self.source} ({reason[:160]}). Check its name and the network, "
+        "accept its terms and set HF_TOKEN if it is gated, or download it "
+        "and give the folder.")
 
 
 def _fitting(present: Iterable[str], choice: Sequence[str]) -> list[str]:

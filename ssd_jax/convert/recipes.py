@@ -255,6 +255,6 @@ class Recipe:
     parts = tuple(p for p in self.parts if p.flag != "text_encoder")
     if parts == self.parts:
       raise UserError(
-          f"got --text_encoder none, expected it for captions of llamagen, not "
-          f"for {self.family}; leave it out")
+          f"Expected it for captions of llamagen, not for {self.family}, got "
+          "--text_encoder none. Leave it out.")
     return dataclasses.replace(self, parts=parts, tokenizer=())

@@ -77,8 +77,8 @@ class Tensor:
     with open(self.file, "rb") as f:
       f.seek(self.offset + first * size)
       if f.readinto(data.data) != data.size:
-        raise UserError(f"got a truncated {self.file}, expected the bytes of "
-                        f"all its tensors; {_AGAIN}")
+        raise UserError("Expected the bytes of all its tensors, got a "
+                        f"truncated {self.file}. {_AGAIN}.")
     return data.view(self.dtype)
 
 
@@ -106,16 +106,16 @@ def open_checkpoint(
   files = _files(folder, patterns)
   lost = [file.name for file in files if not file.is_file()]
   if lost:
-    raise UserError(f"got an index in {folder} that names {', '.join(lost)}, "
-                    "expected these files beside it; download them")
+    raise UserError("Expected these files beside it, got an index in "
+                    f"{folder} that names {', '.join(lost)}. Download them.")
   tensors: dict[str, Tensor] = {}
   for file in files:
     for name, tensor in read_file(file).items():
       if name in tensors:
         raise UserError(
-            f"got tensor {name!r} in both {tensors[name].file.name} and "
-            f"{file.name}, expected it once; remove the file that does not "
-            "belong to the checkpoint")
+            f"Expected it once, got tensor {name!r} in both "
+            f"{tensors[name].file.name} and {file.name}. Remove the file that "
+            "does not belong to the checkpoint.")
       tensors[name] = tensor
   return Checkpoint(tensors, tuple(files))
 
@@ -126,8 +126,8 @@ def _files(
   if folder.is_file():
     return [folder]
   if not folder.is_dir():
-    raise UserError(f"got no file or folder at {folder}, expected a "
-                    "checkpoint; check the path")
+    raise UserError("Expected a checkpoint, got no file or folder at "
+                    f"{folder}. Check the path.")
   for pattern in patterns:
     found = sorted(folder.glob(pattern))
     if found and found[0].name in INDEXES:
@@ -135,8 +135,8 @@ def _files(
     if found:
       return found
   raise UserError(
-      f"got {folder} without any of {', '.join(patterns)}, expected the files "
-      "of a checkpoint; check the folder")
+      f"Expected the files of a checkpoint, got {folder} without any of "
+      f"{', '.join(patterns)}. Check the folder.")
 
 
 def index_files(index: pathlib.Path) -> list[pathlib.Path]:
@@ -149,8 +149,8 @@ def index_files(index: pathlib.Path) -> list[pathlib.Path]:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     files = [index.parent / name for name in names]
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"got a damaged {index}, expected JSON with a weight_map; "
-                    f"{_AGAIN}") from error
+    raise UserError(f"Expected JSON with a weight_map, got a damaged {index}. "
+                    f"{_AGAIN}.") from error
   return files
 
 
@@ -181,11 +181,11 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
       end = max(end, stop)
       tensors[name] = Tensor(file, 8 + length + start, shape, dtype)
   except _DAMAGE as error:
-    raise UserError(f"got a damaged {file} ({_short(error)}), expected a "
-                    f"safetensors file; {_AGAIN}") from error
+    raise UserError(f"Expected a safetensors file, got a damaged {file} "
+                    f"({_short(error)}). {_AGAIN}.") from error
   if 8 + length + end > size:
-    raise UserError(f"got a truncated {file} of {size} bytes, expected "
-                    f"{8 + length + end}; {_AGAIN}")
+    raise UserError(f"Expected {8 + length + end}, got a truncated {file} of "
+                    f"{size} bytes. {_AGAIN}.")
   return tensors
 
 
@@ -210,13 +210,13 @@ def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
       entries = {info.filename: info for info in archive.infolist()}
       pickled = [name for name in entries if name.endswith("/data.pkl")]
       if len(pickled) != 1:
-        raise UserError(f"got {file} without a data.pkl, expected a file of "
-                        "torch.save; check the file")
+        raise UserError(f"Expected a file of torch.save, got {file} without a "
+                        "data.pkl. Check the file.")
       root = pickled[0][: -len("data.pkl")]
       order = root + "byteorder"
       if order in entries and archive.read(order).strip() != b"little":
-        raise UserError(f"got a big-endian {file}, expected little-endian "
-                        "numbers; save it again on another machine")
+        raise UserError("Expected little-endian numbers, got a big-endian "
+                        f"{file}. Save it again on another machine.")
       unpickler = unpickle.Unpickler(archive.read(pickled[0]), file)
       tree = unpickler.load()
       with open(file, "rb") as f:
@@ -225,14 +225,14 @@ def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
         return _state_dict(tree, file, place)
   except zipfile.BadZipFile as error:
     raise UserError(
-        f"got {file}, no zip archive, truncated, or written before torch 1.6, "
-        f"expected a whole file of torch.save; {_AGAIN}, or load and save it "
-        "with a newer torch") from error
+        f"Expected a whole file of torch.save, got {file}, no zip archive, "
+        f"truncated, or written before torch 1.6. {_AGAIN}, or load and save "
+        "it with a newer torch.") from error
   except UserError:
     raise
   except _DAMAGE as error:
-    raise UserError(f"got a damaged {file} ({_short(error)}), expected a file "
-                    f"of torch.save; {_AGAIN}") from error
+    raise UserError(f"Expected a file of torch.save, got a damaged {file} "
+                    f"({_short(error)}). {_AGAIN}.") from error
 
 
 def _data_offset(
@@ -242,8 +242,8 @@ def _data_offset(
   if info.file_size < storage.count * storage.dtype.itemsize:
     raise pickle.UnpicklingError(f"storage {storage.key} is too short")
   if info.compress_type != zipfile.ZIP_STORED:
-    raise UserError(f"got a compressed {f.name}, expected a file of "
-                    "torch.save; unpack it and save it again")
+    raise UserError("Expected a file of torch.save, got a compressed "
+                    f"{f.name}. Unpack it and save it again.")
   f.seek(info.header_offset)
   name, extra = struct.unpack("<26xHH", f.read(30))
   return info.header_offset + 30 + name + extra
@@ -258,13 +258,13 @@ def _state_dict(
              if isinstance(tree, dict) and isinstance(tree.get(name), dict)]
     tree = inner[0] if inner else tree
   if not isinstance(tree, dict):
-    raise UserError(f"got {file} that holds no dictionary, expected a state "
-                    "dict; check the file")
+    raise UserError(f"Expected a state dict, got {file} that holds no "
+                    "dictionary. Check the file.")
   views = {str(name): view for name, view in tree.items()
            if isinstance(view, unpickle.View)}
   if not views:
-    raise UserError(f"got {file} without tensors, expected a state dict; "
-                    "check the file")
+    raise UserError(f"Expected a state dict, got {file} without tensors. "
+                    "Check the file.")
   return {name: _tensor(view, file, place) for name, view in views.items()}
 
 

@@ -130,9 +130,9 @@ class Unpickler(pickle.Unpickler):
     if full in _INERT or full.split(".")[0] in _INERT_PACKAGES:
       return _Nothing
     raise UserError(
-        f"got {self._file} that asks for {full!r}, expected weights only; do "
+        f"Expected weights only, got {self._file} that asks for {full!r}. Do "
         "not use this file unless you trust it, and then save its state dict "
-        "alone")
+        "alone.")
 
   def persistent_load(self, pid: Any) -> Storage:
     """The storage that a persistent id names."""

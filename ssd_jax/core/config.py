@@ -14,13 +14,14 @@ T = TypeVar("T", bound="DataclassInstance")
 
 
 class UserError(ValueError):
-  """A mistake of the user: one line, "got X, expected Y, do Z"."""
+  """A mistake of the user: one line, "Expected X, got Y. Do Z."."""
 
 
 def check(ok: bool, name: str, got: Any, expected: str) -> None:
   """Raises UserError unless `ok`."""
   if not ok:
-    raise UserError(f"got {name}={got}, expected {expected}; change {name}")
+    raise UserError(
+        f"Expected {name} to be {expected}, got {name}={got}.")
 
 
 def from_config_dict(cls: type[T], values: Any) -> T:
@@ -33,8 +34,8 @@ def from_config_dict(cls: type[T], values: Any) -> T:
   unknown = sorted(set(values) - set(fields))
   if unknown:
     raise UserError(
-        f"got unknown setting {unknown[0]!r} for {cls.__name__}, expected one "
-        f"of {sorted(fields)}; remove or rename it"
+        f"Expected one of {sorted(fields)}, got unknown setting "
+        f"{unknown[0]!r} for {cls.__name__}. Remove or rename it."
     )
   kwargs = {}
   for name in values:
@@ -47,7 +48,9 @@ def from_config_dict(cls: type[T], values: Any) -> T:
   try:
     return cls(**kwargs)
   except TypeError as error:
-    raise UserError(f"got an incomplete {cls.__name__}: {error}") from error
+    raise UserError(
+      f"Expected all settings of {cls.__name__}, got {error}."
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,5 +20,5 @@ def need(module: str, extra: str) -> ModuleType:
     return importlib.import_module(module)
   except ImportError as error:
     raise MissingExtra(
-        f"got no module {module!r}, expected the packages of the extra "
-        f"{extra!r}; run pip install 'ssd-jax[{extra}]'") from error
+        f"Expected the packages of the extra {extra!r}, got no module "
+        f"{module!r}. Run pip install 'ssd-jax[{extra}]'.") from error

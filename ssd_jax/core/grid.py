@@ -40,7 +40,7 @@ class Grid:
     return self.rows * self.row_slots - int(self.end_of_row)
 
   @property
-  def cells(self) -> int:
+  def num_tokens(self) -> int:
     """Cells of the image; AR's passes."""
     return self.rows * self.cols
 

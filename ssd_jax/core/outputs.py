@@ -42,6 +42,7 @@ class Output:
     notes: What the user should know about the prompts.
     compile_seconds: Time spent compiling.
     seconds: Time of the rest.
+    index: int32 [B], index of each image over the whole call; keys its noise.
   """
 
   images: np.ndarray
@@ -53,6 +54,7 @@ class Output:
   notes: tuple[str, ...]
   compile_seconds: float
   seconds: float
+  index: np.ndarray
 
   @property
   def pil_images(self) -> list[Image.Image]:
@@ -61,9 +63,8 @@ class Output:
 
   @property
   def pictures(self) -> list[Picture]:
-    """Each by itself, numbered from 0."""
+    """Each image by itself."""
     return [
-        Picture(i, *each[:3], int(each[3]), each[4])
-        for i, each in enumerate(zip(
-            self.prompts, self.images, self.tokens, self.passes,
-            self.commit_pass, strict=True))]
+        Picture(int(self.index[i]), self.prompts[i], self.images[i],
+                self.tokens[i], int(self.passes[i]), self.commit_pass[i])
+        for i in range(len(self.prompts))]

@@ -23,12 +23,12 @@ def clean(prompt: str, longest: int = LONGEST) -> str:
       if c in "\t\n\r" or unicodedata.category(c) not in ("Cc", "Cs"))
   if not text.strip():
     raise UserError(
-        f"got an empty prompt {prompt[:20]!r}, expected a few words; say what "
-        "to draw"
+        f"Expected a few words, got an empty prompt {prompt[:20]!r}. Say what "
+        "to draw."
     )
   if len(text) > longest:
     raise UserError(
-        f"got a prompt of {len(text)} characters, expected at most "
-        f"{longest}; shorten it"
+        f"Expected at most {longest}, got a prompt of {len(text)} characters. "
+        "Shorten it."
     )
   return text

@@ -42,7 +42,7 @@ class KVCache:
     return jax.tree.leaves(self.k)[0].shape
 
   @classmethod
-  def of(cls, layers: Sequence["KVCache"]) -> "KVCache":
+  def from_layers(cls, layers: Sequence["KVCache"]) -> "KVCache":
     """Layers that are apart."""
     k, v = ([getattr(x, name) for x in layers] for name in ("k", "v"))
     return cls(tuple(k), tuple(v))
@@ -114,8 +114,8 @@ class Drafter:
 
 
 def _no_heads(*unused: object) -> jax.Array:
-  raise UserError("got a model without spatial heads, expected some; train "
-                  "them with train.mtp")
+  raise UserError("Expected some, got a model without spatial heads. Train "
+                  "them with train.mtp.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,8 +76,8 @@ class FolderSource(Source):
         return to_square(picture, self.pixels)
     except Exception as error:  # a decoder may raise anything on bad bytes
       raise UserError(
-          f"got a picture that cannot be read, {path} ({one_line(error)}), "
-          f"expected one of {', '.join(SUFFIXES)}; replace or remove it"
+          f"Expected one of {', '.join(SUFFIXES)}, got a picture that cannot "
+          f"be read, {path} ({one_line(error)}). Replace or remove it."
       ) from error
 
 
@@ -90,13 +90,13 @@ def find_pictures(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
   """The pictures below `folder`, in an order that is the same everywhere."""
   if not folder.is_dir():
     raise UserError(
-        f"got {folder}, expected a folder of pictures; check the path"
+        f"Expected a folder of pictures, got {folder}. Check the path."
     )
   found = [p for p in _visible_files(folder) if p.suffix.lower() in SUFFIXES]
   if not found:
     raise UserError(
-        f"got {folder} without pictures, expected files that end in "
-        f"{', '.join(SUFFIXES)}; put pictures there or check the path"
+        f"Expected files that end in {', '.join(SUFFIXES)}, got {folder} "
+        "without pictures. Put pictures there or check the path."
     )
   return tuple(sorted(found, key=lambda p: p.relative_to(folder).as_posix()))
 
@@ -122,8 +122,8 @@ def find_captions(
     for path, caption in read_table(table):
       if path in told:
         raise UserError(
-            f"got two captions for {path}, in {told[path].source} and {table}, "
-            "expected one; remove the other"
+            f"Expected one, got two captions for {path}, in "
+            f"{told[path].source} and {table}. Remove the other."
         )
       told[path] = caption
   for path in pictures:
@@ -134,9 +134,9 @@ def find_captions(
   if missing:
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise UserError(
-        f"got no caption for {missing[0]}{more}, expected one for every "
-        f"picture; add it to one of {', '.join(TABLES)} or to "
-        f"{missing[0].with_suffix('.txt').name} beside it"
+        "Expected one for every picture, got no caption for "
+        f"{missing[0]}{more}. Add it to one of {', '.join(TABLES)} or to "
+        f"{missing[0].with_suffix('.txt').name} beside it."
     )
   return tuple(told[p] for p in pictures)
 
@@ -153,28 +153,29 @@ def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
     if isinstance(error, UserError):
       raise
     raise UserError(
-        f"got {table}, which is not {table.suffix[1:]} ({one_line(error)}), "
-        "expected a table of captions; mend it"
+        f"Expected a table of captions, got {table}, which is not "
+        f"{table.suffix[1:]} ({one_line(error)}). Mend it."
     ) from error
   if not rows:
     raise UserError(
-        f"got {table} without entries, expected the fields {_NAME_COLUMNS[0]} "
-        f"and {_CAPTION_COLUMNS[0]} and an entry per picture; fill or remove it"
+        f"Expected the fields {_NAME_COLUMNS[0]} and {_CAPTION_COLUMNS[0]} "
+        f"and an entry per picture, got {table} without entries. Fill or "
+        "remove it."
     )
   found = []
   for number, row in enumerate(rows, 1):
     name, text = (_field(row, c) for c in (_NAME_COLUMNS, _CAPTION_COLUMNS))
     if name is None or text is None:
       raise UserError(
-          f"got {table} with entry {number} without a file name or caption, "
-          f"expected the fields {_NAME_COLUMNS[0]} and {_CAPTION_COLUMNS[0]}; "
-          "name them so"
+          f"Expected the fields {_NAME_COLUMNS[0]} and {_CAPTION_COLUMNS[0]}, "
+          f"got {table} with entry {number} without a file name or caption. "
+          "Name them so."
       )
     path = table.parent / pathlib.PurePosixPath(name.replace("\\", "/"))
     if not path.is_file():
       raise UserError(
-          f"got {table} with entry {number} for {path}, which is not there, "
-          "expected a picture; remove the entry or mend its name")
+          f"Expected a picture, got {table} with entry {number} for {path}, "
+          "which is not there. Remove the entry or mend its name.")
     caption = Caption(" ".join(text.split()), _tags(row, table), table)
     found.append((path, caption))
   return found
@@ -185,8 +186,8 @@ def _read_text(path: pathlib.Path) -> str:
     return path.read_text("utf-8-sig")  # spreadsheets add a mark at the start
   except UnicodeDecodeError as error:
     raise UserError(
-        f"got {path}, which is not UTF-8 ({error.reason}), expected UTF-8 "
-        "text; save it as that"
+        f"Expected UTF-8 text, got {path}, which is not UTF-8 "
+        f"({error.reason}). Save it as that."
     ) from error
 
 
@@ -231,6 +232,6 @@ def _tags(row: dict, table: pathlib.Path) -> tuple[str, ...]:
   if not isinstance(tags, (list, tuple)) or not all(
       isinstance(tag, str) for tag in tags):
     raise UserError(
-        f"got tags={tags!r} in {table}, expected a list of words, or words "
-        "with commas between; mend them")
+        "Expected a list of words, or words with commas between, got "
+        f"tags={tags!r} in {table}. Mend them.")
   return tuple(t for t in (tag.strip() for tag in tags) if t)

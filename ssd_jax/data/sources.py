@@ -159,8 +159,8 @@ def hold_out(source: Source, split: str) -> Source:
   chosen = np.flatnonzero(is_held == (split == "validation"))
   if not len(chosen):
     raise UserError(
-        f"got {len(source)} picture(s) of one name, expected two or more, "
-        "of which one is held out; add pictures"
+        f"Expected two or more, of which one is held out, got {len(source)} "
+        "picture(s) of one name. Add pictures."
     )
   return Subset(source, chosen.tolist())
 
@@ -192,6 +192,6 @@ def open_source(spec: str, split: str, pixels: int) -> Source:
       check(option in _TFDS_OPTIONS, "option", option, f"in {_TFDS_OPTIONS}")
     return hold_out(TFDSSource(name, pixels=pixels, **options), split)
   raise UserError(
-      f"got {spec!r}, expected emoji, folder:PATH or tfds:NAME; name the "
-      "pictures so"
+      f"Expected emoji, folder:PATH or tfds:NAME, got {spec!r}. Name the "
+      "pictures so."
   )

@@ -38,8 +38,8 @@ def stream(
   index, count = shard or sharding.host_share()
   if not len(source):
     raise UserError(
-        "got a source without pictures, expected one or more; check its path "
-        "and split"
+        "Expected one or more, got a source without pictures. Check its path "
+        "and split."
     )
   check(
       batch >= 1 and batch % count == 0, "batch", batch,

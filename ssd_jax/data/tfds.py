@@ -42,8 +42,8 @@ class TFDSSource(Source):
     self._rows = _open(name, split, data_dir)
     if not len(self._rows):
       raise UserError(
-          f"got {name} with nothing in split {split!r}, expected pictures; "
-          "choose another split"
+          f"Expected pictures, got {name} with nothing in split {split!r}. "
+          "Choose another split."
       )
     features = dict(_leaves(self._rows.dataset_info.features))
     wanted = (caption_key,) if caption_key else _CAPTION_KEYS
@@ -61,22 +61,22 @@ class TFDSSource(Source):
       image = to_square(Image.fromarray(array), self.pixels)
     except Exception as error:  # a decoder may raise anything on bad bytes
       raise UserError(
-          f"got a picture that cannot be read, item {index} of {self.name} "
-          f"split {self.split!r} ({one_line(error)}), expected 8-bit pixels; "
-          "prepare the dataset again"
+          "Expected 8-bit pixels, got a picture that cannot be read, item "
+          f"{index} of {self.name} split {self.split!r} ({one_line(error)}). "
+          "Prepare the dataset again."
       ) from error
     try:
       caption = self._caption(_at(row, self._caption_key))
     except UnicodeDecodeError as error:
       raise UserError(
-          f"got {self._caption_key!r} of item {index} of {self.name} split "
-          f"{self.split!r} that is not UTF-8 ({error.reason}), expected text; "
-          "choose another caption_key") from error
+          f"Expected text, got {self._caption_key!r} of item {index} of "
+          f"{self.name} split {self.split!r} that is not UTF-8 "
+          f"({error.reason}). Choose another caption_key.") from error
     if not caption:
       raise UserError(
-          f"got no caption in {self._caption_key!r} of item {index} of "
-          f"{self.name} split {self.split!r}, expected one for every picture; "
-          "choose another caption_key or split"
+          "Expected one for every picture, got no caption in "
+          f"{self._caption_key!r} of item {index} of {self.name} split "
+          f"{self.split!r}. Choose another caption_key or split."
       )
     return {"image": image, "caption": caption, "tags": ()}
 
@@ -106,18 +106,18 @@ def _open(name: str, split: str, data_dir: str | None) -> Any:
     return builder.as_data_source(split)
   except tfds.core.DatasetNotFoundError as error:
     raise UserError(
-        f"got {name}, expected a dataset that is in "
-        f"{data_dir or tfds.core.constants.DATA_DIR}; {prepare}"
+        "Expected a dataset that is in "
+        f"{data_dir or tfds.core.constants.DATA_DIR}, got {name}. {prepare}."
     ) from error
   except NotImplementedError as error:
     raise UserError(
-        f"got {name} as {builder.info.file_format.value}, expected a format "
-        f"with random access; {prepare}"
+        f"Expected a format with random access, got {name} as "
+        f"{builder.info.file_format.value}. {prepare}."
     ) from error
   except ValueError as error:
     raise UserError(
-        f"got {name} split {split!r} ({one_line(error)}), expected a split of "
-        "one prepared dataset; choose another"
+        f"Expected a split of one prepared dataset, got {name} split "
+        f"{split!r} ({one_line(error)}). Choose another."
     ) from error
 
 
@@ -138,8 +138,8 @@ def _choose(
     if key in features:
       return key
   raise UserError(
-      f"got {setting}={' or '.join(wanted)}, expected one of "
-      f"{sorted(features)}, which {name} has; set {setting}"
+      f"Expected one of {sorted(features)}, which {name} has, got "
+      f"{setting}={' or '.join(wanted)}. Set {setting}."
   )
 
 

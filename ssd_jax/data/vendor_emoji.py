@@ -68,8 +68,9 @@ def read_captions(tarball: str) -> dict[str, dict]:
   with tarfile.open(tarball) as tar:
     file = tar.extractfile("package/en/data.json")
     if file is None:
-      raise UserError(f"got {tarball} without captions in package/en/data.json,"
-                      " expected emojibase-data's tarball; pack it anew")
+      raise UserError(f"Expected emojibase-data's tarball, got {tarball} "
+                      "without captions in package/en/data.json. Pack it "
+                      "anew.")
     entries = json.load(file)
   captions = {}
   for entry in entries:

@@ -1,1 +1,1 @@
-"""Decoders and the loop that runs them."""
+"""Decoders and the engine that runs them."""

@@ -1,9 +1,10 @@
 """Acceptance rules: pure functions of the target, the drafts and the noise.
 
-A draft is tested against the target p of its slot by the distribution q that it
-was really drawn from. For the law of the output to be the target's, the noise
-of a test and of the draw that corrects it must be fresh: independent of the
-noise that the draft was drawn with, and of that of every other pass.
+A draft is tested against the target p of its slot, using the distribution q
+that it was sampled from. The output follows the target distribution only if the
+noise of a test, and of the resampling that follows a rejection, is fresh:
+independent of the noise that the draft was sampled with and of the noise of
+every other pass.
 """
 
 import flax.struct
@@ -15,12 +16,13 @@ from ssd_jax.decoding import sampling
 
 @flax.struct.dataclass
 class Drafts:
-  """Proposed tokens and the distributions they were drawn from.
+  """Proposed tokens and the distributions that they were sampled from.
 
   Attributes:
     tokens: int32 [Q].
-    q: float32 [Q, V]; not read where `is_point`.
-    is_point: bool [Q], the draft was not drawn but given: q is one at it.
+    q: float32 [Q, V], draft distributions; not read where `is_point`.
+    is_point: bool [Q], whether q is the point mass at the draft, i.e. the draft
+      was chosen deterministically instead of sampled.
   """
 
   tokens: jax.Array
@@ -29,7 +31,7 @@ class Drafts:
 
 
 def at(p_QV: jax.Array, tokens_Q: jax.Array) -> jax.Array:
-  """float32 [Q]: each row's entry at its token."""
+  """Returns each row's entry at its token, float32 [Q]."""
   return jnp.take_along_axis(p_QV, tokens_Q[:, None], axis=-1)[:, 0]
 
 
@@ -37,13 +39,17 @@ def accept_exact(
     p_QV: jax.Array, drafts: Drafts, u_Q: jax.Array,
     lenience_Q: jax.Array | float = 1.0,
 ) -> jax.Array:
-  """bool [Q]: whether each draft passes with probability min(1, p / q).
+  """Accepts each draft with probability min(1, p / q).
 
   Args:
-    p_QV: Targets.
-    drafts: Of the same slots.
-    u_Q: Uniform draws in [0, 1).
-    lenience_Q: What q is multiplied by; below 1 more pass (appendix A.5).
+    p_QV: Target distributions.
+    drafts: Drafts of the same slots.
+    u_Q: Uniform samples from [0, 1).
+    lenience_Q: Factor that q is multiplied by; values below 1 accept more
+      drafts (appendix A.5).
+
+  Returns:
+    bool [Q], which drafts are accepted.
 
   Source: Leviathan et al. 2023, arXiv:2211.17192, algorithm 1.
   """
@@ -52,18 +58,35 @@ def accept_exact(
 
 
 def residual(p_QV: jax.Array, drafts: Drafts) -> jax.Array:
-  """float32 [Q, V], not normalised: what a rejected draft is redrawn from."""
-  return sampling.residual(p_QV, _drawn_from(p_QV, drafts))
+  """Returns the residual distribution that a rejected draft is resampled from.
+
+  Args:
+    p_QV: Target distributions.
+    drafts: Drafts of the same slots.
+
+  Returns:
+    float32 [Q, V], unnormalised.
+  """
+  return sampling.residual(p_QV, _draft_distribution(p_QV, drafts))
 
 
 def lenient_distribution(
     p_QV: jax.Array, drafts: Drafts, lenience_Q: jax.Array
 ) -> jax.Array:
-  """float32 [Q, V]: what tokens are drawn from by a lenient test and redraw.
+  """Returns the distribution of a token after a lenient test and resampling.
 
-  At most p / lenience, entry by entry, whatever q was; p where lenience is 1.
+  Each entry is at most p / lenience, whatever q is; with a lenience of 1 the
+  result is p.
+
+  Args:
+    p_QV: Target distributions.
+    drafts: Drafts of the same slots.
+    lenience_Q: Factor that q is multiplied by in the test.
+
+  Returns:
+    float32 [Q, V].
   """
-  q_QV = _drawn_from(p_QV, drafts)
+  q_QV = _draft_distribution(p_QV, drafts)
   kept_QV = jnp.minimum(q_QV, p_QV / lenience_Q[:, None])
   left_QV = jnp.maximum(p_QV - q_QV, 0.0)
   share_Q = (1.0 - jnp.sum(kept_QV, axis=-1)) / jnp.maximum(
@@ -71,24 +94,32 @@ def lenient_distribution(
   return kept_QV + jnp.clip(share_Q, 0.0, 1.0)[:, None] * left_QV
 
 
-def _drawn_from(p_QV: jax.Array, drafts: Drafts) -> jax.Array:
+def _draft_distribution(p_QV: jax.Array, drafts: Drafts) -> jax.Array:
   is_draft_QV = jnp.arange(p_QV.shape[-1]) == drafts.tokens[:, None]
   return jnp.where(drafts.is_point[:, None], is_draft_QV, drafts.q)
 
 
 def count_prefix(accept_Q: jax.Array) -> jax.Array:
-  """int32 []: accepted drafts before the first rejected one."""
+  """Returns the length of the accepted prefix, int32 []."""
   return jnp.sum(jnp.cumprod(accept_Q.astype(jnp.int32)))
 
 
 def rank_neighbours(
     p_QV: jax.Array, tokens_Q: jax.Array, group: int
 ) -> tuple[jax.Array, jax.Array]:
-  """(int32 [Q, group], bool [Q, group]): tokens close in rank, which exist.
+  """Finds the tokens whose rank under p is closest to that of each draft.
 
-  With all tokens sorted by p, these are the token itself (first), the group / 2
-  just below it and the rest just above; near an end of the ranking fewer exist.
-  Equal probabilities are ranked by their ids.
+  Ties in probability are broken by token id.
+
+  Args:
+    p_QV: Target distributions.
+    tokens_Q: Drafts.
+    group: Number of tokens per draft, the draft included.
+
+  Returns:
+    Token ids, int32 [Q, group]: the draft itself first, then the group / 2
+    tokens ranked just below it, then those just above it. And bool [Q, group],
+    which of these exist: fewer do near either end of the ranking.
   """
   ids_V = jnp.arange(p_QV.shape[-1])
   own_Q1 = at(p_QV, tokens_Q)[:, None]
@@ -113,17 +144,20 @@ def accept_group(
     p_QV: jax.Array, drafts: Drafts, u_Q: jax.Array, members_QG: jax.Array,
     is_member_QG: jax.Array,
 ) -> jax.Array:
-  """bool [Q]: whether each draft's cluster passes with min(1, sum p / sum q).
+  """Accepts each draft with probability min(1, sum p / sum q) over its cluster.
 
-  A draft that the target's filters exclude never passes, however probable its
-  neighbours are. With the draft alone in its cluster this is `accept_exact`.
+  A draft that the target's filters exclude is never accepted, however probable
+  its neighbours are. For a cluster of one token this is `accept_exact`.
 
   Args:
-    p_QV: Targets.
-    drafts: Of the same slots.
-    u_Q: Uniform draws in [0, 1).
+    p_QV: Target distributions.
+    drafts: Drafts of the same slots.
+    u_Q: Uniform samples from [0, 1).
     members_QG: Token ids of each draft's cluster.
-    is_member_QG: Which of them count; the draft must.
+    is_member_QG: Which of these ids belong to the cluster; the draft must.
+
+  Returns:
+    bool [Q], which drafts are accepted.
 
   Source: So et al. 2025, arXiv:2508.07747.
   """

@@ -1,4 +1,4 @@
-"""Autoregressive decoding: one cell per pass, the law all others answer to."""
+"""Autoregressive decoding: one token per pass, the reference distribution."""
 
 import dataclasses
 
@@ -6,18 +6,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ssd_jax.core.types import Model, Queries
+from ssd_jax.core.protocols import DecoderBase
+from ssd_jax.core.types import Queries
 from ssd_jax.decoding import sampling
 from ssd_jax.decoding.engine import Context
 
 
 @flax.struct.dataclass
 class ARState:
-  """One image's progress.
+  """Decoding state of one image.
 
   Attributes:
-    tokens: int32 [N].
-    final: bool [N].
+    tokens: int32 [N], tokens generated so far.
+    final: bool [N], which slots are final.
     next: int32 [], the first slot without a token.
   """
 
@@ -27,24 +28,25 @@ class ARState:
 
 
 @dataclasses.dataclass(frozen=True)
-class AR:
-  """One cell per pass; a forced slot rides along with the next query.
+class AR(DecoderBase):
+  """Generates one token per pass; a forced slot is fed with the next query.
 
-  Noise is keyed by slot, so that every lossless decoder that shares it can be
-  held against these tokens cell by cell.
+  Noise is keyed by slot, so the output of every lossless decoder that shares
+  this noise can be compared with AR's token by token.
   """
 
   name = "ar"
   lossless = True
 
-  def scratch(self, model: Model) -> int:
-    """None."""
-    return 0
+  @property
+  def has_fixed_passes(self) -> bool:
+    """Whether all images of a grid take the same number of passes."""
+    return True
 
   def start(
       self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array
   ) -> ARState:
-    """State with cell 0 sampled from the prefill."""
+    """Returns the state with token 0 sampled from the prefill."""
     del hidden_GD
     grid = ctx.model.grid
     forced = jnp.asarray(grid.forced_tokens(ctx.model.vocab))
@@ -54,10 +56,10 @@ class AR:
     return self._commit(ctx, state, p_V)
 
   def propose(self, ctx: Context, state: ARState) -> Queries:
-    """The last committed slot, and the one before on end-of-row grids.
+    """Returns the last committed slot and, on end-of-row grids, the one before.
 
-    Feeding a slot again rewrites the same key and value, so the number of
-    queries is static.
+    The second slot keeps the number of queries static: feeding a slot again
+    rewrites the same key and value.
     """
     grid = ctx.model.grid
     count = 1 + int(grid.end_of_row)
@@ -72,7 +74,7 @@ class AR:
       self, ctx: Context, state: ARState, queries: Queries, p_QV: jax.Array,
       hidden_GQD: jax.Array,
   ) -> ARState:
-    """State with the next cell sampled."""
+    """Returns the state with the next token sampled."""
     del queries, hidden_GQD
     return self._commit(ctx, state, p_QV[-1])
 

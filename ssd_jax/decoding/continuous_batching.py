@@ -1,11 +1,12 @@
-"""Continuous refill: who is done leaves the batch, who waits takes the place.
+"""Continuous batching: a finished image frees its slot for the next prompt.
 
-  empty     a batch of which no place is taken
-  admit     prefills one prompt into a free place
-  advance   runs passes until somebody is done, or a number of them is made
+  init      makes a batch of free slots
+  insert    prefills one prompt into a free slot
+  advance   runs passes until an image finishes or a pass limit is reached
 
-Three programs of static shapes. Each image has its own number of passes and its
-own noise, so it becomes what `engine.decode` draws, whoever is beside it.
+These are three programs with static shapes. Each image has its own pass count
+and its own noise, so its tokens equal those of `engine.decode`, whichever
+images share the batch.
 """
 
 import functools
@@ -25,19 +26,20 @@ def init(
     model: Model, decoder: Decoder, params: Params, prompt: Prompt,
     sampling: Sampling, batch: int,
 ) -> LoopState:
-  """A batch of free places: zeros that count as done.
+  """Returns a batch of free slots: zero-filled states marked as done.
 
   Args:
     model: The network's functions; static.
-    decoder: Settings; static.
-    params: Of the network.
-    prompt: Of any one image: the shapes of all that will be admitted.
-    sampling: Of the target distribution.
-    batch: Places; static.
+    decoder: Decoder settings; static.
+    params: Parameters of the network.
+    prompt: The prompt of any one image; later prompts must have its shapes.
+    sampling: Settings of the target distribution.
+    batch: Number of slots; static.
   """
-  call = engine.outline(jax.random.key(0), None, None, params, sampling, model)
+  template = engine.template_context(
+      jax.random.key(0), None, None, params, sampling, model)
   rows = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), prompt)
-  begin = functools.partial(engine.begin, decoder, call)
+  begin = functools.partial(engine.begin, decoder, template)
   shapes = jax.eval_shape(begin, rows, jnp.zeros(batch, jnp.int32))
   loop = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   final = jnp.ones_like(loop.decoder.final)
@@ -49,30 +51,33 @@ def init(
 def insert(
     model: Model, decoder: Decoder, params: Params, prompt: Prompt,
     sampling: Sampling, key: jax.Array, loop: LoopState, image: jax.Array,
-    place: jax.Array,
+    slot: jax.Array,
 ) -> LoopState:
-  """The batch with one more image, after its prefill, in a free place.
+  """Prefills one image and writes it to a free slot of the batch.
 
   Args:
     model: The network's functions; static.
-    decoder: Settings; static.
-    params: Of the network.
-    prompt: Of one image; as wide as the batch's.
-    sampling: Of the target distribution.
-    key: Of the call.
+    decoder: Decoder settings; static.
+    params: Parameters of the network.
+    prompt: The prompt of one image, with as many prompt slots as the batch.
+    sampling: Settings of the target distribution.
+    key: Random key of the call.
     loop: The batch; donated.
-    image: int32 [], index over the whole call.
-    place: int32 [], in the batch.
+    image: int32 [], index of the image over the whole call.
+    slot: int32 [], position in the batch.
+
+  Returns:
+    The batch after the image's prefill.
   """
-  call = engine.outline(key, None, None, params, sampling, model)
-  new = engine.begin(decoder, call, prompt, image[None])
+  template = engine.template_context(key, None, None, params, sampling, model)
+  new = engine.begin(decoder, template, prompt, image[None])
   batch = len(loop.image)
 
   def put(axis, old, new):
     for stream in range(new.shape[axis]):
       row = jax.lax.slice_in_dim(new, stream, stream + 1, axis=axis)
       old = jax.lax.dynamic_update_slice_in_dim(
-          old, row.astype(old.dtype), stream * batch + place, axis)
+          old, row.astype(old.dtype), stream * batch + slot, axis)
     return old
 
   cache = jax.tree.map(functools.partial(put, 1), loop.cache, new.cache)
@@ -85,37 +90,41 @@ def insert(
     jax.jit, static_argnames=("model", "decoder"), donate_argnames="loop")
 def advance(
     model: Model, decoder: Decoder, params: Params, sampling: Sampling,
-    key: jax.Array, loop: LoopState, most: jax.Array,
+    key: jax.Array, loop: LoopState, max_passes: jax.Array,
 ) -> tuple[LoopState, Decoded, jax.Array]:
-  """(the batch when one more of its images is done, what is drawn, who is).
+  """Runs passes until another image finishes or `max_passes` have run.
 
   Args:
     model: The network's functions; static.
-    decoder: Settings; static.
-    params: Of the network.
-    sampling: Of the target distribution.
-    key: Of the call.
+    decoder: Decoder settings; static.
+    params: Parameters of the network.
+    sampling: Settings of the target distribution.
+    key: Random key of the call.
     loop: The batch; donated.
-    most: int32 [], passes after which it returns, though nobody is done.
+    max_passes: int32 [], limit on the number of passes.
+
+  Returns:
+    The batch, the tokens decoded so far, and which images are done, bool [B].
   """
-  call = engine.outline(key, None, None, params, sampling, model)
+  template = engine.template_context(key, None, None, params, sampling, model)
   done_B = loop.is_done
-  nobody_new = lambda loop: jnp.all(loop.is_done == done_B)
+  none_finished = lambda loop: jnp.all(loop.is_done == done_B)
   _, loop = jax.lax.while_loop(
-      lambda x: (x[0] < most) & ~jnp.all(x[1].is_done) & nobody_new(x[1]),
-      lambda x: (x[0] + 1, engine.step(decoder, call, x[1])),
+      lambda x: (
+          (x[0] < max_passes) & ~jnp.all(x[1].is_done) & none_finished(x[1])),
+      lambda x: (x[0] + 1, engine.step(decoder, template, x[1])),
       (jnp.int32(0), loop))
   return _in_place(loop), engine.decoded(model, loop), loop.is_done
 
 
 def widen(prompt: Prompt, slots: int) -> Prompt:
-  """Prompts of at least `slots` slots; what is added to the left is unseen."""
+  """Pads prompts on the left to at least `slots` slots; padding is masked."""
   extra = max(slots - prompt.tokens.shape[1], 0)
   return jax.tree.map(lambda x: _pad_left(x, 1, extra), prompt)
 
 
 def widen_batch(loop: LoopState, slots: int) -> LoopState:
-  """A batch with at least `slots` prompt slots."""
+  """Pads a batch on the left to at least `slots` prompt slots."""
   extra = max(slots - loop.prompt.tokens.shape[1], 0)
   return loop.replace(
       prompt=widen(loop.prompt, slots),
@@ -128,6 +137,6 @@ def _pad_left(x: jax.Array, axis: int, extra: int) -> jax.Array:
 
 
 def _in_place(loop: LoopState) -> LoopState:
-  """Inside jit: where a batch lies on the mesh, the same after each program."""
+  """Gives a batch the same sharding after each program; call inside jit."""
   rest = sharding.constrain_rows(loop.replace(cache=None))
   return rest.replace(cache=sharding.constrain_cache(loop.cache))

@@ -3,26 +3,26 @@
 A decoder is written for ONE image; the engine runs a batch of them at their own
 speeds. Per pass it
 
-  1. asks each image's decoder where to look, with which drafts (`propose`);
+  1. asks each image's decoder which slots and drafts to feed (`propose`);
   2. runs the trunk once over all queries of all images and guidance streams;
   3. turns logits into the target distribution;
   4. lets each image's decoder accept, resample, commit and redraft (`resolve`);
-  5. moves keys and values that were written to scratch slots and turned out
-     final to their own slots, where the decoder has a `settle`.
+  5. moves keys and values of accepted drafts from scratch slots to their final
+     slots, as the decoder's `settle` requests.
 
-An image that is done feeds inactive queries and keeps its state, so what it is
-does not depend on its neighbours.
+A finished image feeds inactive queries and keeps its state, so its tokens do
+not depend on the other images of the batch.
 """
 
 from collections.abc import Callable
 import functools
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ssd_jax.core.grid import Grid
+from ssd_jax.core.protocols import Decoder
 from ssd_jax.core.types import KVCache, Model, Params, Prompt, Queries
 from ssd_jax.decoding import sampling as sampling_lib
 from ssd_jax.decoding.sampling import Sampling
@@ -30,15 +30,15 @@ from ssd_jax.runtime import sharding
 
 
 class Context(flax.struct.PyTreeNode):
-  """What a decoder knows of its image in a pass.
+  """Inputs of a decoder for one image and one pass.
 
   Attributes:
-    key: Of the call; the same for all images and passes.
+    key: Random key of the call, shared by all images and passes.
     image: int32 [], index of the image over the whole call.
-    index: int32 [], the number of the pass; the prefill is 1.
-    params: Of the model, for drafting with heads.
-    sampling: Of the target distribution.
-    model: Static.
+    index: int32 [], number of the pass; the prefill is 1.
+    params: Parameters of the model, e.g. for drafting with heads.
+    sampling: Settings of the target distribution.
+    model: The network's functions; static.
   """
 
   key: jax.Array
@@ -49,90 +49,42 @@ class Context(flax.struct.PyTreeNode):
   model: Model = flax.struct.field(pytree_node=False)
 
   def token_noise(self, slots_Q: jax.Array) -> jax.Array:
-    """float32 [Q, V]: Gumbel noise of slots, the same in every pass."""
+    """Returns the slots' Gumbel noise, float32 [Q, V], equal in every pass."""
     return sampling_lib.token_noise(
         self.key, self.image, slots_Q, self.model.vocab
     )
 
   def pass_key(self, purpose: int) -> jax.Array:
-    """A key that no other image, pass or purpose has."""
+    """Returns a key that is unique to this image, pass and purpose."""
     # Token noise folds (image, slot); this branch starts from another key.
     key = jax.random.fold_in(self.key, jnp.uint32(2**32 - 1))
     key = jax.random.fold_in(key, self.image)
     return jax.random.fold_in(jax.random.fold_in(key, self.index), purpose)
 
   def target(self, logits_GV: jax.Array) -> jax.Array:
-    """float32 [..., V]: the distribution of stacked streams' logits."""
+    """Returns the target distribution, float32 [..., V].
+
+    Args:
+      logits_GV: [G, ..., V], logits of the stacked guidance streams.
+    """
     return sampling_lib.target(logits_GV, self.sampling)
 
 
-# A context of no image yet, or of the axes that are mapped over.
-outline: Callable[..., Context] = Context
-
-
-class Decoder(Protocol):
-  """A frozen dataclass of static settings with three pure functions.
-
-  Its state is a `flax.struct` dataclass of ONE image's arrays with at least
-  `tokens` (int32 [N], drafts included) and `final` (bool [N]).
-
-  Attributes:
-    name: On the command line.
-    lossless: Whether the joint law of the output equals AR's on every grid.
-  """
-
-  name: str
-  __dataclass_fields__: ClassVar[dict[str, Any]]
-
-  @property
-  def lossless(self) -> bool:
-    """Whether the joint law of the output equals AR's on every grid."""
-
-  def scratch(self, model: Model) -> int:
-    """Cache slots beyond the sequence."""
-
-  def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Any:
-    """State after the prefill, which predicts slot 0."""
-
-  def propose(self, ctx: Context, state: Any) -> Queries:
-    """Where to look this pass, with which drafts."""
-
-  def resolve(
-      self, ctx: Context, state: Any, queries: Queries, p_QV: jax.Array,
-      hidden_GQD: jax.Array,
-  ) -> Any:
-    """State after a pass: row i of p is the target at queries[i] + 1."""
-
-  # A decoder that feeds the same slot several times in a pass (a tree) writes
-  # keys and values to scratch slots and has one function more:
-  #
-  #   settle(ctx, state) -> (source_M, target_M)
-  #
-  # int32 slots of one image: after `resolve`, what pass t wrote to source[i] is
-  # copied to target[i]; target X is nowhere. M rows are touched, not the cache.
-  #
-  # One that is lossless on some grids alone says so by `lossless_on(grid)`; see
-  # `is_lossless`.
-
-
-def is_lossless(decoder: Decoder, grid: Grid) -> bool:
-  """Whether the joint law of what a decoder draws on this grid is AR's."""
-  if hasattr(decoder, "lossless_on"):
-    return bool(decoder.lossless_on(grid))
-  return bool(decoder.lossless)
+# A context without an image, or one that holds vmap axes instead of arrays.
+template_context: Callable[..., Context] = Context
 
 
 @flax.struct.dataclass
 class Decoded:
-  """What decoding returns.
+  """The result of decoding.
 
   Attributes:
-    tokens: int32 [B, R, C], image codes.
-    passes: int32 [B], trunk forwards until the image was final.
-    commit_pass: int32 [B, R, C], pass at which each cell became final; 1 is
+    tokens: int32 [B, R, C], image tokens.
+    passes: int32 [B], forward passes until the image was final.
+    commit_pass: int32 [B, R, C], pass in which each token became final; 1 is
       the prefill.
-    history: int32 [B, passes, R, C], tokens and drafts after each pass, or
-      None. Of N slots the first N passes, and the last.
+    history: int32 [B, N + 1, R, C], tokens and drafts after each pass, or
+      None. Entry i holds pass i + 1; passes beyond N + 1 overwrite the last.
   """
 
   tokens: jax.Array
@@ -142,16 +94,17 @@ class Decoded:
 
 
 class LoopState(flax.struct.PyTreeNode):
-  """Images being drawn together; the carry of the loop.
+  """A batch of images in progress; the carry of the loop.
 
   Attributes:
-    image: int32 [B], index of each over the whole call.
-    prompt: Rows are [cond of all B, then uncond of all B], or cond alone.
-    cache: Keys and values, rows as the prompt's.
-    decoder: The decoders' states; leaves lead with the batch axis.
-    passes: int32 [B], trunk forwards run for each.
-    commit_pass: int32 [B, N], 0 while not final.
-    history: int32 [B, N + 1, N] or None.
+    image: int32 [B], index of each image over the whole call.
+    prompt: Prompts; rows are [cond of all B, then uncond of all B], or cond
+      alone.
+    cache: Keys and values, with the prompt's rows.
+    decoder: The decoders' states; the batch axis comes first in each leaf.
+    passes: int32 [B], forward passes run for each image.
+    commit_pass: int32 [B, N], pass in which each slot became final, else 0.
+    history: int32 [B, N + 1, N], tokens and drafts after each pass, or None.
   """
 
   image: jax.Array
@@ -164,7 +117,7 @@ class LoopState(flax.struct.PyTreeNode):
 
   @property
   def is_done(self) -> jax.Array:
-    """bool [B], which images are final."""
+    """Which images are final, bool [B]."""
     return jnp.all(self.decoder.final, axis=-1)
 
 
@@ -175,35 +128,36 @@ def decode(
     sampling: Sampling, key: jax.Array, image_B: jax.Array,
     trace: bool = False, on_pass: Callable[..., None] | None = None,
 ) -> Decoded:
-  """Draws one image per entry of `image_B`.
+  """Generates one image per entry of `image_B`.
 
   Args:
     model: The network's functions; static.
-    decoder: Settings; static.
-    params: Of the network.
-    prompt: Rows are [cond of all B, then uncond of all B], or cond alone.
-    sampling: Of the target distribution.
-    key: Of the call.
-    image_B: int32 [B], index over the whole call; keys an image's noise.
-    trace: Also record the tokens after every pass.
+    decoder: Decoder settings; static.
+    params: Parameters of the network.
+    prompt: Prompts; rows are [cond of all B, then uncond of all B], or cond
+      alone.
+    sampling: Settings of the target distribution.
+    key: Random key of the call.
+    image_B: int32 [B], index of each image over the whole call; keys its noise.
+    trace: Whether to record the tokens after every pass.
     on_pass: Called on the host after every pass, with the number of passes,
-      image_B, the tokens and which are final [B, R, C]; static. The loop runs
-      on without waiting for it, but copies these arrays to the host.
+      image_B, the tokens [B, R, C] and which are final [B, R, C]; static. The
+      loop does not wait for the call, but copies these arrays to the host.
   """
-  call = outline(key, None, None, params, sampling, model)
-  cells = jnp.asarray(model.grid.slot_of)
+  template = template_context(key, None, None, params, sampling, model)
+  slots_RC = jnp.asarray(model.grid.slot_of)
 
-  def tell(loop: LoopState) -> LoopState:
+  def report(loop: LoopState) -> LoopState:
     if on_pass is not None:
       state = loop.decoder
       jax.debug.callback(on_pass, jnp.max(loop.passes), image_B,
-                         state.tokens[:, cells], state.final[:, cells])
+                         state.tokens[:, slots_RC], state.final[:, slots_RC])
     return loop
 
   loop = jax.lax.while_loop(
       lambda loop: ~jnp.all(loop.is_done),
-      lambda loop: tell(step(decoder, call, loop)),
-      tell(begin(decoder, call, prompt, image_B, trace)),
+      lambda loop: report(step(decoder, template, loop)),
+      report(begin(decoder, template, prompt, image_B, trace)),
   )
   return decoded(model, loop)
 
@@ -212,41 +166,42 @@ def count_queries(
     model: Model, decoder: Decoder, params: Params, prompt: Prompt,
     sampling: Sampling, batch: int,
 ) -> int:
-  """Slots that a pass feeds for one image, idle ones included.
+  """Returns the number of queries of a pass for one image, with inactive ones.
 
-  Traced: nothing is computed.
+  The functions are traced only; nothing is computed.
   """
 
-  def look(params, prompt, image_B):
-    call = outline(jax.random.key(0), None, None, params, sampling, model)
-    loop = begin(decoder, call, prompt, image_B)
-    ctx = call.replace(image=image_B, index=loop.passes)
+  def first_queries(params, prompt, image_B):
+    template = template_context(
+        jax.random.key(0), None, None, params, sampling, model)
+    loop = begin(decoder, template, prompt, image_B)
+    ctx = template.replace(image=image_B, index=loop.passes)
     return _over_images(model, decoder.propose)(ctx, loop.decoder)
 
-  queries = jax.eval_shape(look, params, prompt, jnp.arange(batch))
+  queries = jax.eval_shape(first_queries, params, prompt, jnp.arange(batch))
   return queries.tokens.shape[-1]
 
 
 def begin(
-    decoder: Decoder, call: Context, prompt: Prompt, image_B: jax.Array,
+    decoder: Decoder, template: Context, prompt: Prompt, image_B: jax.Array,
     trace: bool = False,
 ) -> LoopState:
-  """Images after their first pass, the prefill.
+  """Runs the first pass of each image, the prefill.
 
   Args:
-    decoder: Settings.
-    call: A context that is of no image yet.
-    prompt: Of each image.
-    image_B: int32 [B], index over the whole call.
-    trace: Whether the tokens after every pass are recorded.
+    decoder: Decoder settings.
+    template: A context without an image.
+    prompt: The prompt of each image.
+    image_B: int32 [B], index of each image over the whole call.
+    trace: Whether to record the tokens after every pass.
   """
-  batch, length = len(image_B), call.model.grid.length
-  ctx = call.replace(image=image_B, index=jnp.ones_like(image_B))
-  hidden, cache = call.model.prefill(
-      call.params, prompt, decoder.scratch(call.model))
-  hidden, cache = _unstack(hidden, batch), sharding.constrain_cache(cache)
-  p_BV = ctx.target(call.model.logits(call.params, hidden))
-  state = _over_images(call.model, decoder.start)(
+  model, params = template.model, template.params
+  batch, length = len(image_B), model.grid.length
+  ctx = template.replace(image=image_B, index=jnp.ones_like(image_B))
+  hidden, cache = model.prefill(params, prompt, decoder.scratch(model))
+  hidden, cache = _split_streams(hidden, batch), sharding.constrain_cache(cache)
+  p_BV = ctx.target(model.logits(params, hidden))
+  state = _over_images(model, decoder.start)(
       ctx, p_BV, jnp.moveaxis(hidden, 1, 0))
   history = jnp.zeros((batch, length + 1, length), jnp.int32)
   loop = LoopState(
@@ -255,19 +210,21 @@ def begin(
   return _record(loop, state, cache, jnp.zeros(batch, bool))
 
 
-def step(decoder: Decoder, call: Context, loop: LoopState) -> LoopState:
-  """Images after one more pass; those that are done stay as they are."""
-  model, params, done_B = call.model, call.params, loop.is_done
+def step(decoder: Decoder, template: Context, loop: LoopState) -> LoopState:
+  """Runs one more pass; finished images stay unchanged."""
+  model, params, done_B = template.model, template.params, loop.is_done
   batch = len(done_B)
   over = functools.partial(_over_images, model)
-  ctx = call.replace(image=loop.image, index=loop.passes + 1)
+  ctx = template.replace(image=loop.image, index=loop.passes + 1)
   queries = over(decoder.propose)(ctx, loop.decoder)
-  queries = sharding.constrain_rows(_silence(queries, done_B))
+  queries = sharding.constrain_rows(_deactivate_done(queries, done_B))
   streams = loop.prompt.tokens.shape[0] // batch
-  stacked = jax.tree.map(functools.partial(_for_each, streams), queries)
+  stacked = jax.tree.map(
+    functools.partial(_repeat_over_streams, streams), queries
+  )
   stacked = sharding.constrain_rows(stacked)
   hidden, cache = model.forward(params, loop.cache, loop.prompt, stacked)
-  hidden = _unstack(hidden, batch)
+  hidden = _split_streams(hidden, batch)
   p_BQV = sharding.constrain_rows(ctx.target(model.logits(params, hidden)))
   after = over(decoder.resolve)(
       ctx, loop.decoder, queries, p_BQV, jnp.moveaxis(hidden, 1, 0))
@@ -278,30 +235,30 @@ def step(decoder: Decoder, call: Context, loop: LoopState) -> LoopState:
 
 
 def decoded(model: Model, loop: LoopState) -> Decoded:
-  """What was drawn so far."""
-  cells = jnp.asarray(model.grid.slot_of)
-  history = None if loop.history is None else loop.history[..., cells]
-  return Decoded(loop.decoder.tokens[:, cells], loop.passes,
-                 loop.commit_pass[:, cells], history)
+  """Returns the tokens decoded so far, in grid order."""
+  slots_RC = jnp.asarray(model.grid.slot_of)
+  history = None if loop.history is None else loop.history[..., slots_RC]
+  return Decoded(loop.decoder.tokens[:, slots_RC], loop.passes,
+                 loop.commit_pass[:, slots_RC], history)
 
 
-def _unstack(x_SD: jax.Array, batch: int) -> jax.Array:
-  """[G, B, ...] of rows [S, ...]."""
+def _split_streams(x_SD: jax.Array, batch: int) -> jax.Array:
+  """Reshapes rows [S, ...] to [G, B, ...]."""
   return x_SD.reshape(-1, batch, *x_SD.shape[1:])
 
 
-def _for_each(streams: int, x_B: jax.Array) -> jax.Array:
-  """Rows [S, ...] of what the streams of an image share, [B, ...].
+def _repeat_over_streams(streams: int, x_B: jax.Array) -> jax.Array:
+  """Repeats [B, ...] for each guidance stream, giving rows [S, ...].
 
-  Not a concatenation, for which devices that share rows would exchange parts.
+  A concatenation would make devices that share rows exchange data.
   """
   x_GB = jnp.broadcast_to(x_B, (streams, *x_B.shape))
   return x_GB.reshape(-1, *x_B.shape[1:])
 
 
 def _over_images(model: Model, function):
-  """`function` of one image's context and arrays, over the batch."""
-  axes = outline(None, 0, 0, None, None, model)
+  """Maps a function of one image's context and arrays over the batch."""
+  axes = template_context(None, 0, 0, None, None, model)
 
   def call(ctx, *args):
     return jax.vmap(function, in_axes=(axes, *(0 for _ in args)))(ctx, *args)
@@ -309,8 +266,8 @@ def _over_images(model: Model, function):
   return call
 
 
-def _silence(queries: Queries, done_B: jax.Array) -> Queries:
-  """Queries of images that are done write nowhere."""
+def _deactivate_done(queries: Queries, done_B: jax.Array) -> Queries:
+  """Makes the queries of finished images inactive: they write nowhere."""
   nowhere = queries.visible.shape[-1]
   slots = jnp.where(done_B[:, None], nowhere, queries.slots)
   return queries.replace(slots=slots)
@@ -320,10 +277,11 @@ def _settle(
     decoder: Decoder, ctx: Context, state: Any, cache: KVCache,
     done_B: jax.Array,
 ) -> KVCache:
-  """The cache with what is final moved from scratch slots to its own."""
-  if not hasattr(decoder, "settle"):
+  """Moves keys and values from scratch slots to their final slots."""
+  moves = _over_images(ctx.model, decoder.settle)(ctx, state)
+  if moves is None:
     return cache
-  source_BM, target_BM = _over_images(ctx.model, decoder.settle)(ctx, state)
+  source_BM, target_BM = moves
   slots = ctx.model.grid.length + decoder.scratch(ctx.model)
   target_BM = jnp.where(done_B[:, None], slots, target_BM)
   streams, prompt = cache.shape[1], cache.shape[3] - slots
@@ -336,7 +294,7 @@ def _settle(
 
 
 def _keep_done(done_B: jax.Array, before: Any, after: Any) -> Any:
-  """The state before for images that are done, else the state after."""
+  """Keeps the state before the pass for finished images."""
   keep = lambda a, b: jnp.where(
       done_B.reshape(-1, *(1 for _ in a.shape[1:])), a, b
   )
@@ -346,7 +304,7 @@ def _keep_done(done_B: jax.Array, before: Any, after: Any) -> Any:
 def _record(
     loop: LoopState, state: Any, cache: KVCache, done_B: jax.Array
 ) -> LoopState:
-  """The loop's carry after a pass."""
+  """Returns the loop's carry after a pass."""
   passes = jnp.where(done_B, loop.passes, loop.passes + 1)
   is_new = state.final & (loop.commit_pass == 0)
   history = loop.history

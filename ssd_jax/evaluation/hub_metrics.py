@@ -82,9 +82,9 @@ def _make(module: str, name: str, *args):
   except OSError as error:  # of the hub's and of urllib's downloads alike
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise UserError(
-        f"got no network for {name} ({reason[:160]}), expected a machine that "
-        "reaches the model hub; what was drawn is kept: start again where it "
-        "does, or without --hub_metrics") from error
+        "Expected a machine that reaches the model hub, got no network for "
+        f"{name} ({reason[:160]}). What was drawn is kept: start again where "
+        "it does, or without --hub_metrics.") from error
   return metric.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

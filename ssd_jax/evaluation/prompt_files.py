@@ -56,18 +56,19 @@ def read_prompts(path: str | os.PathLike) -> list[Item]:
     items = reader(path)
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(
-        f"got an unreadable --prompts_file {path}, expected UTF-8 text with "
-        "one prompt per line; check the path"
+        "Expected UTF-8 text with one prompt per line, got an unreadable "
+        f"--prompts_file {path}. Check the path."
     ) from error
   except (ValueError, KeyError, TypeError, AttributeError,
           RecursionError) as error:
     raise UserError(
-        f"got {path}, expected the official prompt file that its name says "
-        f"({type(error).__name__}: {str(error)[:80]}); check the file"
+        "Expected the official prompt file that its name says "
+        f"({type(error).__name__}: {str(error)[:80]}), got {path}. Check the "
+        "file."
     ) from error
   if not items:
     raise UserError(
-        f"got no prompt in {path}, expected at least one; check the file")
+        f"Expected at least one, got no prompt in {path}. Check the file.")
   return items
 
 
@@ -170,13 +171,13 @@ def check_exportable(layout: str, items: Sequence[Item], pictures: int) -> None:
     lacks = [item for item in items if "tag" not in item.metadata]
     if lacks:
       raise UserError(
-          f"got the prompt {lacks[0].prompt[:40]!r} for --export geneval, "
-          "expected GenEval's own; give its evaluation_metadata.jsonl as "
-          "--prompts_file")
+          f"Expected GenEval's own, got the prompt {lacks[0].prompt[:40]!r} "
+          "for --export geneval. Give its evaluation_metadata.jsonl as "
+          "--prompts_file.")
   elif pictures != _DPG_PICTURES:
     raise UserError(
-        f"got {pictures} pictures per prompt for --export dpg, expected "
-        f"{_DPG_PICTURES}; add --num_images {_DPG_PICTURES}")
+        f"Expected {_DPG_PICTURES}, got {pictures} pictures per prompt for "
+        f"--export dpg. Add --num_images {_DPG_PICTURES}.")
 
 
 def _export_geneval(folder: pathlib.Path, item: Item, pictures) -> None:

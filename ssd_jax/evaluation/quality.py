@@ -217,8 +217,8 @@ class FolderPictures(OnDemand):
     super().__init__(files, lambda file: _read_square(file, pixels))
     if len(files) < 2:
       raise UserError(
-          f"got {len(files)} pictures in --real_images {folder}, "
-          "expected two or more .png, .jpg or .webp; check the folder")
+          f"Expected two or more .png, .jpg or .webp, got {len(files)} "
+          f"pictures in --real_images {folder}. Check the folder.")
     for file in files:
       try:
         with Image.open(file):
@@ -237,8 +237,8 @@ def _read_square(file: pathlib.Path, pixels: int) -> np.ndarray:
 
 def _unreadable(file: pathlib.Path) -> UserError:
   return UserError(
-      f"got an unreadable picture {file}, expected .png, .jpg or .webp; remove "
-      "or replace it")
+      f"Expected .png, .jpg or .webp, got an unreadable picture {file}. "
+      "Remove or replace it.")
 
 
 def make_references(

@@ -202,8 +202,8 @@ def _arrays(path: pathlib.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
   blob = _blob(path)
   if blob is None:
     raise UserError(
-        f"got no whole {path} any more, expected it as it was written; start "
-        "the command again")
+        f"Expected it as it was written, got no whole {path} any more. Start "
+        "the command again.")
   with np.load(io.BytesIO(blob)) as arrays:
     return {name: arrays[name] for name in names}
 

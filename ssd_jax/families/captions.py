@@ -107,12 +107,12 @@ def read_features(files: Sequence[str], shape: tuple[int, ...]) -> Features:
     try:
       x = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-      raise UserError(f"got prompt {file!r}, no readable .npy file, expected "
-                      "features of a caption; correct it") from error
+      raise UserError(f"Expected features of a caption, got prompt {file!r}, "
+                      "no readable .npy file.") from error
     if x.ndim not in (2, 3) or not x.size or x.shape[-1] != width or (
         x.ndim == 3 and len(x) != 1):
-      raise UserError(f"got features of shape {x.shape} in {file}, expected "
-                      f"(1, LENGTH, {width}); write them with flan-t5-xl")
+      raise UserError(f"Expected (1, LENGTH, {width}), got features of shape "
+                      f"{x.shape} in {file}. Write them with flan-t5-xl.")
     x = x.reshape(-1, width)[:slots]
     features[i, :len(x)] = x
     mask[i, :len(x)] = True

@@ -35,8 +35,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   """Default settings of the family; the variants are "" and "smoke"."""
   if variant not in ("", "smoke"):
     raise ValueError(
-        f"got variant {variant!r} of configs/emoji.py, expected none or "
-        "'smoke'; remove what follows the colon"
+        f"Expected none or 'smoke', got variant {variant!r} of "
+        "configs/emoji.py. Remove what follows the colon."
     )
   c = ml_collections.ConfigDict
   config = c()

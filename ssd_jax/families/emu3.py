@@ -88,14 +88,15 @@ def cells(ratio: str, area: int, cell: int) -> tuple[int, int]:
   """
   parts = ratio.split(":")
   if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
-    raise UserError(f"got ratio {ratio!r}, expected WIDTH:HEIGHT in whole "
-                    "numbers, such as 16:9; change ratio")
+    raise UserError("Expected WIDTH:HEIGHT in whole numbers, such as 16:9, "
+                    f"got ratio {ratio!r}. Change ratio.")
   width, height = map(int, parts)
   side = (area / (width * height)) ** 0.5
   rows, cols = round(height * side / cell), round(width * side / cell)
   if min(rows, cols) < 1 or rows * (cols + 1) > _MOST_SLOTS:
-    raise UserError(f"got ratio {ratio!r}, a grid of {rows} x {cols}, expected "
-                    f"rows and at most {_MOST_SLOTS} tokens; change ratio")
+    raise UserError(f"Expected rows and at most {_MOST_SLOTS} tokens, got "
+                    f"ratio {ratio!r}, a grid of {rows} x {cols}. Change "
+                    "ratio.")
   return rows, cols
 
 
@@ -143,9 +144,9 @@ class Emu3(Published):
     count = self.config.ids.specials
     if sorted(ranks.values()) != list(range(count)):
       raise UserError(
-          f"got {_RANKS} with {len(ranks)} pieces of words, expected those of "
-          f"the ids 0 to {count - 1}, each once; convert again with its own "
-          "tokenizer files")
+          f"Expected those of the ids 0 to {count - 1}, each once, got "
+          f"{_RANKS} with {len(ranks)} pieces of words. Convert again with "
+          "its own tokenizer files.")
 
   def check_ids(self, names: list[str]) -> None:
     """Raises UserError unless the vision tokens' names are where ids say.
@@ -162,8 +163,8 @@ class Emu3(Published):
     for name, index in expected.items():
       if ids.image + place.get(name, -1) != index:
         raise UserError(
-            f"got {_VISION} without {name!r} at id {index}, expected "
-            "Emu3-Gen's; convert again with its own tokenizer files")
+            f"Expected Emu3-Gen's, got {_VISION} without {name!r} at id "
+            f"{index}. Convert again with its own tokenizer files.")
 
   def text_ids(self, text: str) -> list[int]:
     """Ids of a text in NFC, no special tokens recognised."""

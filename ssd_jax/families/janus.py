@@ -112,8 +112,8 @@ class Janus(Published):
     found = self.text_tokenizer.token_to_id(token)
     if found is None:
       raise UserError(
-          f"got a tokenizer without {token!r}, expected Janus-Pro's; convert "
-          "again with its tokenizer.json")
+          f"Expected Janus-Pro's, got a tokenizer without {token!r}. Convert "
+          "again with its tokenizer.json.")
     return found
 
 

@@ -149,8 +149,8 @@ class LlamaGen(Published):
     texts = [str(prompt) for prompt in prompts]
     given = [text.endswith(".npy") for text in texts]
     if any(given) and not all(given):
-      raise UserError("got files of features and captions, expected one kind; "
-                      "draw them in two calls")
+      raise UserError("Expected one kind, got files of features and "
+                      "captions. Draw them in two calls.")
     shape = (len(prompts), self.condition_slots, self.trunk.caption_dim)
     if all(given):
       features, mask, notes = captions.read_features(texts, shape)
@@ -168,8 +168,8 @@ class LlamaGen(Published):
     for prompt in prompts:
       text = str(prompt).strip()
       if not text.isdecimal() or int(text) >= none:
-        raise UserError(f"got class {prompt!r}, expected a number from 0 to "
-                        f"{none - 1}; correct the prompt")
+        raise UserError(f"Expected a number from 0 to {none - 1}, got class "
+                        f"{prompt!r}. Correct the prompt.")
       rows.append(int(text))
     rows += [none] * len(rows) if guided else []
     tokens = np.array(rows, np.int32)[:, None]
@@ -238,8 +238,8 @@ class LlamaGen(Published):
   def _text_params(self) -> Params:
     if self.folder is None or not (self.folder / "text").is_dir():
       raise UserError(
-          f"got {self.folder} without a text encoder, expected one; give "
-          "prompts FILE.npy with features, or convert with --text_encoder")
+          f"Expected one, got {self.folder} without a text encoder. Give "
+          "prompts FILE.npy with features, or convert with --text_encoder.")
     params = checkpoints.restore(self.folder / "text")
     return checkpoints.cast(params, self.generator.dtype)
 

@@ -106,8 +106,8 @@ class Chameleon(Published):
       wrong.append("image codes")
     if wrong:
       raise UserError(
-          f"got a tokenizer without {wrong[0]} in its place, expected "
-          "Chameleon's; convert again with the checkpoint's own tokenizer")
+          f"Expected Chameleon's, got a tokenizer without {wrong[0]} in its "
+          "place. Convert again with the checkpoint's own tokenizer.")
     return tokenizer
 
 
@@ -153,9 +153,9 @@ def parse_size(size: str, target: int) -> tuple[int, int]:
   names = [f"{w}x{h}" for w, h in known]
   if size not in names:
     raise UserError(
-        f"got size {size!r}, expected one of the {len(names)} WIDTHxHEIGHT of "
-        f"lumina:{target}, such as {target}x{target} or {names[0]}; change "
-        "size")
+        f"Expected one of the {len(names)} WIDTHxHEIGHT of lumina:{target}, "
+        f"such as {target}x{target} or {names[0]}, got size {size!r}. Change "
+        "size.")
   return known[names.index(size)]
 
 

@@ -129,8 +129,8 @@ class Published:
     """A file of the model's tokenizer."""
     file = (self.folder or pathlib.Path()) / "tokenizer" / name
     if not file.is_file():
-      raise UserError(f"got a model folder without {file}, expected the "
-                      "checkpoint's tokenizer; convert it again")
+      raise UserError("Expected the checkpoint's tokenizer, got a model "
+                      f"folder without {file}. Convert it again.")
     return file
 
   def text_ids(self, text: str) -> list[int]:
@@ -156,8 +156,8 @@ def left_padded(rows: Sequence[Sequence[int]], slots: int) -> Prompt:
   """
   longest = max(map(len, rows))
   if longest > _BUCKETS[-1]:
-    raise UserError(f"got a prompt of {longest} tokens, expected at most "
-                    f"{_BUCKETS[-1]}; shorten it")
+    raise UserError(f"Expected at most {_BUCKETS[-1]}, got a prompt of "
+                    f"{longest} tokens. Shorten it.")
   length = next(n for n in _BUCKETS if n >= longest)
   tokens = np.zeros((len(rows), length), np.int32)
   mask = np.zeros((len(rows), length), bool)
@@ -192,5 +192,5 @@ def settings_of(
 def bad_variant(name: str, variant: str, known: Sequence[str]) -> ValueError:
   """The error of an unknown variant of a configuration."""
   return ValueError(
-      f"got variant {variant!r} of configs/{name}.py, expected one of "
-      f"{', '.join(known)}; write it after the colon")
+      f"Expected one of {', '.join(known)}, got variant {variant!r} of "
+      f"configs/{name}.py. Write it after the colon.")

@@ -244,8 +244,8 @@ def bind_drafter(
 
 def _refuse(what: str) -> None:
   raise UserError(
-      f"got a drafter for {what}, expected one for this trunk; train it with "
-      "train.drafter"
+      f"Expected one for this trunk, got a drafter for {what}. Train it with "
+      "train.drafter."
   )
 
 

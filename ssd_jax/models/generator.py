@@ -90,7 +90,7 @@ class Generator:
     zeros = jnp.zeros((cfg.n_layers if is_stacked else 1, *shape), self.dtype)
     cache = KVCache(zeros, zeros)
     if not is_stacked:
-      cache = KVCache.of([cache] * cfg.n_layers)
+      cache = KVCache.from_layers([cache] * cfg.n_layers)
     visible = prompt_visible(prompt.mask)
     unused = jnp.zeros((rows, length, slots - length), bool)
     hidden, cache = self._apply(

@@ -37,10 +37,11 @@ def quantize(params: Params) -> Params:
   qwix = need("qwix", "int8")
   if sharding.num_param_shards() > 1:
     raise UserError(
-        "got int8 for weights that several devices share, expected them whole "
-        "on each; use --mesh data=N alone, or leave int8 out")
+        "Expected them whole on each, got int8 for weights that several "
+        "devices share. Use --mesh data=N alone, or leave int8 out.")
   if is_quantized(params):
-    raise UserError("got weights in int8, expected floats; quantise them once")
+    raise UserError("Expected floats, got weights in int8. Quantise them "
+                    "once.")
 
   @functools.partial(jax.jit, static_argnums=1)
   def pack(x, kept):

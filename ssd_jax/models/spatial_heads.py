@@ -8,6 +8,7 @@ Source: SSD, arXiv:2606.20543, section 3.2, equation 2; the options that are not
 the default are those of its table 3.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -196,7 +197,7 @@ class SpatialHeads:
     apply = lambda count, weights, *which: self._module(count).apply(
         {"params": quantization.dequantize(weights)}, z, *which)
     weights = params["heads"][direction]
-    if isinstance(weights, dict):
+    if isinstance(weights, Mapping):
       return apply(self.cfg.count(direction), weights, offset)
     wanted = weights if offset is None else [weights[offset - 1]]
     return jnp.concatenate([apply(1, each) for each in wanted])
@@ -311,6 +312,6 @@ def _grid_of(cfg: HeadsConfig) -> str:
 def _require(ok: bool, got: str, expected: str) -> None:
   if not ok:
     raise UserError(
-        f"got spatial heads for {got}, expected {expected}; train heads for "
-        "this model with train.mtp"
+        f"Expected {expected}, got spatial heads for {got}. Train heads for "
+        "this model with train.mtp."
     )

@@ -308,7 +308,7 @@ class Trunk(nn.Module):
       (x_SQD, caches[index]), emitted = layer(
           (x_SQD, caches[index]), 0, *rest)
       every_LSQD.append(emitted)
-    return (x_SQD, cache and KVCache.of(caches)), every_LSQD
+    return (x_SQD, cache and KVCache.from_layers(caches)), every_LSQD
 
   def init_all(self, x_SQD, cos_sin_SQh2, visible_SQX):
     """Touches every parameter, for `init`."""

@@ -65,8 +65,8 @@ def devices_of(topology: str) -> list[Any]:
     return jax.devices()
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
-        f"got --topology {topology} without libtpu, expected the compiler for "
-        "TPUs; run pip install 'ssd-jax[plan]'")
+        f"Expected the compiler for TPUs, got --topology {topology} without "
+        "libtpu. Run pip install 'ssd-jax[plan]'.")
   # Shapes alone are handled here; libtpu only compiles, and would otherwise
   # look for chips and ask Google Cloud what it runs on.
   jax.config.update("jax_platforms", "cpu")
@@ -80,8 +80,8 @@ def devices_of(topology: str) -> list[Any]:
   except Exception as error:  # jaxlib raises several kinds
     reason = (str(error).splitlines() or [""])[0]
     raise UserError(
-        f"got --topology {topology} ({reason[:120]}), expected KIND:SHAPE such "
-        "as v5e:2x4, v5p:2x2x1 or v6e:4x4; correct it") from error
+        "Expected KIND:SHAPE such as v5e:2x4, v5p:2x2x1 or v6e:4x4, got "
+        f"--topology {topology} ({reason[:120]}).") from error
   return list(found.devices)
 
 

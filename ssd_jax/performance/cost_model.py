@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 
 from ssd_jax.core.config import from_config_dict
+from ssd_jax.core.protocols import Decoder
 from ssd_jax.core.types import KVCache, Model, Params, Prompt, Queries
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.sampling import Sampling, target
@@ -99,7 +100,7 @@ class Plan:
   """
 
   network: Network
-  decoder: engine.Decoder
+  decoder: Decoder
   mesh: Mesh
   batch: int
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ssd_jax.core.protocols import Decoder
 from ssd_jax.core.types import Model, Prompt
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.sampling import Sampling
@@ -34,14 +35,12 @@ def of_rows(
   return found
 
 
-def fixed_passes(decoder: engine.Decoder, model: Model) -> int | None:
+def fixed_passes(decoder: Decoder, model: Model) -> int | None:
   """Passes of an image where they do not depend on it, else None.
 
   They are counted by drawing one with a network that is next to nothing.
   """
-  is_fixed = decoder.name in ("ar", "ssd", "zipar") and not getattr(
-      decoder, "adaptive", False)
-  if not is_fixed:
+  if not decoder.has_fixed_passes:
     return None
   logits = lambda params, hidden: jnp.concatenate([hidden, -hidden], -1)
   empty: Any = None  # of keys and values

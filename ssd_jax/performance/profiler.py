@@ -147,7 +147,7 @@ class Profiler:
     prefill = lambda params, prompt: sharding.constrain_cache(
         pipe.model.prefill(params, prompt, 0)[1])
     with self._on_devices():
-      self._params = pipe.params_for(AR(), mesh)
+      self._params = pipe.programs.params_for(AR(), mesh)
       self._prompt = sharding.shard_rows(prompt)
       self._cache = jax.jit(prefill)(self._params, self._prompt)
     self._programs: dict[int, Any] = {}

@@ -56,7 +56,7 @@ def counts(network: planning.Network, cfg: heads_lib.MTPConfig) -> float:
       k: v for k, v in network.params["trunk"]["layers"].items()})
   attention = 4 * slots**2 * trunk.n_layers * trunk.n_heads * trunk.head_dim
   heads = planning.count(network.params["heads"])
-  each = 2 * slots * weights + attention + 6 * grid.cells * heads
+  each = 2 * slots * weights + attention + 6 * grid.num_tokens * heads
   return cfg.loop.batch * each
 
 

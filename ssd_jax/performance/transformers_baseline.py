@@ -22,6 +22,7 @@ from ssd_jax.convert import recipes
 from ssd_jax.core.config import check
 from ssd_jax.core.extras import need
 from ssd_jax.core.grid import Grid
+from ssd_jax.core.protocols import Decoder
 from ssd_jax.core.types import Model, Params, Prompt
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.sampling import Sampling
@@ -181,7 +182,7 @@ class OurDecoders:
         jnp.asarray(setting.prompts, jnp.int32), jnp.ones(rows, bool),
         jnp.broadcast_to(jnp.arange(slots), (setting.batch, slots)))
 
-  def generate(self, decoder: engine.Decoder, temperature: float) -> Generation:
+  def generate(self, decoder: Decoder, temperature: float) -> Generation:
     """A batch; greedily at temperature 0."""
     start = time.perf_counter()
     found = engine.decode(
@@ -192,7 +193,7 @@ class OurDecoders:
     seconds = time.perf_counter() - start
     return Generation(seconds, int(found.passes.max()), tokens)
 
-  def queries(self, decoder: engine.Decoder) -> int:
+  def queries(self, decoder: Decoder) -> int:
     """Slots that a pass of the decoder feeds."""
     counts = []
 

@@ -10,7 +10,7 @@ import dataclasses
 import statistics
 
 from ssd_jax.core.types import Model
-from ssd_jax.decoding import engine, registry
+from ssd_jax.decoding import registry
 from ssd_jax.pipeline.pipeline import Pipeline
 
 _QUERIES = (8, 16, 24)
@@ -88,20 +88,10 @@ def run(
       passes[name] += out.passes.tolist()
   ar = seconds[names[0]]
   found = [Measurement(
-      name, engine.is_lossless(decoder, pipe.model.grid),
-      _queries(pipe, decoder, texts[:batch]), statistics.mean(passes[name]),
+      name, decoder.is_lossless(pipe.model.grid),
+      pipe.num_queries(decoder, texts[:batch]), statistics.mean(passes[name]),
       statistics.median(seconds[name]),
       statistics.median(a / b for a, b in zip(ar, seconds[name], strict=True)),
   ) for name, decoder in zip(names, map(registry.parse, names), strict=True)]
   return sorted(found, key=lambda x: -x.ratio)
 
-
-def _queries(
-    pipe: Pipeline, decoder: engine.Decoder, texts: Sequence[str]
-) -> int:
-  """Of a pass."""
-  settings, guided = pipe.sampling()
-  prompt, _ = pipe.family.encode_prompts(list(texts), guided)
-  return engine.count_queries(
-      pipe.model, decoder, pipe.params_for(decoder), prompt, settings,
-      len(texts))

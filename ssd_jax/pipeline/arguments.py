@@ -8,13 +8,12 @@ import numpy as np
 
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.grid import Grid
+from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding import registry
-from ssd_jax.decoding.engine import Decoder
 
 _LARGEST = 10_000  # guidance or temperature
 _MOST = 1_000_000  # pictures of a prompt, or in a batch
 _INDICES = 2**31  # of pictures: they are int32
-_PARTS = ("scratch", "start", "propose", "resolve")  # of a decoder
 
 
 def check_call(
@@ -31,8 +30,8 @@ def check_call(
     **listeners: Functions, or None.
   """
   if isinstance(prompts, (str, bytes)):
-    raise UserError(f"got the text {prompts[:40]!r} as prompts, expected a "
-                    "list of texts; put it into brackets")
+    raise UserError(f"Expected a list of texts, got the text {prompts[:40]!r} "
+                    "as prompts. Put it into brackets.")
   check(isinstance(prompts, Iterable), "prompts", _short(prompts),
         "a list of texts")
   if isinstance(prompts, Sequence):
@@ -58,8 +57,8 @@ def text_of(prompt: str | int) -> str:
   if isinstance(prompt, str):
     return prompt
   if not _is_whole(prompt):
-    raise UserError(f"got the prompt {_short(prompt)}, expected a text; write "
-                    "what to draw in words")
+    raise UserError(f"Expected a text, got the prompt {_short(prompt)}. Write "
+                    "what to draw in words.")
   return str(prompt)
 
 
@@ -83,17 +82,18 @@ def decoder_of(given: Decoder | str) -> Decoder:
   if isinstance(given, str):
     return registry.parse(given)
   if isinstance(given, type):
-    raise UserError(f"got the class {given.__name__} as decoder, expected one "
-                    f"with its settings; write {given.__name__}()")
-  missing = [x for x in _PARTS if not callable(getattr(given, x, None))]
+    raise UserError("Expected one with its settings, got the class "
+                    f"{given.__name__} as decoder. Write {given.__name__}().")
+  missing = registry.missing_parts(given)
   if missing:
     raise UserError(
-        f"got {_short(given)} as decoder, without a {missing[0]}(), expected "
-        "such as 'exact' or ssd_jax.Exact(); docs/extending.md shows your own")
+        f"Expected such as 'exact' or ssd_jax.Exact(), got {_short(given)} as "
+        f"decoder, without a {missing[0]}(). Docs/extending.md shows your own.")
   if type(given).__hash__ is None:
     raise UserError(
-        f"got the decoder {type(given).__name__}, which may change, expected "
-        "settings that stay; write @dataclasses.dataclass(frozen=True)")
+        "Expected settings that stay, got the decoder "
+        f"{type(given).__name__}, which may change. Write "
+        "@dataclasses.dataclass(frozen=True).")
   return given
 
 
@@ -133,13 +133,13 @@ def grids_of(
   if given.shape[1:] != (grid.rows, grid.cols) or not np.issubdtype(
       given.dtype, np.integer):
     raise UserError(
-        f"got tokens of shape {given.shape} and kind {given.dtype}, expected "
-        f"whole numbers [B, {grid.rows}, {grid.cols}]; give such as "
-        "generate(...).tokens")
+        f"Expected whole numbers [B, {grid.rows}, {grid.cols}], got tokens of "
+        f"shape {given.shape} and kind {given.dtype}. Give such as "
+        "generate(...).tokens.")
   if given.size and not 0 <= given.min() <= given.max() < vocab:
     raise UserError(
-        f"got tokens from {given.min()} to {given.max()}, expected codes in "
-        f"[0, {vocab}); take those of this model")
+        f"Expected codes in [0, {vocab}), got tokens from {given.min()} to "
+        f"{given.max()}. Take those of this model.")
   if prompts is not None:
     check(not isinstance(prompts, str) and len(prompts) == len(given),
           "prompts", _short(prompts), f"a list of {len(given)}, one per grid")

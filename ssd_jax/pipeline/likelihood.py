@@ -1,4 +1,4 @@
-"""How surprised a model is by pictures: the yardstick that needs no other."""
+"""Likelihood of token grids under the model itself."""
 
 from collections.abc import Callable
 
@@ -11,12 +11,13 @@ from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.models.generator import Generator
 
 
-def surprisal(generator: Generator) -> Callable[..., list[jax.Array]]:
-  """A jitted (params, prompt, sequence [B, N], sampling) -> two [B, R, C].
+def token_nll(generator: Generator) -> Callable[..., list[jax.Array]]:
+  """Returns a jitted (params, prompt, sequence [B, N], sampling) -> two arrays.
 
-  The negative log-probability of each cell's code, in nats, and the entropy of
-  the distribution it was looked up in: the guided one at the temperature (1 if
-  that is 0) before top-k and top-p, after all codes before it in raster order.
+  Both are float32 [B, R, C], in nats: the negative log-probability of each
+  token, and the entropy of the distribution that it was looked up in. That is
+  the guided distribution at the temperature (1 if that is 0), before top-k and
+  top-p, given all tokens before it in raster order.
   """
   slots = generator.grid.slot_of
 
@@ -36,7 +37,7 @@ def surprisal(generator: Generator) -> Callable[..., list[jax.Array]]:
       taken = jnp.take_along_axis(log_p, taken_BC[..., None], -1)[..., 0]
       return -taken, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
-    # Row by row: the logits of a whole image may not fit.
+    # Row by row: the logits of a whole image may not fit into memory.
     rows = (jnp.moveaxis(hidden, 2, 0),
             jnp.moveaxis(sequence_BN[:, slots], 1, 0))
     return [jnp.moveaxis(x, 0, 1) for x in jax.lax.map(look_up, rows)]

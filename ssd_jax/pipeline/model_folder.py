@@ -77,8 +77,8 @@ def load(
   known = settings.get("family") if isinstance(settings, dict) else None
   if not isinstance(known, str) or known not in FAMILIES:
     raise UserError(
-        f"got {folder / 'model.json'} without a known family, expected one of "
-        f"{sorted(FAMILIES)}; check the folder"
+        f"Expected one of {sorted(FAMILIES)}, got {folder / 'model.json'} "
+        "without a known family. Check the folder."
     )
   try:
     choose(settings, choices or {})
@@ -87,8 +87,8 @@ def load(
     _check_memory(family, shapes, None if random_weights else folder)
   except (KeyError, AttributeError, TypeError) as error:
     raise UserError(
-        f"got {folder / 'model.json'} that lacks a setting ({error}), expected "
-        "it as it was written; write the model again"
+        f"Expected it as it was written, got {folder / 'model.json'} that "
+        f"lacks a setting ({error}). Write the model again."
     ) from error
   if random_weights:
     params = random_params(family)
@@ -143,9 +143,9 @@ def _check_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> None:
   known = settings.get("tokenizer")
   if known is not None and known != checkpoints.identity(folder / "vq"):
     raise UserError(
-        f"got a tokenizer in {folder / 'vq'} that was changed after the trunk "
-        "beside it was trained, expected the one whose codes that learned; put "
-        "it back, or train the trunk again")
+        "Expected the one whose codes that learned, got a tokenizer in "
+        f"{folder / 'vq'} that was changed after the trunk beside it was "
+        "trained. Put it back, or train the trunk again.")
 
 
 def _init_vq(family: Any) -> Params:
@@ -213,14 +213,14 @@ def choose(settings: dict[str, Any], choices: Mapping[str, Any]) -> None:
     top, *rest = key.split(".")
     if top not in open_ and top != "checkpoint":  # which says where it is
       raise UserError(
-          f"got --config.{key} for a made model of {family}, expected only "
-          f"{', '.join(open_)}; leave it out, or make the model anew")
+          f"Expected only {', '.join(open_)}, got --config.{key} for a made "
+          f"model of {family}. Leave it out, or make the model anew.")
     names = rest or (value if isinstance(value, Mapping) else [value])
     unknown = [x for x in names if top == "sampling" and x not in config[top]]
     if unknown:
       raise UserError(
-          f"got {unknown[0]!r} in sampling, expected only "
-          f"{', '.join(config[top])}; correct it")
+          f"Expected only {', '.join(config[top])}, got {unknown[0]!r} in "
+          "sampling.")
     if top in open_ and rest:
       config[top][rest[0]] = value
     elif top in open_:
@@ -250,10 +250,11 @@ def _check_memory(
         file.stat().st_size for file in (folder / "trunk").rglob("*"))
   if free is not None and needed > free:
     raise UserError(
-        f"got a trunk of {trunk / 1e9:.1f} billion parameters, with which one "
-        f"picture takes {needed / 1e9:.1f} GB here in {np.dtype(_dtype())}, "
-        f"expected at most the {free / 1e9:.1f} GB of free memory; choose a "
-        "smaller model or a larger machine, or share it by --mesh tensor=8")
+        f"Expected at most the {free / 1e9:.1f} GB of free memory, got a "
+        f"trunk of {trunk / 1e9:.1f} billion parameters, with which one "
+        f"picture takes {needed / 1e9:.1f} GB here in {np.dtype(_dtype())}. "
+        "Choose a smaller model or a larger machine, or share it by --mesh "
+        "tensor=8.")
 
 
 def _cached(family: Any) -> int:
@@ -280,7 +281,7 @@ def require(name: str | os.PathLike, family: str) -> None:
     file = f"configs/{_CONFIGS.get(family, family)}.py"
     how = (f"convert one with python -m infer.convert --config {file} "
            f"--source hf:ORG/NAME --out {name} (the names are in {file})")
-  raise UserError(f"got no model in {name}, expected a model folder; {how}")
+  raise UserError(f"Expected a model folder, got no model in {name}. {how}.")
 
 
 def write_extra(

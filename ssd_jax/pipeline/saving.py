@@ -4,16 +4,21 @@ import os
 import pathlib
 import shutil
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING
+
+import flax.core
 
 from ssd_jax.core.config import UserError, check
 from ssd_jax.models import quantization
 from ssd_jax.storage import checkpoints
 
+if TYPE_CHECKING:
+  from ssd_jax.pipeline.pipeline import Pipeline
+
 _WEIGHTS = ("trunk", "vq", "heads", "drafter")
 
 
-def save(pipe: Any, folder: str | os.PathLike) -> None:
+def save(pipe: "Pipeline", folder: str | os.PathLike) -> None:
   """Writes a pipeline with the parameters that it holds now, in their dtype.
 
   The family's settings and the tokenizer of its prompts are copied from where
@@ -32,23 +37,23 @@ def save(pipe: Any, folder: str | os.PathLike) -> None:
   folder = pathlib.Path(folder).absolute()
   if "model" not in pipe.folders:
     raise UserError(
-        "got a pipeline that was made, not loaded, expected one whose settings "
-        "are in a folder; write its params with checkpoints.save")
+        "Expected one whose settings are in a folder, got a pipeline that "
+        "was made, not loaded. Write its params with checkpoints.save.")
   if quantization.is_quantized(pipe.params):
     raise UserError(
-        "got a pipeline in int8, expected floats, which folders hold; load the "
-        "model without int8 to save it")
+        "Expected floats, which folders hold, got a pipeline in int8. Load "
+        "the model without int8 to save it.")
   if folder.exists():
     raise UserError(
-        f"got {folder}, which is there, expected a new folder; choose another "
-        "name or remove it")
+        f"Expected a new folder, got {folder}, which is there. Choose another "
+        "name or remove it.")
   folder.parent.mkdir(parents=True, exist_ok=True)
   staging = pathlib.Path(tempfile.mkdtemp(prefix=".saving-", dir=folder.parent))
   try:
     new = staging / "new"
     shutil.copytree(pipe.folders["model"], new,
                     ignore=lambda at, names: _left_out(pipe, at, names))
-    params = {**pipe.params, "vq": pipe.vq_params}
+    params = {**flax.core.unfreeze(pipe.params), "vq": pipe.vq_params}
     for kind in ("trunk", "vq"):
       checkpoints.save(new / kind, params[kind])
     settings = checkpoints.read_json(new / "model.json")
@@ -63,7 +68,7 @@ def save(pipe: Any, folder: str | os.PathLike) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def _left_out(pipe: Any, at: str, names: list[str]) -> list[str]:
+def _left_out(pipe: "Pipeline", at: str, names: list[str]) -> list[str]:
   """What is written anew, or is of the weights that were converted."""
   is_top = pathlib.Path(at) == pipe.folders["model"]
   return [n for n in names if is_top and n in (*_WEIGHTS, "report.json")]

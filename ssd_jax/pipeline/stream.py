@@ -1,4 +1,4 @@
-"""Pictures one by one as they finish, of any number of prompts."""
+"""Continuous batching: images one by one as they finish, of any prompts."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
@@ -11,32 +11,39 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax.core.outputs import Picture
-from ssd_jax.core.types import Prompt
+from ssd_jax.core.protocols import Decoder, Family
+from ssd_jax.core.types import Params, Prompt
 from ssd_jax.decoding import continuous_batching, engine
 from ssd_jax.decoding.sampling import Sampling
+from ssd_jax.pipeline.programs import Programs
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Clock
 
-_PASSES = 16  # after which whoever waits is told how far it is
+_PASSES = 16  # between two reports of progress
+
+# A finished image that still lacks its pixels, and those pixels on the device.
+_Finished = tuple[Callable[..., Picture], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamRequest:
-  """What is to be drawn, and how.
+  """What to generate, and how.
 
   Attributes:
-    prompts: Texts; read as there is room for them.
+    prompts: Texts; read as slots become free.
     decoder: Settings.
-    num_images: Pictures of each prompt.
-    seed: Of the noise.
-    batch: Pictures drawn together.
-    first_image: Index of the first picture, or of each.
-    sampling: Of the target distribution.
-    guided: Whether two streams are run.
+    num_images: Images per prompt.
+    seed: Seed of the noise.
+    batch: Images decoded together.
+    first_image: Index of the first image, or of each.
+    sampling: Settings of the target distribution.
+    guided: Whether two guidance streams run.
+    on_step: Called every few passes with the images finished since the last
+      call, in fractions.
   """
 
   prompts: Iterable[str]
-  decoder: engine.Decoder
+  decoder: Decoder
   num_images: int
   seed: int
   batch: int
@@ -47,23 +54,27 @@ class StreamRequest:
 
 
 class Stream:
-  """Iterates over pictures in the order in which they finish.
+  """Iterates over images in the order in which they finish.
 
-  While the next ones are drawn, whoever iterates has time for the last. At no
-  time are there more than two batches of pictures in memory.
+  The device decodes the next images while the caller handles the last one. At
+  most two batches of images are in memory.
 
   Attributes:
     notes: What the user should know about the prompts read so far.
-    clock: Of the time spent compiling, and of the rest.
-    passes: Trunk forwards of the whole batch so far, beside one per prompt.
+    clock: Time spent compiling, and the rest.
+    passes: Forward passes of the whole batch so far, prefills not counted.
   """
 
-  def __init__(self, pipe: Any, order: StreamRequest):
-    self._pipe, self._order = pipe, order
+  def __init__(
+      self, programs: Programs, family: Family, vq_params: Params,
+      request: StreamRequest,
+  ):
+    self._programs, self._family = programs, family
+    self._vq_params, self._request = vq_params, request
     self.notes: list[str] = []
     self.clock = Clock()
     self.passes = 0
-    self._pictures = self._draw()
+    self._pictures = self._generate()
 
   def __iter__(self) -> Iterator[Picture]:
     return self
@@ -71,123 +82,127 @@ class Stream:
   def __next__(self) -> Picture:
     return next(self._pictures)
 
-  def _draw(self) -> Iterator[Picture]:
+  def _generate(self) -> Iterator[Picture]:
     waiting = self._waiting()
-    finished: list[tuple[Callable[..., Picture], jax.Array]] = []
-    batch = _Batch(self._pipe, self._order, self.clock)
+    finished: list[_Finished] = []
+    batch = _Batch(
+        self._programs, self._vq_params, self._request, self.clock)
     while True:
-      for place in batch.free():
+      for slot in batch.free_slots():
         item = next(waiting, None)
         if item is None:
           break
-        batch.insert(place, *item)
-      is_busy = batch.start()  # draws on while the last ones are handed over
+        batch.insert(slot, *item)
+      is_busy = batch.start()  # the device goes on while images are handed over
       for finish, image in finished:
         yield finish(image=sharding.fetch(image)[0])
       if not is_busy:
         return
-      told = batch.drawn
+      reported = batch.images_done
       finished = batch.finish()
       self.passes = batch.passes
-      if self._order.on_step:
-        self._order.on_step(batch.drawn - told)
+      if self._request.on_step:
+        self._request.on_step(batch.images_done - reported)
 
   def _waiting(self) -> Iterator[tuple[int, str, Prompt]]:
-    """(index, text, prompt) of each picture."""
-    order = self._order
-    first = order.first_image
+    """Yields (index, text, prompt) of each image."""
+    request = self._request
+    first = request.first_image
     indices = (itertools.count(first) if isinstance(first, (int, np.integer))
                else iter(first))
-    for text in order.prompts:
-      prompt, said = self._pipe.family.encode_prompts([text], order.guided)
-      self.notes += [note for note in said if note not in self.notes]
-      for _ in range(order.num_images):
+    for text in request.prompts:
+      prompt, new_notes = self._family.encode_prompts([text], request.guided)
+      self.notes += [note for note in new_notes if note not in self.notes]
+      for _ in range(request.num_images):
         yield int(next(indices)), text, prompt
 
 
 class _Batch:
-  """The places of a batch and who is drawn in each.
+  """The slots of a batch and the image in each.
 
   Attributes:
-    passes: Trunk forwards of all places together.
-    drawn: Pictures so far, those of which only a part is final in part.
+    passes: Forward passes of all slots together.
+    images_done: Images so far, unfinished ones in part.
   """
 
-  def __init__(self, pipe: Any, order: StreamRequest, clock: Clock):
-    self._pipe, self._order, self._clock = pipe, order, clock
+  def __init__(
+      self, programs: Programs, vq_params: Params, request: StreamRequest,
+      clock: Clock,
+  ):
+    self._programs, self._vq_params = programs, vq_params
+    self._request, self._clock = request, clock
     self._mesh: jax.sharding.Mesh | None = None
-    self._key = jax.random.key(order.seed)
-    self._who: list[tuple[int, str] | None] = [None] * order.batch
-    self._passes_B = np.zeros(order.batch, np.int64)
+    self._key = jax.random.key(request.seed)
+    self._images: list[tuple[int, str] | None] = [None] * request.batch
+    self._passes_B = np.zeros(request.batch, np.int64)
     self._loop: engine.LoopState | None = None
     self._found: list[Any] = []
-    self.passes, self.drawn, self._ended = 0, 0.0, 0
+    self.passes, self.images_done, self._ended = 0, 0.0, 0
 
-  def free(self) -> list[int]:
-    """Places that nobody has."""
-    return [place for place, who in enumerate(self._who) if who is None]
+  def free_slots(self) -> list[int]:
+    """Returns the slots without an image."""
+    return [slot for slot, x in enumerate(self._images) if x is None]
 
-  def insert(self, place: int, index: int, text: str, prompt: Prompt) -> None:
-    """Prefills a prompt into a place."""
-    order, loop = self._order, self._loop
+  def insert(self, slot: int, index: int, text: str, prompt: Prompt) -> None:
+    """Prefills a prompt into a free slot."""
+    request, loop = self._request, self._loop
     if loop is None:
-      rows = jax.tree.map(lambda x: jnp.repeat(x, order.batch, axis=0), prompt)
+      rows = jax.tree.map(
+          lambda x: jnp.repeat(x, request.batch, axis=0), prompt)
       self._mesh = self._clock.compile(
-          self._pipe.cores, order.decoder, rows, order.sampling, order.batch)
+          self._programs.mesh_for, request.decoder, rows, request.sampling,
+          request.batch)
     with sharding.use_mesh(self._mesh):
       prompt = sharding.shard_rows(prompt)
       if loop is None:
         loop = self._run(
-          continuous_batching.init, prompt, order.sampling, batch=order.batch
-        )
-      # The longest prompt so far says how many slots all have.
+            continuous_batching.init, prompt, request.sampling,
+            batch=request.batch)
+      # All images get as many prompt slots as the longest prompt so far.
       loop = continuous_batching.widen_batch(loop, prompt.tokens.shape[1])
       prompt = continuous_batching.widen(prompt, loop.prompt.tokens.shape[1])
       self._loop = self._run(
-          continuous_batching.insert, prompt, order.sampling, self._key, loop,
-          np.int32(index), np.int32(place))
-    self._who[place], self._passes_B[place] = (index, text), 1
+          continuous_batching.insert, prompt, request.sampling, self._key, loop,
+          np.int32(index), np.int32(slot))
+    self._images[slot], self._passes_B[slot] = (index, text), 1
 
   def start(self) -> bool:
-    """Lets the device draw for a while; whether there is somebody to draw."""
-    if not any(self._who):
+    """Starts some passes; returns False if no slot holds an image."""
+    if not any(self._images):
       return False
     with sharding.use_mesh(self._mesh):
       self._loop, *self._found = self._run(
-        continuous_batching.advance,
-        self._order.sampling,
-        self._key,
-        self._loop,
-        np.int32(_PASSES),
-      )
+          continuous_batching.advance, self._request.sampling, self._key,
+          self._loop, np.int32(_PASSES))
     return True
 
-  def finish(self) -> list[tuple[Callable[..., Picture], jax.Array]]:
-    """(picture but for its `image`, image [1, H, W, 3]) of who is done."""
+  def finish(self) -> list[_Finished]:
+    """Frees the slots of finished images and returns these."""
     decoded, is_done_B = sharding.fetch(self._found)
     self.passes += int(max(decoded.passes - self._passes_B))
     self._passes_B = np.asarray(decoded.passes, np.int64)
-    taken = [place for place, who in enumerate(self._who) if who is not None]
+    taken = [slot for slot, x in enumerate(self._images) if x is not None]
     is_final = decoded.commit_pass[taken] > 0
-    self.drawn = self._ended + float(is_final.mean((1, 2)).sum())
-    found: list[tuple[Callable[..., Picture], jax.Array]] = []
-    for place, who in enumerate(self._who):
-      if who is not None and is_done_B[place]:
-        tokens = decoded.tokens[place]
+    self.images_done = self._ended + float(is_final.mean((1, 2)).sum())
+    found: list[_Finished] = []
+    for slot, image in enumerate(self._images):
+      if image is not None and is_done_B[slot]:
+        tokens = decoded.tokens[slot]
         picture = functools.partial(
-            Picture, *who, tokens=tokens, passes=int(decoded.passes[place]),
-            commit_pass=decoded.commit_pass[place])
-        found.append((picture, self._paint(jnp.asarray(tokens[None]))))
-        self._who[place] = None
+            Picture, *image, tokens=tokens, passes=int(decoded.passes[slot]),
+            commit_pass=decoded.commit_pass[slot])
+        found.append((picture, self._decode_image(tokens[None])))
+        self._images[slot] = None
     self._ended += len(found)
     return found
 
-  def _paint(self, tokens: jax.Array) -> jax.Array:
-    paint = self._clock.compile(self._pipe.compiled_images, tokens)
-    return paint(self._pipe.vq_params, tokens)
+  def _decode_image(self, tokens: np.ndarray) -> jax.Array:
+    run = self._clock.compile(self._programs.image_decoder, tokens.shape)
+    return run(self._vq_params, sharding.shard_rows(jnp.asarray(tokens)))
 
-  def _run(self, function, *args, **static):
-    args = (self._pipe.params_for(self._order.decoder, self._mesh), *args)
+  def _run(self, function: Any, *args: Any, **static: Any) -> Any:
+    decoder = self._request.decoder
+    args = (self._programs.params_for(decoder, self._mesh), *args)
     run = self._clock.compile(
-        self._pipe.compiled, function, self._order.decoder, *args, **static)
+        self._programs.compile, function, decoder, *args, **static)
     return run(*args)

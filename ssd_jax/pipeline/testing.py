@@ -107,5 +107,5 @@ def tiny(
 def every_image(pipe: Pipeline) -> np.ndarray:
   """int32 [V^(R*C), R, C]: all images of a tiny grid."""
   grid = pipe.model.grid
-  codes = itertools.product(range(pipe.model.vocab), repeat=grid.cells)
+  codes = itertools.product(range(pipe.model.vocab), repeat=grid.num_tokens)
   return np.array(list(codes), np.int32).reshape(-1, grid.rows, grid.cols)

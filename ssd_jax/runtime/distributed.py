@@ -39,20 +39,21 @@ def join(
     return jax.distributed.is_initialized()
   if coordinator is None or num_processes is None or process_id is None:
     raise UserError(
-        "got some of --coordinator, --num_processes and --process_id, expected "
-        "all three or none; add the others")
+        "Expected all three or none, got some of --coordinator, "
+        "--num_processes and --process_id. Add the others.")
   if not 0 <= process_id < num_processes:
     raise UserError(
-        f"got --process_id {process_id}, expected 0 to {num_processes - 1}; "
-        "correct it or --num_processes")
+        f"Expected 0 to {num_processes - 1}, got --process_id {process_id}. "
+        "Correct it or --num_processes.")
   try:
     jax.distributed.initialize(
         coordinator, num_processes, process_id,
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
   except (RuntimeError, ValueError) as error:
     raise UserError(
-        f"got no job at --coordinator {coordinator} ({_line(error)}), expected "
-        "HOST:PORT of process 0, which all others reach; start all processes"
+        "Expected HOST:PORT of process 0, which all others reach, got no job "
+        f"at --coordinator {coordinator} ({_line(error)}). Start all "
+        "processes."
     ) from error
   return True
 

@@ -79,8 +79,8 @@ def parse(text: str) -> dict[str, int]:
     name, _, size = part.partition("=")
     if name not in sizes or not size.isdigit() or int(size) < 1:
       raise UserError(
-          f"got {part!r} in mesh {text!r}, expected AXIS=NUMBER with an axis "
-          f"of {', '.join(AXES)}; write it as data=2,fsdp=1,tensor=4")
+          f"Expected AXIS=NUMBER with an axis of {', '.join(AXES)}, got "
+          f"{part!r} in mesh {text!r}. Write it as data=2,fsdp=1,tensor=4.")
     sizes[name] = int(size)
   return sizes
 
@@ -102,9 +102,9 @@ def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
   hosts = {device.process_index for device in devices}
   if count > len(devices) or (len(hosts) > 1 and count != len(devices)):
     raise UserError(
-        f"got mesh {text!r} of {count} devices, expected "
-        f"{'at most ' if len(hosts) == 1 else ''}the {len(devices)} that are "
-        "here; change its sizes")
+        f"Expected {'at most ' if len(hosts) == 1 else ''}the {len(devices)} "
+        f"that are here, got mesh {text!r} of {count} devices. Change its "
+        "sizes.")
   # Automatic axes: XLA's partitioner follows the arrays' places.
   return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3,
                        devices=devices[:count])
@@ -205,9 +205,9 @@ def _check_even(
     if fits:
       break
   raise UserError(
-      f"got mesh {','.join(f'{k}={v}' for k, v in ways.items())}, expected "
-      f"{'*'.join(axes)} to divide {size}, {what}; use "
-      f"{axis}={max(fits, default=1)}")
+      f"Expected {'*'.join(axes)} to divide {size}, {what}, got mesh "
+      f"{','.join(f'{k}={v}' for k, v in ways.items())}. Use "
+      f"{axis}={max(fits, default=1)}.")
 
 
 def shardings(tree: Any, mesh: Any) -> Any:
@@ -339,9 +339,9 @@ def host_share(mesh: Mesh | None = None) -> tuple[int, int]:
   parts = sorted({tuple(sorted(rows)) for rows in held.values()})
   if sum(map(len, parts)) != num_row_shards(mesh):
     raise UserError(
-        f"got mesh {dict(mesh.shape)} whose hosts hold overlapping rows, "
-        "expected tensor to divide the devices of a host or be a multiple of "
-        "them; change its sizes")
+        "Expected tensor to divide the devices of a host or be a multiple of "
+        f"them, got mesh {dict(mesh.shape)} whose hosts hold overlapping "
+        "rows. Change its sizes.")
   return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
@@ -362,8 +362,8 @@ def global_rows(tree: Any, rows: int, mesh: Mesh | None = None) -> Any:
   total, parts = rows * host_share(mesh)[1], num_row_shards(mesh)
   if total % parts:
     raise UserError(
-        f"got a batch of {total} rows for data x fsdp = {parts}, expected a "
-        "multiple; change loop.batch, loop.accumulate or the mesh")
+        f"Expected a multiple, got a batch of {total} rows for data x fsdp = "
+        f"{parts}. Change loop.batch, loop.accumulate or the mesh.")
 
   def join(x):
     x = np.asarray(x)

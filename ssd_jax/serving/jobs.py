@@ -11,9 +11,9 @@ from PIL import Image
 
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.prompts import clean
+from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding import registry
 from ssd_jax.decoding.ar import AR
-from ssd_jax.decoding.engine import Decoder
 
 _KEYS = ("prompt", "decoder", "seed", "guidance", "images", "race")
 _LARGEST_SEED = 2**31 - 1_000  # indices of pictures are int32
@@ -84,8 +84,8 @@ def parse(
     UserError: on anything else than a request.
   """
   if not isinstance(values, dict) or set(values) - set(_KEYS):
-    raise UserError(f"got another kind of request, expected {_KEYS}; reload "
-                    "the page")
+    raise UserError(f"Expected {_KEYS}, got another kind of request. Reload "
+                    "the page.")
   prompt = clean(_of(values, "prompt", str, ""), limits.prompt)
   label = _of(values, "decoder", str, "ar").strip()
   check(len(label) <= 120, "decoder", f"{len(label)} characters",

@@ -15,7 +15,6 @@ import jax
 from ssd_jax.core.config import UserError
 from ssd_jax.core.extras import need
 from ssd_jax.decoding import registry
-from ssd_jax.decoding.engine import is_lossless
 from ssd_jax.serving.studio import Busy, Worker
 from ssd_jax.storage import checkpoints
 
@@ -110,28 +109,33 @@ class _Service:
     """Takes a request in, or says in one line why not."""
     if request.headers.get("content-type", "").split(";")[0] != (
         "application/json"):
-      return self.refuse(415, "got another type, expected JSON; use the page")
+      return self.refuse(415, "Expected JSON, got another type. Use the page.")
     body = b""
     async for part in request.stream():
       body += part
       if len(body) > _LARGEST_BODY:
-        return self.refuse(413, "got a long request, expected a short one")
+        return self.refuse(413, "Expected a short one, got a long request.")
     to_thread = need("anyio.to_thread", "demo")
     try:
       job = await to_thread.run_sync(self.studio.submit, json.loads(body))
     except UserError as error:
       return self.refuse(400, str(error))
     except (ValueError, RecursionError):
-      return self.refuse(400, "got no JSON, expected a request; use the page")
+      return self.refuse(400, "Expected a request, got no JSON. Use the page.")
     except Busy:
-      return self.refuse(503, "got more requests than can wait; try later")
+      return self.refuse(
+        503, "Expected fewer requests, got more than can wait. Try later."
+      )
     return self.answer(self.studio.report(job), status=202)
 
   async def job(self, request) -> Any:
     """How a job is getting on."""
     job = self.studio.find(request.path_params["name"])
     if job is None:
-      return self.refuse(404, "got a request that is not kept; draw it again")
+      return self.refuse(
+        404,
+        "Expected a recent request, got one that is not kept. Generate it again.",
+      )
     return self.answer(self.studio.report(job))
 
   async def gallery(self, request) -> Any:
@@ -149,13 +153,15 @@ class _Service:
     except (AttributeError, IndexError):
       png = None
     if png is None:
-      return self.refuse(404, "got no picture here")
+      return self.refuse(404, "Expected an image, got none here.")
     return self.answer(png, "image/png")
 
   async def pareto(self, request) -> Any:
     """The plot of the benchmark, if one was given."""
     if self.bench["plot"] is None:
-      return self.refuse(404, "got no benchmark, start with --bench DIR")
+      return self.refuse(
+        404, "Expected a benchmark, got none. Start with --bench DIR."
+      )
     return self.answer(self.bench["plot"], "image/png")
 
 
@@ -163,8 +169,8 @@ def _info(studio: Worker) -> dict[str, Any]:
   pipe, grid = studio.pipe, studio.pipe.model.grid
   device = jax.devices()[0]
   decoders = [
-      dict(name=name, lossless=is_lossless(cls(), grid),
-           missing=_missing(pipe.model, name),
+      dict(name=name, lossless=cls().is_lossless(grid),
+           missing=cls().needs(pipe.model).missing(pipe.model),
            settings=[dict(key=f.name, default=str(f.default))
                      for f in dataclasses.fields(cls)])
       for name, cls in registry.DECODERS.items()]
@@ -173,15 +179,6 @@ def _info(studio: Worker) -> dict[str, Any]:
       device=device.device_kind, decoders=decoders,
       guidance=float(pipe.family.sampling["guidance"]),
       limits=dataclasses.asdict(studio.limits), examples=EXAMPLES)
-
-
-def _missing(model: Any, name: str) -> str:
-  """What a decoder needs and the model has not."""
-  if name in ("eagle", "lantern", "lanternpp", "cascade"):
-    return "" if model.drafter else "drafter"
-  if name in ("mtp", "ssd"):
-    return "" if model.heads[name == "ssd"] else "heads"
-  return ""
 
 
 def _read_bench(folder: str | None) -> dict[str, Any]:
@@ -197,6 +194,6 @@ def _read_bench(folder: str | None) -> dict[str, Any]:
     rows = [{key: row[key] for key in keys} for row in found]
   except (KeyError, TypeError) as error:
     raise UserError(
-        f"got {file} without results, expected what infer.benchmark writes; "
-        "name its folder with --bench") from error
+        f"Expected what infer.benchmark writes, got {file} without results. "
+        "Name its folder with --bench.") from error
   return {"rows": rows, "plot": plot.read_bytes() if plot.is_file() else None}

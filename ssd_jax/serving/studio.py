@@ -12,7 +12,7 @@ import numpy as np
 
 from ssd_jax.core.config import UserError
 from ssd_jax.core.outputs import Output
-from ssd_jax.decoding import engine
+from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding.ar import AR
 from ssd_jax.evaluation import benchmark
 from ssd_jax.pipeline.pipeline import Pipeline
@@ -53,7 +53,7 @@ class Worker:
       UserError: on what cannot be drawn, before it waits.
       Busy: when too many wait.
     """
-    request = parse(values, self.limits, self.pipe.model.grid.cells)
+    request = parse(values, self.limits, self.pipe.model.grid.num_tokens)
     lossless = self._check(request)
     made = lambda label, distribution: Lane(label, distribution, [
         Picture(np.zeros(self._shape, int)) for _ in range(request.images)])
@@ -161,7 +161,7 @@ class Worker:
       for job in jobs:
         job.notes = tuple(n for n in out.notes if job.request.prompt[:40] in n)
 
-  def _make_room(self, decoder: engine.Decoder) -> None:
+  def _make_room(self, decoder: Decoder) -> None:
     """Forgets all compiled programs when too many are at hand."""
     if len(self._programs | {decoder}) > self.limits.decoders:
       self.pipe = dataclasses.replace(self.pipe)
@@ -169,7 +169,7 @@ class Worker:
     self._programs.add(decoder)
 
   def _draw_lane(
-      self, jobs: Sequence[Job], lanes: Sequence[Lane], decoder: engine.Decoder
+      self, jobs: Sequence[Job], lanes: Sequence[Lane], decoder: Decoder
   ) -> Output:
     """What one decoder draws for all jobs, told to their lanes as it goes."""
     texts = [j.request.prompt for j in jobs for _ in range(j.request.images)]

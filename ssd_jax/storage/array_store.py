@@ -44,9 +44,9 @@ def _told(folder: pathlib.Path) -> Iterator[None]:
   except (ValueError, OSError) as error:  # tensorstore has no kind of its own
     reason = " ".join(str(error).split())[-160:]
     raise UserError(
-        f"got ...{reason} at {folder}, expected a disk that takes and gives "
-        "back what is written; free space, then run the same command again: "
-        "it goes on where it stopped") from error
+        "Expected a disk that takes and gives back what is written, got "
+        f"...{reason} at {folder}. Free space, then run the same command "
+        "again: it goes on where it stopped.") from error
 
 
 def write(

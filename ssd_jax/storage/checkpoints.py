@@ -65,8 +65,8 @@ def restore(folder: str | os.PathLike) -> Any:
   folder = pathlib.Path(folder).absolute()
   if not folder.is_dir():
     raise UserError(
-        f"got no checkpoint at {folder}, expected a folder written by training "
-        "or infer.convert; check the path"
+        "Expected a folder written by training or infer.convert, got no "
+        f"checkpoint at {folder}. Check the path."
     )
   try:
     with _checkpointer() as checkpointer:
@@ -102,8 +102,8 @@ def check_shapes(
   for name in sorted(got.keys() | wanted.keys()):
     if got.get(name) != wanted.get(name):
       raise UserError(
-          f"got {name} of shape {got.get(name, 'none')} in {folder}, expected "
-          f"{wanted.get(name, 'none')} {advice}")
+          f"Expected {wanted.get(name, 'none')} {advice}, got {name} of shape "
+          f"{got.get(name, 'none')} in {folder}.")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -148,8 +148,8 @@ def identity(folder: str | os.PathLike) -> str:
 
 def _damaged(folder: pathlib.Path, reason: str) -> UserError:
   return UserError(
-      f"got a damaged checkpoint at {folder} ({reason}), expected a whole one; "
-      "train or convert again")
+      f"Expected a whole one, got a damaged checkpoint at {folder} "
+      f"({reason}). Train or convert again.")
 
 
 class _Patient(ocp.type_handlers.NumpyHandler):
@@ -229,6 +229,6 @@ def read_json(path: str | os.PathLike) -> Any:
     return json.loads(path.read_text("utf-8"))
   except (OSError, ValueError) as error:
     raise UserError(
-        f"got an unreadable {path}, expected JSON of a model folder; check the "
-        "path, or train or convert again"
+        f"Expected JSON of a model folder, got an unreadable {path}. Check "
+        "the path, or train or convert again."
     ) from error

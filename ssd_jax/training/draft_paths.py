@@ -75,6 +75,6 @@ class Acceptance:
         f"slots per pass: {self.length(self.tree):.3f} with the best tree of "
         f"{self.tree.nodes} nodes, {self.length(chain):.3f} with a chain.",
         "",
-        f"`eagle:tree={tree_shapes.spell(self.tree)}`",
+        f"`eagle:tree={tree_shapes.tree_name(self.tree)}`",
     ]
     checkpoints.write_text(path, "\n".join(lines) + "\n")

@@ -327,6 +327,6 @@ def _claim(
   if found.is_same(drafter_cfg) and checkpoints.read_json(goal) == aims:
     return
   raise UserError(
-      f"got {workdir} with a drafter of another trunk, other taps or another "
-      "loss, expected those of this run; use another workdir"
+      f"Expected those of this run, got {workdir} with a drafter of another "
+      "trunk, other taps or another loss. Use another workdir."
   )

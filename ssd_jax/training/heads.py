@@ -236,14 +236,14 @@ def claim(path: pathlib.Path, cfg: HeadsConfig) -> None:
   if not same or not same_trunk(found.trunk, cfg.trunk):
     what = "another trunk" if same else "other settings"
     raise UserError(
-        f"got {path.parent} with heads of {what}, expected those of this run; "
-        "use another workdir"
+        f"Expected those of this run, got {path.parent} with heads of {what}. "
+        "Use another workdir."
     )
 
 
 def _check_offsets(grid, options: HeadsOptions) -> None:
   """A head without a single pair to learn from is a mistake."""
-  widest = grid.cells if options.wrap else grid.cols
+  widest = grid.num_tokens if options.wrap else grid.cols
   check(options.horizontal < widest, "heads.horizontal", options.horizontal,
         f"below {widest} on a grid of {grid.rows}x{grid.cols}")
   check(options.vertical < grid.rows, "heads.vertical", options.vertical,

@@ -31,6 +31,13 @@ from ssd_jax.training.state import TrainState, checksum_tree
 Metrics = Mapping[str, jax.Array]
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
+# What orbax and tensorstore raise for files that are lost, torn or altered.
+_DAMAGED = (ValueError, KeyError, TypeError, EOFError, FileNotFoundError,
+            NotADirectoryError, IsADirectoryError)
+# What they raise too, but for files that may be whole.
+_NOT_DAMAGED = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE",
+                "DEADLINE_EXCEEDED", "Too many open files")
+
 
 def train(
     workdir: str,
@@ -88,9 +95,9 @@ def _make_folder(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:  # orbax would wait for it
     raise UserError(
-        f"got {folder}, which is no folder and cannot become one "
-        f"({error.strerror}), expected one to write to; remove it or choose "
-        "another workdir") from error
+        f"Expected one to write to, got {folder}, which is no folder and "
+        f"cannot become one ({error.strerror}). Remove it or choose another "
+        "workdir.") from error
 
 
 def _manager(folder: pathlib.Path, cfg: LoopConfig) -> ocp.CheckpointManager:
@@ -123,9 +130,9 @@ def _wait(manager) -> None:
 def _cannot_write(manager, step, error) -> UserError:
   reason = (str(error).splitlines() or [type(error).__name__])[0]
   return UserError(
-      f"got no checkpoint written in {manager.directory} up to step {step} "
-      f"({reason[:160]}), expected room and permission to write; make some and "
-      "start again, it continues from the last whole one")
+      "Expected room and permission to write, got no checkpoint written in "
+      f"{manager.directory} up to step {step} ({reason[:160]}). Make some and "
+      "start again, it continues from the last whole one.")
 
 
 def _stop(manager, step: int) -> None:
@@ -146,7 +153,9 @@ def _restore(manager, state: TrainState, data: grain.IterDataset):
           state=ocp.args.StandardRestore(shapes)))
       iterator = _resume(manager, step, data)
       _check_sums(manager, step, _sums(found["state"], iterator))
-    except Exception as error:  # orbax raises many kinds for a damaged file
+    except _DAMAGED as error:
+      if not _is_damage(error):
+        raise
       damaged[step] = error
       if jax.process_count() > 1:
         break  # the hosts must agree; a person removes the folder
@@ -158,10 +167,17 @@ def _restore(manager, state: TrainState, data: grain.IterDataset):
     newest = damaged[max(damaged)]
     reason = (str(newest).splitlines() or [type(newest).__name__])[0]
     raise UserError(
-        f"got damaged checkpoints in {manager.directory} ({reason[:120]}), "
-        "expected a whole one of this run; remove that folder to start anew"
+        "Expected a whole one of this run, got damaged checkpoints in "
+        f"{manager.directory} ({reason[:120]}). Remove that folder to start "
+        "anew."
     ) from newest
   return state, iter(data)
+
+
+def _is_damage(error: Exception) -> bool:
+  """Whether an error is the fault of the files, not of the disk or a user."""
+  return not isinstance(error, UserError) and not any(
+      word in str(error) for word in _NOT_DAMAGED)
 
 
 def _sums(state: TrainState, iterator: Any) -> dict[str, int]:
@@ -193,7 +209,7 @@ def _check_same_run(manager, step: int, state: TrainState) -> None:
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       saved = checkpointer.metadata(folder).item_metadata.tree
-  except Exception:  # damaged: restoring it says so
+  except _DAMAGED:  # restoring it will say so
     return
   checkpoints.check_shapes(
       folder, saved, state,
@@ -229,9 +245,9 @@ def _check_finite(values: Mapping[str, float], step: int, manager) -> None:
   if bad:
     _wait(manager)
     raise UserError(
-        f"got {bad[0]}={values[bad[0]]} at step {step}, expected a finite "
-        f"number; the last good checkpoint is step {manager.latest_step()}, "
-        "lower the learning rate and start again"
+        f"Expected a finite number, got {bad[0]}={values[bad[0]]} at step "
+        f"{step}. The last good checkpoint is step {manager.latest_step()}, "
+        "lower the learning rate and start again."
     )
 
 

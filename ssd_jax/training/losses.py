@@ -33,9 +33,9 @@ def pairs(
     wrap: Whether horizontal pairs run on into the next row.
   """
   offsets = np.arange(1, count + 1)[:, None]
-  cells = np.arange(grid.cells)
+  cells = np.arange(grid.num_tokens)
   step = offsets if direction == "horizontal" else offsets * grid.cols
-  exists = cells + step < grid.cells
+  exists = cells + step < grid.num_tokens
   if direction == "horizontal" and not wrap:
     exists &= cells % grid.cols + offsets < grid.cols
   return np.where(exists, cells + step, 0).astype(np.int32), exists

@@ -132,7 +132,9 @@ def generate_images(
         _write_whole(path, drawn)
   sharding.barrier(f"drawn {folder.name}")
   grid = teacher.generator.grid
-  tokens = [_read(path, (len(images), grid.cells)) for path, images in shards]
+  tokens = [
+    _read(path, (len(images), grid.num_tokens)) for path, images in shards
+  ]
   return GeneratedTokens(
       captions, np.concatenate(tokens), grid, teacher.generator.cfg.vocab_out
   )
@@ -199,14 +201,14 @@ def _claim(folder: pathlib.Path, manifest: dict) -> None:
     found = dict(json.loads(path.read_text("utf-8")))
   except (ValueError, TypeError) as error:
     raise UserError(
-        f"got a damaged {path}, expected a manifest; remove {folder}"
+        f"Expected a manifest, got a damaged {path}. Remove {folder}."
     ) from error
   for name, value in manifest.items():
     same = same_trunk if name == "trunk" else lambda a, b: a == b
     if name not in found or not same(found[name], value):
       raise UserError(
-          f"got images in {folder} whose {name} differs, "
-          "expected those of this run; use another workdir or remove the folder"
+          f"Expected those of this run, got images in {folder} whose {name} "
+          "differs. Use another workdir or remove the folder."
       )
 
 
@@ -268,12 +270,12 @@ def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
     tokens = np.load(path)
   except ValueError as error:
     raise UserError(
-        f"got a damaged {path}, expected {shape[0]} images; remove it, it is "
-        "drawn again"
+        f"Expected {shape[0]} images, got a damaged {path}. Remove it, it is "
+        "drawn again."
     ) from error
   if tokens.shape != shape:
     raise UserError(
-        f"got {path} of shape {tokens.shape}, expected {shape}; remove it, it "
-        "is drawn again"
+        f"Expected {shape}, got {path} of shape {tokens.shape}. Remove it, it "
+        "is drawn again."
     )
   return tokens

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ssd_jax.core.extras import need
 from ssd_jax.core.outputs import Output
+from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding.ar import AR
-from ssd_jax.decoding.engine import Decoder
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.visualization import contact_sheets
 

@@ -162,6 +162,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     if partial.is_file():
       partial.unlink()
     raise UserError(
-        f"got {error.strerror or error} while writing {path}, expected a "
-        "folder with room that can be written; choose another --out"
+        "Expected a folder with room that can be written, got "
+        f"{error.strerror or error} while writing {path}. Choose another "
+        "--out."
     ) from error

@@ -148,7 +148,7 @@ def test_mistakes_end_in_one_line(on_tiny, capsys, tmp_path, args, named):
   out = tmp_path / "out"
   status, _, err = call(capsys, *args, "--out", out)
   assert status == 2
-  assert named in err.splitlines()[-1] and "expected" in err.splitlines()[-1]
+  assert named in err.splitlines()[-1] and "Expected " in err.splitlines()[-1]
   assert "Traceback" not in err and not list(out.rglob("*.json"))
 
 

@@ -41,7 +41,7 @@ def test_every_bad_input_ends_in_one_line(name, folder, monkeypatch):
       continue
     status, error, written = bad_inputs.feed(command, args, folder)
     assert status == 2, (what, status, error)
-    assert error.startswith("got ") and "expected" in error, (what, error)
+    assert error.startswith("Expected ") and ", got " in error, (what, error)
     assert error.count("\n") == 1 and error.endswith("\n"), (what, error)
     assert not written, (what, written)
     said = error.strip().replace(str(folder), "DIR").replace("|", "\\|")
@@ -69,7 +69,7 @@ def test_any_text_is_a_decoder_or_one_line(text):
   try:
     decoder = registry.parse(text)
   except UserError as error:
-    assert "expected" in str(error)
+    assert "Expected " in str(error)
     return
   assert registry.DECODERS[decoder.name] is type(decoder)
   assert hash(decoder) == hash(registry.parse(text))
@@ -81,7 +81,7 @@ def test_any_text_is_a_decoder_or_one_line(text):
 ])
 def test_settings_that_nothing_can_read_are_one_line(text):
   """Numbers beyond all counts, a key twice, what another mode would read."""
-  with pytest.raises(UserError, match="^got .*, expected .*; change "):
+  with pytest.raises(UserError, match="^Expected .*, got .*Change "):
     registry.parse(text)
 
 
@@ -92,7 +92,7 @@ def test_any_text_is_a_prompt_or_one_line(text):
   try:
     prompt = clean(text)
   except UserError as error:
-    assert "expected" in str(error)
+    assert "Expected " in str(error)
     return
   assert prompt == clean(prompt) and prompt.strip()
   assert not any(ord(c) < 32 and c not in "\t\n\r" for c in prompt)

@@ -118,7 +118,7 @@ def test_mistakes_end_in_one_line(capsys, tmp_path, args, named):
   status, _, err = call(capsys, *args, "--out", out)
   lines = [x for x in err.splitlines() if x.strip() and "image/s" not in x]
   assert status == 2
-  assert named in lines[-1] and "expected" in lines[-1]
+  assert named in lines[-1] and "Expected " in lines[-1]
   assert "Traceback" not in err
   assert not out.exists() or not list(out.iterdir())
 

@@ -58,4 +58,4 @@ def test_a_slice_without_a_tpu():
 def test_bad_plans_are_one_line(args):
   """What does not divide, exist or make sense."""
   status, _, err = plan_of(*args)
-  assert status == 2 and "expected" in err.splitlines()[-1]
+  assert status == 2 and "Expected " in err.splitlines()[-1]

@@ -152,7 +152,7 @@ def test_what_training_lacks_is_one_line(
     status, _, err = call(
         capsys, body, config, "--workdir", tmp_path / "run")
     assert status == 2 and said in err.splitlines()[-1]
-    assert "expected" in err.splitlines()[-1]
+    assert "Expected " in err.splitlines()[-1]
 
 
 def test_settings_that_nothing_reads_are_refused(monkeypatch):
@@ -189,5 +189,5 @@ def test_a_part_of_the_captions_is_learnt_from():
   config.num_prompts = 10
   assert train._captions(config) == {**whole, "train": whole["train"][:10]}
   config.num_prompts = -1
-  with pytest.raises(UserError, match="got num_prompts=-1, expected >= 0"):
+  with pytest.raises(UserError, match="Expected >= 0, got num_prompts=-1"):
     train._captions(config)

@@ -107,7 +107,7 @@ def test_folder_errors_name_the_file(tmp_path, kind):
   path = folder / "nowhere" if kind == "no folder" else folder
   with pytest.raises(UserError, match=re.escape(named)) as error:
     FolderSource(str(path), 8)
-  assert "expected" in str(error.value) and "\n" not in str(error.value)
+  assert "Expected " in str(error.value) and "\n" not in str(error.value)
 
 
 def test_two_captions_are_an_error(tmp_path):

@@ -54,7 +54,7 @@ def test_decoders_are_parsed_with_seeds():
 ])
 def test_bad_decoders_end_in_one_line(text, named):
   """What cannot be run is told before any work."""
-  with pytest.raises(UserError, match="got .*expected") as error:
+  with pytest.raises(UserError, match="Expected .*got") as error:
     benchmark.parse_entries(text, 0)
   assert named in str(error.value) and "\n" not in str(error.value)
 

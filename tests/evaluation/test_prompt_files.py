@@ -63,7 +63,7 @@ def test_reads_every_prompt_file(tmp_path):
 ])
 def test_other_files_end_in_one_line(tmp_path, name, text):
   """A file that is not what its name says is the user's mistake."""
-  with pytest.raises(UserError, match="got .*expected") as error:
+  with pytest.raises(UserError, match="Expected .*got") as error:
     prompt_files.read_prompts(write(tmp_path / name, text))
   assert "\n" not in str(error.value)
   with pytest.raises(UserError, match="unreadable"):

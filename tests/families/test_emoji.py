@@ -51,6 +51,7 @@ def test_held_out_pictures_keep_their_features(pipe):
 
 
 @pytest.mark.slow
+@pytest.mark.as_users_compile
 def test_a_picture_does_not_depend_on_its_neighbours(pipe):
   """The same tokens alone and in a batch of four."""
   prompts = ["red heart", "flag: Kenya", "bug", "relieved face"]

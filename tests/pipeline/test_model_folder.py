@@ -65,10 +65,10 @@ def test_choices_of_a_made_model():
 
 
 @pytest.mark.parametrize("given,said", [
-    (dict(name=3), "name=3, expected the name of a folder"),
-    (dict(name=None), "name=None, expected the name"),
-    (dict(heads=3), "heads=3, expected the name"),
-    (dict(choices=3), "choices=3, expected a dict"),
+    (dict(name=3), "Expected the name of a folder.*, got name=3"),
+    (dict(name=None), "Expected the name.*, got name=None"),
+    (dict(heads=3), "Expected the name.*, got heads=3"),
+    (dict(choices=3), "Expected a dict.*, got choices=3"),
     (dict(choices={"colour": 3}), "colour .* expected only sampling"),
     (dict(choices={"sampling.colour": 3}), "'colour' in sampling, .* top_p"),
     (dict(choices={"sampling": 3}), "3 in sampling, .* top_p"),

@@ -95,5 +95,5 @@ def test_whoever_waits_is_told_every_few_passes(pipe, monkeypatch):
     dict(decoder=AR), dict(decoder="no")])
 def test_mistakes_are_told_before_anything_is_drawn(pipe, wrong):
   """What a user gets wrong ends the call, not the first picture."""
-  with pytest.raises(UserError, match="got .*expected"):
+  with pytest.raises(UserError, match="Expected .*got"):
     pipe.stream(**{"prompts": ["a"], **wrong})

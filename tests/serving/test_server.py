@@ -143,7 +143,7 @@ def test_any_json_is_a_request_or_one_line(values):
   try:
     request = jobs.parse(values, Limits(), 256)
   except UserError as error:
-    assert "expected" in str(error) and "\n" not in str(error).strip()
+    assert "Expected " in str(error) and "\n" not in str(error).strip()
     return
   assert 0 < len(request.prompt) <= 300 and 1 <= request.images <= 4
   assert request.race is False or request.decoder != AR()

@@ -1,8 +1,13 @@
-"""Run by test_sharding.py on eight virtual devices: prints what it found."""
+"""Run by runtime/test_sharding.py on eight virtual devices.
+
+With the argument `tokens` it only generates on every mesh, by programs compiled
+as users compile them.
+"""
 
 import dataclasses
 import functools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -216,6 +221,22 @@ def main():
   print(json.dumps(found))
 
 
+def same_tokens():
+  """Prints, by mesh and decoder, the share of tokens that one device has."""
+  pipe, found = make_pipeline(), {}
+  decoders = (AR(), Stair())
+  alone = [draw(pipe, decoder) for decoder in decoders]
+  for mesh in MESHES:
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+      found[mesh] = [
+          float((draw(pipe, decoder) == expected).mean())
+          for decoder, expected in zip(decoders, alone, strict=True)]
+  print(json.dumps(found))
+
+
 if __name__ == "__main__":
-  jax.config.update("jax_disable_most_optimizations", True)
-  main()
+  if sys.argv[1:] == ["tokens"]:
+    same_tokens()
+  else:
+    jax.config.update("jax_disable_most_optimizations", True)
+    main()

@@ -1,1 +1,1 @@
-"""Decoders that refine the model's own guesses in a window."""
+"""Jacobi decoders, which refine the model's own drafts in a window."""

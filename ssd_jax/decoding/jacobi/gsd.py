@@ -1,4 +1,4 @@
-"""Grouped speculative decoding: SJD that tests clusters of like tokens."""
+"""Grouped speculative decoding: SJD that tests clusters of similar tokens."""
 
 import dataclasses
 
@@ -14,18 +14,19 @@ from ssd_jax.decoding.jacobi.window import Jacobi
 
 @dataclasses.dataclass(frozen=True)
 class GSD(Jacobi):
-  """SJD in which a draft passes with its cluster; not lossless.
+  """SJD that accepts a draft if its cluster is accepted; not lossless.
 
-  A draft's cluster are the tokens next to it in rank under the target that are
-  about as probable and look alike. What passes is the draft itself; what fails
-  is redrawn from the token's own residual.
+  The cluster of a draft consists of the tokens next to it in rank under the
+  target whose probabilities and input embeddings are close to the draft's. An
+  accepted cluster keeps the draft itself; a rejected draft is resampled from
+  its own residual.
 
   Attributes:
-    group: Tokens of a cluster at most, the draft among them; 1 is SJD.
+    group: Largest number of tokens in a cluster, the draft included; 1 is SJD.
     max_gap: Bound on the difference of their probabilities.
     max_distance: Bound on the squared distance of their input embeddings.
 
-  Source: So et al. 2025, arXiv:2508.07747; the defaults are its code's.
+  Source: So et al. 2025, arXiv:2508.07747; the defaults are those of its code.
   """
 
   group: int = 14
@@ -47,14 +48,14 @@ class GSD(Jacobi):
   def accept(
       self, ctx: Context, p_QV: jax.Array, drafts: Drafts, u_Q: jax.Array
   ) -> jax.Array:
-    """bool [Q]: whether the cluster of each draft passes."""
+    """Returns which drafts are accepted with their clusters, bool [Q]."""
     members_QG, exists_QG = acceptance.rank_neighbours(
         p_QV, drafts.tokens, self._size(ctx.model.vocab)
     )
     p_QG = jnp.take_along_axis(p_QV, members_QG, axis=-1)
-    code_QGD = ctx.model.embed(ctx.params, members_QG).astype(jnp.float32)
+    embedding_QGD = ctx.model.embed(ctx.params, members_QG).astype(jnp.float32)
     gap_QG = jnp.abs(p_QG - p_QG[:, :1])
-    distance_QG = jnp.sum((code_QGD - code_QGD[:, :1]) ** 2, axis=-1)
+    distance_QG = jnp.sum((embedding_QGD - embedding_QGD[:, :1]) ** 2, axis=-1)
     is_near_QG = (gap_QG < self.max_gap) & (distance_QG < self.max_distance)
     is_near_QG = is_near_QG.at[:, 0].set(True)
     return acceptance.accept_group(
@@ -62,10 +63,10 @@ class GSD(Jacobi):
     )
 
   def _size(self, vocab: int) -> int:
-    """`group`; the default is clamped to the vocabulary."""
+    """Returns `group`; the default is clamped to the vocabulary."""
     if self.group > vocab and self.group != type(self).group:
       raise UserError(
-          f"got group={self.group}, expected at most the vocabulary, {vocab}; "
-          "make group smaller"
+          f"Expected group to be at most {vocab} (the vocabulary), "
+          f"got group={self.group}."
       )
     return min(self.group, vocab)

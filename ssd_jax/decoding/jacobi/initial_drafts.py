@@ -1,8 +1,8 @@
-"""Drafts of slots that no pass has looked at yet.
+"""Initial drafts of slots that no pass has predicted yet.
 
-Whatever they are, the output's law is the target's as long as each is tested by
-the distribution it was drawn from: uniform where it is random, the neighbour's
-stored one where it is a sample of that, one at the draft where it is a copy.
+The output follows the target distribution as long as each draft is tested with
+the distribution q that it was sampled from: uniform for random drafts, the
+neighbour's stored distribution for samples of it, and a point mass for copies.
 
 Source: Teng et al. 2024, arXiv:2410.01699, section 4.3 (its random, repeated
 and sampled initialisations from the left and from above).
@@ -19,26 +19,30 @@ from ssd_jax.decoding.engine import Context
 INITS = (
     "random", "repeat_left", "repeat_above", "sample_left", "sample_above"
 )
-_TOKEN_PURPOSE, _SAMPLE_PURPOSE = 100, 101
+_RANDOM_PURPOSE, _SAMPLE_PURPOSE = 100, 101
 
 
 def draft_first(
     ctx: Context, init: str, slots_Q: jax.Array, last: jax.Array,
     tokens_N: jax.Array, q_QV: jax.Array,
 ) -> Drafts:
-  """Drafts of slots beyond `last`; random where there is no neighbour.
+  """Drafts slots beyond `last`; random where there is no neighbour.
 
   Args:
-    ctx: Of the pass.
+    ctx: Context of the pass.
     init: One of INITS.
-    slots_Q: Slots to draft, beyond `last` (others are to be ignored).
+    slots_Q: Slots to draft, beyond `last`. Drafts of other slots are
+      meaningless.
     last: int32 [], the last slot that holds a token or draft.
     tokens_N: Tokens and drafts.
-    q_QV: Distributions to sample from, where `init` samples.
+    q_QV: Distributions to sample from, if `init` samples.
+
+  Returns:
+    One draft per slot.
   """
   size, vocab = slots_Q.shape[0], ctx.model.vocab
   random_Q = jax.random.randint(
-      ctx.pass_key(_TOKEN_PURPOSE), (size,), 0, vocab
+      ctx.pass_key(_RANDOM_PURPOSE), (size,), 0, vocab
   )
   if init == "random":
     uniform_QV = jnp.full((size, vocab), 1.0 / vocab)
@@ -59,7 +63,7 @@ def draft_first(
 def _neighbours(
     grid: Grid, init: str, slots_Q: jax.Array, last: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """(slots, which exist): the nearest one up to `last`, left or above."""
+  """Returns the nearest slot up to `last`, left or above, and which exist."""
   if init.endswith("left"):
     source_Q = jnp.broadcast_to(last, slots_Q.shape)
     same_row_Q = source_Q // grid.row_slots == slots_Q // grid.row_slots

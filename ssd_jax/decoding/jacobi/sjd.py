@@ -1,12 +1,12 @@
-"""SJD and its lossless successors: windows of the model's own last guesses.
+"""SJD and its lossless successors: windows of the model's own latest drafts.
 
-They differ in how the drafts after the first rejection are redrawn from their
+They differ in how the drafts after the first rejection are resampled from their
 new targets p:
 
-  SJD           afresh from p;
+  SJD           independently from p;
   Coupled       from p with each slot's own Gumbel noise in every pass, or by
-                the maximal coupling of old and new draft: test it as well, keep
-                it if it passes, else redraw it from the residual;
+                the maximal coupling of old and new draft: test the draft, keep
+                it if it is accepted, else resample it from the residual;
   Continuation  by testing all of them as well: the same maximal coupling.
 """
 
@@ -24,9 +24,9 @@ class SJD(Jacobi):
   """Speculative Jacobi decoding.
 
   Attributes:
-    acceptance: "exact" tests by min(1, p / q); "equality" is sampled Jacobi
-      decoding: a draft passes while its slot's own noise draws it again, and
-      the tokens are AR's.
+    acceptance: "exact" accepts with probability min(1, p / q); "equality" is
+      sampled Jacobi decoding: a draft is accepted if its slot's own noise
+      selects it again, and the tokens are AR's.
 
   Source: Teng et al. 2024, arXiv:2410.01699, algorithm 1.
   """
@@ -42,11 +42,12 @@ class SJD(Jacobi):
 
 @dataclasses.dataclass(frozen=True)
 class Coupled(Jacobi):
-  """SJD whose drafts tend to stay the same from pass to pass.
+  """SJD whose drafts tend to stay equal from pass to pass.
 
   Attributes:
     coupling: "gumbel" shares each slot's Gumbel noise among its drafts;
-      "maximal" makes old and new draft agree as often as their laws allow.
+      "maximal" makes old and new draft agree as often as their distributions
+      allow.
 
   Source: So et al. 2025, arXiv:2510.24211.
   """
@@ -62,10 +63,10 @@ class Coupled(Jacobi):
 
 @dataclasses.dataclass(frozen=True)
 class Continuation(Jacobi):
-  """SJD that goes on testing after the first rejection.
+  """SJD that continues to test drafts after the first rejection.
 
-  Kept drafts and residual draws together are the maximal coupling of
-  `Coupled`: the two publications arrive at one algorithm.
+  Keeping accepted drafts and resampling the others from the residual is the
+  maximal coupling of `Coupled`: both publications arrive at one algorithm.
 
   Source: Kang et al. 2026, arXiv:2603.18599, adaptive continuation (without
   its tree of proactive drafts).

@@ -1,14 +1,15 @@
 """The window that slides along the raster, shared by the Jacobi decoders.
 
-A window of W queries starts at the last final slot: it looks at that slot and
-at W - 1 drafts, and yields the targets of W slots. The drafts that pass become
-final up to the first that fails; that one is redrawn from the residual and
-becomes final too; what follows stays a draft, redrawn from its new target.
+A window of W queries starts at the last final slot: a pass feeds that slot and
+W - 1 drafts, and predicts the targets of W slots. The accepted prefix of the
+drafts becomes final; the first rejected draft is resampled from the residual
+and becomes final too; the slots after it stay drafts, resampled from their new
+targets.
 
-Why it is lossless, whatever the drafts are: what a slot holds in a pass depends
-on its own noise and on the slots before it, and given what those have held so
-far it is a draw from its latest target. When it is looked at, and when it
-becomes final, depends on the slots before it alone.
+This is lossless whatever the drafts are: the token of a slot in a pass depends
+on the slot's own noise and on the slots before it, and conditioned on their
+history it is a sample from the slot's latest target. In which passes a slot is
+fed, and when it becomes final, depends only on the slots before it.
 """
 
 import dataclasses
@@ -19,28 +20,29 @@ import jax.numpy as jnp
 
 from ssd_jax.core.config import check
 from ssd_jax.core.grid import Grid
-from ssd_jax.core.types import Model, Queries
+from ssd_jax.core.protocols import DecoderBase
+from ssd_jax.core.types import Queries
 from ssd_jax.decoding import acceptance, sampling
 from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.jacobi import initial_drafts
 
 TAILS = ("full", "reference")
-_TEST_PURPOSE, _DRAW_PURPOSE = 0, 1
+_TEST_PURPOSE, _RESAMPLE_PURPOSE = 0, 1
 
 
 @flax.struct.dataclass
 class JacobiState:
-  """One image's progress; its drafts are at `next` and the slots that follow.
+  """Decoding state of one image; its drafts start at the slot `next`.
 
   Attributes:
-    tokens: int32 [N].
-    final: bool [N].
-    next: int32 [], the first slot that is undecided or forced.
+    tokens: int32 [N], drafts included.
+    final: bool [N], which slots are final.
+    next: int32 [], the first slot that is not final, or forced.
     q: float32 [Q - 1, V], the distribution of each draft.
-    is_point: bool [Q - 1], drafts that were given, not drawn.
-    above: float32 [row slots, V], the last target seen in each column, or None
-      where no draft is made from it.
+    is_point: bool [Q - 1], drafts that were copied, not sampled.
+    above: float32 [row slots, V], the latest target of each column, or None
+      if no drafts are sampled from it.
   """
 
   tokens: jax.Array
@@ -52,16 +54,16 @@ class JacobiState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Jacobi:
-  """What the one-dimensional Jacobi decoders share.
+class Jacobi(DecoderBase):
+  """Base class of the one-dimensional Jacobi decoders.
 
   Attributes:
-    window: Queries W of a pass, forced slots included; beyond the end of the
-      image they idle. 1 is autoregressive decoding, token for token.
+    window: Queries W of a pass, forced slots included; queries beyond the end
+      of the image are inactive. 1 is AR decoding, token for token.
     init: How slots that enter the window are drafted, one of
-      `first_drafts.INITS`.
-    tail: "full" runs windows to the end; "reference" ends one by one, W + 2
-      slots before the end, as the published code for LlamaGen does.
+      `initial_drafts.INITS`.
+    tail: "full" uses windows up to the end; "reference" generates the last
+      W + 2 slots one by one, as the published code for LlamaGen does.
   """
 
   window: int = 16
@@ -83,17 +85,13 @@ class Jacobi:
     return True
 
   def num_queries(self, grid: Grid) -> int:
-    """Queries of a pass; a forced slot needs one beside the sampled one's."""
+    """Returns the queries of a pass; a forced slot needs a second query."""
     return min(max(self.window, 1 + int(grid.end_of_row)), grid.length)
-
-  def scratch(self, model: Model) -> int:
-    """None."""
-    return 0
 
   def start(
       self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array
   ) -> JacobiState:
-    """State with cell 0 sampled from the prefill and a window drafted."""
+    """Returns the state with token 0 sampled from the prefill and drafts."""
     del hidden_GD
     grid, vocab = ctx.model.grid, ctx.model.vocab
     forced_N = jnp.asarray(grid.forced_tokens(vocab))
@@ -109,10 +107,10 @@ class Jacobi:
     return self._advance(ctx, state, token_1, p_V[None], jnp.int32(1))
 
   def propose(self, ctx: Context, state: JacobiState) -> Queries:
-    """The last final slot and the drafts that follow it."""
+    """Returns the last final slot and the drafts that follow it."""
     grid = ctx.model.grid
     slots_Q = state.next - 1 + jnp.arange(self.num_queries(grid))
-    # Nothing is left to predict from the last slot on.
+    # The last slot predicts nothing.
     is_active_Q = slots_Q < grid.length - 1
     positions_Q = jnp.minimum(slots_Q, grid.length - 1)
     return Queries(
@@ -125,19 +123,19 @@ class Jacobi:
       self, ctx: Context, state: JacobiState, queries: Queries,
       p_QV: jax.Array, hidden_GQD: jax.Array,
   ) -> JacobiState:
-    """State with the drafts tested, the window moved and redrafted."""
+    """Verifies the drafts, shifts the window and drafts its new slots."""
     del queries, hidden_GQD
     grid, size = ctx.model.grid, p_QV.shape[0]
     slots_Q = state.next + jnp.arange(size)
     is_forced_Q = _is_forced(grid, slots_Q)
     is_tested_Q = ~is_forced_Q & (jnp.arange(size) < size - 1)
-    is_tested_Q &= ~self._one_by_one(grid, state.next)
+    is_tested_Q &= ~self._generates_one(grid, state.next)
     drafts = Drafts(
         state.tokens[jnp.minimum(slots_Q[:-1], grid.length - 1)],
         state.q, state.is_point,
     )
-    judge = self._equate if self.acceptance == "equality" else self._test
-    accepted_Q, tokens_Q = judge(ctx, slots_Q, p_QV, drafts, is_tested_Q)
+    test = self._test_equality if self.acceptance == "equality" else self._test
+    accepted_Q, tokens_Q = test(ctx, slots_Q, p_QV, drafts, is_tested_Q)
     count = acceptance.count_prefix(is_forced_Q | accepted_Q)
     following = state.next + jnp.minimum(count + 1, size)
     following = jnp.minimum(following, grid.length)
@@ -146,23 +144,27 @@ class Jacobi:
   def accept(
       self, ctx: Context, p_QV: jax.Array, drafts: Drafts, u_Q: jax.Array
   ) -> jax.Array:
-    """bool [Q]: whether each draft passes."""
+    """Returns which drafts are accepted, bool [Q]."""
     del ctx
     return acceptance.accept_exact(p_QV, drafts, u_Q)
 
-  def _one_by_one(self, grid: Grid, following: jax.Array) -> jax.Array:
-    """bool []: whether drafts are ignored, and one free slot is drawn."""
+  def _generates_one(self, grid: Grid, following: jax.Array) -> jax.Array:
+    """Returns whether to ignore the drafts and generate one token, bool []."""
     if self.window == 1:
       return jnp.bool_(True)
     if self.tail == "full":
       return jnp.bool_(False)
     return following >= grid.length - min(self.window, grid.length) - 2
 
-  def _equate(
+  def _test_equality(
       self, ctx: Context, slots_Q: jax.Array, p_QV: jax.Array, drafts: Drafts,
       is_tested_Q: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
-    """(passed, tokens): a draft passes if its slot's noise draws it again."""
+    """Accepts a draft if its slot's own noise selects the same token again.
+
+    Returns:
+      Which slots' drafts are accepted, bool [Q], and the tokens, int32 [Q].
+    """
     tokens_Q = sampling.sample(p_QV, ctx.token_noise(slots_Q))
     same_Q = _pad(drafts.tokens == tokens_Q[:-1])
     return is_tested_Q & same_Q, tokens_Q
@@ -171,14 +173,19 @@ class Jacobi:
       self, ctx: Context, slots_Q: jax.Array, p_QV: jax.Array, drafts: Drafts,
       is_tested_Q: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
-    """(passed, tokens): what each slot of the window holds after the pass."""
+    """Tests the drafts with `accept` and resamples the others.
+
+    Returns:
+      Which slots' drafts are accepted, bool [Q], and the tokens, int32 [Q].
+    """
     u_Q = jax.random.uniform(
         ctx.pass_key(_TEST_PURPOSE), drafts.tokens.shape
     )
     accepted_Q = _pad(self.accept(ctx, p_QV[:-1], drafts, u_Q)) & is_tested_Q
     rejected_Q = is_tested_Q & ~accepted_Q
     if self.coupling != "maximal":
-      # Only the first rejection is corrected; later slots are drawn afresh.
+      # Only the first rejected draft uses the residual; later slots are
+      # sampled from their targets.
       is_prefix_Q = jnp.cumsum(rejected_Q) == 0
       rejected_Q &= jnp.cumsum(rejected_Q) == 1
       accepted_Q &= is_prefix_Q
@@ -186,28 +193,28 @@ class Jacobi:
         [acceptance.residual(p_QV[:-1], drafts), p_QV[-1:]]
     )
     dist_QV = jnp.where(rejected_Q[:, None], dist_QV, p_QV)
-    # A correction must not reuse the noise its draft was drawn with. A slot
-    # without a draft to test may take the noise AR takes.
+    # Resampling must not reuse the noise of the rejected draft. A slot without
+    # a tested draft may use AR's noise.
     is_shared_Q = ~rejected_Q if self.coupling == "gumbel" else ~is_tested_Q
-    drawn_Q = jnp.where(
+    resampled_Q = jnp.where(
         is_shared_Q,
         sampling.sample(dist_QV, ctx.token_noise(slots_Q)),
-        sampling.sample_inverse(dist_QV, ctx.pass_key(_DRAW_PURPOSE)),
+        sampling.sample_inverse(dist_QV, ctx.pass_key(_RESAMPLE_PURPOSE)),
     )
-    return accepted_Q, jnp.where(accepted_Q, _pad(drafts.tokens), drawn_Q)
+    return accepted_Q, jnp.where(accepted_Q, _pad(drafts.tokens), resampled_Q)
 
   def _advance(
       self, ctx: Context, state: JacobiState, tokens_Q: jax.Array,
       p_QV: jax.Array, following: jax.Array,
   ) -> JacobiState:
-    """State with the slots from `next` on drawn and `following` next."""
+    """Writes the slots from `next` on and moves `next` to `following`."""
     grid = ctx.model.grid
     slots_Q = state.next + jnp.arange(tokens_Q.shape[0])
     tokens_N = _write(grid, state.tokens, slots_Q, tokens_Q)
     above = state.above
     if above is not None:
       above = _write_columns(grid, above, slots_Q, p_QV)
-    # Slots drawn in this pass and not final are drafts, drawn from their p.
+    # Slots sampled in this pass that are not final are drafts from their p.
     slots_D = following + jnp.arange(state.q.shape[0])
     rows_D = slots_D - state.next
     is_fresh_D = rows_D >= p_QV.shape[0]
@@ -226,20 +233,20 @@ class Jacobi:
 
 
 def _is_forced(grid: Grid, slots_Q: jax.Array) -> jax.Array:
-  """bool [Q]: forced slots of the image."""
+  """Returns which slots are forced slots of the image, bool [Q]."""
   forced_N = jnp.asarray(grid.is_forced)
   return forced_N.at[slots_Q].get(mode="fill", fill_value=False)
 
 
 def _pad(x_D: jax.Array) -> jax.Array:
-  """[D + 1]: with a zero for the last target, which has no draft."""
+  """Appends a zero for the last target, which has no draft: [D + 1]."""
   return jnp.pad(x_D, (0, 1))
 
 
 def _write(
     grid: Grid, tokens_N: jax.Array, slots_Q: jax.Array, tokens_Q: jax.Array
 ) -> jax.Array:
-  """int32 [N]: tokens with free slots of the image written."""
+  """Writes tokens to the slots that are not forced, int32 [N]."""
   nowhere = grid.length
   slots_Q = jnp.where(_is_forced(grid, slots_Q), nowhere, slots_Q)
   return tokens_N.at[slots_Q].set(tokens_Q, mode="drop")
@@ -248,7 +255,7 @@ def _write(
 def _write_columns(
     grid: Grid, above_CV: jax.Array, slots_Q: jax.Array, p_QV: jax.Array
 ) -> jax.Array:
-  """float32 [row slots, V]: with the lowest new target of each column."""
+  """Stores each column's lowest new target, float32 [row slots, V]."""
   is_kept_Q = (slots_Q < grid.length) & (slots_Q > slots_Q[-1] - grid.row_slots)
   columns_Q = jnp.where(is_kept_Q, slots_Q % grid.row_slots, grid.row_slots)
   return above_CV.at[columns_Q].set(p_QV, mode="drop")

@@ -1,4 +1,4 @@
-"""Drafts of rows that enter: drawn by spatial heads, or put in as stand-ins."""
+"""Drafts of entering rows: sampled from spatial heads, or placeholders."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.rows.state import DRAFT, Rows
 
-# (slots [Q] that a pass fed, N where none; hidden states [G, Q, D] there).
+# Slots [Q] that a pass fed, N where none, and their hidden states [G, Q, D].
 Fed = tuple[jax.Array, jax.Array]
 
 
@@ -17,7 +17,15 @@ def put_drafts(
     state: Rows, slots_K: jax.Array, index_K: jax.Array, drafts: Drafts,
     is_new: jax.Array,
 ) -> Rows:
-  """State with drafts written where `is_new` (bool [K] or [])."""
+  """Writes drafts to the state where `is_new` holds.
+
+  Args:
+    state: State of the image.
+    slots_K: Slots of the drafts.
+    index_K: Window indices of the drafts.
+    drafts: K drafts.
+    is_new: bool [K] or [], which of them to write.
+  """
   slots_K = jnp.where(is_new, slots_K, state.tokens.shape[0])
   index_K = jnp.where(is_new, index_K, state.q.shape[0])
   return state.replace(
@@ -28,14 +36,22 @@ def put_drafts(
 
 
 def sample_drafts(
-    ctx: Context, q_KV: jax.Array, slots_K: jax.Array, how: str,
+    ctx: Context, q_KV: jax.Array, slots_K: jax.Array, method: str,
     purpose: int = 0,
 ) -> Drafts:
-  """Drafts from q: "sample", "coupled" (the slots' own noise) or "argmax"."""
-  if how == "argmax":
+  """Samples drafts from q.
+
+  Args:
+    ctx: Context of the pass.
+    q_KV: Draft distributions.
+    slots_K: Slots of the drafts.
+    method: "sample", "coupled" (with the slots' own noise) or "argmax".
+    purpose: Distinguishes the noise of several calls in one pass.
+  """
+  if method == "argmax":
     tokens_K = jnp.argmax(q_KV, axis=-1).astype(jnp.int32)
     q_KV = jax.nn.one_hot(tokens_K, q_KV.shape[-1])
-  elif how == "coupled":
+  elif method == "coupled":
     tokens_K = sampling_lib.sample(q_KV, ctx.token_noise(slots_K))
   else:
     key = jax.random.fold_in(ctx.pass_key(DRAFT), purpose)
@@ -43,39 +59,43 @@ def sample_drafts(
   return Drafts(tokens_K, q_KV, jnp.zeros(slots_K.shape, bool))
 
 
-def spread(
+def head_distributions(
     ctx: Context, state: Rows, direction: str, offset: int,
     source: tuple[jax.Array, jax.Array], is_due: jax.Array,
 ) -> jax.Array:
-  """float32 [K, V]: what the heads say about the cells `offset` further.
+  """Returns the heads' distributions of the positions `offset` further.
 
-  Zeros, for nothing, in passes in which no image of the batch is due.
+  In passes in which no image of the batch needs them, the heads do not run and
+  the result is zero.
 
   Args:
-    ctx: Of the pass.
-    state: After it.
+    ctx: Context of the pass.
+    state: State after the pass.
     direction: "horizontal" or "vertical".
-    offset: In cells.
-    source: (slots [K], states that predicted them [G, K, D]).
-    is_due: bool [], whether it is asked for.
+    offset: Distance in grid positions.
+    source: Slots [K], and the hidden states that predicted them [G, K, D].
+    is_due: bool [], whether this image needs the distributions.
+
+  Returns:
+    float32 [K, V].
   """
   slots_K, hidden_GKD = source
 
-  def say(params, sampling, hidden_GKD, tokens_K):
+  def predict(params, sampling, hidden_GKD, tokens_K):
     tokens_GK = jnp.broadcast_to(tokens_K, hidden_GKD.shape[:2])
     logits_GKV = ctx.model.draft(
         params, direction, offset, hidden_GKD, tokens_GK)
     return sampling_lib.target(logits_GKV, sampling)
 
-  return _when_due(is_due, say, ctx.params, ctx.sampling, hidden_GKD,
+  return _when_due(is_due, predict, ctx.params, ctx.sampling, hidden_GKD,
                    state.tokens[slots_K])
 
 
 def _when_due(is_due: jax.Array, function, *args) -> jax.Array:
-  """`function(*args)`, or zeros in passes in which it is due for no image.
+  """Returns `function(*args)`, or zeros if no image of the batch needs it.
 
-  A `lax.cond` of one image becomes a select once images are a batch, and both
-  sides run. Here the condition is the batch's.
+  Under vmap, `lax.cond` on a per-image condition becomes a select that runs
+  both branches; this condition is reduced over the batch instead.
   """
 
   def branch(function, is_due, args):
@@ -96,43 +116,53 @@ def _when_due(is_due: jax.Array, function, *args) -> jax.Array:
   return of_image(is_due, args)
 
 
-def no_pass(grid: Grid, hidden_GD: jax.Array) -> Fed:
-  """What the passes before the first have fed."""
+def nothing_fed(grid: Grid, hidden_GD: jax.Array) -> Fed:
+  """Returns the value of `Fed` before the first pass."""
   return jnp.full(1, grid.length), jnp.zeros_like(hidden_GD)[:, None]
 
 
-def predictors(
-    state: Rows, fed: Fed, cells_K: jax.Array
+def predicting_states(
+    state: Rows, fed: Fed, slots_K: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """([G, K, D], bool [K]): states that predicted cells in a pass, which did."""
+  """Looks up the hidden states that predicted slots in the last pass.
+
+  Args:
+    state: State of the image.
+    fed: Slots that the pass fed, and their hidden states.
+    slots_K: Slots to look up.
+
+  Returns:
+    Hidden states [G, K, D], and which of them the pass computed, bool [K].
+  """
   slots_Q, hidden_GQD = fed
   size, length = slots_Q.shape[0], state.tokens.shape[0]
   query_N = jnp.full(length, size).at[slots_Q].set(
       jnp.arange(size), mode="drop"
   )
-  query_K = query_N[jnp.maximum(cells_K - 1, 0)]
+  query_K = query_N[jnp.maximum(slots_K - 1, 0)]
   hidden_GKD = hidden_GQD.at[:, query_K].get(mode="fill", fill_value=0.0)
-  is_origin_K = cells_K == 0
+  is_origin_K = slots_K == 0
   return (
       jnp.where(is_origin_K[:, None], state.hidden[:, None], hidden_GKD),
       is_origin_K | (query_K < size),
   )
 
 
-def stand_in(
+def put_placeholder(
     grid: Grid, state: Rows, row: jax.Array, source: jax.Array,
     is_due: jax.Array,
 ) -> Rows:
-  """State with a token in the slot before a row, where it has none.
+  """Copies a token to the slot before a row, if that slot holds none.
 
-  Only grids without end-of-row tokens need it, for rows that enter before the
-  row above ends. It has no q: the cell counts as not drafted.
+  This is needed only on grids without end-of-row tokens, for rows that enter
+  before the row above ends. The placeholder has no q, so its slot counts as not
+  drafted.
 
   Args:
-    grid: Of the image.
-    state: Of the image.
+    grid: The image as a sequence.
+    state: State of the image.
     row: The row that enters.
-    source: Slot whose token stands in.
+    source: Slot whose token is copied.
     is_due: bool [], whether the row enters.
   """
   slot = row * grid.row_slots - 1

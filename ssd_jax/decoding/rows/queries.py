@@ -1,8 +1,8 @@
-"""Which slots a pass over rows in flight feeds, and what they see.
+"""Selects the slots that a pass feeds, and which slots they see.
 
-They go in raster order into a static number of queries; where these run out,
-the last slots are left out, so that what stands before a query has been fed.
-A slot that was never fed is never visible.
+Slots are fed in raster order, up to a static number of queries; the last slots
+are left out if there are too many, so that all slots before a query have been
+fed. A slot that was never fed is never visible.
 """
 
 import jax
@@ -11,22 +11,22 @@ import jax.numpy as jnp
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.types import Queries
 from ssd_jax.decoding.engine import Context
-from ssd_jax.decoding.rows.state import Rows, place, prefix
+from ssd_jax.decoding.rows.state import Rows, prefix, row_and_column
 
 
 def propose(
     ctx: Context, state: Rows, needed_N: jax.Array, size: int,
     row_causal: bool = False,
 ) -> Queries:
-  """Slots that hold tokens, each seeing what stands before it.
+  """Returns queries for slots that hold tokens; each sees the slots before it.
 
   Args:
-    ctx: Of the pass.
-    state: Of the image.
-    needed_N: bool, slots to feed; the first of them, if there are too many.
-    size: Queries Q.
-    row_causal: Hide drafts of other rows (PJD, section 3.3). The slot before
-      a row counts as that row's.
+    ctx: Context of the pass.
+    state: State of the image.
+    needed_N: bool, slots to feed; the first ones if there are too many.
+    size: Number of queries Q.
+    row_causal: Whether to hide drafts of other rows (PJD, section 3.3). The
+      slot before a row belongs to that row.
   """
   grid = ctx.model.grid
   all_N = jnp.arange(grid.length)
@@ -43,12 +43,19 @@ def propose(
 
 
 def whole_rows(grid: Grid, state: Rows) -> jax.Array:
-  """bool [N]: what predicts any cell of the rows in flight, final or not."""
+  """Returns the slots that predict any position of the active rows, bool [N].
+
+  Positions that are final are included.
+  """
   return _entered(grid, state) & (_predicts(grid) >= state.lead)
 
 
 def open_rows(grid: Grid, state: Rows) -> jax.Array:
-  """bool [N]: what predicts their open cells, and final tokens not yet fed."""
+  """Returns slots that predict open positions or hold unfed final tokens.
+
+  Returns:
+    bool [N].
+  """
   is_last_N = jnp.append(state.final[1:], True)
   return _entered(grid, state) & ~(state.settled & is_last_N)
 
@@ -58,26 +65,31 @@ def _entered(grid: Grid, state: Rows) -> jax.Array:
 
 
 def _predicts(grid: Grid) -> jax.Array:
-  """int32 [N]: the row that each slot is needed for.
+  """Returns the row that each slot is needed for, int32 [N].
 
-  Its own or, where it is a row's last cell or the forced slot behind, the next.
+  This is the slot's own row, but the next one for a row's last image token on
+  plain grids and for the forced slot on end-of-row grids.
   """
   behind = grid.row_slots - grid.cols + 1
   return (jnp.arange(grid.length) + behind) // grid.row_slots
 
 
 def frontier(grid: Grid, state: Rows, count_H: jax.Array) -> jax.Array:
-  """bool [N]: what predicts the next cells of each row, and tokens not yet fed.
+  """Returns slots that predict each row's next positions, or are not yet fed.
 
   Args:
-    grid: Of the image.
-    state: Of the image.
-    count_H: int32 [grid rows], cells after the final ones of each row.
+    grid: The image as a sequence.
+    state: State of the image.
+    count_H: int32 [grid rows], positions to predict after the final ones of
+      each row.
+
+  Returns:
+    bool [N]; includes image tokens that are final but not yet fed.
   """
-  row_N, col_N = place(grid, jnp.arange(grid.length) + 1)
+  row_N, col_N = row_and_column(grid, jnp.arange(grid.length) + 1)
   ahead_N = col_N - prefix(grid, state.final)[row_N]
-  is_looked_at_N = (
+  is_predictor_N = (
       (ahead_N >= 0) & (ahead_N < count_H[row_N]) & (col_N < grid.cols)
   )
-  is_cell_N = ~jnp.asarray(grid.is_forced)
-  return is_looked_at_N | (is_cell_N & state.final & ~state.settled)
+  is_image_N = ~jnp.asarray(grid.is_forced)
+  return is_predictor_N | (is_image_N & state.final & ~state.settled)

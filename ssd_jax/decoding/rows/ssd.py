@@ -1,11 +1,11 @@
-"""SSD: whole rows drafted by spatial heads, corrected in rounds, committed.
+"""SSD: spatial heads draft whole rows, which are corrected and committed.
 
-Row 0 is drafted in groups by horizontal heads, every block of rows below it
-from the last committed row by vertical heads. A round tests every draft of a
-block on its own and redraws those that fail (auto-correction). After its rounds
-a row is fed once more, unchanged, which makes it final and yields the states
-that the next rows are drafted from. So the number of passes does not depend on
-the picture, and the joint law is not the model's.
+Horizontal heads draft row 0 in groups; vertical heads draft every block of rows
+below it from the last committed row. A round tests every draft of a block
+independently and resamples the rejected ones (auto-correction). After its
+rounds a row is fed once more, unchanged: this makes it final and yields the
+hidden states that the next rows are drafted from. So the number of passes does
+not depend on the image, and the joint distribution is not the model's.
 
 Source: SSD, arXiv:2606.20543, section 3.3.
 """
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.grid import Grid
+from ssd_jax.core.protocols import DecoderBase, Needs
 from ssd_jax.core.types import Model, Queries
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.rows import (
@@ -30,15 +31,16 @@ from ssd_jax.decoding.rows.state import Rows, Verdict
 
 SCHEDULES = ("joint", "staged", "pipelined")
 DRAFTS = ("sample", "argmax")
+_HORIZONTAL, _VERTICAL = 5, 1  # default numbers of heads, as in the paper
 
 
 @flax.struct.dataclass
 class Plan:
-  """Where the schedule stands.
+  """State of the schedule.
 
   Attributes:
-    rounds: int32 [H], rounds that each row of the grid has ahead of it.
-    waited: int32 [], passes since a row entered.
+    rounds: int32 [H], remaining correction rounds of each grid row.
+    waited: int32 [], passes since a row last entered.
   """
 
   rounds: jax.Array
@@ -46,31 +48,32 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class SSD:
+class SSD(DecoderBase):
   """Spatially speculative decoding.
 
   Attributes:
-    horizontal: Heads, and so cells per group, in row 0.
-    vertical: Heads, and so rows per block, below.
-    rounds: Of a block.
-    horizontal_rounds: Of a group.
+    horizontal: Heads used in row 0, i.e. tokens per group; None is 5, or as
+      many as the model has.
+    vertical: Heads used below row 0, i.e. rows per block; None is 1.
+    rounds: Correction rounds of a block.
+    horizontal_rounds: Correction rounds of a group.
     schedule: "joint" corrects a block's rows together and commits them one
-      after the other; "staged" gives each but the first `staged_rounds` more,
-      once the one above is committed; "pipelined" lets a row enter every `lag`
-      passes, while those above are still being corrected.
-    staged_rounds: Of "staged"; None for 4.
-    lag: Of "pipelined"; None for 2, or rounds + 1 if that is less, which is
-      "joint".
-    adaptive: A row whose round changed nothing needs no further one: it has
-      been fed as it stands.
+      after the other; "staged" gives each row but the first `staged_rounds`
+      more rounds once the row above is committed; "pipelined" lets a row enter
+      every `lag` passes, while the rows above are still being corrected.
+    staged_rounds: Additional rounds of "staged"; None for 4.
+    lag: Passes between entering rows of "pipelined"; None for 2, or rounds + 1
+      if that is less, which equals "joint".
+    adaptive: Whether a row is done with its rounds once a round changes none
+      of its tokens: it has then been fed unchanged.
     drafts: "sample" from the heads' distributions, or their "argmax".
-    lenience: What a draft's q is multiplied by when it is tested; 1 is the
-      paper's test. A round redraws all that fail in a row, each as if its
-      neighbours stayed, so that fewer redraws clash less (ours).
+    lenience: Factor that a draft's q is multiplied by in its test; 1 is the
+      paper's test. A round resamples all rejected drafts of a row, each given
+      the old neighbours, so fewer rejections cause fewer conflicts (ours).
   """
 
-  horizontal: int = 5
-  vertical: int = 1
+  horizontal: int | None = None
+  vertical: int | None = None
   rounds: int = 2
   horizontal_rounds: int = 1
   schedule: str = "joint"
@@ -95,7 +98,7 @@ class SSD:
           f"one of {', '.join(DRAFTS)}")
     check(0 < self.lenience <= 1, "lenience", self.lenience, "in (0, 1]")
     if self.schedule == "pipelined":
-      check(self.vertical == 1, "vertical", self.vertical,
+      check(self.vertical in (None, 1), "vertical", self.vertical,
             "1 where rows enter one by one")
       check((self.lag or 1) <= self.rounds + 1, "lag", self.lag,
             f"at most {self.rounds + 1} (rounds + 1)")
@@ -104,21 +107,26 @@ class SSD:
       check(value is None or self.schedule == schedule, field, value,
             f"none, or schedule={schedule}")
 
-  def scratch(self, model: Model) -> int:
-    """None."""
-    return 0
+  @property
+  def has_fixed_passes(self) -> bool:
+    """Whether all images of a grid take the same number of passes."""
+    return not self.adaptive
+
+  def needs(self, model: Model) -> Needs:
+    """Returns the spatial heads that drafts are made with."""
+    return Needs(horizontal=model.grid.cols > 1, vertical=model.grid.rows > 1)
 
   def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Rows:
-    """State with the first group of row 0 drafted."""
+    """Returns the state with the first group of row 0 drafted."""
     grid = ctx.model.grid
     rows = self._rows_in_flight(ctx.model)
     state = rows_lib.start(ctx, p_V, hidden_GD, rows, grid.cols)
     rounds_H = jnp.zeros(grid.rows, jnp.int32)
     state = state.replace(plan=Plan(rounds_H, jnp.int32(0)))
-    return self._advance(ctx, state, row_drafts.no_pass(grid, hidden_GD))
+    return self._advance(ctx, state, row_drafts.nothing_fed(grid, hidden_GD))
 
   def propose(self, ctx: Context, state: Rows) -> Queries:
-    """The rows in flight."""
+    """Returns all slots of the active rows."""
     grid = ctx.model.grid
     size = self._rows_in_flight(ctx.model) * grid.row_slots
     needed_N = row_queries.whole_rows(grid, state)
@@ -128,11 +136,11 @@ class SSD:
       self, ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
       hidden_GQD: jax.Array,
   ) -> Rows:
-    """State with rows corrected or committed, and the next ones drafted."""
+    """Corrects or commits the active rows, and drafts the next ones."""
     grid = ctx.model.grid
     verdict = rows_lib.verify(
         ctx, state, queries, p_QV, lenience=self.lenience, eager=True)
-    row_Q, _ = rows_lib.place(grid, verdict.cells)
+    row_Q, _ = rows_lib.row_and_column(grid, verdict.slots)
     is_round_H = (state.plan.rounds > 0) & _in_flight(grid, state)
     is_done_H = self._done(state, verdict, row_Q, is_round_H)
     state = rows_lib.commit(
@@ -147,10 +155,10 @@ class SSD:
       self, state: Rows, verdict: Verdict, row_Q: jax.Array,
       is_round_H: jax.Array,
   ) -> jax.Array:
-    """bool [H]: rows that are final after the pass.
+    """Returns which rows are final after the pass, bool [H].
 
-    The first row after the pass that commits it; and, if adaptive, rows that a
-    round left as they are, where those above are final.
+    These are the first row after the pass that commits it and, if adaptive,
+    rows that a round left unchanged while all rows above are final.
     """
     rejected_Q = verdict.had_draft & ~verdict.accepted
     changed_Q = jnp.where(rejected_Q, row_Q, is_round_H.shape[0])
@@ -164,13 +172,13 @@ class SSD:
     return jnp.cumprod(is_done_H).astype(bool)
 
   def _advance(self, ctx: Context, state: Rows, fed: Fed) -> Rows:
-    """State with the window moved on and what is due drafted."""
+    """Shifts the window and drafts the next group or rows if they are due."""
     grid, entered = ctx.model.grid, state.entered
-    lead = rows_lib.first_open(grid, state.final)
+    lead = rows_lib.first_open_row(grid, state.final)
     moved = rows_lib.shift_window(state, lead, state.first)
     plan = state.plan
     if self.schedule != "pipelined":
-      # A block's next row begins its own rounds.
+      # The next row of a block starts its additional rounds.
       more = self._more_rounds()
       is_next = (lead > state.lead) & (lead < entered)
       plan = plan.replace(
@@ -186,15 +194,15 @@ class SSD:
   def _draft_group(
       self, ctx: Context, state: Rows, moved: Rows, fed: Fed
   ) -> Rows:
-    """State with the next group of row 0 drafted, if the last is final."""
+    """Drafts the next group of row 0 if the last group is final."""
     cols = ctx.model.grid.cols
     count = jnp.sum(state.final[:cols])
     is_due = (count < cols) & (jnp.sum(state.known[:cols]) == count)
     last = jnp.reshape(count - 1, 1)
-    hidden_G1D, _ = row_drafts.predictors(state, fed, last)
+    hidden_G1D, _ = row_drafts.predicting_states(state, fed, last)
     reach = min(self._heads(ctx.model)[0], cols - 1)
     q_KV = jnp.concatenate([
-        row_drafts.spread(
+        row_drafts.head_distributions(
             ctx, state, "horizontal", offset, (last, hidden_G1D), is_due)
         for offset in range(1, reach + 1)
     ])
@@ -212,19 +220,19 @@ class SSD:
   def _draft_block(
       self, ctx: Context, state: Rows, moved: Rows, fed: Fed
   ) -> Rows:
-    """State with the next rows drafted from the last one, if they are due."""
+    """Drafts the next rows from the last entered row if they are due."""
     grid, entered = ctx.model.grid, state.entered
     is_due = moved.lead >= entered
     if self.schedule == "pipelined":
       is_due |= (moved.lead > 0) & (state.plan.waited >= self._lag())
     source_C = jnp.asarray(grid.slot_of)[entered - 1]
     cols_C = jnp.arange(grid.cols)
-    hidden_GCD, _ = row_drafts.predictors(state, fed, source_C)
+    hidden_GCD, _ = row_drafts.predicting_states(state, fed, source_C)
     plan = moved.plan
     for offset in range(1, self._heads(ctx.model)[1] + 1):
       row = entered + offset - 1
       is_new = is_due & (row < grid.rows)
-      q_CV = row_drafts.spread(
+      q_CV = row_drafts.head_distributions(
           ctx, state, "vertical", offset, (source_C, hidden_GCD), is_new
       )
       slots_C = source_C + offset * grid.row_slots
@@ -248,28 +256,29 @@ class SSD:
     return min(2, self.rounds + 1) if self.lag is None else self.lag
 
   def _more_rounds(self) -> int:
-    """Of a block's rows but the first, once the one above is committed."""
+    """Returns the additional rounds of all but the first row of a block."""
     if self.schedule != "staged":
       return 0
     return 4 if self.staged_rounds is None else self.staged_rounds
 
   def _heads(self, model: Model) -> tuple[int, int]:
-    """Horizontal and vertical heads in use."""
+    """Returns the numbers of horizontal and vertical heads in use."""
     grid = model.grid
     across, down = (
-        rows_lib.clamp(self, field, most, "the heads at hand")
-        for field, most in zip(("horizontal", "vertical"), model.heads)
-    )
+        rows_lib.at_most(value, default, most, field, "the model's heads")
+        for value, default, most, field in (
+            (self.horizontal, _HORIZONTAL, model.heads[0], "horizontal"),
+            (self.vertical, _VERTICAL, model.heads[1], "vertical")))
     if (grid.cols > 1 and not across) or (grid.rows > 1 and not down):
       raise UserError(
-          f"got spatial heads {model.heads} (horizontal, vertical), expected "
-          "at least one of each for ssd; train them with train.mtp, or use "
-          "stair"
+          "Expected at least one spatial head of each direction for ssd, got "
+          f"{model.heads} (horizontal, vertical). Train them with train.mtp, "
+          "or use stair."
       )
     return across, down
 
 
 def _in_flight(grid: Grid, state: Rows) -> jax.Array:
-  """bool [H]: rows that have entered and are not final."""
+  """Returns which rows have entered and are not final, bool [H]."""
   row_H = jnp.arange(grid.rows)
   return (row_H >= state.lead) & (row_H < state.entered)

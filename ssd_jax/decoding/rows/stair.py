@@ -1,10 +1,11 @@
-"""The staircase: rows in flight that become final cell by cell.
+"""The staircase: several rows become final token by token, in parallel.
 
-All rows are drafted, tested and redrawn in every pass, each seeing all drafts
-before it. A cell becomes final once its own row is final up to it, the row
-above is final (and fed as such) `lookahead` cells further, and it was tested or
-redrawn in that state. With the whole row above, that is the raster prefix and
-its first redrawn cell: `Exact`.
+Every pass tests the drafts of all active rows and resamples the rejected ones;
+each token sees all drafts before it. A token becomes final once its own row is
+final up to it, the row above is final (and was fed so) `lookahead` positions
+further, and the token was tested or resampled in that state. If the lookahead
+is the whole row above, these are the accepted raster prefix and the first
+resampled token: `Exact`.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax.scipy.special
 
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.grid import Grid
+from ssd_jax.core.protocols import DecoderBase, Needs
 from ssd_jax.core.types import Model, Queries
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.rows import (
@@ -27,29 +29,29 @@ from ssd_jax.decoding.rows.state import Rows, Verdict
 
 DRAFTS = ("auto", "heads", "above", "around", "copy", "both")
 _NEED_HEADS = ("heads", "both")
-_ROW_0, _ROW_BELOW = range(2)  # purposes of drafting
-# By default; with two streams about as many rows of a product as accelerators
-# take in the time in which they read the weights.
+_ROW_0, _ROW_BELOW = range(2)  # purposes of the drafts' random keys
+# Default limit. With two guidance streams, a matmul over about as many rows
+# takes accelerators as long as reading the weights.
 _MOST_QUERIES = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Staircase:
-  """What both staircases share.
+class _Staircase(DecoderBase):
+  """Base class of both staircases.
 
   Attributes:
-    entry: Final cells of a row at which the row below is drafted; 0 is as soon
-      as it is drafted itself.
-    rows: Rows in flight.
-    queries: Slots fed in a pass, the first of those that have something to say;
-      None is as many as five rows have (`Exact`: one row), 256 at most.
-    drafts: Where a row's first drafts come from: "heads" (horizontal in row 0,
-      vertical below), "above" (the distribution of the cell above; in row 0 of
-      cell 0), "around" (those of the three cells above, blurred), "copy" (the
-      token above), "both" (heads and above, averaged) or "auto" (heads where
-      there are any, else above).
-    coupled: Draw each cell with its own noise in every pass, AR's, instead of
-      testing by min(1, p / q) with the noise of the pass.
+    entry: Number of final tokens of a row at which the row below is drafted; 0
+      drafts the row below as soon as the row itself is drafted.
+    rows: Number of active rows.
+    queries: Slots fed per pass, the first of those that need to be fed; None
+      is as many as five rows have (`Exact`: one row), but at most 256.
+    drafts: Source of a row's first drafts: "heads" (horizontal in row 0,
+      vertical below), "above" (the distribution of the token above; in row 0
+      that of token 0), "around" (a blur of the distributions of the three
+      tokens above), "copy" (the token above), "both" (the mean of heads and
+      above) or "auto" (heads if the model has any, else above).
+    coupled: Whether to sample each slot with its own noise in every pass, as AR
+      does, instead of testing with min(1, p / q) and the noise of the pass.
   """
 
   entry: int = 1
@@ -70,27 +72,28 @@ class _Staircase:
     check(self.drafts in DRAFTS, "drafts", self.drafts,
           f"one of {', '.join(DRAFTS)}")
 
-  def scratch(self, model: Model) -> int:
-    """None."""
-    return 0
+  def needs(self, model: Model) -> Needs:
+    """Returns spatial heads if `drafts` requires them."""
+    has_to = self.drafts in _NEED_HEADS
+    return Needs(horizontal=has_to, vertical=has_to)
 
   def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Rows:
-    """State with row 0 drafted."""
+    """Returns the state with row 0 drafted."""
     grid = ctx.model.grid
     if self.drafts in _NEED_HEADS and min(ctx.model.heads) < 1:
       raise UserError(
-          f"got drafts={self.drafts} for a model without spatial heads, "
-          "expected them at hand; train them, or use drafts=above"
+          f"Expected a model with spatial heads for drafts={self.drafts}, got "
+          "a model without spatial heads. Train them, or use drafts=above."
       )
     rows = min(self.rows, grid.rows)
     state = rows_lib.start(ctx, p_V, hidden_GD, rows, grid.cols)
     state = self._draft_row_0(ctx, state, p_V)
     if grid.cols > 1:
       return state
-    return self._advance(ctx, state, row_drafts.no_pass(grid, hidden_GD))
+    return self._advance(ctx, state, row_drafts.nothing_fed(grid, hidden_GD))
 
   def propose(self, ctx: Context, state: Rows) -> Queries:
-    """What is open in the rows in flight."""
+    """Returns the slots that the active rows need to feed."""
     grid = ctx.model.grid
     needed_N = self._needed(ctx.model, state)
     return row_queries.propose(
@@ -101,10 +104,10 @@ class _Staircase:
       self, ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
       hidden_GQD: jax.Array,
   ) -> Rows:
-    """State with every draft tested and each row's next cells final."""
+    """Verifies all drafts and commits each row's next tokens."""
     grid = ctx.model.grid
-    # What heads say is near the model's law; copies of the row above are not,
-    # and if they passed leniently, pictures would run flat.
+    # Drafts of heads follow nearly the model's distribution. Copies of the row
+    # above do not: accepting them leniently would make images flat.
     verdict = rows_lib.verify(
         ctx, state, queries, p_QV, self.coupled, self._lenience(grid),
         eager=self._uses_heads(ctx.model))
@@ -118,7 +121,7 @@ class _Staircase:
     raise NotImplementedError
 
   def _lenience(self, grid: Grid) -> float:
-    """What a draft's q is multiplied by when it is tested."""
+    """Returns the factor that a draft's q is multiplied by in its test."""
     return 1.0
 
   def _size(self, grid: Grid) -> int:
@@ -128,16 +131,16 @@ class _Staircase:
     return min(max(wanted, 1 + int(grid.end_of_row)), most)
 
   def _needed(self, model: Model, state: Rows) -> jax.Array:
-    """bool [N]: slots to feed.
+    """Returns the slots to feed, bool [N].
 
-    Heads want the whole of the row that they look at, if there is room: what is
-    open goes first, or rows would stand still.
+    Heads need the whole row that they draft from. It is fed only if the queries
+    suffice: open slots have priority, otherwise rows would make no progress.
     """
     grid = model.grid
     open_N = row_queries.open_rows(grid, state)
     if not self._uses_heads(model):
       return open_N
-    row_N, _ = rows_lib.place(grid, jnp.arange(grid.length) + 1)
+    row_N, _ = rows_lib.row_and_column(grid, jnp.arange(grid.length) + 1)
     is_source_N = (row_N == state.entered - 1) & (state.entered < grid.rows)
     wanted_N = open_N | (is_source_N & row_queries.whole_rows(grid, state))
     has_room = jnp.sum(wanted_N) <= self._size(grid)
@@ -146,26 +149,26 @@ class _Staircase:
   def _accepted_prefix(
     self, grid: Grid, state: Rows, verdict: Verdict
   ) -> jax.Array:
-    """bool [Q]: cells that become final.
+    """Returns the slots that become final, bool [Q].
 
-    In a row whose first n cells are final or passed, cell n was redrawn in
-    their company, so n + 1 may become final, but only n were fed as such: only
-    those count for the row below.
+    If the first n tokens of a row are final or accepted, token n was resampled
+    given these, so n + 1 tokens may become final. The pass fed only the first n
+    of them unchanged, so only these count for the row below.
     """
-    row_Q, col_Q = rows_lib.place(grid, verdict.cells)
+    row_Q, col_Q = rows_lib.row_and_column(grid, verdict.slots)
     rows = state.first.shape[0]
     row_R = jnp.minimum(state.lead + jnp.arange(rows), grid.rows - 1)
     fill_R = rows_lib.prefix(grid, state.final)[row_R]
-    run_R = rows_lib.accepted_prefix(grid, state, verdict)[row_R]
+    prefix_R = rows_lib.accepted_prefix(grid, state, verdict)[row_R]
     ahead_RC = jnp.full((rows, grid.cols), self._lookahead(grid.cols))
     if self.sure:
       entropy_Q = jnp.sum(jax.scipy.special.entr(verdict.p), axis=-1)
       is_sure_Q = verdict.is_open & (entropy_Q <= self.sure)
       at_Q = jnp.where(is_sure_Q, row_Q - state.lead, rows)
       ahead_RC = ahead_RC.at[at_Q, col_Q].set(0, mode="drop")
-    # Cells that were drafts in the pass are hidden from other rows, or not.
-    fed_R = fill_R if self.row_causal else run_R
-    count_R = allow(fill_R, run_R, fed_R, ahead_RC)
+    # With row_causal, other rows did not see the drafts of this pass.
+    fed_R = fill_R if self.row_causal else prefix_R
+    count_R = count_committed(fill_R, prefix_R, fed_R, ahead_RC)
     at_Q = jnp.clip(row_Q - state.lead, 0, rows - 1)
     return verdict.is_open & (col_Q < count_R[at_Q])
 
@@ -173,18 +176,18 @@ class _Staircase:
     return self.drafts in ("auto", *_NEED_HEADS) and min(model.heads) >= 1
 
   def _draft_row_0(self, ctx: Context, state: Rows, p_V: jax.Array) -> Rows:
-    """State with the cells right of cell 0 drafted from what predicted it."""
+    """Drafts the rest of row 0 from the distribution of token 0, or heads."""
     cols_K = jnp.arange(1, ctx.model.grid.cols)
     q_KV = jnp.broadcast_to(p_V, (cols_K.shape[0], p_V.shape[0]))
     if self._uses_heads(ctx.model) and cols_K.shape[0]:
       source = jnp.zeros(1, jnp.int32), state.hidden[:, None]
       reach = min(ctx.model.heads[0], cols_K.shape[0])
       heads = [
-          row_drafts.spread(
+          row_drafts.head_distributions(
               ctx, state, "horizontal", offset, source, jnp.bool_(True))
           for offset in range(1, reach + 1)
       ]
-      # Beyond the furthest head, its guess is as good as any.
+      # Positions beyond the last head reuse its distribution.
       q_KV = jnp.concatenate(heads)[jnp.minimum(cols_K, reach) - 1]
     drafts = row_drafts.sample_drafts(ctx, q_KV, cols_K, self._how(), _ROW_0)
     index_K = rows_lib.window_index(state, jnp.int32(0), cols_K)
@@ -193,12 +196,13 @@ class _Staircase:
     )
 
   def _advance(self, ctx: Context, state: Rows, fed: Fed) -> Rows:
-    """State with the window moved on and the next row drafted if it is due."""
+    """Shifts the window and drafts the next row if it is due."""
     grid = ctx.model.grid
-    entry = rows_lib.clamp(self, "entry", grid.cols, "the columns")
+    entry = rows_lib.at_most(
+        self.entry, 0, grid.cols, "entry", "the columns")
     row, cols_C = state.entered, jnp.arange(grid.cols)
     above_C = jnp.asarray(grid.slot_of)[row - 1]
-    lead = rows_lib.first_open(grid, state.final)
+    lead = rows_lib.first_open_row(grid, state.final)
     moved = rows_lib.shift_window(state, lead, state.first)
     needed = jnp.sum(row_queries.open_rows(grid, moved))
     is_due = (
@@ -219,8 +223,8 @@ class _Staircase:
       self, ctx: Context, state: Rows, fed: Fed, above_C: jax.Array,
       is_due: jax.Array,
   ) -> jax.Array:
-    """float32 [C, V]: what the row below a row is drafted from, if it is."""
-    place = rows_lib.place(ctx.model.grid, above_C)
+    """Returns the distributions to draft the next row from, float32 [C, V]."""
+    place = rows_lib.row_and_column(ctx.model.grid, above_C)
     q_CV = state.q[rows_lib.window_index(state, *place)]
     if self.drafts == "copy":
       return jax.nn.one_hot(state.tokens[above_C], ctx.model.vocab)
@@ -229,8 +233,8 @@ class _Staircase:
       return (padded[:-2] + 2 * q_CV + padded[2:]) / 4
     if not self._uses_heads(ctx.model):
       return q_CV
-    hidden_GCD, is_fed_C = row_drafts.predictors(state, fed, above_C)
-    heads_CV = row_drafts.spread(
+    hidden_GCD, is_fed_C = row_drafts.predicting_states(state, fed, above_C)
+    heads_CV = row_drafts.head_distributions(
         ctx, state, "vertical", 1, (above_C, hidden_GCD), is_due
     )
     if self.drafts == "both":
@@ -243,22 +247,22 @@ class _Staircase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stair(_Staircase):
-  """Cell by cell, `lookahead` cells behind the row above.
+  """Commits rows token by token, each `lookahead` tokens behind the row above.
 
-  Without settings it is the best trade-off that was measured (docs/results.md).
+  The default settings are the best trade-off measured (docs/results.md).
 
   Attributes:
-    lookahead: Final cells of the row above right of, and including, the one
-      above; from the number of columns on, the output's law is AR's. None is 4,
-      or fewer than the columns.
-    sure: Entropy in nats up to which a cell needs none of these, but only those
-      to the left of the one above.
-    lenience: What a draft's q is multiplied by when it is tested: below 1 more
-      drafts pass than the model would have it (Leviathan et al. 2023,
-      arXiv:2211.17192, appendix A.5). A cell's first test is strict unless
-      heads drafted it. None is 0.6, and 1 where nothing else keeps the law
-      from being AR's.
-    row_causal: Hide the drafts of other rows (PJD's mask).
+    lookahead: Number of final tokens of the row above that a token needs,
+      counted from the token directly above to the right; from the number of
+      columns on, the output follows AR's distribution. None is 4, or one less
+      than the columns of a narrow grid.
+    sure: Entropy in nats up to which a token needs none of these, but only the
+      tokens to the left of the one above.
+    lenience: Factor that a draft's q is multiplied by in its test; below 1 more
+      drafts are accepted than the exact test accepts (Leviathan et al. 2023,
+      arXiv:2211.17192, appendix A.5). A token's first test is exact unless
+      heads drafted it. None is 0.6, or 1 if the decoder is otherwise lossless.
+    row_causal: Whether to hide the drafts of other rows (PJD's mask).
   """
 
   entry: int = 0
@@ -281,7 +285,7 @@ class Stair(_Staircase):
     check(self.lenience in (None, 1) or not self.coupled, "lenience",
           self.lenience, "1 with coupled=true, which tests no drafts")
 
-  def lossless_on(self, grid: Grid) -> bool:
+  def is_lossless(self, grid: Grid) -> bool:
     """Whether rows wait for the whole of the row above, and tests are AR's."""
     return self._waits(grid) and self._lenience(grid) == 1
 
@@ -302,14 +306,15 @@ class Stair(_Staircase):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exact(_Staircase):
-  """The raster prefix that passed and the first redrawn cell; lossless.
+  """Commits the accepted raster prefix and the first resampled token; lossless.
 
-  It feeds as many slots as a row has: three times as many save one pass in ten,
-  and a pass of the embedded model on a CPU takes 1.7 times as long.
+  A pass feeds as many slots as a row has. Three times as many would save one
+  pass in ten, but a pass of the embedded model on a CPU would take 1.7 times as
+  long.
 
   Attributes:
-    lookahead: Final cells of the row above; None is all of them, and fewer
-      would not be exact.
+    lookahead: Number of final tokens of the row above; None is all of them.
+      Fewer would not be exact.
   """
 
   rows: int = 3
@@ -321,21 +326,25 @@ class Exact(_Staircase):
   def _lookahead(self, cols: int) -> int:
     if self.lookahead is not None and self.lookahead < cols:
       raise UserError(
-          f"got lookahead={self.lookahead}, expected at least {cols} (the "
-          "columns) for exact; leave it out, or use stair"
+          f"Expected lookahead to be at least {cols} (the columns) for exact, "
+          f"got lookahead={self.lookahead}. Omit it, or use stair."
       )
     return cols
 
-def allow(
-    fill_R: jax.Array, run_R: jax.Array, fed_R: jax.Array, ahead_RC: jax.Array
+def count_committed(
+  fill_R: jax.Array, prefix_R: jax.Array, fed_R: jax.Array, ahead_RC: jax.Array
 ) -> jax.Array:
-  """int32 [R]: cells of each row that are final after a pass.
+  """Counts the tokens of each row that are final after a pass.
 
   Args:
-    fill_R: int32, cells that were final before it.
-    run_R: int32, leading cells that are final or passed.
+    fill_R: int32, tokens that were final before the pass.
+    prefix_R: int32, leading tokens that are final or accepted.
     fed_R: int32, those of them that the rows below saw.
-    ahead_RC: int32, cells that the row above has to be ahead of each cell.
+    ahead_RC: int32, by how many tokens the row above has to be ahead of each
+      token.
+
+  Returns:
+    int32 [R].
   """
   cols = ahead_RC.shape[1]
   col_C = jnp.arange(cols)
@@ -349,6 +358,6 @@ def allow(
     return jnp.minimum(fed, allowed), jnp.minimum(run + 1, allowed)
 
   _, count_R = jax.lax.scan(
-      step, jnp.int32(cols), (fill_R, run_R, fed_R, ahead_RC)
+      step, jnp.int32(cols), (fill_R, prefix_R, fed_R, ahead_RC)
   )
   return count_R

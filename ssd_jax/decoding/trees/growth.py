@@ -1,14 +1,14 @@
 """Grows a draft tree with the drafter, level by level, for one image.
 
-Children of a node are the tokens that rank highest by
+The children of a node are the tokens that rank highest by
 
   "top"      the drafter's probability q;
-  "coupled"  log q plus the slot's own Gumbel noise, the same that the target's
-             token will be drawn with: the guess is then of the draw itself;
-  "sampled"  log q plus fresh noise: draws from q without replacement.
+  "coupled"  log q plus the slot's own Gumbel noise, with which the target's
+             token will be sampled: the draft then predicts the sample itself;
+  "sampled"  log q plus fresh noise: samples from q without replacement.
 
-A forced slot is a level with one child per node. A level beyond the end of the
-image has none: there the tree is cut.
+A forced slot is a level with one child per node. Levels beyond the end of the
+image have no children.
 """
 
 import flax.struct
@@ -21,21 +21,21 @@ from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.trees.shapes import Dynamic, Static, Tree
 
 DRAFTS = ("top", "coupled", "sampled")
-PURPOSE = 0  # of the noise of sampled drafts
+PURPOSE = 0  # purpose of the random key of sampled drafts
 
 
 @flax.struct.dataclass
 class Draft:
-  """A tree of T nodes to be verified; node j is query j + 1, query 0 the root.
+  """A tree of T nodes to verify; node j is query j + 1, the root is query 0.
 
   Attributes:
-    tokens: int32 [T].
-    parent: int32 [T], the query that is each node's parent.
+    tokens: int32 [T], drafts.
+    parent: int32 [T], the query of each node's parent.
     depth: int32 [T], levels below the root.
-    exists: bool [T].
+    exists: bool [T], which nodes exist.
     visible: bool [T, T], which nodes each sees: its ancestors and itself.
-    q: float32 [T + 1, V], what each query's children were drawn from; None
-      unless they were sampled.
+    q: float32 [T + 1, V], distribution that each query's children were sampled
+      from; None unless they were sampled.
   """
 
   tokens: jax.Array
@@ -51,8 +51,9 @@ class Children:
   """The children of F nodes of one level, best first.
 
   Attributes:
-    tokens: int32 [F, K].
-    score: float32 [F, K], logarithm of how likely each is; -inf where none.
+    tokens: int32 [F, K], drafts.
+    score: float32 [F, K], log-probability of each child; -inf where none
+      exists.
     q: float32 [F, V], the drafter's distribution.
   """
 
@@ -63,12 +64,12 @@ class Children:
 
 @flax.struct.dataclass
 class Roots:
-  """Where a tree starts.
+  """The root of a tree.
 
   Attributes:
-    slot: int32 [], of the root.
+    slot: int32 [], the root's slot.
     hidden: [G, D], the drafter's prediction of the root's hidden state.
-    cache: The drafter's, filled up to the root.
+    cache: The drafter's cache, filled up to the root.
   """
 
   slot: jax.Array
@@ -81,12 +82,12 @@ class _Front:
   """The nodes of a level that are expanded next.
 
   Attributes:
-    tokens: int32 [F].
-    score: float32 [F].
-    candidate: int32 [F], each node's number among all that are drafted.
-    hidden: [G, F, D], predicted states of their parents.
+    tokens: int32 [F], their tokens.
+    score: float32 [F], log-probabilities of their paths.
+    candidate: int32 [F], each node's index among all drafted nodes.
+    hidden: [G, F, D], predicted hidden states of their parents.
     seen: bool [F, U], scratch slots of their ancestors in the drafter's cache.
-    cache: The drafter's.
+    cache: The drafter's cache.
   """
 
   tokens: jax.Array
@@ -98,7 +99,17 @@ class _Front:
 
 
 def grow(ctx: Context, tree: Tree, drafts: str, root: Roots) -> Draft:
-  """The tree of drafts below a root. What it writes is not kept."""
+  """Grows the tree of drafts below a root.
+
+  Args:
+    ctx: Context of the pass.
+    tree: Shape of the tree.
+    drafts: How children are selected, one of DRAFTS.
+    root: The root. Its cache is extended only while the tree grows.
+
+  Returns:
+    The tree.
+  """
   if isinstance(tree, Dynamic):
     return _grow_dynamic(ctx, tree, drafts, root)
   return _grow_static(ctx, tree, drafts, root)
@@ -184,8 +195,8 @@ def _grow_dynamic(
   parent = jnp.concatenate([jnp.full(width, -1), parent.ravel()])
   depth = np.repeat(np.arange(1, tree.depth + 1),
                     [width] + [width**2] * (tree.depth - 1))
-  # A child is never worth more than its parent, and of equals the first is
-  # kept: the parents of kept nodes are kept.
+  # A child never scores higher than its parent, and ties keep the first node,
+  # so the parents of kept nodes are kept.
   kept_T = jnp.sort(jax.lax.top_k(score, tree.nodes)[1])
   above_T = parent[kept_T]
   parent_T = jnp.where(above_T < 0, 0, 1 + jnp.searchsorted(kept_T, above_T))
@@ -197,7 +208,12 @@ def _grow_dynamic(
 
 
 def ancestors(parent_T: jax.Array, depth: int) -> jax.Array:
-  """bool [T, T]: whether column is an ancestor of row, or row itself."""
+  """Returns whether node j is node i or its ancestor, bool [T, T].
+
+  Args:
+    parent_T: int32, the query of each node's parent.
+    depth: Levels of the tree.
+  """
   nodes = jnp.arange(len(parent_T))
   visible_TT = jnp.eye(len(parent_T), dtype=bool)
   above_T = parent_T
@@ -210,7 +226,11 @@ def ancestors(parent_T: jax.Array, depth: int) -> jax.Array:
 def _feed(
     ctx, cache, hidden_GFD, tokens_F, scratch_F, root, level, seen_FU
 ) -> tuple[jax.Array, KVCache]:
-  """(states of nodes of a level [G, F, D], cache with them written)."""
+  """Feeds a level's nodes to the drafter.
+
+  Returns:
+    The nodes' predicted hidden states [G, F, D], and the updated cache.
+  """
   length = ctx.model.grid.length
   committed = jnp.broadcast_to(
       jnp.arange(length) <= root, (len(tokens_F), length))
@@ -223,7 +243,7 @@ def _feed(
 
 
 def _children(ctx, hidden_GFD, slot, width, drafts, level) -> Children:
-  """The `width` best tokens of `slot` after each of F nodes."""
+  """Returns the `width` best tokens of `slot` for each of F nodes."""
   grid, vocab = ctx.model.grid, ctx.model.vocab
   q_FV = ctx.target(ctx.model.logits(ctx.params, hidden_GFD))
   order_FV = jnp.log(q_FV)
@@ -234,7 +254,7 @@ def _children(ctx, hidden_GFD, slot, width, drafts, level) -> Children:
     order_FV += jax.random.gumbel(key, q_FV.shape)
   score_FK, tokens_FK = jax.lax.top_k(order_FV, width)
   score_FK -= jax.nn.logsumexp(order_FV, axis=-1, keepdims=True)
-  # Rounding must not lift a child above its parent.
+  # Rounding must not let a child score higher than its parent.
   score_FK = jnp.minimum(score_FK, 0.0)
   is_forced = jnp.asarray(grid.is_forced).at[slot].get(
       mode="fill", fill_value=False)

@@ -1,6 +1,6 @@
-"""Shapes of draft trees: how many children each node gets, known beforehand.
+"""Static shapes of draft trees.
 
-A tree is named by a string, so that command lines can say it:
+A string names a tree, so that it can be given on a command line:
 
   "mc_sim", "medusa", "binary"    static, published
   "naive_extend"                  static, published: LANTERN's
@@ -9,7 +9,7 @@ A tree is named by a string, so that command lines can say it:
   "4-2-1"                         4 children, each has 2, each of those has 1
   "0/1/00/01/000"                 the ranks of each node's ancestors and its own
 
-Published shapes are cut to a small image; others must fit it.
+Published shapes are reduced to fit a small image; others must fit it as given.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ from ssd_jax.core.config import UserError, check
 Path = tuple[int, ...]
 MAX_NODES = 1024
 
-# EAGLE's choices of 25 nodes, LANTERN's of 57 (of its static trees the default)
-# and Medusa's of 63, as ranks along each path.
+# EAGLE's tree of 25 nodes, LANTERN's default static tree of 57 nodes and
+# Medusa's of 63, as ranks along each path.
 _MC_SIM = (
     "0/1/2/3/00/01/02/10/11/20/21/30/000/001/002/010/011/020/021/100/0000/"
     "0001/0002/00000/00001"
@@ -48,12 +48,12 @@ _MEDUSA = (
 
 @dataclasses.dataclass(frozen=True)
 class Dynamic:
-  """EAGLE-2's tree: each level keeps the best leaves, the tree the best nodes.
+  """EAGLE-2's tree: expands the best nodes per level, keeps the best overall.
 
   Attributes:
-    nodes: Nodes verified in a pass, the root not counted.
+    nodes: Nodes verified in a pass, not counting the root.
     width: Children of a node, and nodes expanded per level.
-    depth: Levels.
+    depth: Number of levels.
 
   Source: Li et al. 2024, EAGLE-2, arXiv:2406.16858, section 4.
   """
@@ -64,7 +64,7 @@ class Dynamic:
 
   @property
   def candidates(self) -> int:
-    """Nodes drafted, of which `nodes` are kept."""
+    """Number of nodes drafted, of which `nodes` are kept."""
     return self.width + (self.depth - 1) * self.width**2
 
   @property
@@ -78,20 +78,21 @@ class Static:
   """A fixed tree. Node j is query j + 1 of a pass; query 0 is the root.
 
   Attributes:
-    paths: Rank of each ancestor below the root and of the node itself; sorted
-      by length, then by ranks, so that parents and better siblings come first.
+    paths: For each node, the ranks of its ancestors below the root and its own;
+      sorted by length, then by ranks, so that parents and better siblings come
+      first.
   """
 
   paths: tuple[Path, ...]
 
   @property
   def nodes(self) -> int:
-    """Nodes verified in a pass, the root not counted."""
+    """Number of nodes verified in a pass, not counting the root."""
     return len(self.paths)
 
   @property
   def depth(self) -> int:
-    """Levels."""
+    """Number of levels."""
     return len(self.paths[-1])
 
   @functools.cached_property
@@ -101,23 +102,23 @@ class Static:
 
   @functools.cached_property
   def parent(self) -> np.ndarray:
-    """int32 [T]: the query that is each node's parent."""
+    """The query of each node's parent, int32 [T]."""
     query = {path: j + 1 for j, path in enumerate(self.paths)} | {(): 0}
     return np.array([query[path[:-1]] for path in self.paths], np.int32)
 
   @functools.cached_property
   def depth_of(self) -> np.ndarray:
-    """int32 [T]: each node's level, 1 below the root."""
+    """Each node's level, int32 [T]; children of the root have level 1."""
     return np.array([len(path) for path in self.paths], np.int32)
 
   @functools.cached_property
   def rank(self) -> np.ndarray:
-    """int32 [T]: each node's place among its siblings."""
+    """Each node's rank among its siblings, int32 [T]."""
     return np.array([path[-1] for path in self.paths], np.int32)
 
   @functools.cached_property
   def inner(self) -> tuple[np.ndarray, ...]:
-    """Queries with children, level by level; the first level is the root."""
+    """Queries with children, by level; the first level is the root."""
     queries = np.unique(self.parent)
     depths = np.concatenate([[0], self.depth_of])[queries]
     return tuple(queries[depths == d] for d in range(self.depth))
@@ -132,24 +133,28 @@ Tree = Static | Dynamic
 
 
 def static(paths) -> Static:
-  """A static tree from its paths, in any order.
+  """Returns the static tree with the given paths, in any order.
+
+  Args:
+    paths: For each node, the ranks of its ancestors and its own.
 
   Raises:
-    UserError: when a path's parent or a better sibling is missing.
+    UserError: A node's parent or a better sibling is missing.
   """
   paths = {tuple(path) for path in paths}
   for path in paths:
     before = (*path[:-1], path[-1] - 1) if path[-1] else path[:-1]
     if before and before not in paths:
       raise UserError(
-          f"got a tree with {_spell(path)} but without {_spell(before)}, "
-          "expected every node's parent and better siblings; add it"
+          "Expected a tree with every node's parent and better siblings, got a "
+          f"tree with {_path_name(path)} but without {_path_name(before)}. Add "
+          "it."
       )
   return Static(tuple(sorted(paths, key=lambda path: (len(path), path))))
 
 
 def branching(children: tuple[int, ...]) -> Static:
-  """The static tree whose nodes of level d have `children[d]` children."""
+  """Returns the static tree in which nodes of level d have children[d] each."""
   return static(
       path
       for depth in range(1, len(children) + 1)
@@ -158,42 +163,43 @@ def branching(children: tuple[int, ...]) -> Static:
 
 
 def search(rates_DK: np.ndarray, nodes: int) -> Static:
-  """The static tree of most expected accepted nodes, from measured acceptance.
+  """Returns the static tree with the largest expected number of accepted nodes.
+
+  The value of a node is the product of the rates along its path, which never
+  exceeds its parent's value; the best nodes are added one by one. Where a worse
+  rank has a higher measured rate than a better one, the ranks involved are
+  replaced by their mean.
 
   Args:
-    rates_DK: Probability that the child of rank k of an accepted node of level
-      d is accepted; the root is level 0.
-    nodes: Of the tree.
-
-  A node is worth the product of the rates along its path, and no more than its
-  parent; the best are taken one by one. Where a worse rank was measured above a
-  better one, both count as the mean of the two or more involved.
+    rates_DK: Measured probability that the child of rank k of an accepted node
+      of level d is accepted; the root is level 0.
+    nodes: Number of nodes of the tree.
   """
   rates_DK = np.stack([_descending(row) for row in np.asarray(rates_DK)])
   depth, width = rates_DK.shape
   open_: list[tuple[float, tuple[int, ...]]] = [(-rates_DK[0, 0], (0,))]
   paths: list[tuple[int, ...]] = []
   while open_ and len(paths) < nodes:
-    worth, path = heapq.heappop(open_)
+    value, path = heapq.heappop(open_)
     paths.append(path)
     level, rank = len(path) - 1, path[-1]
     if rank + 1 < width and rates_DK[level, rank] > 0:
-      sibling = worth / rates_DK[level, rank] * rates_DK[level, rank + 1]
+      sibling = value / rates_DK[level, rank] * rates_DK[level, rank + 1]
       heapq.heappush(open_, (sibling, (*path[:-1], rank + 1)))
     if level + 1 < depth:
-      heapq.heappush(open_, (worth * rates_DK[level + 1, 0], (*path, 0)))
+      heapq.heappush(open_, (value * rates_DK[level + 1, 0], (*path, 0)))
   return static(paths)
 
 
 def expected_length(tree: Static, rates_DK: np.ndarray) -> float:
-  """Mean tokens per pass of a static tree: one, and the accepted nodes."""
-  worth = lambda path: np.prod([rates_DK[d][k] for d, k in enumerate(path)])
-  return 1.0 + float(sum(worth(path) for path in tree.paths))
+  """Returns a static tree's mean tokens per pass: one plus accepted nodes."""
+  value = lambda path: np.prod([rates_DK[d][k] for d, k in enumerate(path)])
+  return 1.0 + float(sum(value(path) for path in tree.paths))
 
 
-def spell(tree: Static) -> str:
-  """The string that names a static tree."""
-  return "/".join(_spell(path) for path in tree.paths)
+def tree_name(tree: Static) -> str:
+  """Returns the string that names a static tree."""
+  return "/".join(_path_name(path) for path in tree.paths)
 
 
 _PUBLISHED: dict[str, Callable[[], Tree]] = {
@@ -207,10 +213,10 @@ _PUBLISHED: dict[str, Callable[[], Tree]] = {
 
 
 def parse(name: str) -> Tree:
-  """The tree of a name.
+  """Returns the tree with the given name.
 
   Raises:
-    UserError: when the name is none of the forms above.
+    UserError: The name has none of the forms above.
   """
   if name in _PUBLISHED:
     return _PUBLISHED[name]()
@@ -226,16 +232,21 @@ def parse(name: str) -> Tree:
   elif re.fullmatch(r"\d+(/\d+)*", name):
     return _from_paths(name)
   raise UserError(
-      f"got tree={name!r}, expected one of {', '.join(_PUBLISHED)}, or numbers "
-      "like dynamic-59-10-8, 4-2-1 or 0/1/00; correct it"
+      f"Expected tree to be one of {', '.join(_PUBLISHED)}, or numbers such as "
+      f"dynamic-59-10-8, 4-2-1 or 0/1/00, got tree={name!r}."
   )
 
 
 def fit(name: str, length: int, vocab: int) -> Tree:
-  """The tree of a name, for an image of `length` slots and `vocab` codes.
+  """Returns the tree with the given name, reduced to fit an image.
+
+  Args:
+    name: Name of the tree.
+    length: Slots of the image.
+    vocab: Number of image tokens V.
 
   Raises:
-    UserError: when a tree that was given by its numbers is too large.
+    UserError: The tree is not a published one and too large.
   """
   tree, levels = parse(name), max(1, length - 1)
   is_small = (
@@ -245,9 +256,10 @@ def fit(name: str, length: int, vocab: int) -> Tree:
     return tree
   if name not in _PUBLISHED:
     raise UserError(
-        f"got tree={name} of {tree.nodes} nodes, {tree.depth} levels and "
-        f"{tree.width} children, expected at most {length} nodes, {levels} "
-        f"levels and {vocab} children for this image; take a smaller tree"
+        f"Expected a tree of at most {length} nodes, {levels} levels and "
+        f"{vocab} children for this image, got tree={name} of {tree.nodes} "
+        f"nodes, {tree.depth} levels and {tree.width} children. Use a smaller "
+        "tree."
     )
   if isinstance(tree, Dynamic):
     depth, width = min(tree.depth, levels), min(tree.width, vocab)
@@ -258,9 +270,9 @@ def fit(name: str, length: int, vocab: int) -> Tree:
 
 
 def _all_drafted(tree: Dynamic) -> Dynamic:
-  """The tree; raises UserError when it has more nodes than are drafted."""
+  """Returns the tree; raises UserError if it has more nodes than it drafts."""
   check(tree.nodes <= tree.candidates, "nodes", tree.nodes,
-        f"at most the {tree.candidates} that {tree.depth} levels of "
+        f"at most {tree.candidates}, the nodes that {tree.depth} levels of "
         f"{tree.width} children draft in a dynamic tree")
   return tree
 
@@ -269,12 +281,12 @@ def _from_paths(text: str) -> Static:
   return static(tuple(map(int, path)) for path in text.split("/"))
 
 
-def _spell(path: Path) -> str:
+def _path_name(path: Path) -> str:
   return "".join(map(str, path))
 
 
 def _descending(row: np.ndarray) -> np.ndarray:
-  """The closest non-increasing row, by pooling neighbours that disagree."""
+  """Returns the closest non-increasing row (pool adjacent violators)."""
   blocks: list[tuple[float, int]] = []
   for value in row:
     blocks.append((float(value), 1))

@@ -218,9 +218,9 @@ def test_impossible_settings_are_one_line():
       dict(lag=1), dict(staged_rounds=3),
       dict(schedule="staged", lag=1),  # nothing would read it
   ):
-    with pytest.raises(UserError, match="got .*, expected .*"):
+    with pytest.raises(UserError, match="Expected .*, got .*"):
       SSD(**settings)
-  with pytest.raises(UserError, match="got vertical=3, expected at most 2"):
+  with pytest.raises(UserError, match="Expected at most 2, got vertical=3"):
     kit.run(kit.chain(3, 4, heads=(5, 2)), SSD(vertical=3))
   with pytest.raises(UserError, match="spatial heads"):
     kit.run(kit.chain(3, 4, heads=(0, 0)), SSD())

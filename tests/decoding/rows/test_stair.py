@@ -203,12 +203,12 @@ def test_impossible_settings_are_one_line():
       dict(lenience=1.5), dict(lenience=float("nan")),
       dict(lenience=0.5, coupled=True),
   ):
-    with pytest.raises(UserError, match="^got .*, expected .*$"):
+    with pytest.raises(UserError, match="^Expected .*, got .*$"):
       Stair(**settings)
   model = kit.chain(3, 4, heads=(0, 0))
   for decoder in (
       Stair(entry=5), Exact(lookahead=2), Stair(drafts="heads"),
       Stair(drafts="both"),
   ):
-    with pytest.raises(UserError, match="^got .*, expected "):
+    with pytest.raises(UserError, match="^Expected .*, got "):
       kit.run(model, decoder)

@@ -120,5 +120,5 @@ def test_defaults_are_cut_and_other_values_are_not():
   """Only an explicit value that cannot be is an error."""
   assert rows_lib.clamp(Stair(), "rows", 2, "the rows") == 2
   assert rows_lib.clamp(Stair(rows=2), "rows", 3, "the rows") == 2
-  with pytest.raises(UserError, match="got rows=7, expected at most 2"):
+  with pytest.raises(UserError, match="Expected at most 2, got rows=7"):
     rows_lib.clamp(Stair(rows=7), "rows", 2, "the rows")

@@ -31,7 +31,7 @@ def test_published_shapes_and_names():
     pytest.param("2-" + "9" * 5000, id="digits")])
 def test_a_name_that_is_no_tree_is_an_error(name):
   """Impossible trees are refused in one line."""
-  with pytest.raises(UserError, match="got .*expected"):
+  with pytest.raises(UserError, match="Expected .*got"):
     Eagle(tree=name)
 
 

@@ -1,0 +1,191 @@
+"""The two seams of the package: what a model family and a decoder provide.
+
+`Family` is all that the package asks of a family of checkpoints, `Decoder` all
+that it asks of a decoding method. `DecoderBase` holds the defaults of what most
+decoders leave alone; subclass it for a decoder of your own.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import ml_collections
+
+from ssd_jax.core.grid import Grid
+from ssd_jax.core.types import Model, Params, Prompt, Queries
+
+if TYPE_CHECKING:
+  from ssd_jax.decoding.engine import Context
+  from ssd_jax.models.generator import Generator
+  from ssd_jax.models.vq import VQ
+
+
+class Family(Protocol):
+  """A family of checkpoints: its networks, its prompts and its defaults."""
+
+  @property
+  def name(self) -> str:
+    """The name in model.json."""
+
+  @property
+  def config(self) -> ml_collections.ConfigDict:
+    """The settings that model.json keeps."""
+
+  @property
+  def sampling(self) -> Mapping[str, float]:
+    """Default guidance, temperature, top_k and top_p."""
+
+  @property
+  def generator(self) -> "Generator":
+    """The trunk bound to the image grid."""
+
+  @property
+  def vq(self) -> "VQ":
+    """The image tokenizer."""
+
+  def encode_prompts(
+      self, prompts: Sequence[str], guided: bool
+  ) -> tuple[Prompt, list[str]]:
+    """Encodes texts as the trunk takes them.
+
+    Args:
+      prompts: One text per image.
+      guided: Whether unconditional rows follow the conditional ones.
+
+    Returns:
+      The prompts, and notes that the user should read.
+    """
+
+  def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
+    """Returns uint8 images [B, H, W, 3] of token grids, int32 [B, R, C]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """What a decoder needs of a model.
+
+  Attributes:
+    horizontal: Spatial heads that draft to the right.
+    vertical: Spatial heads that draft the rows below.
+    drafter: An EAGLE-style drafter.
+    neighbours: Entries per token of the table of nearest codebook entries.
+  """
+
+  horizontal: bool = False
+  vertical: bool = False
+  drafter: bool = False
+  neighbours: int = 0
+
+  def missing(self, model: Model) -> str:
+    """Returns "heads" or "drafter" if `model` lacks it, else ""."""
+    if (self.horizontal and not model.heads[0]) or (
+        self.vertical and not model.heads[1]):
+      return "heads"
+    return "drafter" if self.drafter and model.drafter is None else ""
+
+
+@runtime_checkable
+class Decoder(Protocol):
+  """A frozen dataclass of static settings with pure functions.
+
+  A decoder is written for ONE image; the engine maps it over the batch. Its
+  state is a `flax.struct` dataclass of one image's arrays with at least
+  `tokens` (int32 [N], drafts included) and `final` (bool [N]).
+
+  Attributes:
+    name: The name on the command line.
+  """
+
+  name: ClassVar[str]
+  __dataclass_fields__: ClassVar[dict[str, Any]]
+
+  @property
+  def lossless(self) -> bool:
+    """Whether the output has AR sampling's joint distribution on every grid."""
+
+  @property
+  def has_fixed_passes(self) -> bool:
+    """Whether all images of a grid take the same number of passes."""
+
+  def is_lossless(self, grid: Grid) -> bool:
+    """Returns whether the output has AR's joint distribution on this grid."""
+
+  def needs(self, model: Model) -> Needs:
+    """Returns what the decoder needs of `model` beside the trunk."""
+
+  def scratch(self, model: Model) -> int:
+    """Returns the number of cache slots beyond the sequence."""
+
+  def start(
+      self, ctx: "Context", p_V: jax.Array, hidden_GD: jax.Array
+  ) -> Any:
+    """Returns the state after the prefill, which predicts slot 0."""
+
+  def propose(self, ctx: "Context", state: Any) -> Queries:
+    """Returns the slots to feed in this pass, with their drafts."""
+
+  def resolve(
+      self, ctx: "Context", state: Any, queries: Queries, p_QV: jax.Array,
+      hidden_GQD: jax.Array,
+  ) -> Any:
+    """Returns the state after a pass.
+
+    Row i of `p_QV` is the target distribution of the slot after queries[i].
+    """
+
+  def settle(
+      self, ctx: "Context", state: Any
+  ) -> tuple[jax.Array, jax.Array] | None:
+    """Returns which keys and values move after `resolve`, or None.
+
+    A decoder that feeds the same slot several times in a pass (a tree) writes
+    to scratch slots. What the pass wrote to slot source[i] is then copied to
+    slot target[i]; a target of X drops it. M rows are touched, not the cache.
+
+    Returns:
+      (source, target), int32 [M] slots of one image; None if nothing ever
+      moves.
+    """
+
+
+class DecoderBase:
+  """Defaults of a `Decoder`: lossy, no needs, no scratch slots, nothing moves.
+
+  A subclass is a frozen dataclass with a `name` and adds `start`, `propose` and
+  `resolve`; a lossless one also says `lossless = True`.
+  """
+
+  name: ClassVar[str]
+
+  @property
+  def lossless(self) -> bool:
+    """Whether the output has AR sampling's joint distribution on every grid."""
+    return False
+
+  @property
+  def has_fixed_passes(self) -> bool:
+    """Whether all images of a grid take the same number of passes."""
+    return False
+
+  def is_lossless(self, grid: Grid) -> bool:
+    """Returns whether the output has AR's joint distribution on this grid."""
+    del grid
+    return self.lossless
+
+  def needs(self, model: Model) -> Needs:
+    """Returns that the trunk is enough."""
+    del model
+    return Needs()
+
+  def scratch(self, model: Model) -> int:
+    """Returns 0: all queries write to slots of the sequence."""
+    del model
+    return 0
+
+  def settle(
+      self, ctx: "Context", state: Any
+  ) -> tuple[jax.Array, jax.Array] | None:
+    """Returns None: all keys and values are written in their place."""
+    del ctx, state
+    return None
