@@ -1,4 +1,4 @@
-"""Attention over the cache, and what writes it."""
+"""Attention over the cache, and the update of the cache."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,18 @@ def attend(
     q_SQNH: jax.Array, k_SKXH: jax.Array, v_SKXH: jax.Array,
     visible_SQX: jax.Array,
 ) -> jax.Array:
-  """[S, Q, N, H]: grouped-query attention, softmax in float32.
+  """Computes grouped-query attention with a float32 softmax, [S, Q, N, H].
 
-  Every pass reads the whole cache once. Heads stand before slots in it, so that
-  each head is one contiguous product: with slots first XLA turns the cache
-  around in every pass, which made an AR pass on a CPU 2.4 times as long.
+  Every pass reads the whole cache once. In the cache the head axis precedes the
+  slot axis, so that each head is one contiguous matmul: with slots first, XLA
+  transposes the cache in every pass, which made an AR pass on a CPU 2.4 times
+  as long.
+
+  Args:
+    q_SQNH: Queries.
+    k_SKXH: Keys.
+    v_SKXH: Values.
+    visible_SQX: bool, which slots each query sees.
   """
   streams, queries, heads, width = q_SQNH.shape
   groups = heads // k_SKXH.shape[1]
@@ -34,17 +41,25 @@ def update_cache(
     cache_LSKXH: jax.Array, layer: jax.Array, slots_SQ: jax.Array,
     new_SQKH: jax.Array,
 ) -> jax.Array:
-  """[L, S, K, X, H]: the cache with slots of a layer set; those out of range
-  are dropped.
+  """Writes slots of one layer to the cache; slots out of range are dropped.
 
-  Rows are a batch of the scatter and not indices of it, so that devices that
-  share rows write their own without asking others.
+  Rows are a batch dimension of the scatter, not an index of it, so devices that
+  share rows write their own rows without communication.
+
+  Args:
+    cache_LSKXH: Keys or values of all layers.
+    layer: Index of the layer.
+    slots_SQ: Slots to write.
+    new_SQKH: Their keys or values.
+
+  Returns:
+    The cache, [L, S, K, X, H].
   """
-  places = jax.lax.ScatterDimensionNumbers(
+  dimensions = jax.lax.ScatterDimensionNumbers(
       update_window_dims=(2, 3), inserted_window_dims=(0, 3),
       scatter_dims_to_operand_dims=(0, 3), operand_batching_dims=(1,),
       scatter_indices_batching_dims=(0,))
   at_SQ2 = jnp.stack([jnp.full_like(slots_SQ, layer), slots_SQ], axis=-1)
   return jax.lax.scatter(
-      cache_LSKXH, at_SQ2, new_SQKH.astype(cache_LSKXH.dtype), places,
-      mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
+      cache_LSKXH, at_SQ2, new_SQKH.astype(cache_LSKXH.dtype),
+      dimensions, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)

@@ -1,12 +1,12 @@
 """The EAGLE-style drafter: one decoder layer that continues hidden states.
 
-Fed the state that predicted a slot and the slot's token, it predicts the slot's
-own hidden state, which the trunk's frozen head turns into a draft of the next
-slot. Trunk and drafter share embedding, head, width and rotary scheme.
+Given the hidden state that predicted a slot and the slot's token, it predicts
+the slot's own hidden state, which the trunk's frozen head turns into a draft of
+the next slot. Trunk and drafter share embedding, head, width and rotary scheme.
 
-With taps it is EAGLE-3's (Li et al. 2025, arXiv:2503.01840): the outputs of
-several of the trunk's layers, brought to its width, stand for the state; its
-own predictions stand for themselves.
+With taps it is EAGLE-3's drafter (Li et al. 2025, arXiv:2503.01840): a
+projection of the outputs of several trunk layers replaces the hidden state; the
+drafter's own predictions are used as they are.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class DrafterLayer(nn.Module):
   """Token and state -> fused projection -> one layer -> next state.
 
   Attributes:
-    cfg: The trunk's, of which this is one more layer.
+    cfg: Config of the trunk; the drafter is one more such layer.
   """
 
   cfg: TrunkConfig
@@ -40,8 +40,9 @@ class DrafterLayer(nn.Module):
   ):
     """Returns (hidden [S, Q, D] before the final norm, cache).
 
-    Source: Li et al. 2024, EAGLE, arXiv:2401.15077, section 4.1; the layer has
-    no norm before attention.
+    The layer has no norm before attention.
+
+    Source: Li et al. 2024, EAGLE, arXiv:2401.15077, section 4.1.
     """
     x = jnp.concatenate([embedded_SQD, hidden_SQD.astype(embedded_SQD.dtype)],
                         axis=-1)
@@ -55,17 +56,17 @@ class DrafterLayer(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
-  """The trunk that a drafter belongs to; what is stored beside its weights.
+  """The trunk that a drafter belongs to; stored beside its weights.
 
   Attributes:
     d_model: Width D of the trunk.
-    vocab: Image codes V.
-    rows: Of the grid.
-    cols: Of the grid.
+    vocab: Number of image tokens V.
+    rows: Rows of the grid.
+    cols: Columns of the grid.
     end_of_row: Whether the grid has end-of-row tokens.
-    trunk: Some of the trunk's weights, by which it is known again; empty for
-      any trunk.
-    taps: Layers of the trunk that are read; none for its hidden state alone.
+    trunk: Fingerprint of the trunk; empty for any trunk.
+    taps: Layers of the trunk that the drafter reads; empty if it reads only the
+      last hidden state.
   """
 
   d_model: int
@@ -80,27 +81,32 @@ class DrafterConfig:
   def make(
       cls, generator: Generator, params: Params | None = None
   ) -> "DrafterConfig":
-    """That of a generator, tied to its weights where they are given."""
+    """Returns the config of a generator's drafter.
+
+    Args:
+      generator: The trunk.
+      params: Parameters of the trunk, which the drafter is then tied to.
+    """
     grid = generator.grid
     trunk = () if params is None else fingerprint(params["trunk"])
     return cls(generator.cfg.d_model, generator.cfg.vocab_out, grid.rows,
                grid.cols, grid.end_of_row, trunk, generator.taps)
 
   def is_same(self, other: "DrafterConfig") -> bool:
-    """Whether both belong to one trunk, up to rounding."""
+    """Returns whether both belong to the same trunk, up to rounding."""
     alike = dataclasses.replace(self, trunk=other.trunk) == other
     return alike and same_trunk(self.trunk, other.trunk)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DraftNet:
-  """A drafter bound to the trunk whose states it continues.
+  """A drafter bound to the trunk whose hidden states it continues.
 
-  Its places are those of the image slots, the last N rows of the trunk's rotary
-  table: rotations are relative, so prompts of any length agree with them.
+  Its positions are those of the image slots, the last N rows of the trunk's
+  rotary table: rotations are relative, so this holds for prompts of any length.
 
   Attributes:
-    generator: Trunk, grid and places; its taps are what is read.
+    generator: Trunk, grid and positions; its taps are the layers read.
   """
 
   generator: Generator
@@ -111,7 +117,7 @@ class DraftNet:
     return DrafterLayer(self.generator.cfg)
 
   def init(self, key: jax.Array) -> Params:
-    """Random float32 parameters; they belong in params["drafter"]."""
+    """Returns random float32 parameters, for params["drafter"]."""
     cfg = self.generator.cfg
     x = jnp.zeros((1, 1, cfg.d_model))
     cos_sin = jnp.zeros((1, 1, cfg.head_dim // 2, 2))
@@ -123,7 +129,7 @@ class DraftNet:
     return params
 
   def cache(self, streams: int, scratch: int) -> KVCache:
-    """Empty keys and values [1, G, K, N + scratch, H] of one image."""
+    """Returns one image's empty cache, [1, G, K, N + scratch, H]."""
     cfg = self.generator.cfg
     shape = (1, streams, cfg.n_kv_heads, self.generator.grid.length + scratch,
              cfg.head_dim)
@@ -134,13 +140,17 @@ class DraftNet:
       self, params: Params, cache: KVCache, hidden_GQD: jax.Array,
       queries: Queries,
   ) -> tuple[jax.Array, KVCache]:
-    """(hidden [G, Q, D] of the queries' slots, cache with them written).
+    """Predicts the hidden states of queries.
 
     Args:
-      params: Of the model.
-      cache: From `cache`.
+      params: Parameters of the model.
+      cache: A cache made by `cache`.
       hidden_GQD: The state that predicted each query's token.
-      queries: One image's; `slots` are of the drafter's cache.
+      queries: Queries of one image; `slots` index the drafter's cache.
+
+    Returns:
+      The predicted hidden states of the queries' slots [G, Q, D], and the
+      updated cache.
     """
     return self._apply(
         params, queries.tokens, hidden_GQD, queries.positions,
@@ -151,17 +161,20 @@ class DraftNet:
       self, params: Params, hidden_SND: jax.Array, tokens_SN: jax.Array,
       steps: int,
   ) -> list[jax.Array]:
-    """[S, N, D] for each step: predictions of the hidden state of every slot.
+    """Predicts the hidden state of every slot, with several numbers of steps.
 
-    Those of step 0 start from the true state before the slot, those of step t
-    from the drafter's own predictions of the last t slots, as on a path of a
-    tree whose tokens are right. They are meaningful from slot t on.
+    Step 0 starts from the true state before the slot, step t from the drafter's
+    own predictions of the last t slots, as on a path of a tree whose tokens are
+    correct. Predictions of step t are meaningful from slot t on.
 
     Args:
-      params: Of the model.
+      params: Parameters of the model.
       hidden_SND: The states that predict each slot (`Generator.hidden`).
       tokens_SN: int32, the tokens of the slots.
-      steps: How many.
+      steps: Number of steps.
+
+    Returns:
+      Predictions [S, N, D] for each step.
     """
     length = tokens_SN.shape[1]
     slots = jnp.arange(length)
@@ -181,7 +194,7 @@ class DraftNet:
     return predicted
 
   def _narrow(self, params: Params, hidden: jax.Array) -> jax.Array:
-    """[..., D]: tapped layers as one state; predictions as they are."""
+    """Projects tapped layers to one state [..., D]; keeps predictions."""
     width = self.generator.cfg.d_model
     if hidden.shape[-1] == width:
       return hidden
@@ -209,16 +222,16 @@ def bind_drafter(
     generator: Generator, model: Model, cfg: DrafterConfig | None = None,
     params: Params | None = None,
 ) -> Model:
-  """The model with a drafter at hand; use it for all calls.
+  """Returns the model with a drafter bound.
 
   Args:
     generator: The trunk.
     model: Its functions, with or without spatial heads.
-    cfg: Of the drafter, to check that it fits.
-    params: Of trunk and drafter, to check that they belong together.
+    cfg: Config of the drafter, to check that it fits the trunk.
+    params: Parameters of trunk and drafter, to check that they belong together.
 
   Raises:
-    UserError: when the drafter is another trunk's.
+    UserError: The drafter belongs to another trunk.
   """
   tapped = generator
   if cfg is not None and cfg.taps:
@@ -244,8 +257,8 @@ def bind_drafter(
 
 def _refuse(what: str) -> None:
   raise UserError(
-      f"Expected one for this trunk, got a drafter for {what}. Train it with "
-      "train.drafter."
+      f"Expected a drafter for this trunk, got a drafter for {what}. Train one "
+      "with train.drafter."
   )
 
 
@@ -261,10 +274,10 @@ def _over_rows(rows: int, x: jax.Array) -> jax.Array:
 
 
 def _sees(slots_N: jax.Array, step: int, other: int) -> jax.Array:
-  """bool [N, N]: whether a slot at `step` sees a slot at step `other`.
+  """Returns whether a slot at `step` sees a slot at step `other`, bool [N, N].
 
-  A path that has run for t steps sees true states up to its start, t slots
-  back, and then one slot per step.
+  A path of t steps sees true states up to its start, t slots back, and then one
+  slot per step.
   """
   back = slots_N[:, None] - slots_N
   if other == 0:

@@ -1,4 +1,4 @@
-"""Knowing a trunk again by a few weights, kept beside what fits only it."""
+"""Fingerprints that identify the trunk that heads or a drafter belong to."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ _PROBES = 64
 
 
 def fingerprint(trunk: Params) -> tuple[float, ...]:
-  """Evenly spread weights of a trunk, a few of every array."""
+  """Returns evenly spaced weights of a trunk, a few of every array."""
   leaves = jax.tree.leaves(trunk)
   each = -(-_PROBES // len(leaves))
   values = []
@@ -24,8 +24,9 @@ def fingerprint(trunk: Params) -> tuple[float, ...]:
 
 
 def same_trunk(one: Sequence[float], other: Sequence[float]) -> bool:
-  """Whether two fingerprints agree up to rounding; an empty one fits all."""
+  """Returns whether fingerprints agree up to rounding; empty ones always do."""
   if not one or not other:
     return True
-  # Half of a last bit of bfloat16 is 0.2%; float16 flushes below 6e-8.
+  # Half a unit in the last place of bfloat16 is 0.2%; float16 flushes values
+  # below 6e-8 to zero.
   return len(one) == len(other) and np.allclose(one, other, 0.006, 1e-7)

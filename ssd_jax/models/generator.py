@@ -1,4 +1,4 @@
-"""Binds a trunk to a grid: the pure functions that decoding calls."""
+"""Binds a trunk to a grid and provides the pure functions of decoding."""
 
 import dataclasses
 import functools
@@ -17,18 +17,18 @@ from ssd_jax.runtime import sharding
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generator:
-  """A trunk, its image and its positions.
+  """A trunk with its grid and its positions.
 
   Attributes:
-    cfg: Of the trunk.
+    cfg: Sizes and options of the trunk.
     grid: The image as a sequence.
     rope: float32 [positions, H / 2, 2], the rotary table that a prompt's
       `positions` index.
     input_ids: int32 [V + forced kinds], row of the input table of each image
-      code and forced token.
-    dtype: Of activations and cache.
+      token and forced token.
+    dtype: Type of activations and cache.
     taps: Layers whose outputs are appended to all hidden states, which are then
-      [..., (1 + taps) * D]; what takes hidden states takes these too.
+      [..., (1 + taps) * D]; functions of hidden states accept these too.
   """
 
   cfg: TrunkConfig
@@ -44,7 +44,7 @@ class Generator:
     return Trunk(self.cfg, self.taps)
 
   def init(self, key: jax.Array) -> Params:
-    """{"trunk": random float32 parameters}."""
+    """Returns {"trunk": random float32 parameters}."""
     x = jnp.zeros((1, 1, self.cfg.d_model))
     cos_sin = jnp.zeros((1, 1, self.cfg.head_dim // 2, 2))
     visible = jnp.ones((1, 1, 1), bool)
@@ -52,36 +52,46 @@ class Generator:
     return {"trunk": variables["params"]}
 
   def model(self) -> Model:
-    """What decoders see."""
+    """Returns the functions that decoders use."""
     return Model(
         self.grid, self.cfg.vocab_out, self.prefill, self.forward,
-        self.whole_logits, self.embed,
+        self.replicated_logits, self.embed,
     )
 
   def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-    """float32 [..., V], image logits of pre-norm hidden states."""
+    """Returns image logits of pre-norm hidden states, float32 [..., V]."""
     return self._apply(params, hidden, method="logits")
 
-  def whole_logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-    """The same for drawing: all codes on every device of the mesh."""
+  def replicated_logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+    """Returns `logits` with the vocabulary whole on each device, to sample."""
     return sharding.replicate_axis(self.logits(params, hidden))
 
   def normalize(self, params: Params, hidden: jax.Array) -> jax.Array:
-    """Hidden states after the final norm."""
+    """Returns hidden states after the final norm, [..., D]."""
     return self._apply(params, hidden, method="normalize")
 
   def project(self, params: Params, y: jax.Array) -> jax.Array:
-    """float32 [..., V], image logits of normalised hidden states."""
+    """Returns image logits of normalised hidden states, float32 [..., V]."""
     return self._apply(params, y, method="project")
 
   def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
-    """[..., D], image tokens as the trunk is fed."""
+    """Embeds image tokens as inputs of the trunk, [..., D]."""
     return self._rows(params, jnp.asarray(self.input_ids)[tokens])
 
   def prefill(
       self, params: Params, prompt: Prompt, scratch: int = 0
   ) -> tuple[jax.Array, KVCache]:
-    """(hidden [S, D] of the last prompt slot, cache holding the prompt)."""
+    """Runs the prompts.
+
+    Args:
+      params: Parameters of the model.
+      prompt: Prompts of S rows.
+      scratch: Cache slots beyond the sequence.
+
+    Returns:
+      The hidden state of the last prompt slot [S, D], and the cache holding the
+      prompt.
+    """
     rows, length = prompt.tokens.shape
     cfg = self.cfg
     slots = length + self.grid.length + scratch
@@ -96,7 +106,7 @@ class Generator:
     hidden, cache = self._apply(
         params,
         self._prompt_embeddings(params, prompt),
-        self._turns(prompt.positions[:, :length]),
+        self._cos_sin(prompt.positions[:, :length]),
         jnp.concatenate([visible, unused], axis=-1),
         cache,
         jnp.broadcast_to(jnp.arange(length), (rows, length)),
@@ -106,7 +116,17 @@ class Generator:
   def forward(
       self, params: Params, cache: KVCache, prompt: Prompt, queries: Queries
   ) -> tuple[jax.Array, KVCache]:
-    """(hidden [S, Q, D] of the queries, cache with them written)."""
+    """Runs a pass over queries.
+
+    Args:
+      params: Parameters of the model.
+      cache: Keys and values of every slot.
+      prompt: Prompts of S rows.
+      queries: Queries of S rows.
+
+    Returns:
+      The hidden states of the queries [S, Q, D], and the updated cache.
+    """
     length = prompt.tokens.shape[1]
     positions = jnp.take_along_axis(
         prompt.positions, length + queries.positions, axis=1
@@ -117,7 +137,7 @@ class Generator:
     return self._apply(
         params,
         self.embed(params, queries.tokens),
-        self._turns(positions),
+        self._cos_sin(positions),
         jnp.concatenate([seen, queries.visible], axis=-1),
         cache,
         length + queries.slots,
@@ -126,9 +146,14 @@ class Generator:
   def hidden(
       self, params: Params, prompt: Prompt, tokens_SN: jax.Array
   ) -> jax.Array:
-    """[S, N, D]: the states that predict each slot, without a cache.
+    """Returns the hidden states that predict each slot, [S, N, D].
 
-    The uncached forward of training: all of a sequence's tokens at once.
+    This is the uncached forward pass of training, over all tokens at once.
+
+    Args:
+      params: Parameters of the model.
+      prompt: Prompts of S rows.
+      tokens_SN: Tokens of all slots.
     """
     length = prompt.tokens.shape[1]
     x = jnp.concatenate([
@@ -140,7 +165,7 @@ class Generator:
         prompt.mask, ((0, 0), (0, total - length)), constant_values=True
     )
     hidden, _ = self._apply(
-        params, x, self._turns(prompt.positions[:, :total]),
+        params, x, self._cos_sin(prompt.positions[:, :total]),
         prompt_visible(mask),
     )
     return hidden[:, length - 1:]
@@ -163,18 +188,24 @@ class Generator:
     weights = params["tiles" if is_tiled else "trunk"]
     trunk = self.trunk.clone(
         unstacked="layers" not in weights, tile=layouts.TILE if is_tiled else 0)
-    if quantization.is_quantized(weights):  # layers become floats one by one
+    if quantization.is_quantized(weights):  # dequantized layer by layer
       trunk = trunk.clone(packed=True)
       layers = {k: v for k, v in weights.items() if k.startswith("layers")}
       weights = quantization.dequantize(weights) | layers
     return trunk.apply({"params": weights}, x, *args, **kwargs)
 
-  def _turns(self, positions: jax.Array) -> jax.Array:
+  def _cos_sin(self, positions: jax.Array) -> jax.Array:
     return jnp.asarray(self.rope)[positions]
 
 
 def prompt_visible(mask_ST: jax.Array) -> jax.Array:
-  """bool [S, T, T]: causal over existing slots; each slot sees itself."""
+  """Returns the causal mask of prompts, bool [S, T, T].
+
+  Each slot sees the existing slots before it, and itself.
+
+  Args:
+    mask_ST: bool, which slots exist.
+  """
   length = mask_ST.shape[1]
   causal = jnp.tril(jnp.ones((length, length), bool))
   return (causal & mask_ST[:, None]) | jnp.eye(length, dtype=bool)

@@ -1,12 +1,12 @@
-"""The forms of a trunk's parameters that a CPU draws with.
+"""Layouts of a trunk's parameters for inference on a CPU.
 
-*Layers apart.* Out of a stack of layers, of their caches or of spatial heads, a
-CPU copies each before it multiplies, in every pass. So each has arrays of its
-own.
+*Unstacked layers.* From a stack of layers, of their caches or of spatial heads,
+XLA on a CPU copies each slice before it multiplies, in every pass. With
+unstacked layers each has its own arrays.
 
-*Tiles.* Of a matrix as it is stored a product reads a few columns of every row,
-which for a handful of queries takes three times as long as reading it in one
-run. So there is a second copy of it, with runs of columns in one piece each.
+*Tiles.* A matmul with a row-major matrix reads a few columns of every row,
+which for a handful of queries takes three times as long as reading the matrix
+contiguously. So there is a second copy, whose tiles of columns are contiguous.
 """
 
 import functools
@@ -19,24 +19,25 @@ from ssd_jax.core.types import Params
 from ssd_jax.models import quantization
 from ssd_jax.runtime import memory, sharding
 
-# Bytes of layers; what is smaller lies in the caches closest to a core.
-_LEAST = 4e6
-# Columns of a tile, and rows of a device up to which tiles are faster: whole
-# passes of the embedded model (AVX-512) took 1.22, 1.20, 1.09 and 1.01 times as
-# long without them at 16, 20, 32 and 48 rows.
+# Bytes of all layers below which nothing changes: they fit the CPU's caches.
+_MIN_BYTES = 4e6
+# Columns of a tile, and rows per device up to which tiles are faster. Without
+# tiles, passes of the embedded model (AVX-512) took 1.22, 1.20, 1.09 and 1.01
+# times as long at 16, 20, 32 and 48 rows.
 TILE, TILED_ROWS = 64, 32
-# Dimensions of each matrix that are summed over, the first ones.
-_SUMMED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1,
+# Number of leading dimensions of each matrix that are contracted.
+_CONTRACTED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1,
            "head": 1}
 
 
 def inference_layout(params: Params) -> Params:
-  """The parameters; of a larger trunk on a CPU in other forms.
+  """Returns the parameters in the layout that inference uses.
 
-  "trunk" has its layers apart, and "tiles" is the same trunk in tiles, for
-  passes of few rows. Of "heads" each direction is a list. They stay as they are
-  where a mesh cuts them, where there is no room for copies, and where the trunk
-  is no `Generator`'s: nobody else would find the layers.
+  On a CPU, the layers of "trunk" are unstacked, "tiles" is the same trunk in
+  tiles, for passes of few rows, and each direction of "heads" is a list. The
+  parameters stay unchanged if the trunk is small, if a mesh shards them, if
+  memory does not suffice for the copies, or if the trunk is not that of a
+  `Generator`, which alone knows these layouts.
   """
   trunk = params.get("trunk", {})
   if not (isinstance(trunk, dict) and "layers" in trunk):
@@ -47,7 +48,7 @@ def inference_layout(params: Params) -> Params:
   layers, heads = bytes_of(trunk["layers"]), bytes_of(params.get("heads", {}))
   free = memory.free()
   room = math.inf if free is None else free
-  if not is_cpu or layers < _LEAST or 2 * layers + heads > room:
+  if not is_cpu or layers < _MIN_BYTES or 2 * layers + heads > room:
     return params
   trunk = unstacked(trunk)
   tiles = _tiled(trunk) if 3 * layers + heads <= room else {}
@@ -59,7 +60,7 @@ def inference_layout(params: Params) -> Params:
 
 
 def unstacked(trunk: Params) -> Params:
-  """A trunk's parameters with each layer's arrays by themselves."""
+  """Returns a trunk's parameters with separate arrays for each layer."""
   layers = trunk["layers"]
   count = len(jax.tree.leaves(layers)[0])
   return {k: v for k, v in trunk.items() if k != "layers"} | {
@@ -68,22 +69,25 @@ def unstacked(trunk: Params) -> Params:
 
 
 def _unstack_heads(stack: Params) -> list[Params]:
-  """The heads of a direction, a stack of one each."""
+  """Splits the heads of a direction into stacks of one head each."""
   count = len(jax.tree.leaves(stack)[0])
   return [jax.tree.map(lambda x, i=i: x[i:i + 1], stack) for i in range(count)]
 
 
 def _tiled(trunk: Params) -> Params:
-  """{"tiles": layers apart, so}; empty unless floats make whole tiles."""
+  """Returns {"tiles": unstacked layers in tiles}.
+
+  The result is empty if weights are quantised or columns do not fill the tiles.
+  """
   if quantization.is_quantized(trunk):
     return {}
   for path, x in jax.tree_util.tree_leaves_with_path(trunk):
-    inputs = _SUMMED.get(path[-1].key)
+    inputs = _CONTRACTED.get(path[-1].key)
     if inputs and math.prod(x.shape[inputs:]) % TILE:
       return {}
 
   def visit(path, x):
-    inputs = _SUMMED.get(path[-1].key)
+    inputs = _CONTRACTED.get(path[-1].key)
     return _tiles(x, inputs) if inputs else x
 
   return {"tiles": jax.tree_util.tree_map_with_path(visit, trunk)}
@@ -91,7 +95,11 @@ def _tiled(trunk: Params) -> Params:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _tiles(x: jax.Array, inputs: int) -> jax.Array:
-  """[N / T, K, T] of a matrix with so many leading dimensions that are summed
-  over."""
+  """Returns the tiles [N / T, K, T] of a matrix.
+
+  Args:
+    x: A matrix.
+    inputs: Number of leading dimensions that are contracted.
+  """
   rows = math.prod(x.shape[:inputs])
   return jnp.swapaxes(x.reshape(rows, -1, TILE), 0, 1)

@@ -1,9 +1,9 @@
-"""Weight-only int8: large matrices in a byte per number.
+"""Weight-only int8 quantisation of large matrices.
 
-Each output channel has a float32 scale, its largest weight over 127. Weights
-become floats again inside the layer that multiplies by them, so what is read
-from memory in a pass is the bytes; activations, cache, norms and the input
-table stay floats. Quantised by qwix, the extra "int8".
+Each output channel has a float32 scale, its largest absolute weight over 127.
+Weights are dequantised inside the layer that uses them, so a pass reads int8
+from memory; activations, cache, norms and the input table stay floats. qwix,
+from the extra "int8", quantises the weights.
 """
 
 import functools
@@ -18,8 +18,8 @@ from ssd_jax.core.extras import need
 from ssd_jax.core.types import Params
 from ssd_jax.runtime import sharding
 
-# End of a matrix's path -> its dimensions that are summed over, from the back.
-_SUMMED = {
+# Suffix of a matrix's path -> its contracted dimensions, counted from the end.
+_CONTRACTED = {
     "attn/q": (-3,), "attn/k": (-3,), "attn/v": (-3,), "attn/o": (-3, -2),
     "mlp/gate": (-2,), "mlp/up": (-2,), "mlp/down": (-2,),
     "head": (-2,), "head_in": (-2,),
@@ -28,20 +28,21 @@ _SUMMED = {
 
 
 def quantize(params: Params) -> Params:
-  """Parameters of trunk and spatial heads with their matrices in int8.
+  """Quantises the matrices of trunk and spatial heads to int8.
 
   Raises:
-    UserError: when the extra is not installed, devices share the weights, or
-      they are quantised already.
+    UserError: The extra is not installed, the weights are sharded, or they are
+      already quantised.
   """
   qwix = need("qwix", "int8")
   if sharding.num_param_shards() > 1:
     raise UserError(
-        "Expected them whole on each, got int8 for weights that several "
-        "devices share. Use --mesh data=N alone, or leave int8 out.")
+        "Expected unsharded weights for int8, got weights that several devices "
+        "share. Use --mesh data=N alone, or omit int8.")
   if is_quantized(params):
-    raise UserError("Expected floats, got weights in int8. Quantise them "
-                    "once.")
+    raise UserError(
+        "Expected floating-point weights, got weights in int8. Quantise them "
+        "once.")
 
   @functools.partial(jax.jit, static_argnums=1)
   def pack(x, kept):
@@ -50,9 +51,9 @@ def quantize(params: Params) -> Params:
 
   def visit(path, x):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    for end, summed in _SUMMED.items():
-      if f"/{name}".endswith(f"/{end}"):
-        kept = set(range(x.ndim)) - {x.ndim + axis for axis in summed}
+    for suffix, contracted in _CONTRACTED.items():
+      if f"/{name}".endswith(f"/{suffix}"):
+        kept = set(range(x.ndim)) - {x.ndim + axis for axis in contracted}
         return pack(x, tuple(sorted(kept)))
     return x
 
@@ -60,19 +61,19 @@ def quantize(params: Params) -> Params:
 
 
 def is_quantized(params: Params) -> bool:
-  """Whether any of the parameters are in int8."""
+  """Returns whether any of the parameters are in int8."""
   return any(map(_is_packed, jax.tree.leaves(params, is_leaf=_is_packed)))
 
 
 def dequantize(params: Params) -> Params:
-  """The parameters as floats; those that are stay as they are."""
+  """Converts int8 parameters to floats; others stay unchanged."""
   unpack = lambda x: (
       x.qvalue.astype(x.scale.dtype) * x.scale if _is_packed(x) else x)
   return jax.tree.map(unpack, params, is_leaf=_is_packed)
 
 
 def dequantized(module: type[nn.Module]) -> type[nn.Module]:
-  """A module like `module` that takes its parameters in int8."""
+  """Returns a module like `module` that takes its parameters in int8."""
   return nn.map_variables(module, "params", dequantize)
 
 

@@ -1,7 +1,7 @@
 """Rotary position tables and their application (Su et al. 2021).
 
-A table has one row per position; every slot of a sequence names its row, so
-that one- and two-dimensional schemes look the same to the trunk.
+A table has one row per position; each slot of a sequence has the index of its
+row, so the trunk treats one- and two-dimensional schemes alike.
 """
 
 import jax
@@ -10,25 +10,42 @@ import numpy as np
 
 
 def frequencies(dim: int, theta: float) -> np.ndarray:
-  """float64 [dim / 2]: radians per position of each pair."""
+  """Returns the radians per position of each pair, float64 [dim / 2]."""
   return 1.0 / theta ** (np.arange(0, dim, 2) / dim)
 
 
 def table_1d(positions: int, head_dim: int, theta: float) -> np.ndarray:
-  """float32 [positions, head_dim / 2, 2]: cosine and sine of each pair."""
+  """Returns the cosine and sine of each pair for consecutive positions.
+
+  Args:
+    positions: Number of positions.
+    head_dim: Head dimension H.
+    theta: Base of the frequencies.
+
+  Returns:
+    float32 [positions, head_dim / 2, 2].
+  """
   angles = np.arange(positions)[:, None] * frequencies(head_dim, theta)
   return _cos_sin(angles)
 
 
-def table_2d(places: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
-  """float32 [positions, head_dim / 2, 2] for (row, column) places [.., 2].
+def table_2d(row_col: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
+  """Returns the cosine and sine of each pair for two-dimensional positions.
 
-  The first half of the pairs turns with the row, the second with the column
+  The first half of the pairs encodes the row, the second half the column
   (LlamaGen, Sun et al. 2024).
+
+  Args:
+    row_col: Row and column of each position, [positions, 2].
+    head_dim: Head dimension H.
+    theta: Base of the frequencies.
+
+  Returns:
+    float32 [positions, head_dim / 2, 2].
   """
   freq = frequencies(head_dim // 2, theta)
   angles = np.concatenate(
-      [places[:, :1] * freq, places[:, 1:] * freq], axis=-1
+      [row_col[:, :1] * freq, row_col[:, 1:] * freq], axis=-1
   )
   return _cos_sin(angles)
 
@@ -36,12 +53,12 @@ def table_2d(places: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
 def rotate(
     x_SQNH: jax.Array, cos_sin_SQh2: jax.Array, interleaved: bool
 ) -> jax.Array:
-  """x with each pair of its last axis rotated, in float32, cast back.
+  """Rotates each pair of the last axis in float32 and casts back.
 
   Args:
     x_SQNH: Queries or keys.
     cos_sin_SQh2: Rows of a table, h = H / 2.
-    interleaved: Pairs are (2j, 2j + 1); else (j, j + H / 2).
+    interleaved: Whether pairs are (2j, 2j + 1) instead of (j, j + H / 2).
   """
   cos = cos_sin_SQh2[..., None, :, 0]
   sin = cos_sin_SQh2[..., None, :, 1]

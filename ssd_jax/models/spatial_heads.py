@@ -1,11 +1,11 @@
-"""SSD's spatial heads: small predictors of the trunk's own hidden states.
+"""SSD's spatial heads: small predictors of the trunk's hidden states.
 
-A head looks at a cell, at the state that predicted it and at the token that was
-drawn there, and predicts the state of the cell `offset` to the right or below.
-The frozen final norm and head of the trunk turn that into a distribution.
+A head takes the token at a grid position and the hidden state that predicted
+it, and predicts the hidden state of the token `offset` positions to the right
+or below. The trunk's frozen final norm and head turn it into a distribution.
 
-Source: SSD, arXiv:2606.20543, section 3.2, equation 2; the options that are not
-the default are those of its table 3.
+Source: SSD, arXiv:2606.20543, section 3.2, equation 2; the non-default options
+are those of its table 3.
 """
 
 from collections.abc import Mapping
@@ -31,18 +31,19 @@ TARGETS = ("pre", "post", "embedding", "token", "distribution")
 
 @dataclasses.dataclass(frozen=True)
 class HeadsOptions:
-  """Which heads there are.
+  """Numbers and options of the heads.
 
   Attributes:
-    horizontal: Heads of the offsets 1 .. horizontal in the row.
-    vertical: Heads of the offsets 1 .. vertical in the column.
-    inputs: "h+e", the hidden state and the embedding; "h" or "e" alone.
-    target: What is predicted, and so how it is decoded: "pre", the hidden state
-      before the final norm; "post", after it (then the input is so too);
-      "embedding", of the token; "token", as "pre" but trained on the token;
-      "distribution", on all that the trunk says of it (distillation: ours).
-    wrap: Horizontal pairs run on into the next row, as in one-dimensional
-      multi-token prediction; else they end with the row.
+    horizontal: Number of horizontal heads, for offsets 1 .. horizontal.
+    vertical: Number of vertical heads, for offsets 1 .. vertical.
+    inputs: "h+e", the hidden state and the token's embedding; "h" or "e" alone.
+    target: What the heads predict, which determines how predictions are
+      decoded: "pre", the hidden state before the final norm; "post", the hidden
+      state after it (also of the input); "embedding", the token's embedding;
+      "token", as "pre" but trained on the token; "distribution", as "pre" but
+      trained on the trunk's distribution (distillation: ours).
+    wrap: Whether horizontal offsets continue in the next row, as in
+      one-dimensional multi-token prediction, instead of ending with the row.
   """
 
   horizontal: int = 5
@@ -64,17 +65,16 @@ class HeadsOptions:
 
 @dataclasses.dataclass(frozen=True)
 class HeadsConfig:
-  """Heads and the trunk they belong to; what is stored beside their weights.
+  """The heads and the trunk they belong to; stored beside their weights.
 
   Attributes:
-    options: Which heads there are.
+    options: Numbers and options of the heads.
     d_model: Width D of the trunk.
-    vocab: Image codes V.
-    rows: Of the grid.
-    cols: Of the grid.
+    vocab: Number of image tokens V.
+    rows: Rows of the grid.
+    cols: Columns of the grid.
     end_of_row: Whether the grid has end-of-row tokens.
-    trunk: Some of the trunk's weights, by which it is known again; empty for
-      any trunk.
+    trunk: Fingerprint of the trunk; empty for any trunk.
   """
 
   options: HeadsOptions
@@ -90,7 +90,13 @@ class HeadsConfig:
       cls, generator: Generator, options: HeadsOptions,
       params: Params | None = None,
   ) -> "HeadsConfig":
-    """Heads of a generator, tied to its weights where they are given."""
+    """Returns the config of a generator's heads.
+
+    Args:
+      generator: The trunk.
+      options: Numbers and options of the heads.
+      params: Parameters of the trunk, which the heads are then tied to.
+    """
     grid = generator.grid
     trunk = () if params is None else fingerprint(params["trunk"])
     return cls(
@@ -99,20 +105,20 @@ class HeadsConfig:
     )
 
   def count(self, direction: str) -> int:
-    """Heads of a direction."""
+    """Returns the number of heads of a direction."""
     return getattr(self.options, direction)
 
 
 class Predictors(nn.Module):
   """The heads of one direction, their weights stacked by offset.
 
-  u = W0 z; u + W2 (silu(W1 v) * W3 v) with v = RMSNorm(u), all bias-free, inner
-  width 2 D.
+  A head computes u = W0 z and then u + W2 (silu(W1 v) * W3 v), where
+  v = RMSNorm(u); all are bias-free, and the inner width is 2 D.
 
   Attributes:
     offsets: Number of heads n.
-    width: D of the output.
-    norm_eps: Of RMSNorm.
+    width: Output width D.
+    norm_eps: Epsilon of RMSNorm.
   """
 
   offsets: int
@@ -121,7 +127,10 @@ class Predictors(nn.Module):
 
   @nn.compact
   def __call__(self, z: jax.Array, offset: int | None = None) -> jax.Array:
-    """[n, ..., D] of inputs [..., Z]; of one head (n = 1) with `offset`."""
+    """Returns predictions [n, ..., D] for inputs z [..., Z].
+
+    With an `offset`, only that head runs (n = 1).
+    """
     wanted = slice(None) if offset is None else slice(offset - 1, offset)
     init = nn.initializers.variance_scaling(
         1.0, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=0
@@ -134,7 +143,7 @@ class Predictors(nn.Module):
     into = functools.partial(jnp.einsum, "n...d,ndf->n...f")
     inner = 2 * self.width
     z, w0 = sharding.replicate_axis(z), weight("w0", z.shape[-1], self.width)
-    # Before the product with a single head XLA would turn its weights around.
+    # With "...z,nzd->n...d", XLA would transpose the weights of a single head.
     u = into(z[None], w0) if len(w0) == 1 else jnp.einsum(
         "...z,nzd->n...d", z, w0)
     u = sharding.replicate_axis(u)
@@ -158,14 +167,14 @@ class SpatialHeads:
 
   Attributes:
     generator: The trunk.
-    cfg: The heads.
+    cfg: Config of the heads.
   """
 
   generator: Generator
   cfg: HeadsConfig
 
   def init(self, key: jax.Array) -> Params:
-    """Random float32 weights: {direction: {name: [n, ...]}}."""
+    """Returns random float32 weights, {direction: {name: [n, ...]}}."""
     parts = len(self.cfg.options.inputs.split("+"))
     z = jnp.zeros((1, parts * self.cfg.d_model))
     keys = dict(zip(DIRECTIONS, jax.random.split(key), strict=True))
@@ -179,14 +188,18 @@ class SpatialHeads:
       self, params: Params, direction: str, hidden: jax.Array,
       tokens: jax.Array, offset: int | None = None,
   ) -> jax.Array:
-    """[n, ..., D]: what all heads of a direction, or one, predict.
+    """Runs one head or all heads of a direction.
 
     Args:
-      params: Of trunk and heads; these stacked, or apart (models/apart.py).
+      params: Parameters of trunk and heads; heads may be stacked or unstacked
+        (models/layouts.py).
       direction: "horizontal" or "vertical".
-      hidden: [..., D], the state that predicted `tokens`, before the norm.
-      tokens: int32 [...], drawn there.
-      offset: Of the only head wanted; None for all.
+      hidden: [..., D], the states that predicted `tokens`, before the norm.
+      tokens: int32 [...], generated tokens.
+      offset: Offset of the head to run; None runs all heads.
+
+    Returns:
+      Predictions, [n, ..., D].
     """
     choice, parts = self.cfg.options, []
     if "h" in choice.inputs:
@@ -205,32 +218,49 @@ class SpatialHeads:
   def goal(
       self, params: Params, hidden: jax.Array, tokens: jax.Array
   ) -> jax.Array:
-    """[..., D]: what a head aimed at these cells should predict."""
+    """Returns what a head that predicts these tokens should output, [..., D].
+
+    Args:
+      params: Parameters of trunk and heads.
+      hidden: [..., D], the states that predict `tokens`.
+      tokens: int32 [...], tokens at the heads' target positions.
+    """
     if self.cfg.options.target == "embedding":
       return self.generator.embed(params, tokens)
     return self._normalized(params, hidden)
 
   def logits(self, params: Params, predicted: jax.Array) -> jax.Array:
-    """float32 [..., V] of predictions."""
+    """Returns the logits of predictions [..., D], float32 [..., V]."""
     target = self.cfg.options.target
     if target == "post":
       return self.generator.project(params, predicted)
     if target == "embedding":
-      return self._nearness(params, predicted)
+      return self._log_density(params, predicted)
     return self.generator.logits(params, predicted)
 
   def draft(
       self, params: Params, direction: str, offset: int | None,
       hidden: jax.Array, tokens: jax.Array,
   ) -> jax.Array:
-    """float32 logits [..., V] of one offset; [n, ..., V] of all if None."""
+    """Returns the heads' float32 logits.
+
+    Args:
+      params: Parameters of trunk and heads.
+      direction: "horizontal" or "vertical".
+      offset: Offset of the head; None for all heads.
+      hidden: [..., D], the states that predicted `tokens`, before the norm.
+      tokens: int32 [...], generated tokens.
+
+    Returns:
+      [..., V] for one offset, [n, ..., V] for all.
+    """
     logits = self.logits(
         params, self.predict(params, direction, hidden, tokens, offset)
     )
     return sharding.replicate_axis(logits if offset is None else logits[0])
 
   def model(self) -> Model:
-    """The generator's functions with drafting."""
+    """Returns the generator's functions, with drafting."""
     horizontal, vertical = (self.cfg.count(name) for name in DIRECTIONS)
     return dataclasses.replace(
         self.generator.model(), draft=self.draft, heads=(horizontal, vertical))
@@ -242,33 +272,33 @@ class SpatialHeads:
   def _normalized(self, params: Params, hidden: jax.Array) -> jax.Array:
     if self.cfg.options.target == "post":
       return self.generator.normalize(params, hidden)
-    return hidden[..., :self.cfg.d_model]  # without what a drafter tapped
+    return hidden[..., :self.cfg.d_model]  # drops the drafter's taps
 
-  def _nearness(self, params: Params, predicted: jax.Array) -> jax.Array:
-    """Log-density of each code's embedding around a predicted one.
+  def _log_density(self, params: Params, predicted: jax.Array) -> jax.Array:
+    """Returns each token's log-density under a Gaussian around a prediction.
 
-    The spread per entry is that of the table itself: the paper names no
-    decoding of predicted embeddings, and this one has nothing to tune.
+    The variance is that of the embedding table. The paper specifies no decoding
+    of predicted embeddings; this one has no parameter to tune.
     """
-    codes = jnp.arange(self.cfg.vocab)
-    table = self.generator.embed(params, codes).astype(jnp.float32)
-    nearness = predicted.astype(jnp.float32) @ table.T
-    nearness -= 0.5 * jnp.sum(table**2, axis=-1)
-    return nearness / jnp.mean(jnp.var(table, axis=0))
+    tokens = jnp.arange(self.cfg.vocab)
+    table = self.generator.embed(params, tokens).astype(jnp.float32)
+    density = predicted.astype(jnp.float32) @ table.T
+    density -= 0.5 * jnp.sum(table**2, axis=-1)
+    return density / jnp.mean(jnp.var(table, axis=0))
 
 
 def bind_heads(
     generator: Generator, cfg: HeadsConfig, params: Params | None = None
 ) -> Model:
-  """The generator's model with `draft` and `heads`; use it for all calls.
+  """Returns the generator's model with `draft` and `heads` bound.
 
   Args:
     generator: The trunk.
-    cfg: The heads.
-    params: Of trunk and heads, to check that they belong together.
+    cfg: Config of the heads.
+    params: Parameters of trunk and heads, to check that they belong together.
 
   Raises:
-    UserError: when the heads are another trunk's, grid's or offset set's.
+    UserError: The heads belong to another trunk, grid or set of offsets.
   """
   check_heads(generator, cfg, params)
   return SpatialHeads(generator, cfg).model()
@@ -281,19 +311,19 @@ def check_heads(
   own = HeadsConfig.make(generator, cfg.options)
   for name, what in (("d_model", "width"), ("vocab", "codebook size")):
     got, expected = getattr(cfg, name), getattr(own, name)
-    _require(got == expected, f"{what} {got}", f"{expected}")
+    _require(got == expected, f"{what} {got}", f"{what} {expected}")
   _require(_grid_of(cfg) == _grid_of(own), _grid_of(cfg), _grid_of(own))
   if params is None:
     return
   _require(
       same_trunk(cfg.trunk, fingerprint(params["trunk"])),
-      "another trunk's weights", "those of this trunk",
+      "another trunk's weights", "this trunk's weights",
   )
   heads = SpatialHeads(generator, cfg)
   wanted = jax.eval_shape(heads.init, jax.random.key(0))
   _require(
       _shapes(params["heads"]) == _shapes(wanted),
-      f"weights of other offsets than {cfg.options}", "weights that fit it",
+      f"weights of other offsets than {cfg.options}", "these offsets",
   )
 
 
@@ -312,6 +342,6 @@ def _grid_of(cfg: HeadsConfig) -> str:
 def _require(ok: bool, got: str, expected: str) -> None:
   if not ok:
     raise UserError(
-        f"Expected {expected}, got spatial heads for {got}. Train heads for "
-        "this model with train.mtp."
+        f"Expected spatial heads for {expected}, got spatial heads for {got}. "
+        "Train heads for this model with train.mtp."
     )

@@ -1,7 +1,7 @@
 """The encoder of T5 1.1 (Raffel et al. 2020, arXiv:1910.10683), for captions.
 
-No biases, no scaling of the scores; a bias by bucketed distance, shared by all
-layers, stands in for positions.
+It has no biases and does not scale attention scores. Positions enter only as an
+attention bias per distance bucket, which all layers share.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ _dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-  """Sizes; the defaults are flan-t5-xl's.
+  """Sizes of the encoder; the defaults are those of flan-t5-xl.
 
   Attributes:
     d_model: Width D.
-    n_layers: Layers.
-    n_heads: Heads.
+    n_layers: Number of layers.
+    n_heads: Number of heads.
     head_dim: Head dimension.
     d_ff: Width of the gated layer.
     vocab: Rows of the input table.
-    buckets: Of distances, half of them for each direction.
+    buckets: Number of distance buckets, half of them for each direction.
     max_distance: Distances from here on share a bucket.
-    eps: Of the norms.
+    eps: Epsilon of the norms.
   """
 
   d_model: int = 2048
@@ -44,7 +44,7 @@ class T5Config:
 
 
 class T5Layer(nn.Module):
-  """Attention and a gated layer, each after a norm; the scanned body."""
+  """Attention and a gated layer, each after a norm; the body of the scan."""
 
   cfg: T5Config
 
@@ -76,13 +76,13 @@ class T5Layer(nn.Module):
 
 
 class T5Encoder(nn.Module):
-  """Ids of a text -> features."""
+  """Encodes the token ids of a text as features."""
 
   cfg: T5Config
 
   @nn.compact
   def __call__(self, ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Returns [B, T, D]; what stands where the mask is False means nothing."""
+    """Returns features [B, T, D], undefined where the mask is False."""
     cfg = self.cfg
     table = self.param(
         "embedding", nn.initializers.normal(1.0), (cfg.vocab, cfg.d_model))
@@ -101,9 +101,9 @@ class T5Encoder(nn.Module):
 
 
 def distance_buckets(cfg: T5Config, length: int) -> np.ndarray:
-  """int [T, T]: the bucket of each (query, key) pair.
+  """Returns the distance bucket of each (query, key) pair, int [T, T].
 
-  Half of each direction's buckets hold one distance each, the rest grow
+  Half of each direction's buckets hold one distance each; the others grow
   logarithmically up to `max_distance`.
   """
   away = np.arange(length)[None, :] - np.arange(length)[:, None]

@@ -2,9 +2,9 @@
 
 Pre-norm RMSNorm, SwiGLU, no biases, rotary positions given per slot, optional
 per-head LayerNorm of queries and keys (Chameleon). Layers are stacked along
-axis 0 of their parameters and run by `nn.scan`; the cache rides in the carry,
-so that no second copy of it is made. Or they are apart, one after another in
-the program: see models/apart.py.
+axis 0 of their parameters and run by `nn.scan`; the cache is part of the carry,
+so that it is not copied. Alternatively the layers are unstacked and run one
+after another, see models/layouts.py.
 """
 
 import dataclasses
@@ -32,17 +32,18 @@ class TrunkConfig:
     head_dim: Head dimension H.
     d_ff: SwiGLU hidden width F.
     vocab_in: Rows of the input table.
-    vocab_out: Image codes V, the outputs of the head.
-    norm_eps: Of RMSNorm.
+    vocab_out: Number of image tokens V, the outputs of the head.
+    norm_eps: Epsilon of RMSNorm.
     qk_norm: LayerNorm with scale and bias on each head of q and k, before the
       rotation (Chameleon).
-    interleaved: Rotary pairs are neighbours (LlamaGen) instead of halves.
+    interleaved: Whether rotary pairs are adjacent entries (LlamaGen) instead
+      of entries of the two halves.
     head_hidden: Width of the head's hidden layer, which has biases and an
       exact GELU (Janus); 0 for a linear head without bias.
-    caption_dim: Width of a text encoder's features, which two linear maps with
-      a GELU between bring to D (LlamaGen); 0 if prompts are tokens.
+    caption_dim: Width of a text encoder's features, which two linear layers
+      with a GELU between them project to D (LlamaGen); 0 if prompts are tokens.
     caption_slots: Rows of the unconditional caption's features.
-    remat: Recompute each layer in the backward pass.
+    remat: Whether to recompute each layer in the backward pass.
   """
 
   d_model: int
@@ -66,7 +67,7 @@ _dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 class RMSNorm(nn.Module):
-  """Root-mean-square norm; statistics in float32."""
+  """Root-mean-square norm with statistics in float32."""
 
   eps: float
 
@@ -95,9 +96,9 @@ class HeadNorm(nn.Module):
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-  """[..., N]: x @ w, of a matrix [K, N] or of its tiles [N / T, K, T].
+  """Returns x @ w [..., N], of a matrix [K, N] or of its tiles [N / T, K, T].
 
-  Tiles are columns that lie in one piece each: see models/apart.py.
+  A tile is a contiguous copy of T columns, see models/layouts.py.
   """
   w = w.astype(x.dtype)
   if w.ndim == 2:
@@ -112,7 +113,13 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 def matrix_shape(
     inputs: tuple[int, ...], outputs: tuple[int, ...], tile: int
 ) -> tuple[int, ...]:
-  """Of a matrix of so many inputs and outputs, or of its tiles."""
+  """Returns the shape of a matrix, or of its tiles if `tile` is positive.
+
+  Args:
+    inputs: Contracted dimensions.
+    outputs: Output dimensions.
+    tile: Columns per tile; 0 for an untiled matrix.
+  """
   if not tile:
     return (*inputs, *outputs)
   return math.prod(outputs) // tile, math.prod(inputs), tile
@@ -122,8 +129,8 @@ class Attention(nn.Module):
   """Grouped-query attention over the cache, or over the queries themselves.
 
   Attributes:
-    cfg: Of the trunk.
-    tile: Columns of the tiles in which matrices are given; 0 if they are whole.
+    cfg: Sizes and options of the trunk.
+    tile: Columns per tile of the matrices; 0 if they are not tiled.
   """
 
   cfg: TrunkConfig
@@ -161,7 +168,7 @@ class Attention(nn.Module):
             1.0, "fan_in", "normal", in_axis=(0, 1), out_axis=2),
         matrix_shape((cfg.n_heads, cfg.head_dim), (cfg.d_model,), self.tile),
     )
-    # One product of two matrices: left to itself XLA turns the weights around.
+    # Flattened to one matmul, as XLA would otherwise transpose the weights.
     o = o if self.tile else o.reshape(-1, cfg.d_model)
     return matmul(y.reshape(*y.shape[:2], -1), o), cache
 
@@ -171,7 +178,7 @@ class SwiGLU(nn.Module):
 
   Attributes:
     features: Hidden width.
-    tile: As of `Attention`.
+    tile: As in `Attention`.
   """
 
   features: int
@@ -180,21 +187,21 @@ class SwiGLU(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns an array of the input's shape."""
-    narrow, wide = (x.shape[-1],), (self.features,)
-    gate = self.param("gate", _dense, matrix_shape(narrow, wide, self.tile))
-    up = self.param("up", _dense, matrix_shape(narrow, wide, self.tile))
-    down = self.param("down", _dense, matrix_shape(wide, narrow, self.tile))
+    outer, inner = (x.shape[-1],), (self.features,)
+    gate = self.param("gate", _dense, matrix_shape(outer, inner, self.tile))
+    up = self.param("up", _dense, matrix_shape(outer, inner, self.tile))
+    down = self.param("down", _dense, matrix_shape(inner, outer, self.tile))
     return matmul(nn.silu(matmul(x, gate)) * matmul(x, up), down)
 
 
 class Layer(nn.Module):
-  """One pre-norm block; the scanned body.
+  """One pre-norm block; the body of the scan.
 
   Attributes:
-    cfg: Of the trunk.
-    input_norm: Whether attention's input is normalised.
-    emit: Whether the output is also given to the scan.
-    tile: As of `Attention`.
+    cfg: Sizes and options of the trunk.
+    input_norm: Whether the input of attention is normalised.
+    emit: Whether the output is also an output of the scan.
+    tile: As in `Attention`.
   """
 
   cfg: TrunkConfig
@@ -223,8 +230,9 @@ class Trunk(nn.Module):
     cfg: Sizes and options.
     taps: Layers whose outputs are appended to the hidden states.
     packed: Whether the layers' matrices are in int8.
-    apart: Whether each layer has parameters of its own.
-    tile: As of `Attention`; only with layers apart.
+    unstacked: Whether each layer has its own parameters instead of a slice of
+      stacked ones.
+    tile: As in `Attention`; only with unstacked layers.
   """
 
   cfg: TrunkConfig
@@ -275,14 +283,19 @@ class Trunk(nn.Module):
       self, x_SQD: jax.Array, cos_sin_SQh2: jax.Array, visible_SQX: jax.Array,
       cache: KVCache | None = None, slots_SQ: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
-    """Hidden states before the final norm, and the cache with them written.
+    """Runs all layers.
 
     Args:
       x_SQD: Embedded tokens.
       cos_sin_SQh2: Rows of the rotary table.
-      visible_SQX: What each query sees; without a cache, of the queries.
+      visible_SQX: Slots that each query sees; without a cache, queries.
       cache: Keys and values of every slot, or None.
-      slots_SQ: Where the queries are written; out of range is dropped.
+      slots_SQ: Slots that the queries' keys and values are written to; slots
+        out of range are dropped.
+
+    Returns:
+      Hidden states before the final norm, with taps [S, Q, (1 + taps) * D],
+      and the updated cache.
     """
     carry = (sharding.replicate_axis(x_SQD), cache)
     rest = (cos_sin_SQh2, visible_SQX, slots_SQ)
@@ -301,7 +314,7 @@ class Trunk(nn.Module):
     return x_SQD, cache
 
   def _one_by_one(self, x_SQD, cache, *rest):
-    """((x, cache), what each layer emits), of layers that are apart."""
+    """Runs unstacked layers; returns (x, cache) and each layer's output."""
     caches = cache.layers() if cache else [None] * len(self.layers)
     every_LSQD = []
     for index, layer in enumerate(self.layers):
@@ -311,21 +324,24 @@ class Trunk(nn.Module):
     return (x_SQD, cache and KVCache.from_layers(caches)), every_LSQD
 
   def init_all(self, x_SQD, cos_sin_SQh2, visible_SQX):
-    """Touches every parameter, for `init`."""
+    """Uses every parameter; for `init`."""
     if self.cfg.caption_dim:
       self.embed_caption(jnp.zeros((1, 1, self.cfg.caption_dim)), jnp.ones(
           (1, 1), jnp.int32))
     return self.logits(self(x_SQD, cos_sin_SQh2, visible_SQX)[0])
 
   def embed(self, ids: jax.Array) -> jax.Array:
-    """Rows of the input table."""
+    """Returns rows of the input table, [..., D]."""
     return self.embedding[ids]
 
   def embed_caption(
       self, features_SPE: jax.Array, ids_SP: jax.Array
   ) -> jax.Array:
-    """[S, P, D], of a text encoder's features where the id is 0, else of row
-    id - 1 of the unconditional caption.
+    """Embeds captions, [S, P, D].
+
+    Args:
+      features_SPE: A text encoder's features, used where the id is 0.
+      ids_SP: 0, or 1 + a row of the unconditional caption.
     """
     null = self.caption_null[jnp.maximum(ids_SP - 1, 0)]
     x = jnp.where(ids_SP[..., None] > 0, null, features_SPE)
@@ -333,15 +349,15 @@ class Trunk(nn.Module):
     return x @ self.caption_out.astype(x.dtype)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """float32 [..., V], image logits of pre-norm hidden states."""
+    """Returns image logits of pre-norm hidden states, float32 [..., V]."""
     return self.project(self.normalize(hidden))
 
   def normalize(self, hidden: jax.Array) -> jax.Array:
-    """Hidden states after the final norm, without what was tapped."""
+    """Returns hidden states after the final norm, without taps, [..., D]."""
     return self.final_norm(hidden[..., :self.cfg.d_model])
 
   def project(self, y: jax.Array) -> jax.Array:
-    """float32 [..., V], image logits of normalised hidden states."""
+    """Returns image logits of normalised hidden states, float32 [..., V]."""
     if not self.cfg.head_hidden:
       return matmul(y, self.head).astype(jnp.float32)
     y = y @ self.head_in.astype(y.dtype) + self.head_in_bias.astype(y.dtype)

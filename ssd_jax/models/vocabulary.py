@@ -1,7 +1,7 @@
-"""Words of a caption -> ids, for families whose prompt is a prefix of tokens.
+"""Word-level vocabulary of captions, for prompts that are a prefix of tokens.
 
-A word that the vocabulary lacks is spelled in UTF-8 bytes, so that any text in
-any script has ids.
+Words outside the vocabulary are encoded as UTF-8 bytes, so any text in any
+script has ids.
 """
 
 from collections import Counter
@@ -13,24 +13,24 @@ import unicodedata
 
 import numpy as np
 
-PAD, START, IMAGE = 0, 1, 2  # START opens the caption, IMAGE the picture
-_BYTES = 3  # the first byte's id
-_WORDS = _BYTES + 256
+PAD, START, IMAGE = 0, 1, 2  # START begins the caption, IMAGE the image
+_BYTES = 3  # id of the first byte
+_WORDS = _BYTES + 256  # id of the first word
 _SPLIT = re.compile(r"[^\W_]+|[^\w\s]|_")
 
 
 def words_of(text: str) -> list[str]:
-  """Lower-case words and punctuation marks of a text, in NFKC."""
+  """Returns the lower-case words and punctuation marks of a text, in NFKC."""
   return _SPLIT.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-  """A list of known words over a floor of bytes.
+  """A list of known words with a byte fallback.
 
   Attributes:
     words: Known words; word i has id 259 + i.
-    length: Prompt slots P. The last one always holds IMAGE.
+    length: Number of prompt slots P. The last one always holds IMAGE.
   """
 
   words: tuple[str, ...]
@@ -40,7 +40,13 @@ class Vocabulary:
   def build(
       cls, texts: Iterable[str], length: int, min_count: int = 1
   ) -> "Vocabulary":
-    """The words that occur at least `min_count` times, most frequent first."""
+    """Builds a vocabulary of words that occur at least `min_count` times.
+
+    Args:
+      texts: Captions.
+      length: Number of prompt slots P.
+      min_count: Fewest occurrences of a word.
+    """
     counts = Counter(word for text in texts for word in words_of(text))
     ranked = sorted(counts.items(), key=lambda x: (-x[1], x[0]))
     known = [word for word, count in ranked if count >= min_count]
@@ -48,7 +54,7 @@ class Vocabulary:
 
   @property
   def size(self) -> int:
-    """Ids in use, special ones and bytes included."""
+    """Number of ids, special ones and bytes included."""
     return _WORDS + len(self.words)
 
   @functools.cached_property
@@ -56,22 +62,37 @@ class Vocabulary:
     return {word: _WORDS + i for i, word in enumerate(self.words)}
 
   def ids(self, word: str) -> list[int]:
-    """The id of a known word, or its bytes."""
+    """Returns the id of a known word, or the ids of a word's bytes."""
     known = self._index.get(word)
     return [known] if known is not None else self.spell(word)
 
   def spell(self, word: str) -> list[int]:
-    """The ids of a word's bytes."""
+    """Returns the ids of a word's bytes."""
     return [_BYTES + byte for byte in word.encode("utf-8")]
 
   def encode(self, text: str | None) -> tuple[list[int], bool]:
-    """(ids of a caption, whether it was too long and cut); None has no ids."""
+    """Encodes a caption.
+
+    Args:
+      text: The caption; None has no ids.
+
+    Returns:
+      Its ids, and whether they were truncated.
+    """
     ids = [i for word in words_of(text or "") for i in self.ids(word)]
     room = self.length - 2
     return ids[:room], len(ids) > room
 
   def pad(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 [P], bool [P]): START, ids, padding, IMAGE in the last slot."""
+    """Pads ids to the prompt slots.
+
+    Args:
+      ids: Ids of a caption.
+
+    Returns:
+      START, ids, padding and IMAGE in the last slot, int32 [P]; and which of
+      the slots are not padding, bool [P].
+    """
     tokens = np.full(self.length, PAD, np.int32)
     tokens[0] = START
     tokens[1 : 1 + len(ids)] = ids

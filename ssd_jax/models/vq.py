@@ -6,7 +6,7 @@ Chameleon, Emu3 for single images) and our own. Levels are numbered in the
 encoder's order: level 0 has the highest resolution. All arrays are NHWC.
 
 B batch, H height, W width, C channels, R rows and C columns of the grid,
-V codes, Z code dimension.
+V codebook entries, Z codebook dimension.
 """
 
 import dataclasses
@@ -28,17 +28,18 @@ class VQConfig:
     num_res_blocks: Residual blocks per encoder level; the decoder has one more.
     z_channels: Channels of the latent before `quant_conv`.
     n_codes: Codebook size V.
-    code_dim: Code dimension Z.
-    l2_norm: Compare and look up codes on the unit sphere (LlamaGen, Janus).
+    code_dim: Codebook dimension Z.
+    l2_norm: Whether codebook entries are compared and looked up on the unit
+      sphere (LlamaGen, Janus).
     attn_levels: Levels whose residual blocks are followed by self-attention.
     patch: Side of the pixel blocks folded into channels at the input, and
       unfolded at the output; 1 in all published tokenizers.
     groups: Groups of the group norm.
-    priced: Every code has a price, added to its squared distance when it is
-      looked up; training sets it by how rare the code is (our own tokenizer).
-    video: The latents of a single image pass through a video tokenizer's
-      temporal layers, and the decoder's norms are modulated by the code vectors
-      (Emu3).
+    priced: Whether each codebook entry has a price, which is added to its
+      squared distance in quantisation; training sets it by the entry's rarity
+      (our own tokenizer).
+    video: Whether latents pass through a video tokenizer's temporal layers and
+      the quantised latents modulate the decoder's norms (Emu3).
   """
 
   ch: int = 128
@@ -56,7 +57,7 @@ class VQConfig:
 
   @property
   def downsample(self) -> int:
-    """Pixels per cell along one side."""
+    """Pixels per image token along one side."""
     return self.patch * 2 ** (len(self.ch_mult) - 1)
 
 
@@ -71,7 +72,7 @@ def _norm(cfg: VQConfig, name: str, codes_BRCZ: jax.Array | None = None):
 
 
 class SpatialNorm(nn.Module):
-  """Group norm, scaled and shifted by the code vectors (Emu3).
+  """Group norm, scaled and shifted by the quantised latents (Emu3).
 
   Source: Zheng et al. 2022, MoVQ, arXiv:2209.09002, section 3.2.
   """
@@ -89,10 +90,10 @@ class SpatialNorm(nn.Module):
 
 
 class TimeBlock(nn.Module):
-  """A video tokenizer's temporal residual block, as a single image sees it.
+  """A video tokenizer's temporal residual block, applied to a single image.
 
-  Its convolutions look back in time over zeros, so that the last temporal tap
-  is all that is left; its batch norms are a scale and a shift.
+  Its causal convolutions see zeros for earlier frames, so only the last
+  temporal tap remains; its batch norms reduce to a scale and a shift.
   """
 
   @nn.compact
@@ -138,7 +139,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-  """Single-head self-attention over all cells, with a residual."""
+  """Single-head self-attention over all positions, with a residual."""
 
   cfg: VQConfig
 
@@ -198,7 +199,7 @@ class Encoder(nn.Module):
     x = nn.swish(_norm(cfg, "norm_out")(x))
     x = _conv(cfg.z_channels, 3, "conv_out")(x)
     if cfg.video:
-      # Four equal frames: after the first halving two, after the second one.
+      # The image stands for four equal frames; each step halves their number.
       x = nn.swish(_conv(2 * cfg.z_channels, 3, "time_conv_0")(x))
       x = nn.swish(_conv(cfg.z_channels, 3, "time_conv_1")(x))
       for block in range(cfg.num_res_blocks):
@@ -218,7 +219,7 @@ class Decoder(nn.Module):
     """Returns [B, H * downsample, W * downsample, 3], about [-1, 1]."""
     cfg = self.cfg
     if cfg.video:
-      assert codes_BRCZ is not None, "a video's decoder sees the codes"
+      assert codes_BRCZ is not None, "a video decoder needs the latents"
       z_BHWC, codes_BRCZ = self._first_frame(z_BHWC, codes_BRCZ)
     x = _conv(cfg.ch * cfg.ch_mult[-1], 3, "conv_in")(z_BHWC)
     x = MidBlock(cfg, name="mid")(x, codes_BRCZ)
@@ -237,7 +238,7 @@ class Decoder(nn.Module):
   def _first_frame(
       self, z_BRCZ: jax.Array, codes_BRCZ: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """Both inputs through the same temporal layers."""
+    """Runs both inputs through the same temporal layers."""
     x = jnp.concatenate([z_BRCZ, codes_BRCZ])
     for block in range(self.cfg.num_res_blocks):
       x = TimeBlock(name=f"time_res_{block}")(x)
@@ -269,40 +270,48 @@ class VQ(nn.Module):
     return self.decode(self.quantize(self.encode(x_BHWC)))
 
   def encode(self, x_BHWC: jax.Array) -> jax.Array:
-    """Images in [-1, 1] -> latents [B, R, C, Z] to be quantised."""
+    """Encodes images in [-1, 1] as latents [B, R, C, Z], not yet quantised."""
     return self.quant_conv(self.encoder(x_BHWC))
 
   def quantize(self, z_BRCZ: jax.Array) -> jax.Array:
-    """Latents -> int32 [B, R, C], the id of the nearest code."""
+    """Returns the nearest codebook entry of each latent, int32 [B, R, C]."""
     price = self.price if self.cfg.priced else 0.0
     return nearest_code(z_BRCZ, self.codes(), price)
 
   def decode(self, ids_BRC: jax.Array) -> jax.Array:
-    """Codebook ids -> images [B, H, W, 3], about [-1, 1]."""
+    """Decodes image tokens to images [B, H, W, 3], about [-1, 1]."""
     return self.decode_latents(self.codes()[ids_BRC])
 
   def decode_latents(self, z_BRCZ: jax.Array) -> jax.Array:
-    """Code vectors -> images; what training differentiates through."""
+    """Decodes quantised latents to images; training differentiates this."""
     codes_BRCZ = z_BRCZ if self.cfg.video else None
     return self.decoder(self.post_quant_conv(z_BRCZ), codes_BRCZ)
 
   def codes(self) -> jax.Array:
-    """The codebook [V, Z] as it is compared and looked up."""
+    """Returns the codebook [V, Z] as it is compared and looked up."""
     return unit(self.codebook) if self.cfg.l2_norm else self.codebook
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """Vectors scaled to length one along the last axis."""
+  """Scales vectors to unit length along the last axis."""
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def nearest_code(
     z_BRCZ: jax.Array, codes_VZ: jax.Array, price_V: jax.Array | float = 0.0
 ) -> jax.Array:
-  """int32 [B, R, C]: for each latent the code of least L2 distance and price.
+  """Finds the codebook entry with the least squared distance plus price.
 
-  On a unit-norm codebook this is the code of the largest cosine, whatever the
-  latent's length: the latents need no normalisation.
+  On a unit-norm codebook this is the entry with the largest cosine, whatever
+  the latent's length, so the latents need no normalisation.
+
+  Args:
+    z_BRCZ: Latents.
+    codes_VZ: Codebook.
+    price_V: Price of each entry.
+
+  Returns:
+    int32 [B, R, C], indices of codebook entries.
   """
   dots = jnp.einsum("brcz,vz->brcv", z_BRCZ, codes_VZ)
   distance = jnp.sum(codes_VZ**2, axis=-1) + price_V - 2.0 * dots
@@ -310,7 +319,7 @@ def nearest_code(
 
 
 def to_uint8(x: jax.Array) -> jax.Array:
-  """Pixels in [-1, 1] -> uint8, as Chameleon and Janus truncate them."""
+  """Converts pixels in [-1, 1] to uint8 by truncation (Chameleon, Janus)."""
   return (jnp.clip((x + 1.0) / 2.0, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 

@@ -295,9 +295,8 @@ class Eagle(DecoderBase):
       return token, jnp.where(jnp.any(same_K), jnp.argmax(same_K), len(same_K))
     p_V, child = self._test(ctx, p_V, siblings, u_K)
     # All steps may share the noise: only the walk's last step resamples.
-    resampled = sampling.sample_inverse(p_V[None], ctx.pass_key(_RESAMPLE_PURPOSE))[
-      0
-    ]
+    resampled = sampling.sample_inverse(
+        p_V[None], ctx.pass_key(_RESAMPLE_PURPOSE))[0]
     drafted = siblings.tokens.at[child].get(mode="fill", fill_value=0)
     return jnp.where(child < len(u_K), drafted, resampled), child
 
