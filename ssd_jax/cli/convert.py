@@ -5,10 +5,9 @@ import pathlib
 from absl import flags, logging
 
 from ssd_jax.cli import run as cli
-from ssd_jax.convert import convert, hub
+from ssd_jax.convert import anole, convert, emu3, hub, janus, llamagen, lumina
 from ssd_jax.convert.recipes import Recipe
 from ssd_jax.core.config import UserError
-from ssd_jax.families import anole, emu3, janus, llamagen, lumina
 from ssd_jax.runtime.progress import Bar
 
 RECIPES = {

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from ssd_jax.core.config import UserError
+from ssd_jax.core.weights import leaves_by_path
 from ssd_jax.models.transformer import TrunkConfig
 from ssd_jax.models.vq import VQ, VQConfig
 
@@ -73,13 +74,6 @@ class Table:
 
   rows: tuple[Row, ...]
   ignored: tuple[str, ...] = ()
-
-
-def leaves(tree: Any, prefix: str) -> dict[str, jax.ShapeDtypeStruct]:
-  """The arrays of a tree of dicts by path."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {"/".join([prefix, *(k.key for k in path)]): leaf
-          for path, leaf in flat}
 
 
 def linear(x: np.ndarray) -> np.ndarray:
@@ -204,7 +198,7 @@ def vq_shapes(cfg: VQConfig) -> dict[str, jax.ShapeDtypeStruct]:
   size = cfg.downsample
   image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
   params = jax.eval_shape(VQ(cfg).init, jax.random.key(0), image)["params"]
-  return leaves(params, "vq")
+  return leaves_by_path(params, "vq")
 
 
 @dataclasses.dataclass(frozen=True)

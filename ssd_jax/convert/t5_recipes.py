@@ -6,14 +6,14 @@ import jax
 import numpy as np
 
 from ssd_jax.convert.recipes import (
-  Row,
-  Source,
-  copy,
-  join_heads,
-  leaves,
-  linear,
-  split_heads,
+    Row,
+    Source,
+    copy,
+    join_heads,
+    linear,
+    split_heads,
 )
+from ssd_jax.core.weights import leaves_by_path
 from ssd_jax.models.t5 import T5Config, T5Encoder
 
 FILES = (
@@ -29,7 +29,7 @@ def shapes(cfg: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
   init = T5Encoder(cfg).init
   variables = jax.eval_shape(
       init, jax.random.key(0), shape(np.int32), shape(np.bool_))
-  return leaves(variables["params"], "text")
+  return leaves_by_path(variables["params"], "text")
 
 
 def rows(cfg: T5Config) -> Iterable[Row]:

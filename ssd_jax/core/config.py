@@ -1,7 +1,7 @@
-"""Frozen settings, made once from a ConfigDict; every range check lives here.
+"""User errors, range checks, and frozen settings made from a ConfigDict.
 
-Entry points call `from_config_dict(SomeConfig, config.some)`; nothing below
-them sees a ConfigDict.
+Entry points call `from_config_dict(SomeConfig, config.some)`; the code below
+them does not use ConfigDicts.
 """
 
 import dataclasses
@@ -14,28 +14,42 @@ T = TypeVar("T", bound="DataclassInstance")
 
 
 class UserError(ValueError):
-  """A mistake of the user: one line, "Expected X, got Y. Do Z."."""
+  """An error that the user can fix; one line: "Expected X, got Y. Do Z."."""
 
 
 def check(ok: bool, name: str, got: Any, expected: str) -> None:
-  """Raises UserError unless `ok`."""
+  """Checks a setting.
+
+  Args:
+    ok: Whether the value is valid.
+    name: Name of the setting.
+    got: Its value.
+    expected: Description of valid values; completes "to be".
+
+  Raises:
+    UserError: `ok` is False.
+  """
   if not ok:
     raise UserError(
         f"Expected {name} to be {expected}, got {name}={got}.")
 
 
 def from_config_dict(cls: type[T], values: Any) -> T:
-  """A frozen dataclass `cls` from a ConfigDict with exactly its fields.
+  """Makes a frozen dataclass from a ConfigDict with exactly its fields.
+
+  Args:
+    cls: The dataclass.
+    values: The ConfigDict, or another mapping.
 
   Raises:
-    UserError: on an unknown or missing key, or a value out of range.
+    UserError: A key is unknown or missing, or a value is out of range.
   """
   fields = {f.name: f for f in dataclasses.fields(cls)}
   unknown = sorted(set(values) - set(fields))
   if unknown:
     raise UserError(
-        f"Expected one of {sorted(fields)}, got unknown setting "
-        f"{unknown[0]!r} for {cls.__name__}. Remove or rename it."
+        f"Expected a setting of {cls.__name__}, one of {sorted(fields)}, got "
+        f"unknown setting {unknown[0]!r}. Remove or rename it."
     )
   kwargs = {}
   for name in values:
@@ -49,7 +63,7 @@ def from_config_dict(cls: type[T], values: Any) -> T:
     return cls(**kwargs)
   except TypeError as error:
     raise UserError(
-      f"Expected all settings of {cls.__name__}, got {error}."
+        f"Expected all settings of {cls.__name__}, got {error}."
     ) from error
 
 
@@ -58,18 +72,18 @@ class OptimizerConfig:
   """AdamW or Muon with warm-up and cosine decay.
 
   Attributes:
-    kind: "adamw", or "muon" for a trunk: Muon on the matrices of its layers,
-      scaled to AdamW's step size (Liu et al. 2025, arXiv:2502.16982), AdamW on
-      everything else.
-    learning_rate: Peak rate, reached after `warmup_steps`.
-    final_learning_rate: Rate at the last step.
-    warmup_steps: Linear warm-up.
+    kind: "adamw", or "muon" for a trunk: Muon for the matrices of its layers,
+      scaled to AdamW's step size (Liu et al. 2025, arXiv:2502.16982), AdamW for
+      all other parameters.
+    learning_rate: Peak learning rate, reached after `warmup_steps`.
+    final_learning_rate: Learning rate at the last step.
+    warmup_steps: Number of linear warm-up steps.
     b1: First-moment decay.
     b2: Second-moment decay.
-    weight_decay: Decoupled, on matrices only.
+    weight_decay: Decoupled weight decay, for matrices only.
     clip: Largest global gradient norm.
-    ema: Decay of the averaged weights that are evaluated and exported; 0 for
-      none.
+    ema: Decay of the averaged weights that are evaluated and exported; 0
+      disables averaging.
   """
 
   kind: str = "adamw"
@@ -97,18 +111,18 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-  """What every training run has.
+  """Settings of every training loop.
 
   Attributes:
-    steps: Optimiser steps in all.
+    steps: Total number of optimiser steps.
     batch: Examples per step, over all devices.
-    accumulate: Parts of a batch that are run one after the other, where it does
-      not fit at once.
+    accumulate: Number of parts of a batch whose gradients are accumulated, if a
+      batch does not fit in memory.
     log_every: Steps between log lines.
     eval_every: Steps between evaluations.
     save_every: Steps between checkpoints.
-    keep: Checkpoints kept.
-    seed: Of initialisation, data order and noise.
+    keep: Number of checkpoints to keep.
+    seed: Seed of initialisation, data order and noise.
   """
 
   steps: int = 1000

@@ -1,4 +1,4 @@
-"""Packages that only some commands need."""
+"""Imports of optional dependencies, the package's extras."""
 
 import importlib
 from types import ModuleType
@@ -7,14 +7,18 @@ from ssd_jax.core.config import UserError
 
 
 class MissingExtra(UserError):
-  """Packages of an extra are not installed."""
+  """The packages of an extra are not installed."""
 
 
 def need(module: str, extra: str) -> ModuleType:
-  """The imported module of an extra.
+  """Imports a module of an extra.
+
+  Args:
+    module: Name of the module.
+    extra: Name of the extra that provides it.
 
   Raises:
-    MissingExtra: when the extra is not installed.
+    MissingExtra: The extra is not installed.
   """
   try:
     return importlib.import_module(module)

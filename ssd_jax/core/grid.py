@@ -1,4 +1,4 @@
-"""The image as a sequence: which slot holds which cell, which are forced."""
+"""The image as a sequence of slots: grid positions and forced slots."""
 
 import dataclasses
 import functools
@@ -10,18 +10,19 @@ FREE = -1
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """A raster of `rows` x `cols` cells, with or without end-of-row tokens.
+  """A grid of `rows` x `cols` image tokens, with or without end-of-row tokens.
 
-  Slots are numbered in raster order. With `end_of_row`, a slot whose token is
-  known before any pass follows each row but the last; after the last row
-  nothing is left to predict, so the sequence ends with its last cell.
+  Slots are numbered in raster order. With `end_of_row`, a forced slot, whose
+  token is known before any pass, follows each row but the last: after the last
+  row nothing is left to predict, so the sequence ends with its last image
+  token.
 
   >>> Grid(2, 3, end_of_row=True).slot_of.tolist()
   [[0, 1, 2], [4, 5, 6]]
 
   Attributes:
-    rows: Rows R.
-    cols: Columns C.
+    rows: Number of rows R.
+    cols: Number of columns C.
     end_of_row: Whether a forced slot ends each row.
   """
 
@@ -31,40 +32,44 @@ class Grid:
 
   @property
   def row_slots(self) -> int:
-    """Slots from the start of a row to the start of the next."""
+    """Number of slots from the start of a row to the start of the next."""
     return self.cols + int(self.end_of_row)
 
   @property
   def length(self) -> int:
-    """Slots N of the sequence."""
+    """Number of slots N of the sequence."""
     return self.rows * self.row_slots - int(self.end_of_row)
 
   @property
   def num_tokens(self) -> int:
-    """Cells of the image; AR's passes."""
+    """Number of image tokens, which is AR's number of passes."""
     return self.rows * self.cols
 
   @functools.cached_property
   def row_of(self) -> np.ndarray:
-    """int32 [N]: the row of each slot."""
+    """The row of each slot, int32 [N]."""
     return (np.arange(self.length) // self.row_slots).astype(np.int32)
 
   @functools.cached_property
   def col_of(self) -> np.ndarray:
-    """int32 [N]: the column of each slot; `cols` at an end-of-row slot."""
+    """The column of each slot, int32 [N]; `cols` for end-of-row slots."""
     return (np.arange(self.length) % self.row_slots).astype(np.int32)
 
   @functools.cached_property
   def is_forced(self) -> np.ndarray:
-    """bool [N]: slots whose token is known before any pass."""
+    """Which slots have a token that is known before any pass, bool [N]."""
     return self.col_of >= self.cols
 
   @functools.cached_property
   def slot_of(self) -> np.ndarray:
-    """int32 [R, C]: the slot of each cell."""
+    """The slot of each grid position, int32 [R, C]."""
     rows, cols = np.mgrid[: self.rows, : self.cols]
     return (rows * self.row_slots + cols).astype(np.int32)
 
   def forced_tokens(self, vocab: int) -> np.ndarray:
-    """int32 [N]: the forced token, V for end-of-row, or FREE."""
+    """Returns the token of each forced slot, else FREE, int32 [N].
+
+    Args:
+      vocab: Number of image tokens V, which is also the end-of-row token.
+    """
     return np.where(self.is_forced, vocab, FREE).astype(np.int32)

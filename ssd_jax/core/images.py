@@ -1,4 +1,4 @@
-"""Many pictures as one thing: an array, or read when they are asked for."""
+"""Sequences of images: arrays, or images that are read on access."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
@@ -9,36 +9,36 @@ T = TypeVar("T")
 
 
 class Images(Protocol):
-  """N pictures, uint8 [H, W, 3] each, whose slices are arrays [n, H, W, 3]."""
+  """N images, uint8 [H, W, 3] each, whose slices are arrays [n, H, W, 3]."""
 
   def __len__(self) -> int:
-    """N."""
+    """Returns the number of images N."""
 
   def __iter__(self) -> Iterator[np.ndarray]:
-    """Each picture."""
+    """Iterates over the images."""
 
   def __getitem__(self, index: int | slice, /) -> np.ndarray:
-    """A picture, or several as an array."""
+    """Returns an image, or several images as an array."""
 
 
 class OnDemand(Generic[T]):
-  """Pictures that are read from where they lie, each time anew.
+  """Images that are read from their sources on each access.
 
   Attributes:
-    places: Where each lies.
-    read: A place -> uint8 [H, W, 3].
+    sources: Source of each image, e.g. its path.
+    read: Function from a source to an image, uint8 [H, W, 3].
   """
 
-  def __init__(self, places: Sequence[T], read: Callable[[T], np.ndarray]):
-    self.places, self.read = places, read
+  def __init__(self, sources: Sequence[T], read: Callable[[T], np.ndarray]):
+    self.sources, self.read = sources, read
 
   def __len__(self) -> int:
-    return len(self.places)
+    return len(self.sources)
 
   def __iter__(self) -> Iterator[np.ndarray]:
-    return map(self.read, self.places)
+    return map(self.read, self.sources)
 
   def __getitem__(self, index: int | slice, /) -> np.ndarray:
     if isinstance(index, slice):
-      return np.stack([self.read(place) for place in self.places[index]])
-    return self.read(self.places[index])
+      return np.stack([self.read(source) for source in self.sources[index]])
+    return self.read(self.sources[index])

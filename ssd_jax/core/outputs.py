@@ -1,4 +1,4 @@
-"""What was drawn: pictures, and how they came to be."""
+"""Generated images and the statistics of their generation."""
 
 import dataclasses
 
@@ -8,15 +8,15 @@ from PIL import Image
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A picture and how it came to be.
+  """One generated image.
 
   Attributes:
-    index: Over the whole call; keys its noise.
-    prompt: Its text.
-    image: uint8 [H, W, 3].
-    tokens: int32 [R, C].
-    passes: Trunk forwards that it took part in.
-    commit_pass: int32 [R, C], the pass at which each cell became final.
+    index: Index over the whole call; keys the image's noise.
+    prompt: The prompt.
+    image: uint8 [H, W, 3], pixels.
+    tokens: int32 [R, C], image tokens.
+    passes: Forward passes until the image was final.
+    commit_pass: int32 [R, C], pass in which each token became final.
   """
 
   index: int
@@ -58,7 +58,7 @@ class Output:
 
   @property
   def pil_images(self) -> list[Image.Image]:
-    """The pictures as PIL images."""
+    """The images as PIL images."""
     return [Image.fromarray(image) for image in self.images]
 
   @property

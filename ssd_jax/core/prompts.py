@@ -1,34 +1,38 @@
-"""Prompts as people type them."""
+"""Validation of prompts typed by users."""
 
 import unicodedata
 
 from ssd_jax.core.config import UserError
 
-LONGEST = 10_000  # characters
+MAX_CHARACTERS = 10_000
 
 
-def clean(prompt: str, longest: int = LONGEST) -> str:
-  """A prompt as it was typed, without control characters.
+def clean(prompt: str, longest: int = MAX_CHARACTERS) -> str:
+  """Removes control characters from a prompt.
 
-  White space stays: a family strips or folds it where its original does.
+  White space is kept: a family strips or normalises it as its original does.
 
   >>> clean(" a red\\n heart\\x07 ")
   ' a red\\n heart '
 
+  Args:
+    prompt: The prompt as typed.
+    longest: Largest number of characters.
+
   Raises:
-    UserError: when it is empty or too long.
+    UserError: The prompt is empty or too long.
   """
   text = "".join(
       c for c in prompt
       if c in "\t\n\r" or unicodedata.category(c) not in ("Cc", "Cs"))
   if not text.strip():
     raise UserError(
-        f"Expected a few words, got an empty prompt {prompt[:20]!r}. Say what "
-        "to draw."
+        "Expected a prompt of a few words, got an empty prompt "
+        f"{prompt[:20]!r}. Describe the image."
     )
   if len(text) > longest:
     raise UserError(
-        f"Expected at most {longest}, got a prompt of {len(text)} characters. "
-        "Shorten it."
+        f"Expected a prompt of at most {longest} characters, got a prompt of "
+        f"{len(text)} characters. Shorten it."
     )
   return text

@@ -1,10 +1,10 @@
-"""The words that all rooms share: shape letters and the arrays of a pass.
+"""Types shared by the whole package, and the shape letters of array names.
 
-Arrays in numeric code end in their shape letters:
+Names of arrays end in their shape letters:
 
   B images of a batch      G guidance streams (cond, uncond)   S = G * B rows
   N slots of the sequence  X = N + scratch slots of trees      P prompt slots
-  Q queries of a pass      R rows and C columns of the grid    V image codes
+  Q queries of a pass      R rows and C columns of the grid    V image tokens
   L layers   D width   F hidden width   H head dimension   K key/value heads
 """
 
@@ -23,14 +23,14 @@ Params = Any
 
 @flax.struct.dataclass
 class KVCache:
-  """Keys and values of every slot; a draft is overwritten, never erased.
+  """Keys and values of every slot; those of drafts are overwritten, not erased.
 
-  Of a trunk whose layers are apart, each layer has arrays of its own, [1, S, K,
-  P + X, H]: what is done to all keys and values is done to each leaf.
+  With unstacked layers, each layer has its own arrays [1, S, K, P + X, H], so
+  functions of the cache should map over its leaves.
 
   Attributes:
-    k: [L, S, K, P + X, H], or one of each layer.
-    v: As k.
+    k: Keys [L, S, K, P + X, H], or a tuple with one array per layer.
+    v: Values, as `k`.
   """
 
   k: jax.Array | tuple[jax.Array, ...]
@@ -38,17 +38,17 @@ class KVCache:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """(L or 1, S, K, P + X, H)."""
+    """Shape of the first leaf: (L or 1, S, K, P + X, H)."""
     return jax.tree.leaves(self.k)[0].shape
 
   @classmethod
   def from_layers(cls, layers: Sequence["KVCache"]) -> "KVCache":
-    """Layers that are apart."""
+    """Returns the cache of unstacked layers."""
     k, v = ([getattr(x, name) for x in layers] for name in ("k", "v"))
     return cls(tuple(k), tuple(v))
 
   def layers(self) -> list["KVCache"]:
-    """Each layer's, [1, S, K, P + X, H]."""
+    """Returns the cache of each layer, [1, S, K, P + X, H]."""
     if isinstance(self.k, tuple) and isinstance(self.v, tuple):
       return list(map(KVCache, self.k, self.v))
     each = range(self.shape[0])
@@ -57,15 +57,17 @@ class KVCache:
 
 @flax.struct.dataclass
 class Prompt:
-  """What an image is drawn for, as the trunk sees it. S rows: all conditional
-  ones first, then (with guidance) all unconditional ones.
+  """Encoded prompts.
+
+  The S rows are all conditional ones, followed (with guidance) by all
+  unconditional ones.
 
   Attributes:
     tokens: int32 [S, P], ids of the trunk's input table.
     mask: bool [S, P], which of them exist.
-    positions: int32 [S, P + N], row of the rotary table of every slot.
-    features: [S, P, E], a text encoder's, used where `tokens` are 0 (other ids
-      are rows of the unconditional caption), or None.
+    positions: int32 [S, P + N], row of the rotary table for every slot.
+    features: [S, P, E], features of a text encoder, used where `tokens` is 0
+      (other ids are rows of the unconditional caption), or None.
   """
 
   tokens: jax.Array
@@ -75,14 +77,15 @@ class Prompt:
 
 
 class Queries(flax.struct.PyTreeNode):
-  """The slots fed in a pass. One image's inside a decoder, a batch's outside.
+  """The slots fed in a pass; of one image inside a decoder, of a batch outside.
 
   Attributes:
-    tokens: int32 [Q], image codes, or V + k for the k-th forced token.
-    positions: int32 [Q], slot of the sequence whose place the query takes.
-    slots: int32 [Q], where key and value are written; X is nowhere (inactive).
-    visible: bool [Q, X], which slots the query sees, itself included. The
-      prompt is always seen.
+    tokens: int32 [Q], image tokens, or V + k for the k-th forced token.
+    positions: int32 [Q], slot of the sequence that each query stands for.
+    slots: int32 [Q], slot that key and value are written to; X makes the query
+      inactive.
+    visible: bool [Q, X], slots that each query sees, itself included. The
+      prompt is always visible.
   """
 
   tokens: jax.Array
@@ -93,19 +96,19 @@ class Queries(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Drafter:
-  """An EAGLE-style drafter as decoding knows it: functions of one image's
-  arrays, whose G streams are the rows.
+  """An EAGLE-style drafter as used by decoders.
 
-  It is fed (hidden state that predicted slot i, token of slot i) and predicts
-  the hidden state of slot i, whose logits are a draft of slot i + 1. It sees
-  image slots only: the prompt reaches it through the hidden states.
+  Its functions take the arrays of one image, with G streams as rows. From the
+  hidden state that predicted slot i and the token of slot i it predicts the
+  hidden state of slot i, whose logits draft slot i + 1. It sees only image
+  slots: the prompt reaches it through the hidden states.
 
   Attributes:
     cache: (streams, scratch) -> empty cache of N + scratch slots.
     forward: (params, cache, hidden [G, Q, D], queries [Q]) -> (hidden
       [G, Q, D], cache).
-    width: D. The trunk's states are wider where the drafter reads the outputs
-      of more layers; they come after the first D entries.
+    width: Width D. If the drafter reads the outputs of more layers, the trunk's
+      hidden states contain them after the first D entries.
   """
 
   cache: Callable[[int, int], KVCache]
@@ -114,34 +117,37 @@ class Drafter:
 
 
 def _no_heads(*unused: object) -> jax.Array:
-  raise UserError("Expected some, got a model without spatial heads. Train "
-                  "them with train.mtp.")
+  raise UserError("Expected a model with spatial heads, got a model without "
+                  "spatial heads. Train them with train.mtp.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A network as decoding knows it: pure functions of `params`, which is
-  {"trunk": ...} and, where they are at hand, {"heads": ..., "drafter": ...}.
+  """A network as used by decoders: pure functions of `params`.
+
+  `params` is {"trunk": ...} with optional entries {"heads": ...,
+  "drafter": ...}.
 
   The hidden state at a slot is the trunk's output before the final norm; its
   logits predict the token of the next slot. So the state that *predicted* slot
-  i, which is what heads start from, is the hidden state of slot i - 1.
+  i, the input of heads, is the hidden state of slot i - 1.
 
   Attributes:
     grid: The image as a sequence.
-    vocab: Image codes V.
+    vocab: Number of image tokens V.
     prefill: (params, prompt, scratch) -> (hidden [S, D] of the last prompt
       slot, cache with `scratch` slots beyond the sequence).
     forward: (params, cache, prompt, queries [S, Q]) -> (hidden [S, Q, D],
       cache).
     logits: (params, hidden [..., D]) -> float32 [..., V].
-    embed: (params, tokens [...]) -> [..., D], image tokens as the trunk is fed.
+    embed: (params, tokens [...]) -> [..., D], image tokens as inputs of the
+      trunk.
     draft: (params, direction, offset, hidden [..., D], tokens [...]) -> float32
-      logits [..., V] of the cell `offset` to the right ("horizontal") or below
-      ("vertical") of the cell that holds `tokens` and was predicted from
-      `hidden`. Without spatial heads, a UserError that says so.
-    heads: (horizontal, vertical) numbers of spatial heads.
-    drafter: Of draft trees; None where none is at hand.
+      logits [..., V] of the tokens `offset` positions to the right
+      ("horizontal") or below ("vertical") of `tokens`, which were predicted
+      from `hidden`. Without spatial heads it raises a UserError.
+    heads: Numbers of spatial heads (horizontal, vertical).
+    drafter: The drafter of draft trees, or None.
   """
 
   grid: Grid

@@ -6,7 +6,6 @@ its own.
 """
 
 import base64
-from collections.abc import Iterable
 import functools
 import pathlib
 import unicodedata
@@ -14,32 +13,15 @@ import unicodedata
 import ml_collections
 import numpy as np
 
-from ssd_jax.convert.recipes import (
-  Part,
-  Recipe,
-  Row,
-  Table,
-  image_head,
-  llama_layers,
-  table_rows,
-  vq_shapes,
-)
-from ssd_jax.convert.vq_recipes import vq_rows
 from ssd_jax.core.config import UserError
 from ssd_jax.core.extras import need
 from ssd_jax.core.grid import Grid
 from ssd_jax.families import published, training_defaults
 from ssd_jax.families.published import Ids, Published
 
-_RANKS, _VISION = "emu3.tiktoken", "emu3_vision_tokens.txt"
-_KEEP = ("trunk", "vq", "theta", "ids", "area", "ratio", "suffix", "negative",
-         "sampling")
+RANKS, VISION = "emu3.tiktoken", "emu3_vision_tokens.txt"
 CHOICES = ("ratio", "area", "suffix", "negative")  # at every drawing
 _MOST_SLOTS = 9216  # positions that the trunk was trained on
-_VQ_FILES = tuple(
-    f"{folder}{name}" for folder in ("**/Emu3-VisionTokenizer/",
-                                     "**/vision_tokenizer/")
-    for name in published.SAFETENSORS)
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -131,8 +113,8 @@ class Emu3(Published):
   def text_tokenizer(self):
     """Byte pairs of the checkpoint's own table (`tiktoken.Encoding`)."""
     tiktoken = need("tiktoken", "text")
-    self.check_ids(self.tokenizer_file(_VISION).read_text("utf-8").split("\n"))
-    lines = self.tokenizer_file(_RANKS).read_bytes().splitlines()
+    self.check_ids(self.tokenizer_file(VISION).read_text("utf-8").split("\n"))
+    lines = self.tokenizer_file(RANKS).read_bytes().splitlines()
     pairs = (line.split() for line in lines if line)
     ranks = {base64.b64decode(word): int(rank) for word, rank in pairs}
     self.check_ranks(ranks)
@@ -145,7 +127,7 @@ class Emu3(Published):
     if sorted(ranks.values()) != list(range(count)):
       raise UserError(
           f"Expected those of the ids 0 to {count - 1}, each once, got "
-          f"{_RANKS} with {len(ranks)} pieces of words. Convert again with "
+          f"{RANKS} with {len(ranks)} pieces of words. Convert again with "
           "its own tokenizer files.")
 
   def check_ids(self, names: list[str]) -> None:
@@ -163,7 +145,7 @@ class Emu3(Published):
     for name, index in expected.items():
       if ids.image + place.get(name, -1) != index:
         raise UserError(
-            f"Expected Emu3-Gen's, got {_VISION} without {name!r} at id "
+            f"Expected Emu3-Gen's, got {VISION} without {name!r} at id "
             f"{index}. Convert again with its own tokenizer files.")
 
   def text_ids(self, text: str) -> list[int]:
@@ -172,36 +154,6 @@ class Emu3(Published):
       return published.spelled(text)
     return self.text_tokenizer.encode_ordinary(
         unicodedata.normalize("NFC", text))
-
-
-def recipe(config: ml_collections.ConfigDict) -> Recipe:
-  """How a model folder is made of the published files.
-
-  Raises:
-    UserError: when the ratio is none.
-  """
-  family = Emu3(config)
-  vq = family.vq.cfg
-  cells(config.ratio, config.area, vq.downsample)
-  ignored = (r".*num_batches_tracked",)
-  return Recipe(
-      config.family, published.settings_of(config, _KEEP),
-      (Part("source", published.ANY_FORMAT,
-            Table(tuple(_trunk_rows(family)), (r".*rotary_emb\.inv_freq",)),
-            published.trunk_shapes(family.trunk)),
-       Part("vq", published.SAFETENSORS,
-            Table(tuple(vq_rows(vq, "video")), ignored), vq_shapes(vq),
-            elsewhere=_VQ_FILES)),
-      (_RANKS, _VISION),
-  )
-
-
-def _trunk_rows(family: Emu3) -> Iterable[Row]:
-  cfg, first = family.trunk, family.config.ids.first_code
-  size = (cfg.vocab_in, cfg.d_model)
-  yield table_rows("model.embed_tokens.weight", *size)
-  yield from llama_layers(cfg, "model.")
-  yield image_head("lm_head.weight", size, first, cfg.vocab_out)
 
 
 def from_settings(settings: dict, folder: pathlib.Path | None) -> Emu3:

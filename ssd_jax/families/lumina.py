@@ -5,7 +5,6 @@ words and as two tokens. The unconditional stream has no text at all: it starts
 at the begin-of-image token, and so do its positions.
 """
 
-from collections.abc import Iterable
 import functools
 import pathlib
 import re
@@ -13,16 +12,6 @@ import re
 import ml_collections
 import numpy as np
 
-from ssd_jax.convert.recipes import (
-  Part,
-  Recipe,
-  Table,
-  image_head,
-  llama_layers,
-  table_rows,
-  vq_shapes,
-)
-from ssd_jax.convert.vq_recipes import vq_rows
 from ssd_jax.core.config import UserError
 from ssd_jax.core.grid import Grid
 from ssd_jax.families import published, training_defaults
@@ -33,8 +22,6 @@ CHOICES = ("size", "target_size")  # at every drawing
 _LETTERS = str.maketrans("ABCDEFGHIJ", "0123456789")  # of codes' names
 _PATCH = 32  # pixels per unit of the size tokens
 _MAX_RATIO = 4.0
-_KEEP = ("trunk", "vq", "theta", "ids", "size", "target_size", "sampling",
-         "tokenizer")
 
 
 def chameleon() -> ml_collections.ConfigDict:
@@ -163,41 +150,6 @@ def chameleon_input_ids(config: ml_collections.ConfigDict) -> np.ndarray:
   """int32 [V + 1]: the joint vocabulary's ids of codes and end-of-row."""
   codes = config.ids.first_code + np.arange(config.trunk.vocab_out)
   return np.append(codes, config.ids.end_of_row).astype(np.int32)
-
-
-def recipe(config: ml_collections.ConfigDict) -> Recipe:
-  """How a model folder is made of the published files.
-
-  Raises:
-    UserError: when the model does not know the size.
-  """
-  parse_size(config.size, config.target_size)
-  family = Lumina(config)
-  return Recipe(
-      config.family, published.settings_of(config, _KEEP),
-      (Part("source", published.ANY_FORMAT,
-            Table(tuple(huggingface_rows(family)), (r"model\.vqmodel\..*",)),
-            published.trunk_shapes(family.trunk)),
-       chameleon_vq(family)),
-      (config.tokenizer,),
-  )
-
-
-def huggingface_rows(family: Published) -> Iterable:
-  """A Chameleon trunk as transformers names it."""
-  cfg, first = family.trunk, family.config.ids.first_code
-  size = (cfg.vocab_in, cfg.d_model)
-  yield table_rows("model.embed_tokens.weight", *size)
-  yield from llama_layers(cfg, "model.")
-  yield image_head("lm_head.weight", size, first, cfg.vocab_out)
-
-
-def chameleon_vq(family: Published) -> Part:
-  """Chameleon's tokenizer, a file of its own."""
-  cfg = family.vq.cfg
-  ignored = (r"loss\..*", r".*discriminator.*")
-  return Part("vq", published.CHAMELEON_VQ,
-              Table(tuple(vq_rows(cfg, "taming")), ignored), vq_shapes(cfg))
 
 
 def from_settings(settings: dict, folder: pathlib.Path | None) -> Lumina:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax.convert.recipes import leaves
 from ssd_jax.core.config import UserError, from_config_dict
 from ssd_jax.core.extras import need
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.types import Params, Prompt
+from ssd_jax.core.weights import leaves_by_path
 from ssd_jax.models import rope
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.transformer import Trunk, TrunkConfig
@@ -178,7 +178,7 @@ def trunk_shapes(cfg: TrunkConfig) -> dict[str, jax.ShapeDtypeStruct]:
       method="init_all")
   variables = jax.eval_shape(
       init, shape(1, 1, cfg.d_model), shape(1, 1, cfg.head_dim // 2, 2))
-  return leaves(variables["params"], "trunk")
+  return leaves_by_path(variables["params"], "trunk")
 
 
 def settings_of(

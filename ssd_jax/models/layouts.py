@@ -11,11 +11,13 @@ contiguously. So there is a second copy, whose tiles of columns are contiguous.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ssd_jax.core.types import Params
+from ssd_jax.core.weights import path_of, weight_of
 from ssd_jax.models import quantization
 from ssd_jax.runtime import memory, sharding
 
@@ -25,9 +27,6 @@ _MIN_BYTES = 4e6
 # tiles, passes of the embedded model (AVX-512) took 1.22, 1.20, 1.09 and 1.01
 # times as long at 16, 20, 32 and 48 rows.
 TILE, TILED_ROWS = 64, 32
-# Number of leading dimensions of each matrix that are contracted.
-_CONTRACTED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1,
-           "head": 1}
 
 
 def inference_layout(params: Params) -> Params:
@@ -46,7 +45,7 @@ def inference_layout(params: Params) -> Params:
       jax.default_backend() == "cpu" and sharding.num_param_shards() == 1)
   bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
   layers, heads = bytes_of(trunk["layers"]), bytes_of(params.get("heads", {}))
-  free = memory.free()
+  free = memory.free_bytes()
   room = math.inf if free is None else free
   if not is_cpu or layers < _MIN_BYTES or 2 * layers + heads > room:
     return params
@@ -82,15 +81,21 @@ def _tiled(trunk: Params) -> Params:
   if quantization.is_quantized(trunk):
     return {}
   for path, x in jax.tree_util.tree_leaves_with_path(trunk):
-    inputs = _CONTRACTED.get(path[-1].key)
+    inputs = _tiled_inputs(path, x)
     if inputs and math.prod(x.shape[inputs:]) % TILE:
       return {}
 
   def visit(path, x):
-    inputs = _CONTRACTED.get(path[-1].key)
+    inputs = _tiled_inputs(path, x)
     return _tiles(x, inputs) if inputs else x
 
   return {"tiles": jax.tree_util.tree_map_with_path(visit, trunk)}
+
+
+def _tiled_inputs(path: Any, x: jax.Array) -> int:
+  """Returns a matrix's contracted dimensions, or 0 for what stays as it is."""
+  weight = weight_of(path_of(path), x.ndim)
+  return weight.contracted if weight and weight.tiled else 0
 
 
 @functools.partial(jax.jit, static_argnums=1)

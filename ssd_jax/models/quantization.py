@@ -16,15 +16,8 @@ import jax.numpy as jnp
 from ssd_jax.core.config import UserError
 from ssd_jax.core.extras import need
 from ssd_jax.core.types import Params
+from ssd_jax.core.weights import path_of, weight_of
 from ssd_jax.runtime import sharding
-
-# Suffix of a matrix's path -> its contracted dimensions, counted from the end.
-_CONTRACTED = {
-    "attn/q": (-3,), "attn/k": (-3,), "attn/v": (-3,), "attn/o": (-3, -2),
-    "mlp/gate": (-2,), "mlp/up": (-2,), "mlp/down": (-2,),
-    "head": (-2,), "head_in": (-2,),
-    "w0": (-2,), "w1": (-2,), "w2": (-2,), "w3": (-2,),
-}
 
 
 def quantize(params: Params) -> Params:
@@ -50,12 +43,12 @@ def quantize(params: Params) -> Params:
         x, jnp.int8, channelwise_axes=kept, scale_dtype=jnp.float32)
 
   def visit(path, x):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    for suffix, contracted in _CONTRACTED.items():
-      if f"/{name}".endswith(f"/{suffix}"):
-        kept = set(range(x.ndim)) - {x.ndim + axis for axis in contracted}
-        return pack(x, tuple(sorted(kept)))
-    return x
+    weight = weight_of(path_of(path), x.ndim)
+    if weight is None or not weight.int8:
+      return x
+    first = x.ndim - len(weight.axes)
+    contracted = range(first, first + weight.contracted)
+    return pack(x, tuple(i for i in range(x.ndim) if i not in contracted))
 
   return jax.tree_util.tree_map_with_path(visit, params)
 

@@ -84,16 +84,16 @@ def decoder_of(given: Decoder | str) -> Decoder:
   if isinstance(given, type):
     raise UserError("Expected one with its settings, got the class "
                     f"{given.__name__} as decoder. Write {given.__name__}().")
+  if type(given).__hash__ is None:
+    raise UserError(
+        "Expected a decoder whose settings cannot change, got "
+        f"{type(given).__name__}. Write @dataclasses.dataclass(frozen=True).")
   missing = registry.missing_parts(given)
   if missing:
     raise UserError(
-        f"Expected such as 'exact' or ssd_jax.Exact(), got {_short(given)} as "
-        f"decoder, without a {missing[0]}(). Docs/extending.md shows your own.")
-  if type(given).__hash__ is None:
-    raise UserError(
-        "Expected settings that stay, got the decoder "
-        f"{type(given).__name__}, which may change. Write "
-        "@dataclasses.dataclass(frozen=True).")
+        "Expected a decoder such as 'exact' or ssd_jax.Exact(), got "
+        f"{_short(given)} as decoder, without a {missing[0]}(). Subclass "
+        "ssd_jax.DecoderBase; docs/extending.md shows how.")
   return given
 
 

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax.convert import recipes
 from ssd_jax.core.config import UserError, check, from_config_dict
 from ssd_jax.core.types import Params
+from ssd_jax.core.weights import leaves_by_path
 from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
 from ssd_jax.models.drafter import DrafterConfig, bind_drafter
 from ssd_jax.models.quantization import quantize
@@ -166,7 +166,7 @@ def random_params(family: Any) -> Params:
   Arrays are made one by one, the largest first: drawing an array takes up to
   four times its memory in float32, for a while.
   """
-  init = lambda key: recipes.leaves(
+  init = lambda key: leaves_by_path(
     family.generator.init(key)["trunk"], "trunk"
   )
 
@@ -237,7 +237,7 @@ def _check_memory(
     shapes: Of its arrays.
     folder: The model's; None for random weights.
   """
-  free, size = memory.free(), np.dtype(_dtype()).itemsize
+  free, size = memory.free_bytes(), np.dtype(_dtype()).itemsize
   counts = [math.prod(x.shape) for x in jax.tree.leaves(shapes["trunk"])]
   trunk = sum(counts)
   unstacked = sharding.num_param_shards()

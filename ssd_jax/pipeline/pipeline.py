@@ -119,7 +119,7 @@ class Pipeline:
                 index_I[start:start + batch])
         run = clock.compile(self.programs.compile, engine.decode, decoder,
                             *args, trace=trace, on_pass=listener)
-        with self.programs.listener.tell(on_pass, len(part)):
+        with self.programs.listener.forward_to(on_pass, len(part)):
           decoded = sharding.fetch(jax.block_until_ready(run(*args)))
       images = self._decode_images(decoded.tokens, clock)
       chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,

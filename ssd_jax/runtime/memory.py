@@ -5,7 +5,7 @@ import pathlib
 import jax
 
 
-def free() -> int | None:
+def free_bytes() -> int | None:
   """Bytes free on the device, or None where nobody tells."""
   stats = jax.local_devices()[0].memory_stats()
   if stats:

@@ -30,7 +30,7 @@ class Progress:
   is_final: np.ndarray
 
   @property
-  def share(self) -> float:
+  def fraction(self) -> float:
     """Of the cells that are final, in [0, 1]."""
     return float(self.is_final.mean())
 
@@ -55,7 +55,7 @@ class Listener:
       self._on_pass(Progress(int(passes), *arrays))
 
   @contextlib.contextmanager
-  def tell(
+  def forward_to(
       self, on_pass: Callable[[Progress], None] | None, count: int
   ) -> Iterator[None]:
     """Tells `on_pass` of the first `count` images that are drawn inside.

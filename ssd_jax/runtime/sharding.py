@@ -21,6 +21,7 @@ import numpy as np
 
 from ssd_jax.core.config import UserError
 from ssd_jax.core.types import KVCache
+from ssd_jax.core.weights import path_of, weight_of
 
 AXES = ("data", "fsdp", "tensor")
 _ROWS = ("data", "fsdp")
@@ -34,38 +35,6 @@ _LOGICAL = {
     "codes": ("tensor",),
     None: (),
 }
-
-# End of a parameter's path -> what its last dimensions are. Dimensions before
-# these (stacked layers, stacked heads) and parameters that are not listed
-# (norms, biases, the tokenizer: small) lie whole on every device. Optimiser
-# states and averages end in the path of their parameter, so they lie with it.
-RULES = (
-    ("embedding", (None, "width")),
-    ("attn/q", ("embed", "heads", None)),
-    ("attn/k", ("embed", "heads", None)),
-    ("attn/v", ("embed", "heads", None)),
-    ("attn/o", ("heads", None, "embed")),
-    ("q_norm/scale", ("heads", None)),
-    ("q_norm/bias", ("heads", None)),
-    ("k_norm/scale", ("heads", None)),
-    ("k_norm/bias", ("heads", None)),
-    ("mlp/gate", ("embed", "hidden")),
-    ("mlp/up", ("embed", "hidden")),
-    ("mlp/down", ("hidden", "embed")),
-    ("head", ("embed", "codes")),
-    ("head_bias", ("codes",)),
-    ("head_in", ("embed", "hidden")),
-    ("head_in_bias", ("hidden",)),
-    ("caption_in", (None, "width")),
-    ("caption_out", (None, "width")),
-    # Spatial heads and the drafter's fusion.
-    ("w0", ("hidden", "embed")),
-    ("w1", ("embed", "hidden")),
-    ("w2", ("hidden", "embed")),
-    ("w3", ("embed", "hidden")),
-    ("fuse/kernel", ("hidden", "embed")),
-    ("narrow", ("hidden", "embed")),
-)
 
 
 def parse(text: str) -> dict[str, int]:
@@ -182,15 +151,14 @@ def spec(path: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
   Raises:
     UserError: when a dimension cannot be shared evenly.
   """
-  for end, names in RULES:
-    if f"/{path}".endswith(f"/{end}") and len(shape) >= len(names):
-      each = (None,) * (len(shape) - len(names)) + names
-      axes = [tuple(a for a in _LOGICAL[n] if mesh.shape[a] > 1) for n in each]
-      for place, (size, shared) in enumerate(zip(shape, axes, strict=True)):
-        _check_even(f"dimension {place} of {path}", size, shared, mesh)
-      return PartitionSpec(*(shared or None for shared in axes))
-  return PartitionSpec()
-
+  weight = weight_of(path, len(shape))
+  if weight is None:
+    return PartitionSpec()
+  each = (None,) * (len(shape) - len(weight.axes)) + weight.axes
+  axes = [tuple(a for a in _LOGICAL[n] if mesh.shape[a] > 1) for n in each]
+  for place, (size, shared) in enumerate(zip(shape, axes, strict=True)):
+    _check_even(f"dimension {place} of {path}", size, shared, mesh)
+  return PartitionSpec(*(shared or None for shared in axes))
 
 def _check_even(
     what: str, size: int, axes: tuple[str, ...], mesh: Any
@@ -213,12 +181,8 @@ def _check_even(
 def shardings(tree: Any, mesh: Any) -> Any:
   """NamedShardings of a tree of parameters or of a training state."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, x: NamedSharding(mesh, spec(_joined(path), x.shape, mesh)),
+      lambda path, x: NamedSharding(mesh, spec(path_of(path), x.shape, mesh)),
       tree)
-
-
-def _joined(path) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def shard_params(tree: Any, mesh: Mesh | None = None) -> Any:
@@ -257,7 +221,7 @@ def constrain(tree: Any) -> Any:
     return tree
   return jax.tree_util.tree_map_with_path(
       lambda path, x: jax.lax.with_sharding_constraint(
-          x, spec(_joined(path), x.shape, mesh)), tree)
+          x, spec(path_of(path), x.shape, mesh)), tree)
 
 
 def rows_spec(count: int, ndim: int, mesh: Any, axis: int = 0) -> PartitionSpec:

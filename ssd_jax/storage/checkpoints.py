@@ -88,7 +88,8 @@ def restore(folder: str | os.PathLike) -> Any:
 
 def check_shapes(
     folder: str | os.PathLike, tree: Any, expected: Any,
-    advice: str = "by the settings beside it; take the parts of one model",
+    source: str = "by the settings beside it",
+    advice: str = "Take the parts of one model",
 ) -> None:
   """Raises UserError unless a restored tree has the expected arrays.
 
@@ -96,14 +97,15 @@ def check_shapes(
     folder: That it was restored from.
     tree: Of anything with a shape.
     expected: The same.
-    advice: Whose expectation that is, and what to do.
+    source: Where the expectation comes from.
+    advice: What to do.
   """
   got, wanted = _shapes(tree), _shapes(expected)
   for name in sorted(got.keys() | wanted.keys()):
     if got.get(name) != wanted.get(name):
       raise UserError(
-          f"Expected {wanted.get(name, 'none')} {advice}, got {name} of shape "
-          f"{got.get(name, 'none')} in {folder}.")
+          f"Expected shape {wanted.get(name, 'none')} {source}, got {name} of "
+          f"shape {got.get(name, 'none')} in {folder}. {advice}.")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

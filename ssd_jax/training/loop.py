@@ -209,11 +209,11 @@ def _check_same_run(manager, step: int, state: TrainState) -> None:
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       saved = checkpointer.metadata(folder).item_metadata.tree
-  except _DAMAGED:  # restoring it will say so
+  except (*_DAMAGED, AttributeError):  # restoring it will say so
     return
   checkpoints.check_shapes(
       folder, saved, state,
-      "by these settings; set them back, or choose another workdir")
+      "by these settings", "Set them back, or choose another workdir")
 
 
 def _set_aside(manager, step: int) -> None:

@@ -10,6 +10,7 @@ import optax
 import optax.contrib
 
 from ssd_jax.core.config import LoopConfig, OptimizerConfig
+from ssd_jax.core.weights import path_of, weight_of
 from ssd_jax.runtime import sharding
 
 Params = Any
@@ -74,15 +75,14 @@ def make_optimizer(
 
 def _layer_matrices(params: Params) -> Any:
   """Which axes of a trunk's stacked leaves span a matrix; None is AdamW's."""
-  axes = {"q": ((1,), (2, 3)), "k": ((1,), (2, 3)), "v": ((1,), (2, 3)),
-          "o": ((1, 2), (3,))}
-  axes |= dict.fromkeys(("gate", "up", "down"), ((1,), (2,)))
-
   def numbers(path, leaf):
-    name = path[-1].key
-    if name not in axes or leaf.ndim < 3:
+    weight = weight_of(path_of(path), leaf.ndim)
+    if weight is None or not weight.tiled or leaf.ndim == len(weight.axes):
       return None
-    return optax.contrib.MuonDimensionNumbers(*axes[name])
+    first = leaf.ndim - len(weight.axes)
+    split = first + weight.contracted
+    return optax.contrib.MuonDimensionNumbers(
+        tuple(range(first, split)), tuple(range(split, leaf.ndim)))
 
   return jax.tree_util.tree_map_with_path(numbers, params)
 

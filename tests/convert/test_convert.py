@@ -10,16 +10,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ssd_jax.convert import convert
+from ssd_jax.convert import convert, janus
 from ssd_jax.core.config import UserError
-from ssd_jax.families import janus
+from ssd_jax.families import janus as family
 from ssd_jax.storage import checkpoints
 from tests.support.toy_weights import write_safetensors
 
 
 def tiny():
   """Settings of a Janus of toy size."""
-  config = janus.get_config("1b")
+  config = family.get_config("1b")
   config.trunk.update(d_model=8, n_layers=3, n_heads=2, n_kv_heads=1,
                       head_dim=4, d_ff=12, vocab_in=15 + 6, vocab_out=6,
                       head_hidden=10)

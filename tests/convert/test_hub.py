@@ -7,7 +7,11 @@ import types
 import pytest
 
 from ssd_jax.cli import convert as cli
-from ssd_jax.convert import hub
+from ssd_jax.convert import (
+  hub,
+  janus as convert_janus,
+  llamagen as convert_llamagen,
+)
 from ssd_jax.core.config import UserError
 from ssd_jax.families import janus, llamagen
 
@@ -26,7 +30,7 @@ def source(tmp_path):
 
 
 def _recipe():
-  return janus.recipe(janus.get_config())
+  return convert_janus.recipe(janus.get_config())
 
 
 class FakeHub(types.ModuleType):
@@ -91,7 +95,7 @@ def test_the_text_encoder_brings_its_tokenizer(tmp_path, monkeypatch):
     (tmp_path / name).mkdir(parents=True)
     for file in files:
       (tmp_path / name / file).write_text("")
-  recipe = llamagen.recipe(llamagen.get_config("t2i_XL_256"))
+  recipe = convert_llamagen.recipe(llamagen.get_config("t2i_XL_256"))
   for prefix in ("hf:", f"{tmp_path}/"):
     fake = FakeHub({name: tmp_path / name for name in repositories})
     given = places(monkeypatch, fake, source=f"{prefix}a/trunk",

@@ -17,8 +17,8 @@ def pipe():
 def test_saved_pipeline_draws_the_same(tmp_path):
   """A saved pipeline loads with the parameters it held, and is whole."""
   pipe = ssd_jax.load("emoji")
-  pipe.params["heads"] = jax.tree.map(
-      lambda x: 0.5 * x, pipe.params["heads"])
+  pipe = pipe.with_params(heads=jax.tree.map(
+      lambda x: 0.5 * x, pipe.params["heads"]))
   pipe.save(tmp_path / "mine")
   again = ssd_jax.load(tmp_path / "mine")
   for kind in pipe.params:

@@ -70,7 +70,9 @@ def test_prompts_of_any_length_share_a_batch():
   config = CONFIGS["lumina"]()
   config.size = "64x64"
   pipe = model_folder.from_config(config)
-  pipe.params["trunk"]["embedding"] *= 30.0
+  trunk = pipe.params["trunk"]
+  pipe = pipe.with_params(
+      trunk={**trunk, "embedding": 30.0 * trunk["embedding"]})
   texts = ["a", "b" * 40, "c", "d" * 30]
   stream = pipe.stream(texts, batch=2, temperature=0.5)
   for picture in stream:

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from ssd_jax.core.config import UserError
+from ssd_jax.core.weights import WEIGHTS
 from ssd_jax.runtime import sharding
 from tests.support import ROOT
 
@@ -118,5 +119,5 @@ def test_every_parameter_of_a_rule_exists():
            for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   other = {"head_in", "head_in_bias", "head_bias", "caption_in", "caption_out",
            "narrow"}  # of some families alone
-  for end, _ in sharding.RULES:
+  for end in WEIGHTS:
     assert end in other or any(p.endswith(f"/{end}") for p in paths), end

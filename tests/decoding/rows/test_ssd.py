@@ -224,3 +224,8 @@ def test_impossible_settings_are_one_line():
     kit.run(kit.chain(3, 4, heads=(5, 2)), SSD(vertical=3))
   with pytest.raises(UserError, match="spatial heads"):
     kit.run(kit.chain(3, 4, heads=(0, 0)), SSD())
+  # The paper's five heads are a default; asking for five is asking for five.
+  two = kit.chain(3, 4, heads=(2, 1))
+  with pytest.raises(UserError, match="Expected at most 2 .*horizontal=5"):
+    kit.run(two, SSD(horizontal=5))
+  kit.run(two, SSD())
