@@ -28,6 +28,7 @@ from ssd_jax.convert.recipes import Part, Recipe, Row
 from ssd_jax.convert.tensors import Checkpoint
 from ssd_jax.core.config import UserError
 from ssd_jax.storage import array_store, checkpoints
+from ssd_jax.storage.files import read_json, write_json
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 _SHOWN = 6  # names listed in an error
@@ -265,7 +266,7 @@ def finished(job: Job, out: pathlib.Path) -> dict[str, Any] | None:
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
     return None
   file = out / "report.json"
-  report = checkpoints.read_json(file) if file.is_file() else {}
+  report = read_json(file) if file.is_file() else {}
   if report.get("fingerprint") != job.fingerprint:
     raise UserError(f"Expected a new folder, got {out}, which holds something "
                     "else. Choose another --out or remove it.")
@@ -288,7 +289,7 @@ def _write_arrays(job: Job, work: pathlib.Path, progress) -> dict[str, dict]:
   journal, arrays = work / "journal.jsonl", work / "arrays"
   noted = array_store.read_journal(journal, job.fingerprint)
   if noted:
-    array_store.take_back(arrays, work / "model", job.leaves)
+    array_store.move_back(arrays, work / "model", job.leaves)
   else:
     shutil.rmtree(arrays, ignore_errors=True)
   shutil.rmtree(work / "model", ignore_errors=True)
@@ -317,7 +318,7 @@ def _still_there(
       entries[unit.row.target].append(noted[unit.name])
   kept: dict[str, dict] = {}
   for path, mine in entries.items():
-    folder, (shape, dtype) = array_store.place(arrays, path), job.leaves[path]
+    folder, (shape, dtype) = array_store.array_folder(arrays, path), job.leaves[path]
     if mine and array_store.holds(folder, shape, dtype, mine):
       kept |= {entry["unit"]: entry for entry in mine}
     else:
@@ -340,7 +341,7 @@ def _write_unit(job: Job, arrays: pathlib.Path, unit: Unit) -> dict[str, Any]:
   value = value[None] if is_layer else value
   first = row.at + unit.start if row.layer is None else row.layer
   array_store.write(
-    array_store.place(arrays, row.target), shape, value, first, is_layer
+    array_store.array_folder(arrays, row.target), shape, value, first, is_layer
   )
   return {
       "unit": unit.name, "sources": [s.name for s in row.sources],
@@ -358,15 +359,15 @@ def _assemble(
     paths = [p for p in job.leaves if p.startswith(top + "/")]
     array_store.write_skeleton(model / top, [p.split("/")[1:] for p in paths])
     for path in paths:
-      shutil.rmtree(array_store.place(model, path), ignore_errors=True)
+      shutil.rmtree(array_store.array_folder(model, path), ignore_errors=True)
       os.rename(
-        array_store.place(work / "arrays", path), array_store.place(model, path)
+        array_store.array_folder(work / "arrays", path), array_store.array_folder(model, path)
       )
-    checkpoints.write_json(
+    write_json(
       model / top / checkpoints.CHECKSUMS,
       {
         path.partition("/")[2]: array_store.checksum(
-          array_store.place(model, path)
+          array_store.array_folder(model, path)
         )
         for path in paths
       },
@@ -374,11 +375,11 @@ def _assemble(
   (model / "tokenizer").mkdir(exist_ok=True)
   for file in job.assets:
     shutil.copyfile(file, model / "tokenizer" / file.name)
-  checkpoints.write_json(
+  write_json(
       model / "model.json",
       {"family": job.recipe.family, **job.recipe.settings})
   report = _report(job, done, seconds)
-  checkpoints.write_json(model / "report.json", report)
+  write_json(model / "report.json", report)
   return report
 
 

@@ -29,19 +29,19 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """Pictures and how they came to be; B images in the order of the prompts.
+  """B generated images, in the order of the prompts.
 
   Attributes:
-    images: uint8 [B, H, W, 3].
-    tokens: int32 [B, R, C].
-    passes: int32 [B], trunk forwards per image.
-    commit_pass: int32 [B, R, C], the pass at which each cell became final.
+    images: uint8 [B, H, W, 3], pixels.
+    tokens: int32 [B, R, C], image tokens.
+    passes: int32 [B], forward passes per image.
+    commit_pass: int32 [B, R, C], pass in which each token became final.
     prompts: The prompt of each image.
-    history: int32 [B, passes, R, C], tokens and drafts after each pass, if
-      traced.
-    notes: What the user should know about the prompts.
+    history: int32 [B, passes, R, C], tokens and drafts after each pass, or
+      None unless traced.
+    notes: Warnings about the prompts.
     compile_seconds: Time spent compiling.
-    seconds: Time of the rest.
+    seconds: Remaining time.
     index: int32 [B], index of each image over the whole call; keys its noise.
   """
 
@@ -63,7 +63,7 @@ class Output:
 
   @property
   def pictures(self) -> list[Picture]:
-    """Each image by itself."""
+    """The images as separate `Picture`s."""
     return [
         Picture(int(self.index[i]), self.prompts[i], self.images[i],
                 self.tokens[i], int(self.passes[i]), self.commit_pass[i])

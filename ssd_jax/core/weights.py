@@ -1,9 +1,9 @@
-"""The one table of weights: what each dimension of a parameter is.
+"""The table of weights: the logical axes of each parameter's dimensions.
 
-Sharding, int8 quantization, weight layouts and Muon read it. A parameter is
-found by the end of its path; dimensions before the listed ones (stacked layers,
-stacked heads) are batch dimensions. Parameters that are not listed (norms,
-biases, the image tokenizer) are small.
+Sharding, int8 quantisation, weight layouts and Muon use it. A parameter is
+identified by the end of its path; dimensions before the listed ones (stacked
+layers, stacked heads) are batch dimensions. Parameters that are not listed
+(norms, biases, the image tokenizer) are small.
 """
 
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ Axis = str | None
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-  """A parameter's last dimensions.
+  """The last dimensions of a parameter.
 
   Attributes:
-    axes: What each dimension is: "embed" (the trunk's width), "width" (the
-      same, of tables that are looked up), "heads", "hidden", "codes" (image
-      tokens), or None for one that is never sharded.
-    contracted: How many of them, from the first on, a product sums over; 0 for
+    axes: Logical axis of each dimension: "embed" (the trunk's width), "width"
+      (the same, of lookup tables), "heads", "hidden", "codes" (image tokens),
+      or None for a dimension that is never sharded.
+    contracted: Number of leading dimensions that a matmul contracts; 0 for
       tables and vectors.
-    int8: Whether weight-only int8 quantizes it.
-    tiled: Whether a CPU multiplies by a copy in tiles.
+    int8: Whether weight-only int8 quantises it.
+    tiled: Whether inference on a CPU uses a copy in tiles.
   """
 
   axes: tuple[Axis, ...]
@@ -74,7 +74,8 @@ def weight_of(path: str, ndim: int) -> Weight | None:
 
   Args:
     path: Keys joined by "/"; optimizer states end in their parameter's path.
-    ndim: Dimensions of the array; one with fewer is another parameter.
+    ndim: Number of dimensions of the array; one with fewer than listed is
+      another parameter.
   """
   parts = path.split("/")
   for count in (2, 1):

@@ -1,1 +1,1 @@
-"""Devices, meshes and hosts, memory and progress."""
+"""Devices, meshes, hosts, memory and progress."""

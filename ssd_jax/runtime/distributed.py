@@ -1,4 +1,4 @@
-"""Several hosts that work as one: joining them, and ending together."""
+"""Multi-host jobs: joining the hosts, and exiting together."""
 
 import glob
 import importlib.util
@@ -11,23 +11,28 @@ import jax
 
 from ssd_jax.core.config import UserError
 
-_HEARTBEAT_SECONDS = 30  # after which a host that is silent counts as dead
+_HEARTBEAT_SECONDS = 30  # a host that is silent for longer counts as dead
 
 
 def join(
     coordinator: str | None = None, num_processes: int | None = None,
     process_id: int | None = None,
 ) -> bool:
-  """Joins the hosts of a job, by itself on Cloud TPU and Slurm; whether there
-  is one.
+  """Joins the hosts of a multi-host job.
+
+  On Cloud TPU and Slurm the hosts are found automatically; elsewhere all three
+  arguments are needed.
 
   Args:
-    coordinator: HOST:PORT of the first process, elsewhere.
-    num_processes: Of the job, elsewhere; 1 for this host alone, anywhere.
-    process_id: Of this one, from 0, elsewhere.
+    coordinator: HOST:PORT of the first process.
+    num_processes: Number of processes; 1 runs this host alone everywhere.
+    process_id: Index of this process, from 0.
+
+  Returns:
+    Whether there is a multi-host job.
 
   Raises:
-    UserError: when only some of the three are given, or nobody answers.
+    UserError: Only some arguments are given, or the coordinator is unreachable.
   """
   if num_processes == 1:
     return False
@@ -39,27 +44,27 @@ def join(
     return jax.distributed.is_initialized()
   if coordinator is None or num_processes is None or process_id is None:
     raise UserError(
-        "Expected all three or none, got some of --coordinator, "
-        "--num_processes and --process_id. Add the others.")
+        "Expected all of --coordinator, --num_processes and --process_id or "
+        "none, got some of them. Add the others.")
   if not 0 <= process_id < num_processes:
     raise UserError(
-        f"Expected 0 to {num_processes - 1}, got --process_id {process_id}. "
-        "Correct it or --num_processes.")
+        f"Expected --process_id to be 0 to {num_processes - 1}, got "
+        f"--process_id {process_id}. Change it or --num_processes.")
   try:
     jax.distributed.initialize(
         coordinator, num_processes, process_id,
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
   except (RuntimeError, ValueError) as error:
     raise UserError(
-        "Expected HOST:PORT of process 0, which all others reach, got no job "
-        f"at --coordinator {coordinator} ({_line(error)}). Start all "
-        "processes."
+        "Expected --coordinator to be HOST:PORT of process 0, reachable from "
+        f"all others, got no job at --coordinator {coordinator} "
+        f"({_first_line(error)}). Start all processes."
     ) from error
   return True
 
 
 def _is_pod() -> bool:
-  """Whether JAX can find the hosts of this job by itself."""
+  """Returns whether JAX can find the hosts of this job automatically."""
   if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
     return "SLURM_PROCID" in os.environ
   has_chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
@@ -69,15 +74,15 @@ def _is_pod() -> bool:
 
 
 def end_with_error(error: BaseException) -> NoReturn:
-  """Ends this process at once: its fellows notice, none waits for another."""
+  """Exits this process at once, so that no other process waits for it."""
   traceback.print_exception(error)
-  print(f"process {jax.process_index()} of {jax.process_count()} ends: "
-        f"{_line(error)}; start the job again, it continues from what is "
-        "saved", file=sys.stderr)
+  print(f"Process {jax.process_index()} of {jax.process_count()} exits: "
+        f"{_first_line(error)}. Start the job again to resume from the last "
+        "checkpoint.", file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(1)  # an orderly exit would wait for hosts that are gone
+  os._exit(1)  # a regular exit would wait for hosts that have exited
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0][:160]

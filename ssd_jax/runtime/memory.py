@@ -1,4 +1,4 @@
-"""How much memory is left."""
+"""Available device memory."""
 
 import pathlib
 
@@ -6,7 +6,7 @@ import jax
 
 
 def free_bytes() -> int | None:
-  """Bytes free on the device, or None where nobody tells."""
+  """Returns the free bytes of the first local device, or None if unknown."""
   stats = jax.local_devices()[0].memory_stats()
   if stats:
     return stats["bytes_limit"] - stats["bytes_in_use"]

@@ -1,4 +1,4 @@
-"""How whoever waits is told how far it is: pictures pass by pass, and bars."""
+"""Progress callbacks, progress bars and timing."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -15,13 +15,13 @@ import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """Pictures being drawn together, as they are after a pass.
+  """A batch of images after a pass.
 
   Attributes:
-    passes: So far; 1 is the prefill.
-    index: int32 [B], of each picture over the whole call.
-    tokens: int32 [B, R, C], drafts included.
-    is_final: bool [B, R, C].
+    passes: Number of passes so far; 1 is the prefill.
+    index: int32 [B], index of each image over the whole call.
+    tokens: int32 [B, R, C], image tokens, drafts included.
+    is_final: bool [B, R, C], which tokens are final.
   """
 
   passes: int
@@ -31,15 +31,15 @@ class Progress:
 
   @property
   def fraction(self) -> float:
-    """Of the cells that are final, in [0, 1]."""
+    """Fraction of the tokens that are final, in [0, 1]."""
     return float(self.is_final.mean())
 
 
 class Listener:
-  """What a compiled program calls, whoever listens at the time.
+  """The callback of compiled programs, which forwards to the current one.
 
-  A program is compiled with the function that it calls. This is that function
-  for all calls, so that another listener compiles nothing anew.
+  A program is compiled for one callback function. A `Listener` is this function
+  for all calls, so that another user callback needs no recompilation.
   """
 
   def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Listener:
     self._count = 0
 
   def __call__(self, passes, index_B, tokens_BRC, is_final_BRC) -> None:
-    """Tells who listens of a pass; images that fill the batch are left out."""
+    """Forwards a pass to the current callback, without padding images."""
     if self._on_pass is not None:
       arrays = (np.asarray(x)[:self._count]
                 for x in (index_B, tokens_BRC, is_final_BRC))
@@ -58,9 +58,14 @@ class Listener:
   def forward_to(
       self, on_pass: Callable[[Progress], None] | None, count: int
   ) -> Iterator[None]:
-    """Tells `on_pass` of the first `count` images that are drawn inside.
+    """Forwards passes to `on_pass` inside the context.
 
-    One listens at a time; without a function nothing is waited for.
+    One callback is active at a time. Without a callback, the context does not
+    wait for the device.
+
+    Args:
+      on_pass: The callback, or None.
+      count: Number of images to report; the rest of the batch is padding.
     """
     if on_pass is None:
       yield
@@ -75,49 +80,53 @@ class Listener:
 
 
 class Bar(tqdm.tqdm):
-  """A bar with the time left; a log gets it as a line a minute instead.
+  """A progress bar; in a log, one line per minute instead.
 
-  What takes less than that leaves nothing in a log.
+  Tasks that take less than a minute print nothing to a log.
   """
 
   MINUTE = 60.0
 
   def __init__(self, *args: Any, **kwargs: Any) -> None:
     self._is_log = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
-    self._start = self._told = time.monotonic()
+    self._start = self._last_print = time.monotonic()
     super().__init__(
         *args, file=sys.stderr, leave=not self._is_log, **kwargs)
 
   def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-    """Shows how far it is; in a log when it is time, and at the end."""
+    """Shows the progress; in a log once per minute and at the end."""
     if not self._is_log:
       return super().display(msg, pos)
     now, is_end = time.monotonic(), msg is not None
-    if now - (self._start if is_end else self._told) >= self.MINUTE:
-      self._told = now
+    if now - (self._start if is_end else self._last_print) >= self.MINUTE:
+      self._last_print = now
       print(self, file=self.fp, flush=True)
     return False
 
   def clear(self, nolock: bool = False) -> None:
-    """Makes room for another line, which a log has."""
+    """Clears the bar; a log has none."""
     if not self._is_log:
       super().clear(nolock)
 
 
 class Clock:
-  """Splits the time since its making into compiling and the rest."""
+  """Measures the time since its creation, split into compiling and the rest.
+
+  Attributes:
+    compiling: Seconds spent compiling.
+  """
 
   def __init__(self):
     self._start = time.perf_counter()
     self.compiling = 0.0
 
   def compile(self, function: Callable[..., Any], *args, **kwargs) -> Any:
-    """What `function` returns, its time counted as compiling."""
+    """Returns `function(*args, **kwargs)`; its time counts as compiling."""
     start = time.perf_counter()
     result = function(*args, **kwargs)
     self.compiling += time.perf_counter() - start
     return result
 
   def rest(self) -> float:
-    """Seconds not spent compiling."""
+    """Returns the seconds not spent compiling."""
     return time.perf_counter() - self._start - self.compiling

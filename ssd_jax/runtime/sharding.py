@@ -1,12 +1,13 @@
-"""The mesh, and where every array lies on it: the only file that names axes.
+"""The mesh and the sharding of all arrays; only this module names mesh axes.
 
-  data    rows: images, and guidance streams of an image
-  fsdp    rows too, and parameters, which are gathered layer by layer
-  tensor  attention heads, hidden widths, image codes
+  data    shards rows: images, and guidance streams of an image
+  fsdp    shards rows and parameters, which are gathered layer by layer
+  tensor  shards attention heads, hidden widths and the image vocabulary
 
 The mesh is JAX's own, set by `jax.set_mesh(make_mesh("data=2,tensor=4"))`.
-Everything below `place`, `create` and `constrain` follows from it by XLA's
-partitioner; without a mesh they change nothing. Results do not depend on it.
+`shard_params`, `create` and `constrain` shard parameters; XLA's partitioner
+derives the rest. Without a mesh, these functions do nothing. Results do not
+depend on the mesh.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from ssd_jax.core.weights import path_of, weight_of
 AXES = ("data", "fsdp", "tensor")
 _ROWS = ("data", "fsdp")
 
-# What a dimension is -> the mesh axes that share it.
+# Logical axis of a dimension -> the mesh axes that shard it.
 _LOGICAL = {
     "embed": ("fsdp",),
     "width": ("fsdp", "tensor"),
@@ -38,10 +39,10 @@ _LOGICAL = {
 
 
 def parse(text: str) -> dict[str, int]:
-  """Sizes of all axes from "data=2,tensor=4"; what is not named is 1.
+  """Parses the sizes of mesh axes, such as "data=2,tensor=4"; the default is 1.
 
   Raises:
-    UserError: on another axis or a size that is no positive number.
+    UserError: An axis is unknown, or a size is not a positive integer.
   """
   sizes = dict.fromkeys(AXES, 1)
   for part in filter(None, text.split(",")):
@@ -55,15 +56,15 @@ def parse(text: str) -> dict[str, int]:
 
 
 def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
-  """The mesh that a text such as "data=2,tensor=4" names.
+  """Makes the mesh that a text such as "data=2,tensor=4" describes.
 
   Args:
-    text: Sizes of axes; "" lets all devices share rows.
-    devices: That form it; all by default. One host may use some of its own,
-      several hosts use all of theirs.
+    text: Sizes of axes; "" shards rows over all devices.
+    devices: Devices of the mesh; None is all. A single host may use only some
+      of its devices; several hosts use all of theirs.
 
   Raises:
-    UserError: when there are too few devices, or hosts would be left out.
+    UserError: There are too few devices, or some hosts would be unused.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = parse(text or f"data={len(devices)}")
@@ -71,30 +72,31 @@ def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
   hosts = {device.process_index for device in devices}
   if count > len(devices) or (len(hosts) > 1 and count != len(devices)):
     raise UserError(
-        f"Expected {'at most ' if len(hosts) == 1 else ''}the {len(devices)} "
-        f"that are here, got mesh {text!r} of {count} devices. Change its "
-        "sizes.")
-  # Automatic axes: XLA's partitioner follows the arrays' places.
+        f"Expected a mesh of {'at most ' if len(hosts) == 1 else ''}the "
+        f"{len(devices)} available devices, got mesh {text!r} of {count} "
+        "devices. Change its sizes.")
+  # Automatic axes: XLA's partitioner propagates the arrays' shardings.
   return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3,
                        devices=devices[:count])
 
 
 def current() -> Mesh | None:
-  """The mesh that is set, if any."""
+  """Returns the current mesh, or None."""
   mesh = jax.sharding.get_mesh()
   return None if mesh.empty else mesh
 
 
 def cpu_mesh(rows: int, queries: int) -> Mesh | None:
-  """A mesh of the CPU's devices that share the rows of a pass, if they should.
+  """Returns a mesh that shards the rows of a pass over CPU devices, or None.
 
-  XLA runs the small products of a pass mostly on one core; devices draw their
-  rows side by side. Not where a mesh is set, or where each device would get so
-  few queries that the weights are all it reads (fewer than 4, measured).
+  XLA runs the small matmuls of a pass mostly on one core, whereas several
+  devices process their rows in parallel. There is none if a mesh is already
+  set, or if each device would get so few queries (fewer than 4, measured) that
+  reading the weights dominates.
 
   Args:
     rows: Images times guidance streams.
-    queries: Of a row in a pass.
+    queries: Queries per row and pass.
   """
   is_free = current() is None and jax.process_count() == 1
   if jax.default_backend() != "cpu" or not is_free:
@@ -105,15 +107,15 @@ def cpu_mesh(rows: int, queries: int) -> Mesh | None:
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-  """With the mesh set; with None, nothing changes."""
+  """Returns a context in which the mesh is set; None keeps the current one."""
   return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-  """Arrays of one CPU device on all of a mesh, in the memory where they are."""
+  """Replicates arrays of one CPU device over a mesh without copying them."""
 
   def shared(x):
-    host = np.asarray(x)  # a view, which a device of the CPU reads in place
+    host = np.asarray(x)  # a view, which CPU devices read in place
     return jax.make_array_from_single_device_arrays(
         x.shape, NamedSharding(mesh, PartitionSpec()),
         [jax.device_put(host, device) for device in mesh.devices.flat])
@@ -122,34 +124,34 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def num_row_shards(mesh: Any = None) -> int:
-  """Into how many parts rows are cut, inside jit too."""
+  """Returns how many shards rows have; works inside jit too."""
   mesh = mesh or jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else math.prod(mesh.shape[a] for a in _ROWS)
 
 
 def even_batch(batch: int, streams: int) -> int:
-  """The batch, or the next larger one whose rows the mesh shares evenly."""
+  """Returns the smallest batch >= `batch` whose rows the mesh shards evenly."""
   parts = num_row_shards()
   step = parts // math.gcd(parts, streams)
   return -(-batch // step) * step
 
 
 def num_param_shards() -> int:
-  """Into how many parts large parameters are cut."""
+  """Returns how many shards large parameters have."""
   mesh = current()
   return 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
 
 
 def spec(path: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
-  """Where a parameter lies.
+  """Returns the sharding of a parameter.
 
   Args:
     path: Its keys, joined by "/".
-    shape: Of the array.
-    mesh: Of the axes.
+    shape: Its shape.
+    mesh: The mesh.
 
   Raises:
-    UserError: when a dimension cannot be shared evenly.
+    UserError: A dimension cannot be sharded evenly.
   """
   weight = weight_of(path, len(shape))
   if weight is None:
@@ -163,7 +165,7 @@ def spec(path: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
 def _check_even(
     what: str, size: int, axes: tuple[str, ...], mesh: Any
 ) -> None:
-  """Raises UserError unless the axes share `size` things evenly."""
+  """Raises UserError unless the axes shard a dimension of `size` evenly."""
   ways = {axis: mesh.shape[axis] for axis in axes}
   if size % math.prod(ways.values()) == 0:
     return
@@ -179,16 +181,16 @@ def _check_even(
 
 
 def shardings(tree: Any, mesh: Any) -> Any:
-  """NamedShardings of a tree of parameters or of a training state."""
+  """Returns NamedShardings for a tree of parameters or a training state."""
   return jax.tree_util.tree_map_with_path(
       lambda path, x: NamedSharding(mesh, spec(path_of(path), x.shape, mesh)),
       tree)
 
 
 def shard_params(tree: Any, mesh: Mesh | None = None) -> Any:
-  """The tree of parameters as arrays on the mesh, if one is set.
+  """Shards a tree of parameters over the mesh, if one is set.
 
-  Every host holds the whole tree and hands over its devices' parts.
+  Every host holds the whole tree and provides its devices' shards.
   """
   mesh = mesh or current()
   if mesh is None:
@@ -206,7 +208,7 @@ def _spread(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def create(function: Callable[..., Any], *args: Any) -> Any:
-  """What `function(*args)` returns, its arrays made where they lie."""
+  """Returns `function(*args)`, a tree of parameters, created sharded."""
   mesh = current()
   if mesh is None:
     return function(*args)
@@ -215,7 +217,7 @@ def create(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def constrain(tree: Any) -> Any:
-  """Inside jit: the tree of parameters, kept in its places."""
+  """Constrains a tree of parameters to its sharding; call inside jit."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return tree
@@ -225,14 +227,23 @@ def constrain(tree: Any) -> Any:
 
 
 def rows_spec(count: int, ndim: int, mesh: Any, axis: int = 0) -> PartitionSpec:
-  """Rows over data and fsdp; whole where these do not share them evenly."""
+  """Returns the sharding of rows over data and fsdp.
+
+  Arrays whose rows cannot be sharded evenly are replicated.
+
+  Args:
+    count: Number of rows.
+    ndim: Number of dimensions of the array.
+    mesh: The mesh.
+    axis: The row axis.
+  """
   if count % num_row_shards(mesh):
     return PartitionSpec()
   return PartitionSpec(*(None,) * axis, _ROWS, *(None,) * (ndim - axis - 1))
 
 
 def cache_spec(shape: Sequence[int], mesh: Any) -> PartitionSpec:
-  """Of keys or values [L, S, K, X, H]: rows and key/value heads."""
+  """Returns the sharding of keys or values [L, S, K, X, H]: rows and heads."""
   rows, heads = rows_spec(shape[1], 5, mesh, 1), shape[2]
   shared = "tensor" if heads % mesh.shape["tensor"] == 0 else None
   own = rows[1] if len(rows) else None
@@ -240,7 +251,7 @@ def cache_spec(shape: Sequence[int], mesh: Any) -> PartitionSpec:
 
 
 def constrain_cache(cache: KVCache) -> KVCache:
-  """Inside jit: the cache, cut by rows and heads."""
+  """Constrains the cache to be sharded by rows and heads; call inside jit."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not isinstance(cache, KVCache):
     return cache
@@ -250,7 +261,7 @@ def constrain_cache(cache: KVCache) -> KVCache:
 
 
 def constrain_rows(tree: Any) -> Any:
-  """Inside jit: arrays that lead with rows, cut by them."""
+  """Constrains arrays to be sharded by their first axis; call inside jit."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return tree
@@ -260,25 +271,25 @@ def constrain_rows(tree: Any) -> Any:
 
 
 def replicate_axis(x: jax.Array, axis: int = -1) -> jax.Array:
-  """Inside jit: the array with an axis whole on every device.
+  """Constrains an axis of an array to be unsharded; call inside jit.
 
-  The other axes lie as they do. States between layers are kept so: left to
-  itself XLA cuts their width as the table of embeddings is cut, and then
-  gathers and scatters it around every product. Logits are kept so where they
-  are sampled from, or each step of a search over codes would be a collective.
+  The other axes keep their shardings. Hidden states between layers need this:
+  otherwise XLA shards their width like the embedding table, and gathers and
+  scatters it around every matmul. Logits need it for sampling: otherwise each
+  step of a search over the vocabulary would be a collective.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  # Under vmap, jax forgets a constraint on any axis but the last one.
+  # Under vmap, JAX drops constraints on all axes but the last one.
   last = jax.numpy.moveaxis(x, axis, -1)
-  as_it_is = PartitionSpec.UNCONSTRAINED
+  free = PartitionSpec.UNCONSTRAINED
   last = jax.lax.with_sharding_constraint(
-      last, PartitionSpec(*(as_it_is,) * (x.ndim - 1), None))
+      last, PartitionSpec(*(free,) * (x.ndim - 1), None))
   return jax.numpy.moveaxis(last, -1, axis)
 
 
 def shard_rows(tree: Any, mesh: Mesh | None = None) -> Any:
-  """Arrays that lead with rows, the same on every host, cut by rows."""
+  """Shards arrays, equal on every host, by their first axis."""
   mesh = mesh or current()
   if mesh is None:
     return tree
@@ -288,10 +299,13 @@ def shard_rows(tree: Any, mesh: Mesh | None = None) -> Any:
 
 
 def host_share(mesh: Mesh | None = None) -> tuple[int, int]:
-  """(index, count): which part of the rows this host's devices hold.
+  """Returns which part of the rows this host's devices hold.
+
+  Returns:
+    The index of the part, and the number of parts.
 
   Raises:
-    UserError: when hosts' parts overlap without being equal.
+    UserError: The parts of two hosts overlap without being equal.
   """
   mesh = mesh or current()
   if mesh is None or jax.process_count() == 1:
@@ -303,22 +317,22 @@ def host_share(mesh: Mesh | None = None) -> tuple[int, int]:
   parts = sorted({tuple(sorted(rows)) for rows in held.values()})
   if sum(map(len, parts)) != num_row_shards(mesh):
     raise UserError(
-        "Expected tensor to divide the devices of a host or be a multiple of "
-        f"them, got mesh {dict(mesh.shape)} whose hosts hold overlapping "
-        "rows. Change its sizes.")
+        "Expected the tensor axis to divide the devices of a host or be a "
+        f"multiple of them, got mesh {dict(mesh.shape)}, whose hosts hold "
+        "overlapping rows. Change its sizes.")
   return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def global_rows(tree: Any, rows: int, mesh: Mesh | None = None) -> Any:
-  """A batch over all hosts, of this host's share.
+  """Assembles a batch over all hosts from each host's part.
 
   Args:
-    tree: Arrays that lead with `rows` rows, or with that many per stream.
-    rows: Of this host.
-    mesh: That is set by default.
+    tree: Arrays whose first axis has `rows` rows, or that many per stream.
+    rows: Number of rows of this host.
+    mesh: The mesh; None is the current one.
 
   Raises:
-    UserError: when the mesh cannot share the rows evenly.
+    UserError: The mesh cannot shard the rows evenly.
   """
   mesh = mesh or current()
   if mesh is None:
@@ -326,8 +340,9 @@ def global_rows(tree: Any, rows: int, mesh: Mesh | None = None) -> Any:
   total, parts = rows * host_share(mesh)[1], num_row_shards(mesh)
   if total % parts:
     raise UserError(
-        f"Expected a multiple, got a batch of {total} rows for data x fsdp = "
-        f"{parts}. Change loop.batch, loop.accumulate or the mesh.")
+        f"Expected a batch that is a multiple of data x fsdp = {parts}, got a "
+        f"batch of {total} rows. Change loop.batch, loop.accumulate or the "
+        "mesh.")
 
   def join(x):
     x = np.asarray(x)
@@ -341,20 +356,24 @@ def global_rows(tree: Any, rows: int, mesh: Mesh | None = None) -> Any:
 
 
 def broadcast_from_host0(values: Any) -> Any:
-  """The first host's numpy array, on every host."""
+  """Returns the first host's numpy array on every host."""
   if jax.process_count() == 1:
     return values
   return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
 def barrier(what: str) -> None:
-  """Returns once every host has come here."""
+  """Waits until every host has reached this barrier.
+
+  Args:
+    what: Name of the barrier.
+  """
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
 
 
 def fetch(tree: Any) -> Any:
-  """The tree as numpy arrays, whole on every host."""
+  """Returns the tree as numpy arrays, complete on every host."""
 
   def get(x):
     if not isinstance(x, jax.Array) or x.is_fully_addressable:

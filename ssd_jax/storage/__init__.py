@@ -1,1 +1,1 @@
-"""What lies on disk: checkpoints and arrays, written whole or not at all."""
+"""Checkpoints and arrays on disk, written atomically."""

@@ -1,8 +1,9 @@
-"""Arrays on disk as orbax lays them out, written piece by piece.
+"""Arrays on disk in orbax's layout, written in pieces.
 
-orbax writes only trees that are whole in memory. Here each array is a zarr
-folder of its own, filled in any order; then a checkpoint of the same tree is
-made around them. What orbax reads back are the shapes of the arrays on disk.
+orbax only writes trees that fit in memory. Here each array is its own zarr
+folder, filled in any order; afterwards a checkpoint of the same tree is made
+around the folders. When orbax restores it, it takes the shapes from the arrays
+on disk.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,54 +22,55 @@ import tensorstore as ts
 
 from ssd_jax.core.config import UserError
 from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import write_text
 
-_PIECE = 64 * 2**20  # bytes in float32 of the rows that are handled at a time
+_PIECE = 64 * 2**20  # float32 bytes of the rows in one piece
 
 
 def rows_per_piece(shape: tuple[int, ...]) -> int:
-  """Rows of a table that are read, written and stored together."""
+  """Returns how many rows of a table are read, written and stored together."""
   return max(1, _PIECE // (4 * math.prod(shape[1:])))
 
 
-def place(folder: pathlib.Path, path: str) -> pathlib.Path:
-  """The folder of the array at a path such as "trunk/layers/attn/q"."""
+def array_folder(folder: pathlib.Path, path: str) -> pathlib.Path:
+  """Returns the folder of the array at a path such as "trunk/layers/attn/q"."""
   top, _, rest = path.partition("/")
   return folder / top / rest.replace("/", ".")
 
 
 @contextlib.contextmanager
-def _told(folder: pathlib.Path) -> Iterator[None]:
-  """Inside, what tensorstore and the disk refuse is a UserError."""
+def _disk_errors(folder: pathlib.Path) -> Iterator[None]:
+  """Turns errors of tensorstore and of the disk into UserErrors."""
   try:
     yield
-  except (ValueError, OSError) as error:  # tensorstore has no kind of its own
+  except (ValueError, OSError) as error:  # tensorstore has no own exceptions
     reason = " ".join(str(error).split())[-160:]
     raise UserError(
-        "Expected a disk that takes and gives back what is written, got "
-        f"...{reason} at {folder}. Free space, then run the same command "
-        "again: it goes on where it stopped.") from error
+        f"Expected a disk that can be written and read, got ...{reason} at "
+        f"{folder}. Free space, then run the same command again: it resumes "
+        "where it stopped.") from error
 
 
 def write(
     folder: pathlib.Path, shape: tuple[int, ...], value: np.ndarray,
     first: int, is_stacked: bool,
 ) -> None:
-  """Writes rows of the array in a folder, made if it is not there.
+  """Writes rows of an array; creates the array if needed.
 
   Args:
-    folder: The array's own.
-    shape: Of the whole.
-    value: The rows, in the dtype of the whole.
-    first: Where they begin.
-    is_stacked: Whether it is written one row at a time.
+    folder: Folder of the array.
+    shape: Shape of the whole array.
+    value: The rows, in the dtype of the array.
+    first: Index of the first row.
+    is_stacked: Whether the array is written one row at a time.
 
   Raises:
-    UserError: when the disk is full or fails.
+    UserError: The disk is full or fails.
   """
   chunk = (1, *shape[1:]) if is_stacked else (
       min(shape[0], rows_per_piece(shape)), *shape[1:])
   dtype = value.dtype
-  with _told(folder):
+  with _disk_errors(folder):
     store = ts.open({
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": str(folder)},
@@ -84,7 +86,14 @@ def holds(
     folder: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype,
     entries: Sequence[dict[str, Any]],
 ) -> bool:
-  """Whether the array in a folder has the rows of these journal entries."""
+  """Returns whether an array holds the rows of the given journal entries.
+
+  Args:
+    folder: Folder of the array.
+    shape: Expected shape of the array.
+    dtype: Expected dtype.
+    entries: Journal entries of the rows.
+  """
   try:
     store = _open(folder)
     if (store.shape, store.dtype.numpy_dtype) != (shape, dtype):
@@ -92,12 +101,12 @@ def holds(
     return all(
         digest(store[e["first"]:e["first"] + e["rows"]].read().result())
         == e["sha256"] for e in entries)
-  except ValueError:  # lost or damaged
+  except ValueError:  # missing or damaged
     return False
 
 
 def digest(value: np.ndarray) -> str:
-  """SHA-256 of an array's bytes."""
+  """Returns the SHA-256 of an array's bytes."""
   data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
   return hashlib.sha256(data.data).hexdigest()
 
@@ -109,12 +118,12 @@ def _open(folder: pathlib.Path) -> ts.TensorStore:
 
 
 def checksum(folder: pathlib.Path) -> str:
-  """What `checkpoints.checksums` says of the array in a folder.
+  """Returns the checksum of an array on disk, as in `checkpoints.checksums`.
 
   Raises:
-    UserError: when it cannot be read.
+    UserError: The array cannot be read.
   """
-  with _told(folder):
+  with _disk_errors(folder):
     store = _open(folder)
     shape, dtype = store.shape, store.dtype.numpy_dtype
     step = rows_per_piece(shape)
@@ -124,7 +133,12 @@ def checksum(folder: pathlib.Path) -> str:
 
 
 def write_skeleton(folder: pathlib.Path, paths: list[list[str]]) -> None:
-  """Writes an orbax checkpoint whose arrays are yet to be put in place."""
+  """Writes an orbax checkpoint of placeholders, to be replaced by arrays.
+
+  Args:
+    folder: Folder of the checkpoint.
+    paths: Keys of each array.
+  """
   tree: dict[str, Any] = {}
   for path in paths:
     node = tree
@@ -132,25 +146,35 @@ def write_skeleton(folder: pathlib.Path, paths: list[list[str]]) -> None:
       node = node.setdefault(key, {})
     node[path[-1]] = np.zeros(1, np.float32)
   handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-  with _told(folder), ocp.Checkpointer(handler) as checkpointer:
+  with _disk_errors(folder), ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(folder, tree)
 
 
-def take_back(
+def move_back(
     arrays: pathlib.Path, model: pathlib.Path, paths: Iterable[str]
 ) -> None:
-  """Moves what was put into a checkpoint back to where it is filled."""
+  """Moves arrays out of an unfinished model folder.
+
+  Args:
+    arrays: Folder to move them to, in which they are filled.
+    model: The model folder.
+    paths: Paths of the arrays.
+  """
   for path in paths:
-    array, moved = place(arrays, path), place(model, path)
+    array, moved = array_folder(arrays, path), array_folder(model, path)
     if moved.is_dir() and not array.exists():
       array.parent.mkdir(parents=True, exist_ok=True)
       os.rename(moved, array)
 
 
 def read_journal(file: pathlib.Path, fingerprint: str) -> dict[str, Any]:
-  """Its entries by unit, to the first line that was not written whole.
+  """Returns the journal's entries by unit, up to the first incomplete line.
 
-  There are none in a journal that is lost, or of another conversion.
+  A missing journal, or one of another conversion, has no entries.
+
+  Args:
+    file: The journal.
+    fingerprint: Fingerprint of the conversion.
   """
   if not file.is_file():
     return {}
@@ -168,6 +192,12 @@ def read_journal(file: pathlib.Path, fingerprint: str) -> dict[str, Any]:
 def write_journal(
     file: pathlib.Path, fingerprint: str, entries: Iterable[dict[str, Any]]
 ) -> None:
-  """Writes it anew: a torn line at its end would spoil the next one."""
+  """Rewrites the journal, which removes an incomplete line at its end.
+
+  Args:
+    file: The journal.
+    fingerprint: Fingerprint of the conversion.
+    entries: Its entries.
+  """
   lines = [{"fingerprint": fingerprint}, *entries]
-  checkpoints.write_text(file, "".join(json.dumps(x) + "\n" for x in lines))
+  write_text(file, "".join(json.dumps(x) + "\n" for x in lines))

@@ -1,9 +1,8 @@
-"""Parameters on disk: orbax folders, written whole or not at all."""
+"""Orbax checkpoints of parameters, written atomically."""
 
 import asyncio
 from collections.abc import Iterable
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -17,17 +16,18 @@ import orbax.checkpoint as ocp
 
 from ssd_jax.core.config import UserError
 from ssd_jax.runtime import sharding
+from ssd_jax.storage.files import read_json, write_json
 
-CHECKSUMS = "checksums.json"  # beside orbax's files: of each array's bytes
+CHECKSUMS = "checksums.json"  # checksums of all arrays, beside orbax's files
 
 
 def save(folder: str | os.PathLike, tree: Any, dtype: Any = None) -> None:
-  """Writes a tree of arrays as an orbax checkpoint, replacing what is there.
+  """Writes a tree of arrays as an orbax checkpoint, replacing an old one.
 
   Args:
-    folder: Becomes the checkpoint; appears by one rename.
+    folder: Folder of the checkpoint; it appears by one rename.
     tree: Nested dicts of arrays.
-    dtype: Of the stored floating-point arrays; None keeps theirs.
+    dtype: Type to store floating-point arrays in; None keeps theirs.
   """
   folder = pathlib.Path(folder).absolute()
   tree = sharding.fetch(tree)
@@ -57,10 +57,10 @@ def _write(folder: pathlib.Path, tree: Any, dtype: Any) -> None:
 
 
 def restore(folder: str | os.PathLike) -> Any:
-  """The tree of numpy arrays in a folder written by `save`.
+  """Restores the tree of numpy arrays in a folder written by `save`.
 
   Raises:
-    UserError: when there is none, or it is damaged, a single bit included.
+    UserError: There is no checkpoint, or it is damaged, even by a single bit.
   """
   folder = pathlib.Path(folder).absolute()
   if not folder.is_dir():
@@ -75,7 +75,7 @@ def restore(folder: str | os.PathLike) -> Any:
           lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
       )
       restored = checkpointer.restore(folder, restore_args=args)
-  except Exception as error:  # orbax raises many kinds for a damaged folder
+  except Exception as error:  # orbax raises many types for a damaged folder
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise _damaged(folder, reason[:120]) from error
   if (folder / CHECKSUMS).is_file():
@@ -94,9 +94,9 @@ def check_shapes(
   """Raises UserError unless a restored tree has the expected arrays.
 
   Args:
-    folder: That it was restored from.
-    tree: Of anything with a shape.
-    expected: The same.
+    folder: Folder that the tree was restored from.
+    tree: Tree of objects with a shape.
+    expected: Tree with the expected shapes.
     source: Where the expectation comes from.
     advice: What to do.
   """
@@ -119,7 +119,7 @@ def _name(path: Any) -> str:
 
 
 def checksums(tree: Any) -> dict[str, str]:
-  """Type, shape and CRC-32 of each array's bytes, by its place in the tree."""
+  """Returns dtype, shape and CRC-32 of each array, by its path in the tree."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   return {_name(path): checksum([leaf], leaf.shape, leaf.dtype)
           for path, leaf in leaves}
@@ -128,7 +128,13 @@ def checksums(tree: Any) -> dict[str, str]:
 def checksum(
     pieces: Iterable[np.ndarray], shape: tuple[int, ...], dtype: Any
 ) -> str:
-  """What `checksums` says of an array that comes in pieces of its rows."""
+  """Returns the checksum of an array given as pieces of its rows.
+
+  Args:
+    pieces: The rows, in order.
+    shape: Shape of the whole array.
+    dtype: Its dtype.
+  """
   total = 0
   for piece in pieces:
     flat = np.ascontiguousarray(piece).reshape(-1)
@@ -137,10 +143,10 @@ def checksum(
 
 
 def identity(folder: str | os.PathLike) -> str:
-  """A short name of the weights in a folder that `save` wrote.
+  """Returns a short identifier of the weights in a folder written by `save`.
 
   Raises:
-    UserError: when it was not, and has no checksums.
+    UserError: The folder has no checksums.
   """
   path = pathlib.Path(folder) / CHECKSUMS
   if not path.is_file():
@@ -150,19 +156,19 @@ def identity(folder: str | os.PathLike) -> str:
 
 def _damaged(folder: pathlib.Path, reason: str) -> UserError:
   return UserError(
-      f"Expected a whole one, got a damaged checkpoint at {folder} "
+      f"Expected an intact checkpoint, got a damaged checkpoint at {folder} "
       f"({reason}). Train or convert again.")
 
 
-class _Patient(ocp.type_handlers.NumpyHandler):
-  """Reads all arrays to their end, also when one of them cannot be read.
+class _WaitingHandler(ocp.type_handlers.NumpyHandler):
+  """Waits for all reads, even if one of them fails.
 
-  orbax closes its event loop at the first failure; each read that ended later
-  would print that the loop is closed.
+  orbax closes its event loop at the first failure; each read that finishes
+  later would print that the loop is closed.
   """
 
   async def deserialize(self, infos, args=None):
-    """The arrays; raises the first failure."""
+    """Returns the arrays; raises the first failure."""
     read = super().deserialize
     args = args or [ocp.RestoreArgs()] * len(infos)
     found = await asyncio.gather(
@@ -175,14 +181,15 @@ class _Patient(ocp.type_handlers.NumpyHandler):
 
 
 def _checkpointer() -> ocp.Checkpointer:
-  """Of this host alone: each reads for itself, the first one writes."""
+  """Returns a checkpointer of this host alone: each host reads for itself."""
   index, options = jax.process_index(), ocp.options.MultiprocessingOptions()
   if jax.process_count() > 1:
     options = ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index},
         barrier_sync_key_prefix=f"host{index}")
   handlers = ocp.type_handlers.create_type_handler_registry(
-      (np.ndarray, _Patient()), (jax.Array, ocp.type_handlers.ArrayHandler()))
+      (np.ndarray, _WaitingHandler()),
+      (jax.Array, ocp.type_handlers.ArrayHandler()))
   return ocp.Checkpointer(
       ocp.PyTreeCheckpointHandler(
           multiprocessing_options=options, type_handler_registry=handlers),
@@ -190,47 +197,19 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-  """The tree with floating-point leaves as device arrays of `dtype`, each where
-  it lies on the mesh if one is set."""
+  """Converts floating-point leaves to `dtype` and puts all on the devices.
+
+  If a mesh is set, the arrays are sharded over it.
+  """
   if sharding.current() is None:
     return jax.tree.map(
         lambda x: jax.numpy.asarray(x, dtype if _is_float(x) else None), tree)
-  # On the host: the whole need not fit on one device.
+  # Converts on the host, as the tree may not fit on one device.
   is_right = lambda x: not _is_float(x) or x.dtype == dtype
   return sharding.shard_params(jax.tree.map(
       lambda x: x if is_right(x) else np.asarray(x, dtype), tree))
 
 
 def _is_float(x: Any) -> bool:
-  """Whether x is of a floating-point type, bfloat16 among them."""
+  """Returns whether x has a floating-point type, bfloat16 included."""
   return jax.numpy.issubdtype(x.dtype, np.floating)
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes JSON by one rename."""
-  write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a file by one rename; hosts may do so at the same time."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.{jax.process_index()}.partial")
-  partial.write_text(text, "utf-8")
-  os.replace(partial, path)
-
-
-def read_json(path: str | os.PathLike) -> Any:
-  """The value of a JSON file.
-
-  Raises:
-    UserError: when it is missing or no JSON.
-  """
-  path = pathlib.Path(path)
-  try:
-    return json.loads(path.read_text("utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(
-        f"Expected JSON of a model folder, got an unreadable {path}. Check "
-        "the path, or train or convert again."
-    ) from error

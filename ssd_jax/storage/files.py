@@ -1,0 +1,64 @@
+"""Files that are written whole or not at all, and JSON."""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from ssd_jax.core.config import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a name to write to; it replaces `path` once it is written.
+
+  The name lies beside `path`, so that the last step is one rename, and each
+  host has its own.
+
+  Raises:
+    UserError: if the folder is full or cannot be written.
+  """
+  path = pathlib.Path(path)
+  partial = path.with_name(f".{path.name}.{jax.process_index()}.partial")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield partial
+    os.replace(partial, path)
+  except OSError as error:
+    raise UserError(
+        "Expected a folder with room that can be written, got "
+        f"{error.strerror or error} while writing {path}. Choose another "
+        "--out.") from error
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a UTF-8 text file atomically."""
+  with replacing(path) as partial:
+    partial.write_text(text, "utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes a JSON file atomically."""
+  write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """Returns the value of a JSON file.
+
+  Raises:
+    UserError: if the file is missing or not JSON.
+  """
+  path = pathlib.Path(path)
+  try:
+    return json.loads(path.read_text("utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(
+        f"Expected a JSON file of a model folder, got an unreadable {path}. "
+        "Check the path, or train or convert again."
+    ) from error
