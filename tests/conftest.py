@@ -1,7 +1,7 @@
 """Settings of the whole suite.
 
 `python -m pytest` runs the quick tests, `python -m pytest --all` also those
-marked slow.
+marked slow and all cases of those marked `quick(n)`.
 
 Most of the time goes into compiling programs that then run for milliseconds,
 so XLA optimises them little. A test marked `as_users_compile` runs in a process
@@ -10,6 +10,7 @@ each file, or sooner: every one holds memory maps, of which a process may have
 only so many, and XLA crashes the process when it gets no more of them.
 """
 
+import collections
 import functools
 import gc
 import os
@@ -38,14 +39,20 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-  if config.getoption("--all") or config.option.markexpr:
+  """Leaves out slow tests, unless they are asked for or named."""
+  if config.getoption("--all") or config.option.markexpr or any(
+      "::" in arg or "parity" in arg for arg in config.args):
     return
-  slow = [item for item in items if item.get_closest_marker("slow")]
-  # A test that is named, rather than found in a folder or file, is meant.
-  named = any("::" in arg for arg in config.args)
-  if slow and not named:
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+  seen, quick, slow = collections.Counter(), [], []
+  for item in items:
+    function = item.nodeid.partition("[")[0]
+    seen[function] += 1
+    cases = item.get_closest_marker("quick")
+    is_slow = item.get_closest_marker("slow") or "/parity/" in item.nodeid or (
+        cases and seen[function] > cases.args[0])
+    (slow if is_slow else quick).append(item)
+  config.hook.pytest_deselected(items=slow)
+  items[:] = quick
 
 
 @pytest.fixture(autouse=True)

@@ -84,6 +84,7 @@ def test_the_command_without_features(on_tiny, capsys, monkeypatch, tmp_path):
   assert not (tmp_path / "sheet_001.png").exists()
 
 
+@pytest.mark.slow
 def test_greedy_runs_are_all_alike(on_tiny, capsys, tmp_path):
   """Without any spread there is a table and a plot all the same."""
   status, out, _ = call(
@@ -93,6 +94,7 @@ def test_greedy_runs_are_all_alike(on_tiny, capsys, tmp_path):
   assert (tmp_path / "pareto.png").exists()
 
 
+@pytest.mark.slow
 def test_an_edited_decoder_of_ones_own_draws_anew(on_tiny, capsys, tmp_path):
   """What a user's file says is part of what a shard depends on."""
   file = tmp_path / "mine.py"
@@ -175,6 +177,7 @@ def test_a_folder_that_cannot_be_written(on_tiny, capsys, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_exactness_prints_its_table(on_tiny, monkeypatch, capsys, tmp_path):
   """The laboratory's verdicts, alone and in groups, on paper and in JSON."""
   grid = testing.tiny(vocab=3, rows=2, cols=2, heads=(0, 0))

@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
   return path
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", dict.fromkeys(case[0] for case in CASES))
 def test_every_bad_input_ends_in_one_line(name, folder, monkeypatch):
   """Each case of a command: status 2, the one line of the page, no files."""

@@ -76,6 +76,7 @@ def test_thousands_of_pictures_are_written_as_they_come(tmp_path):
   assert np.asarray(Image.open(album.paths[69])).max() == 69
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes(capsys, tmp_path):
   """Two runs write the same files, byte for byte."""
   for name in ("a", "b"):
@@ -86,6 +87,7 @@ def test_same_seed_same_bytes(capsys, tmp_path):
   assert a == b
 
 
+@pytest.mark.slow
 def test_long_prompt_draws_and_says_that_it_was_cut(capsys, tmp_path):
   """10,000 characters draw something, with a note."""
   status, out, _ = call(capsys, "--prompt", "cat " * 2500, "--out", tmp_path)
@@ -149,6 +151,7 @@ def test_damaged_checkpoint(capsys, tmp_path):
   assert not list((tmp_path / "out").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_generate_writes_traces_and_a_race(monkeypatch, capsys, tmp_path):
   """--trace adds animations, heat maps and AR beside the decoder."""
   pipe = testing.tiny(vocab=5, rows=3, cols=4, heads=(0, 0))

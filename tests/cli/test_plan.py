@@ -40,6 +40,7 @@ def test_the_local_device_is_planned_by_default(tmp_path):
   assert times == sorted(times)
 
 
+@pytest.mark.slow
 def test_a_slice_without_a_tpu():
   """Compiled by libtpu where it is installed; else one line says how to."""
   status, out, err = plan_of(
@@ -53,6 +54,7 @@ def test_a_slice_without_a_tpu():
   assert found["devices"] == 4 and found["collectives"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("args", [
     ["--mesh=tensor=3"], ["--batch=0"], ["--train", "--batch=-1"]])
 def test_bad_plans_are_one_line(args):

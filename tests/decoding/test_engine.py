@@ -22,6 +22,7 @@ def pipe(request):
       vocab=5, rows=3, cols=4, end_of_row=request.param, guidance=2.0)
 
 
+@pytest.mark.quick(1)
 def test_cached_and_uncached_forwards_agree(pipe):
   """The pass over the cache equals the forward of training to 1e-5."""
   generator, params = pipe.family.generator, pipe.params
@@ -55,6 +56,7 @@ def test_shapes_and_counts(pipe):
   assert out.tokens.min() >= 0 and out.tokens.max() < 5
 
 
+@pytest.mark.quick(1)
 def test_same_seed_same_pictures_however_batched(pipe):
   """Batch 1 equals batch 4, and another seed differs."""
   runs = [pipe.generate(PROMPTS, seed=s, batch=b)
@@ -83,6 +85,7 @@ def test_same_tokens_however_batched_as_users_compile():
             image.tokens, four.tokens[image.index], decoder)
 
 
+@pytest.mark.quick(1)
 def test_neighbours_do_not_matter(pipe):
   """An image depends on its prompt and index, not on who is in its batch."""
   a = pipe.generate(["a", "b", "c"], batch=3).tokens

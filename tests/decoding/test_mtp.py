@@ -14,6 +14,7 @@ from ssd_jax.pipeline import testing
 tiny = functools.cache(testing.tiny)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kwargs, decoder, group", [
     (dict(), MTP(), 1),
     (dict(rows=3, vocab=2, end_of_row=True), MTP(horizontal=3), 4),
@@ -32,6 +33,7 @@ def test_correction_is_told_from_exact_sampling():
   assert not finding.lossless and finding.p_value < exactness.P_VALUE
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("end_of_row", [False, True])
 @pytest.mark.parametrize("cross_rows", [False, True])
 def test_coupled_gives_the_tokens_of_ar(end_of_row, cross_rows):
@@ -47,6 +49,7 @@ def test_coupled_gives_the_tokens_of_ar(end_of_row, cross_rows):
   assert out.passes.mean() < expected.passes.mean()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("verify", ["exact", "correct"])
 def test_images_do_not_depend_on_the_batch(verify):
   """Batch 1 and batch 4 give the same tokens and passes."""
@@ -59,6 +62,7 @@ def test_images_do_not_depend_on_the_batch(verify):
   np.testing.assert_array_equal(one.commit_pass, four.commit_pass)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("rows, cols, end_of_row, cross_rows, passes", [
     (24, 24, False, True, 231),
     (24, 24, False, False, 24 * 11),
@@ -79,6 +83,7 @@ def test_correction_counts_passes_as_published(
   assert out.passes.tolist() == [passes]
 
 
+@pytest.mark.slow
 def test_more_rounds_cost_as_many_passes():
   """A group of K cells costs rounds + 1 passes."""
   pipe = tiny(rows=3, cols=4)

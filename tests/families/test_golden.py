@@ -13,6 +13,7 @@ from ssd_jax.families.published import left_padded
 from ssd_jax.models.t5 import T5Config, T5Encoder
 from ssd_jax.pipeline.model_folder import FAMILIES
 from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import read_json
 from tests.support import ROOT
 from tests.support.toy_families import CONFIGS
 from tests.support.toy_weights import InMemory
@@ -34,7 +35,7 @@ def case(request, tmp_path_factory):
   out = tmp_path_factory.mktemp(request.param) / "model"
   convert.convert(convert.Job(recipe, found, (), "float32"), out)
   family = FAMILIES[config.family](
-      checkpoints.read_json(out / "model.json"), out)
+      read_json(out / "model.json"), out)
   return request.param, family, out
 
 

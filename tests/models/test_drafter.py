@@ -90,6 +90,7 @@ def test_a_drafter_of_another_trunk_is_refused():
     bind(cfg, {**params, "drafter": {}})
 
 
+@pytest.mark.slow
 def test_a_drafter_of_several_layers_drafts_for_the_same_trunk():
   """EAGLE-3's: the trunk's states are followed by the layers it taps; trees
   of its drafts yield AR's tokens."""

@@ -23,6 +23,7 @@ def tiny_is_large(monkeypatch):
   monkeypatch.setattr(layouts_lib, "_LEAST", 0)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("guidance, decoder", [
     (1.0, "sjd"), (3.0, "sjd"), (3.0, "eagle:tree=2-1"),
     (3.0, "ssd")])
@@ -55,6 +56,7 @@ def in_tiles(monkeypatch):
   monkeypatch.setattr(layouts_lib, "TILE", 4)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("decoder", ["ar", "sjd"])
 def test_tiles_draw_what_whole_matrices_draw(in_tiles, decoder):
   """Passes of few rows multiply by tiles, and draw the same."""
@@ -123,6 +125,7 @@ def _least_bytes(stack):
   return min(x.nbytes // len(x) for x in matrices)
 
 
+@pytest.mark.slow
 @pytest.mark.as_users_compile
 def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
   """The loop multiplies by weights where they lie; stacked ones it copies."""
@@ -136,6 +139,7 @@ def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
   assert moved[0] and not moved[1] and not moved[2]
 
 
+@pytest.mark.slow
 @pytest.mark.as_users_compile
 def test_no_head_is_moved_in_the_loop(monkeypatch, in_tiles):
   """So do spatial heads, of which a pass asks one or all."""

@@ -57,6 +57,7 @@ def test_each_weight_is_within_half_a_step(pipe, small):
   assert not quantization.is_quantized(pipe.params)
 
 
+@pytest.mark.slow
 def test_logits_stay_near_and_bytes_are_a_quarter():
   """The embedded model: logits within 5% of their spread, heads as well."""
   pipe = ssd_jax.load("emoji")

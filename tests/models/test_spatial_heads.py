@@ -73,6 +73,7 @@ def test_one_einsum_runs_all_offsets(pipe):
     np.testing.assert_allclose(together[offset - 1], alone, atol=1e-5)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("inputs, target", [
     ("h", "pre"), ("h+e", "post"), ("e", "embedding"), ("h+e", "token"),
     ("h+e", "distribution")])

@@ -74,6 +74,7 @@ def _moves(pipe, model, decoder):
   return compiled.moves_in_loops(text, layer), layer, whole
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("decoder", ["ar", "exact"])
 def test_no_pass_copies_the_cache(decoder):
   """No layer's keys are copied, turned or converted; never all are sliced."""
@@ -82,6 +83,7 @@ def test_no_pass_copies_the_cache(decoder):
   assert [x for x in moves if x.kind in _TURNS or x.bytes >= whole] == []
 
 
+@pytest.mark.slow
 def test_a_cache_turned_around_in_each_pass_is_found():
   """The test above would fail if slots stood last in the cache."""
   pipe = kit.tiny(8, 8, heads=(0, 0), guidance=2.0)

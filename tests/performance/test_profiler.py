@@ -33,6 +33,7 @@ def test_everything_is_written(pipe, tmp_path, capsys):
   assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_models_without_heads_below_draft_to_the_right():
   """Drafting is timed by whichever heads there are, or not at all."""
   times = [

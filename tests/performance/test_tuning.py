@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from ssd_jax.cli import plan
 from ssd_jax.decoding import registry
 from ssd_jax.performance import pass_counts, tuning
@@ -23,6 +25,7 @@ def test_what_is_tried_fits_the_grid_and_the_weights():
     )
 
 
+@pytest.mark.slow
 def test_what_is_drawn_is_reported(monkeypatch, capsys):
   """Passes and queries of each, the fastest first; in JSON too."""
   pipe = testing.tiny(5, 4, 4, guidance=2.0)

@@ -24,6 +24,7 @@ def assert_same(pictures, output):
     np.testing.assert_array_equal([getattr(p, name) for p in pictures], of_all)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("decoder, end_of_row", [
     ("ar", False), ("ar", True), ("sjd:window=3", True), ("exact", False),
     ("stair", True)])
@@ -65,6 +66,7 @@ def test_one_compile_of_each_and_prompts_as_there_is_room(pipe):
     np.testing.assert_array_equal(picture.tokens, whole.tokens[picture.index])
 
 
+@pytest.mark.slow
 def test_prompts_of_any_length_share_a_batch():
   """A longer prompt widens what all have; the others' pictures stay."""
   config = CONFIGS["lumina"]()
@@ -81,6 +83,7 @@ def test_prompts_of_any_length_share_a_batch():
     np.testing.assert_array_equal(picture.tokens, alone.tokens[0])
 
 
+@pytest.mark.slow
 def test_whoever_waits_is_told_every_few_passes(pipe, monkeypatch):
   """Steps sum up to the pictures, many a picture, and change none."""
   monkeypatch.setattr(stream_lib, "_PASSES", 1)

@@ -76,6 +76,7 @@ def test_a_job_survives_the_death_of_a_host(tmp_path, alone, count):
   assert_same(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_all_hosts_stop_when_one_is_told_while_drawing(tmp_path, alone):
   """Status 0 on both, whole files kept; the end is that of one process."""
   for status, said in finish(start(tmp_path, 2, "--draws", "--is_reported")):
@@ -87,6 +88,7 @@ def test_all_hosts_stop_when_one_is_told_while_drawing(tmp_path, alone):
   assert_same(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_another_number_of_hosts_continues(tmp_path, alone):
   """A run of one process, stopped, is ended by two: the same batches."""
   [(status, _)] = finish(start(tmp_path, 1, "--draws", "--steps=6"))

@@ -17,7 +17,8 @@ from tests.support import ROOT
 def on_eight_devices(*args):
   """What the script prints; XLA's flags of this process are not handed on."""
   environment = os.environ | {
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=8" + (
+          "" if args else " --xla_cpu_use_fusion_emitters=false"),
       "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
   out = subprocess.run(
       [sys.executable, "-m", "tests.support.eight_devices", *args],

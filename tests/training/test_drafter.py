@@ -78,6 +78,7 @@ def _named(batch):
   return {"prompt": batch["prompt"], "tokens_BN": batch["tokens"]}
 
 
+@pytest.mark.slow
 def test_accepted_length_is_that_of_decoding():
   """The figure is what `eagle` reaches with that tree, to the pass."""
   pipe = testing.tiny(3, 2, 3, end_of_row=True, heads=(0, 0), guidance=2.0)

@@ -87,6 +87,7 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_training_reports_acceptance(teacher, tmp_path):
   """A row per direction and offset; another kind of heads is refused."""
   captions = {"train": CAPTIONS, "validation": CAPTIONS[:5]}

@@ -29,6 +29,7 @@ def larger(rows=4, end_of_row=True, **sampling):
   return kit.tiny(rows, 4, 5, end_of_row, (0, 0), **sampling)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("decoder, end_of_row, sampling, group", [
     (SJD(4), False, {}, 1),
     (Coupled(4, "repeat_above"), True, {}, 4),
@@ -76,6 +77,7 @@ def test_equals_ar(decoder, end_of_row):
   assert decoder.window == 1 or out.passes.mean() < pipe.model.grid.num_tokens
 
 
+@pytest.mark.slow
 def test_continuation_is_maximal_coupling():
   """The rules of two publications are one algorithm, token for token."""
   model = kit.chain(4, 4, True, vocab=5)
@@ -85,6 +87,7 @@ def test_continuation_is_maximal_coupling():
   np.testing.assert_array_equal(ours.commit_pass, theirs.commit_pass)
 
 
+@pytest.mark.slow
 def test_reference_tail_goes_one_by_one():
   """The published tail gives each of the last W + 2 slots its own pass."""
   model, window = kit.chain(4, 4, True), 3

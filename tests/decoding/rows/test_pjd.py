@@ -30,6 +30,7 @@ def test_an_early_row_is_told_apart():
   assert kit.p_value(pipe, out.tokens) < 1e-3
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("end_of_row, decoder", [
     (False, PJD(context=2, window=4)), (True, PJD(context=2, window=4)),
     (False, PJD(context=3, row_causal=False)), (True, PJD(window=1)),
@@ -56,6 +57,7 @@ def test_images_do_not_depend_on_the_batch():
   kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), PJD(keep=True))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("rows, cols, end_of_row", [
     (1, 6, False), (6, 1, True), (1, 1, False),
 ])

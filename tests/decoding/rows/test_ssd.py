@@ -30,6 +30,7 @@ def pipelined(rounds, lag):
   return SSD(rounds=rounds, schedule="pipelined", lag=lag)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("grid, decoder, published", [
     (_JANUS, SSD(rounds=0), 34),
     (_JANUS, SSD(), 80),
@@ -72,6 +73,7 @@ def test_a_trunk_changes_no_count():
   assert out.passes.tolist() == [1 + 2 * 2 + 5 * 2] * 2
 
 
+@pytest.mark.slow
 def test_heads_speak_only_when_they_are_due():
   """Per image one group of row 0 in three passes, then a row in three."""
   asked = []
@@ -90,6 +92,7 @@ def test_heads_speak_only_when_they_are_due():
   assert collections.Counter(asked) == {k: 2 * n for k, n in groups.items()}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("end_of_row, vertical", [(False, 1), (True, 2)])
 def test_heads_read_the_state_and_the_token_of_their_cell(end_of_row, vertical):
   """Drafts that nobody corrects say what they were drawn from."""
@@ -123,6 +126,7 @@ def test_heads_read_the_state_and_the_token_of_their_cell(end_of_row, vertical):
     assert tokens[row, col] == (tokens[source] + offset) % codes
 
 
+@pytest.mark.slow
 def test_a_lag_of_a_whole_row_is_joint():
   """A pipeline with lag = rounds + 1 is the paper's, token for token."""
   model = kit.chain(6, 5, True, vocab=9)
@@ -131,6 +135,7 @@ def test_a_lag_of_a_whole_row_is_joint():
   np.testing.assert_array_equal(joint.commit_pass, late.commit_pass)
 
 
+@pytest.mark.slow
 def test_a_single_stage_of_no_rounds_is_joint():
   """Staged with no rounds of its own is the joint schedule."""
   model = kit.chain(6, 5, vocab=9)
@@ -139,12 +144,14 @@ def test_a_single_stage_of_no_rounds_is_joint():
   np.testing.assert_array_equal(joint.tokens, single.tokens)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("decoder", [staged(2, 1), pipelined(2, 1)])
 def test_images_do_not_depend_on_the_batch(decoder):
   """Batch 1 and batch 4 give the same tokens and passes."""
   kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), decoder)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("grid, decoder", [
     (dict(rows=1, cols=4), SSD(horizontal=1)),
     (dict(rows=4, cols=1, end_of_row=True), SSD(rounds=1)),
@@ -168,6 +175,7 @@ def test_without_rounds_the_law_is_the_heads():
   assert kit.p_value(pipe, out.tokens) < 1e-3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("decoder", [
     SSD(rounds=4, adaptive=True), SSD(vertical=3, rounds=4, adaptive=True),
     SSD(rounds=4, schedule="pipelined", adaptive=True),
@@ -182,6 +190,7 @@ def test_adaptive_saves_passes(decoder):
   assert out.passes.mean() < full.passes[0]
 
 
+@pytest.mark.slow
 def test_lenience_keeps_more_drafts_at_the_same_passes():
   """Fewer drafts are redrawn, in as many passes, and the law gives way."""
   pipe = kit.tiny(rows=1, cols=4)
@@ -199,6 +208,7 @@ def test_argmax_drafts():
   )
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("rows, cols, end_of_row", [
     (1, 7, False), (7, 1, True), (1, 1, False),
 ])

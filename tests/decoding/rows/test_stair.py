@@ -17,6 +17,7 @@ _FILTERED = dict(guidance=1.5, top_k=5, top_p=0.9)
 _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("grid, decoder, group", [
     (_WIDE, Exact(), 1),
     (_ENDED, Stair(lookahead=2, drafts="above", queries=5), 4),
@@ -58,6 +59,7 @@ def test_the_law_of_a_short_lookahead_is_told_apart():
   assert kit.p_value(pipe, out.tokens) < 1e-3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("grid, decoder", [
     (dict(rows=4, cols=3, vocab=7),
      Stair(lookahead=3, coupled=True, queries=7)),
@@ -72,6 +74,7 @@ def test_coupled_gives_the_tokens_of_ar(grid, decoder):
   assert out.passes.mean() < pipe.model.grid.num_tokens
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("end_of_row, decoder", [
     (False, Stair(sure=0.3, queries=9)), (True, Exact()),
     (True, Stair(lookahead=0, rows=9, row_causal=True, entry=0)),
@@ -81,6 +84,7 @@ def test_images_do_not_depend_on_the_batch(end_of_row, decoder):
   kit.assert_independent_of_batch(kit.chain(5, 4, end_of_row), decoder)
 
 
+@pytest.mark.slow
 def test_sure_cells_wait_less():
   """Cells of no entropy need no lookahead, and the bound is shorter by it."""
   model = kit.chain(6, 8, vocab=9)
@@ -92,6 +96,7 @@ def test_sure_cells_wait_less():
   assert (hasty.commit_pass <= bound).all()
 
 
+@pytest.mark.slow
 def test_lenience_saves_passes():
   """The more leniently drafts are tested, the fewer passes."""
   model = kit.chain(6, 8, vocab=9)
@@ -124,6 +129,7 @@ def test_lenience_bounds_every_cell():
   assert (last(drawn) > 1.2 * last(kit.distribution(pipe))).any()
 
 
+@pytest.mark.slow
 def test_defaults_follow_the_grid():
   """Five rows of queries; leniently, but where the law would else be AR's."""
   model = kit.chain(6, 8, vocab=9)
@@ -136,6 +142,7 @@ def test_defaults_follow_the_grid():
   np.testing.assert_array_equal(waits.tokens, strict.tokens)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("queries", [1, 5])
 def test_few_queries_cost_passes(queries):
   """However few slots a pass may feed, a cell is won in each."""
@@ -146,6 +153,7 @@ def test_few_queries_cost_passes(queries):
   assert queries > 1 or out.passes.min() == model.grid.num_tokens
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("lookahead, rows, entry", [
     (0, 6, 0), (0, 3, 2), (1, 6, 8), (3, 6, 1), (8, 3, 1), (8, 1, 2),
 ])
@@ -184,6 +192,7 @@ def latest_passes(grid, decoder):
   return last
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("rows, cols, end_of_row", [
     (1, 6, False), (6, 1, True), (1, 1, False),
 ])

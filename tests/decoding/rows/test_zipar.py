@@ -7,6 +7,7 @@ from ssd_jax.decoding.rows.zipar import ZipAR
 from tests.support import testkit as kit
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("end_of_row, decoder", [
     (False, ZipAR(window=4)),
     (True, ZipAR(window=5, adaptive=True)),
@@ -23,6 +24,7 @@ def test_a_window_of_a_row_gives_the_tokens_of_ar(end_of_row, decoder):
   assert not ZipAR(window=3).is_lossless(pipe.model.grid)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("window", [1, 7, 24, 30])
 def test_passes_without_row_ends(window):
   """2W + (R - 2) w, the prefill included; AR's from w = W on."""
@@ -31,6 +33,7 @@ def test_passes_without_row_ends(window):
   kit.assert_well_recorded(out)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("window", [2, 16, 60])
 def test_passes_with_row_ends(window):
   """(R - 1)(w - 1) + W: the token before a row is known in advance."""
@@ -38,6 +41,7 @@ def test_passes_with_row_ends(window):
   assert (out.passes == 11 * (min(window, 49) - 1) + 48).all()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("window, published", [(16, 422), (14, 378)])
 def test_candidates_that_pass_cost_a_pass_each(window, published):
   """The paper's counts on 24x24, where no window was widened.
@@ -66,6 +70,7 @@ def test_a_short_window_is_told_apart_from_ar():
   assert kit.p_value(pipe, out.tokens) < 1e-3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("end_of_row", [False, True])
 def test_candidates_widen_the_window(end_of_row):
   """Adaptive rows start a pass later at the earliest; never later than AR."""
@@ -83,6 +88,7 @@ def test_images_do_not_depend_on_the_batch():
   kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), ZipAR(2, True))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("rows, cols, adaptive", [
     (1, 6, False), (6, 1, True), (1, 1, False),
 ])

@@ -26,6 +26,7 @@ def draw(pipe, decoder, count=16, **kwargs):
                        **kwargs)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("grid, decoder, sampling", [
     (dict(vocab=5, rows=3, cols=3, end_of_row=True), Eagle(), {}),
     (dict(vocab=5, rows=3, cols=3, end_of_row=True, guidance=2.0),
@@ -45,6 +46,7 @@ def test_given_drafts_yield_ars_tokens(grid, decoder, sampling):
   np.testing.assert_array_equal(out.commit_pass.max((1, 2)), out.passes)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("group", exactness.GROUPS)
 @pytest.mark.parametrize("grid", [
     dict(rows=2, cols=2, end_of_row=True),
@@ -60,6 +62,7 @@ def test_sampled_drafts_keep_the_law(grid, group):
   assert found.passes < pipe.model.grid.num_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [Eagle(), Eagle("0/1/00/01/000")])
 def test_best_drafts_keep_the_law(decoder):
   """Dynamic and static trees of best drafts pass the laboratory too."""
@@ -68,6 +71,7 @@ def test_best_drafts_keep_the_law(decoder):
   assert found.lossless and found.is_sound, found
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("decoder", [Eagle(), Eagle(WIDE, "sampled")])
 def test_an_image_does_not_depend_on_its_batch(decoder):
   """Batch 1 and batch 4 give the same images in the same passes."""

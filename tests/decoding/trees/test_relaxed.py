@@ -91,6 +91,7 @@ def test_lanternpp_moves_at_most_a_multiple():
   np.testing.assert_allclose(on_a_line(Lantern(delta=0.9), p, 1), p)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("relaxed, exact", [
     (Lantern(delta=1e-30), Eagle("dynamic_lantern")),
     (LanternPP(WIDE, multiplier=1 + 1e-7), Eagle(WIDE, "sampled")),
@@ -112,6 +113,7 @@ def test_nothing_to_move_is_lossless(decoder):
   assert decoder.lossless
 
 
+@pytest.mark.slow
 def test_relaxing_saves_passes_and_is_told_from_exact():
   """Fewer passes than EAGLE; the laboratory sees that the law is another."""
   found, exact = (
@@ -178,6 +180,7 @@ def test_an_excluded_draft_takes_nothing():
       [0.5, 0.5, 0.0, 0.0])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("tree", [("dynamic", "top"), (WIDE, "sampled")])
 def test_thresholds_that_none_reaches_are_eagle(tree):
   """The relaxed code path gives EAGLE's tokens; above 1 claims to be it."""
@@ -189,6 +192,7 @@ def test_thresholds_that_none_reaches_are_eagle(tree):
   np.testing.assert_array_equal(one.passes, other.passes)
 
 
+@pytest.mark.slow
 def test_each_relaxation_alone_and_both_save_passes():
   """Never more passes than EAGLE; convergence everywhere accepts the tree."""
   tree = (WIDE, "sampled")
