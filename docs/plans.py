@@ -28,7 +28,7 @@ from ssd_jax.performance import (  # noqa: E402
   training_cost as training_plan,
 )
 from ssd_jax.runtime import sharding  # noqa: E402
-from ssd_jax.storage import checkpoints  # noqa: E402
+from ssd_jax.storage.files import write_text  # noqa: E402
 
 CONFIGS = ("lumina", "anole", "emu3", "janus_pro:7b", "llamagen", "emoji")
 SLICES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
@@ -114,7 +114,7 @@ def rows():
     else:
       whole = found.get((kind, name, SLICES[0]))
       found[key] = drawing(name, topology, whole and whole["memory"])
-    checkpoints.write_text(
+    write_text(
         ROWS, "".join(f"{json.dumps(row)}\n" for row in found.items()))
   return {key: found[key] for key in wanted}
 
@@ -169,7 +169,7 @@ def tables(found):
 def main():
   """Compiles what is missing and writes both tables below the page's mark."""
   above, _, _ = PAGE.read_text("utf-8").partition(MARK)
-  checkpoints.write_text(PAGE, f"{above}{MARK}\n{tables(rows())}")
+  write_text(PAGE, f"{above}{MARK}\n{tables(rows())}")
 
 
 if __name__ == "__main__":

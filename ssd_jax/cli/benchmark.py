@@ -13,6 +13,7 @@ import dataclasses
 import pathlib
 import platform
 import re
+import shlex
 import shutil
 import sys
 
@@ -35,6 +36,7 @@ from ssd_jax.evaluation import (
   prompt_files,
   quality,
   report,
+  results_page,
 )
 from ssd_jax.evaluation.benchmark import Entry, Job, Run
 from ssd_jax.evaluation.prompt_files import Item
@@ -42,7 +44,7 @@ from ssd_jax.evaluation.quality import FolderPictures
 from ssd_jax.pipeline import testing
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime.progress import Bar
-from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import write_json, write_text
 from ssd_jax.visualization import animations, contact_sheets
 
 common.define_flags(
@@ -78,6 +80,11 @@ _EXACTNESS = flags.DEFINE_bool(
 _PROFILE = flags.DEFINE_bool(
     "profile", False, "Instead measure where the time of a pass goes, over "
     "the queries of a pass; see ssd_jax/cli/profile.py.")
+_RECORD = flags.DEFINE_string(
+    "record", None, "Also record the run as results/NAME.json, for the results "
+    "page.")
+_RENDER = flags.DEFINE_bool(
+    "render", False, "Instead write docs/results.md from results/*.json.")
 _DRAWS = flags.DEFINE_integer("draws", 20_000, "Images drawn by --exactness.")
 
 _DEFAULT = "ar,ar:seed=1,sjd,exact,stair"
@@ -89,6 +96,9 @@ _REFUTED = 1  # exit status
 
 def body() -> None:
   """Compares the decoders of the flags."""
+  if _RENDER.value:
+    _render()
+    return
   cli.use_compilation_cache()
   if _EXACTNESS.value:
     _exactness()
@@ -239,18 +249,33 @@ def _write_report(
       ssd_jax=__version__, jax=jax.__version__, numpy=np.__version__,
       python=platform.python_version())
   text = report.table(rows, details)
-  with contact_sheets.replacing(out / "table.md") as partial:
-    partial.write_text(text, "utf-8")
+  write_text(out / "table.md", text)
   print(text)
   try:
     animations.pareto(report.panels(rows, details), out / "pareto.png")
   except MissingExtra as error:
     print(f"no pareto.png: {error}")
-  checkpoints.write_json(out / "details.json", dict(rows=details))
-  checkpoints.write_json(out / "results.json", dict(
+  write_json(out / "details.json", dict(rows=details))
+  write_json(out / "results.json", dict(
       device=f"{device.platform} {device.device_kind}", config=settings,
       versions=versions, rows=rows))
   print(f"wrote {out / 'results.json'}")
+  if _RECORD.value:
+    for detail in details:
+      detail.pop("per_image")
+    command = shlex.join(["python", "-m", "infer.benchmark", *sys.argv[1:]])
+    print("recorded", results_page.record("results", _RECORD.value, dict(
+        command=command, device=f"{device.platform} {device.device_kind}",
+        versions=versions, rows=rows, details=details)))
+
+
+def _render() -> None:
+  """Writes the results page of the checkout that the command runs in."""
+  _refuse_flags("render")
+  text = results_page.render("results")
+  page = pathlib.Path("docs") / "results.md"
+  write_text(page, text)
+  print(f"wrote {page}")
 
 
 def _profile() -> None:
@@ -284,9 +309,8 @@ def _exactness() -> None:
         pipe, entry.decoder, entry.label, _DRAWS.value, group, entry.seed))
   text = exactness.table(findings) + exactness.sensitivity(
       pipe, _DRAWS.value)
-  with contact_sheets.replacing(out / "exactness.md") as partial:
-    partial.write_text(text, "utf-8")
-  checkpoints.write_json(out / "exactness.json", dict(rows=[
+  write_text(out / "exactness.md", text)
+  write_json(out / "exactness.json", dict(rows=[
       dict(dataclasses.asdict(f), verdict=f.verdict) for f in findings]))
   print(text)
   *found, control = findings
@@ -306,7 +330,7 @@ def _refuse_flags(mode: str, *used: str) -> None:
     for flag in ours[module]:
       if flag.present and flag.name not in (mode, *used):
         raise UserError(
-            f"Expected only {', '.join(used)}, got --{flag.name} with "
+            f"Expected only {', '.join((mode, *used))}, got --{flag.name} with "
             f"--{mode}, which does not read it. Leave it out.")
 
 

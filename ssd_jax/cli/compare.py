@@ -27,7 +27,7 @@ from ssd_jax.performance.transformers_baseline import (
   race,
 )
 from ssd_jax.runtime.progress import Bar
-from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import write_json, write_text
 
 common.define_flags(
     "seed", "batch", "out")
@@ -194,8 +194,8 @@ def _write(out: Any, setting: Setting, rows: list[dict]) -> None:
   if any(row["compares"] == "pass" for row in rows):
     text += "\n" + table([rows[0] | {"compares": "pass"}] + rows, "pass")
     text += _LOOPS
-  checkpoints.write_text(out / "table.md", text)
-  checkpoints.write_json(out / "results.json", dict(
+  write_text(out / "table.md", text)
+  write_json(out / "results.json", dict(
       device=f"{device.platform} {device.device_kind}", versions=versions,
       config=dict(dataclasses.asdict(setting), parameters=weights,
                   rounds=flags.FLAGS.rounds), rows=rows))

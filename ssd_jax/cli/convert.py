@@ -48,10 +48,10 @@ def body() -> None:
     recipe = recipe.without_text_encoder()
   _check_places(recipe, given)
   folders = fetched(
-      recipe, {name: hub.Place(source) for name, source in given.items()})
+      recipe, {name: hub.Location(source) for name, source in given.items()})
   job = convert.open_job(recipe, folders, values.dtype)
   out = pathlib.Path(values.out)
-  if convert.finished(job, out) is not None:
+  if convert.existing_report(job, out) is not None:
     print(f"{out} already holds this conversion; nothing to do")
     return
   with Bar(total=job.size, unit="B", unit_scale=True,
@@ -89,7 +89,7 @@ def _check_places(recipe: Recipe, given: dict[str, str]) -> None:
 
 
 def fetched(
-    recipe: Recipe, places: dict[str, hub.Place]
+    recipe: Recipe, places: dict[str, hub.Location]
 ) -> dict[str, pathlib.Path]:
   """The local folder of each flag; nothing is fetched before all is found.
 
@@ -100,11 +100,11 @@ def fetched(
   for part in recipe.parts:
     is_own = part.flag in places
     flag = part.flag if is_own else "source"
-    patterns = part.patterns if is_own else part.inside
+    patterns = part.patterns if is_own else part.source_patterns
     if not (is_own and places[flag].path.is_file()):
       _find(_WHAT[part.flag], part.flag, [places[flag]], patterns)
     wanted[flag].append(patterns)
-  flags = [name for name in convert.tokenizer_places(places) if name in places]
+  flags = [name for name in convert.tokenizer_flags(places) if name in places]
   for pattern in recipe.tokenizer:
     found = _find(_WHAT["tokenizer"], "tokenizer",
                   [places[name] for name in flags], (pattern,))
@@ -113,7 +113,7 @@ def fetched(
 
 
 def _find(
-    what: str, flag: str, places: list[hub.Place], patterns: tuple[str, ...]
+    what: str, flag: str, places: list[hub.Location], patterns: tuple[str, ...]
 ) -> int:
   """The index of the first place that has a file.
 

@@ -16,8 +16,7 @@ from ssd_jax.core.prompts import clean
 from ssd_jax.evaluation import prompt_files, quality, redundancy
 from ssd_jax.evaluation.redundancy import THRESHOLDS, Evidence
 from ssd_jax.runtime.progress import Bar
-from ssd_jax.storage import checkpoints
-from ssd_jax.visualization import contact_sheets
+from ssd_jax.storage.files import replacing, write_json
 
 common.define_flags(
     "prompts_file", "seed", "batch", "out", *common.SAMPLING, *common.MODEL)
@@ -43,7 +42,7 @@ def body() -> None:
         **common.sampling())
     found = redundancy.collect(
         pipe, drawn.tokens, prompts, batch, bar.update, **common.sampling())
-  checkpoints.write_json(out / "evidence.json", _numbers(found, len(prompts)))
+  write_json(out / "evidence.json", _numbers(found, len(prompts)))
   plot(found, matplotlib.Figure((13, 8), layout="tight"), out / "evidence.png")
   print(summary(found))
   print(f"wrote {out / 'evidence.json'} and evidence.png")
@@ -107,7 +106,7 @@ def plot(found: Evidence, figure, path: pathlib.Path) -> None:
   spread.hist(found.entropies, bins=40)
   spread.set_title("entropy of single predictions")
   spread.set(xlabel="nats", ylabel="slots")
-  with contact_sheets.replacing(path) as partial:
+  with replacing(path) as partial:
     figure.savefig(partial, format="png", dpi=150)
 
 

@@ -35,6 +35,7 @@ from ssd_jax.pipeline import model_folder
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
+from ssd_jax.storage.files import replacing
 
 # That each decoder draws with --measure, and calls that are timed, at least.
 _PROMPTS, _CALLS = 8, 3
@@ -265,9 +266,8 @@ def plot(found: dict, path: pathlib.Path) -> None:
   axes.axvline(found["queries"], linestyle=":", color="grey")
   axes.set(xlabel="queries of a pass", ylabel="least milliseconds of a pass",
            title=f"{found['family']} on {found['topology']}, {found['mesh']}")
-  partial = path.with_name(f".{path.name}")
-  figure.savefig(partial, format="png")
-  partial.replace(path)
+  with replacing(path) as partial:
+    figure.savefig(partial, format="png")
 
 
 def main() -> None:

@@ -22,8 +22,7 @@ from ssd_jax.performance.roofline import Machine
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
-from ssd_jax.storage import checkpoints
-from ssd_jax.visualization import contact_sheets
+from ssd_jax.storage.files import replacing, write_json, write_text
 
 _WORDS = """
 A pass feeds Q slots of each image. *trunk* (*attention*, its products with \
@@ -68,8 +67,8 @@ def profile(
   host = profiler.host(queries[-1])
   profiler.trace(out / "trace", queries[-1])
   text = table(rows) + _words(rows, machines, host, batch)
-  checkpoints.write_text(out / "profile.md", text)
-  checkpoints.write_json(out / "profile.json", dict(
+  write_text(out / "profile.md", text)
+  write_json(out / "profile.json", dict(
       device=f"{jax.devices()[0].platform} {jax.devices()[0].device_kind}",
       batch=batch, machines={
           str(count): dataclasses.asdict(x) for count, x in machines.items()},
@@ -140,5 +139,5 @@ def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
   axes.set_title("Where the time of a pass goes")
   axes.set_ylim(0, 1.08 * max(below + ms(r.whole for r in rows)))
   axes.legend(loc="upper left")
-  with contact_sheets.replacing(path) as partial:
+  with replacing(path) as partial:
     figure.savefig(partial, format="png", dpi=120)

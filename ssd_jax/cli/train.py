@@ -27,6 +27,7 @@ from ssd_jax.models.vocabulary import Vocabulary
 from ssd_jax.models.vq import VQ, VQConfig
 from ssd_jax.pipeline import model_folder
 from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import read_json, write_json
 from ssd_jax.training import (
   ar as ar_training,
   drafter as drafter_training,
@@ -258,14 +259,14 @@ def _begin(folder: pathlib.Path, config, *keys: str, **more: str) -> None:
   file = folder / "settings.json"
   now = _flat({key: config.to_dict()[key] for key in keys} | more)
   if (folder / "checkpoints").is_dir() and file.is_file():
-    begun = checkpoints.read_json(file)
+    begun = read_json(file)
     for key in sorted(begun.keys() | now.keys()):
       if begun.get(key) != now.get(key):
         raise UserError(
             f"Expected {begun.get(key)}, with which it began, got "
             f"{key}={now.get(key)} for the run in {folder}. Set it back, or "
             "choose another --workdir.")
-  checkpoints.write_json(file, now)
+  write_json(file, now)
 
 
 def _flat(values: Any, name: str = "") -> dict[str, Any]:

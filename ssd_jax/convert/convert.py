@@ -137,22 +137,22 @@ def _open(part: Part, folders: dict[str, pathlib.Path]) -> Checkpoint:
     return tensors.open_checkpoint(folders[part.flag], part.patterns)
   source = folders["source"]
   inside = source if source.is_dir() else source.parent
-  if not any(any(inside.glob(pattern)) for pattern in part.inside):
+  if not any(any(inside.glob(pattern)) for pattern in part.source_patterns):
     raise UserError(
         f"Expected the {part.flag.replace('_', ' ')} there, got {inside} "
-        f"without any of {', '.join(part.inside)}. Say where it is with "
+        f"without any of {', '.join(part.source_patterns)}. Say where it is with "
         f"--{part.flag}.")
-  return tensors.open_checkpoint(inside, part.inside)
+  return tensors.open_checkpoint(inside, part.source_patterns)
 
 
-def tokenizer_places(given: Container[str]) -> tuple[str, ...]:
+def tokenizer_flags(given: Container[str]) -> tuple[str, ...]:
   """Flags of the places that may hold the tokenizer, the first one first."""
   return ("tokenizer",) if "tokenizer" in given else ("source", "text_encoder")
 
 
 def _asset(folders: dict[str, pathlib.Path], pattern: str) -> pathlib.Path:
   """A file of the tokenizer, where the flags say, or beside other parts."""
-  places = [folders[flag] for flag in tokenizer_places(folders)
+  places = [folders[flag] for flag in tokenizer_flags(folders)
             if flag in folders]
   for place in places:
     folder = place if place.is_dir() else place.parent
@@ -234,10 +234,10 @@ def convert(
       another conversion is writing there.
   """
   out = out.absolute()
-  report = finished(job, out)
+  report = existing_report(job, out)
   if report is not None:
     return report
-  work = _workplace(out)
+  work = _work_folder(out)
   _check_disk(job, out, work)
   work.mkdir(parents=True, exist_ok=True)
   with open(work / "lock", "w") as lock:
@@ -254,11 +254,11 @@ def convert(
   return report
 
 
-def _workplace(out: pathlib.Path) -> pathlib.Path:
+def _work_folder(out: pathlib.Path) -> pathlib.Path:
   return out.with_name(f".{out.name}.converting")
 
 
-def finished(job: Job, out: pathlib.Path) -> dict[str, Any] | None:
+def existing_report(job: Job, out: pathlib.Path) -> dict[str, Any] | None:
   """The report in `out` if it holds this conversion, None if it is free.
 
   What a conversion that was stopped at its very end left beside it goes.
@@ -270,7 +270,7 @@ def finished(job: Job, out: pathlib.Path) -> dict[str, Any] | None:
   if report.get("fingerprint") != job.fingerprint:
     raise UserError(f"Expected a new folder, got {out}, which holds something "
                     "else. Choose another --out or remove it.")
-  shutil.rmtree(_workplace(out.absolute()), ignore_errors=True)
+  shutil.rmtree(_work_folder(out.absolute()), ignore_errors=True)
   return report
 
 
@@ -293,7 +293,7 @@ def _write_arrays(job: Job, work: pathlib.Path, progress) -> dict[str, dict]:
   else:
     shutil.rmtree(arrays, ignore_errors=True)
   shutil.rmtree(work / "model", ignore_errors=True)
-  done = _still_there(job, arrays, noted)
+  done = _verified_entries(job, arrays, noted)
   array_store.write_journal(journal, job.fingerprint, done.values())
   with open(journal, "a") as f:
     for unit in job.units():
@@ -305,7 +305,7 @@ def _write_arrays(job: Job, work: pathlib.Path, progress) -> dict[str, dict]:
   return done
 
 
-def _still_there(
+def _verified_entries(
     job: Job, arrays: pathlib.Path, noted: dict[str, dict]
 ) -> dict[str, dict]:
   """Of the journal, the arrays that hold what it says; others are removed.

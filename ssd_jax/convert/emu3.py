@@ -16,7 +16,7 @@ from ssd_jax.convert.recipes import (
 )
 from ssd_jax.convert.vq_recipes import vq_rows
 from ssd_jax.families import published
-from ssd_jax.families.emu3 import RANKS, VISION, Emu3, cells
+from ssd_jax.families.emu3 import RANKS, VISION, Emu3, grid_size
 
 _KEEP = ("trunk", "vq", "theta", "ids", "area", "ratio", "suffix", "negative",
          "sampling")
@@ -34,7 +34,7 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
   """
   family = Emu3(config)
   vq = family.vq.cfg
-  cells(config.ratio, config.area, vq.downsample)
+  grid_size(config.ratio, config.area, vq.downsample)
   ignored = (r".*num_batches_tracked",)
   return Recipe(
       config.family, published.settings_of(config, _KEEP),
@@ -43,7 +43,7 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
             published.trunk_shapes(family.trunk)),
        Part("vq", published.SAFETENSORS,
             Table(tuple(vq_rows(vq, "video")), ignored), vq_shapes(vq),
-            elsewhere=_VQ_FILES)),
+            in_source=_VQ_FILES)),
       (RANKS, VISION),
   )
 

@@ -15,7 +15,7 @@ PREFIX = "hf:"
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Location:
   """Where files of a checkpoint are.
 
   Attributes:

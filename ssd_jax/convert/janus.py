@@ -56,7 +56,7 @@ def _trunk_rows(family: Janus) -> Iterable[Row]:
        Source("gen_aligner.layers.0.bias", (d,)),
        Source("gen_aligner.layers.2.weight", (d, d)),
        Source("gen_aligner.layers.2.bias", (d,))),
-      aligned_codes, at=family.text_rows)
+      aligned_embeddings, at=family.text_rows)
   yield from llama_layers(cfg, "language_model.model.")
   for ours, name, shape in (
       ("head_in", "output_mlp_projector", (hidden, d)),
@@ -66,7 +66,7 @@ def _trunk_rows(family: Janus) -> Iterable[Row]:
     yield Row(f"trunk/{ours}_bias", (Source(f"{name}.bias", shape[:1]),), copy)
 
 
-def aligned_codes(table, weight_0, bias_0, weight_2, bias_2) -> np.ndarray:
+def aligned_embeddings(table, weight_0, bias_0, weight_2, bias_2) -> np.ndarray:
   """float32 [V, D]: the codes' table through both linear maps, GELU between."""
   x, w0, b0, w2, b2 = (
       a.astype(np.float32) for a in (table, weight_0, bias_0, weight_2, bias_2))

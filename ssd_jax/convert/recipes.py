@@ -212,7 +212,7 @@ class Part:
       order.
     table: What is in it.
     leaves: Our arrays that it fills, by path.
-    elsewhere: Its files in the place of "source", where the flag is not given;
+    in_source: Its files in the place of "source", where the flag is not given;
       empty if they are named the same.
   """
 
@@ -220,12 +220,12 @@ class Part:
   patterns: tuple[str, ...]
   table: Table
   leaves: dict[str, jax.ShapeDtypeStruct]
-  elsewhere: tuple[str, ...] = ()
+  in_source: tuple[str, ...] = ()
 
   @property
-  def inside(self) -> tuple[str, ...]:
+  def source_patterns(self) -> tuple[str, ...]:
     """Its files in the place of "source"."""
-    return self.elsewhere or self.patterns
+    return self.in_source or self.patterns
 
 
 @dataclasses.dataclass(frozen=True)

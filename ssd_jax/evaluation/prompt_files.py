@@ -18,7 +18,8 @@ from PIL import Image
 
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.images import Images
-from ssd_jax.visualization.contact_sheets import replacing, save_picture
+from ssd_jax.storage.files import write_text
+from ssd_jax.visualization.contact_sheets import save_picture
 
 LAYOUTS = ("geneval", "dpg")
 _DPG_PICTURES = 4  # of a prompt, in a grid of two by two
@@ -184,8 +185,7 @@ def _export_geneval(folder: pathlib.Path, item: Item, pictures) -> None:
   for number, image in enumerate(pictures):
     save_picture(
         Image.fromarray(image), folder / "samples" / f"{number:04d}.png")
-  with replacing(folder / "metadata.jsonl") as partial:
-    partial.write_text(json.dumps(item.metadata), "utf-8")
+  write_text(folder / "metadata.jsonl", json.dumps(item.metadata))
 
 
 def _grid(pictures: Images) -> Image.Image:

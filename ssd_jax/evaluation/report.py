@@ -1,4 +1,4 @@
-"""What a comparison found, as JSON rows, a table and the points of a plot."""
+"""The report of a benchmark: JSON rows, Markdown tables, points of a plot."""
 
 from collections.abc import Sequence
 import math
@@ -13,35 +13,35 @@ from ssd_jax.evaluation.metrics import Estimate
 from ssd_jax.evaluation.quality import Quality
 from ssd_jax.visualization.animations import Panel, Point
 
-_SPEED = """
-*pass ratio*, *latency ratio*: the first ar's over the decoder's, above 1 is \
-faster. *cells/pass*: mean over images. *queries*: slots fed per pass and \
-image, idle ones included. *s/image*: median and quartiles over images, \
-compiling not counted; all decoders draw a batch before the next begins, and \
-what another start of the command drew is in no latency ratio. *peak \
-memory*: of the compiled program, weights included.
-"""
-_QUALITY = """
-*nll*: mean surprisal of the base model per cell, guided, at the temperature, \
-before top-k and top-p, in nats. *gap*: minus ar's for the same prompts, with \
-a 95% bootstrap interval over prompts: above 0 damaged, below 0 collapsed. \
-*excess*: mean over cells of surprisal minus entropy, 0 in expectation for an \
-exact sampler that filters nothing; *over ar*: minus ar's, prompt by prompt. \
-*FD*, *KID*: distances in EfficientNet-Lite0's features to real pictures and \
-to ar's, not the FID of the literature; FD is biased upwards by few images, \
-KID, which leaves out pairs of one prompt, is not. *R@k*: the real emoji asked \
-for is among the k nearest of all 1,852. ± one standard error.
+LEGEND = """
+- *pass ratio*, *latency ratio*: the first AR row's passes and seconds over the
+  decoder's; above 1 the decoder is faster. *tokens/pass*: mean over images.
+  *queries*: slots fed per pass and image, idle ones included. *s/image*: median
+  and quartiles over images, compilation excluded; decoders take turns batch by
+  batch, and images from an earlier start of the command are left out of the
+  latency ratio. *peak memory*: of the compiled program, weights included.
+- *nll*: mean negative log-likelihood per token under the base model, guided, at
+  the temperature, before top-k and top-p, in nats. *gap*: minus AR's for the
+  same prompts, with a 95% bootstrap interval over prompts: above 0 the images
+  are damaged, below 0 they have collapsed. *excess*: mean over tokens of NLL
+  minus entropy, 0 in expectation for a lossless decoder that filters nothing;
+  *over AR*: minus AR's, prompt by prompt.
+- *FD*, *KID*: distances to real images and to AR's in the features of
+  EfficientNet-Lite0, not the FID of the literature. FD is biased upwards by few
+  images; KID, which leaves out pairs of one prompt, is not. *R@k*: the emoji
+  asked for is among the k nearest of all 1,852. ± is one standard error.
+- A decoder is *within AR's spread* if its gap and its excess over AR lie no
+  further from 0 than the farther end of the 95% intervals of a second AR run,
+  and its KID to AR exceeds that run's by at most 1.96 standard errors; the
+  second AR run itself if 0 lies in its intervals.
 """
 _YARDSTICK = """
-**AR's own spread**, {label} against ar: gap {gap}, excess {extra}, FD {fd}, \
-KID {kid}. A decoder is *within* it when its gap and its excess over ar lie no \
-further from 0 than the farther end of the 95% intervals of these, and its KID \
-to ar exceeds this one by no more than 1.96 standard errors; {label} itself \
-when 0 lies in its own intervals.
+**AR's own spread**, {label} against ar: gap {gap}, excess {extra}, FD {fd},
+KID {kid}.
 """
 _NO_YARDSTICK = """
-AR's own spread is not known: add a second ar run, such as ar:seed=1, and \
-take two prompts or more.
+AR's own spread is unknown: add a second AR run, such as ar:seed=1, and take at
+least two prompts.
 """
 _VERDICTS = {None: "-", True: "yes", False: "no"}
 
@@ -50,7 +50,7 @@ def row(
     entry: Entry, run: Run, ar: Run | None, traits: Traits, quality: Quality,
     hub: HubFigures | None,
 ) -> dict[str, Any]:
-  """The decoder's row of results.json; null for what was not computed."""
+  """Returns the decoder's row of results.json; None for what is unknown."""
   q25, median, q75 = np.quantile(run.seconds, [0.25, 0.5, 0.75])
   gap = quality.gap
   return {
@@ -86,12 +86,12 @@ def row(
 def detail(
     entry: Entry, run: Run, quality: Quality, hub: HubFigures | None
 ) -> dict[str, Any]:
-  """What results.json has no place for, figures of single images included."""
+  """Returns a row of details.json, figures of single images included."""
   memory = int(run.memory.max())
-  cells = run.tokens[0].size
+  num_tokens = run.tokens[0].size
   return {
       "label": entry.label,
-      "tokens_per_pass": float((cells / run.passes).mean()),
+      "tokens_per_pass": float((num_tokens / run.passes).mean()),
       "peak_memory": memory if memory >= 0 else None,
       "excess_over_ar": _pair(quality.extra),
       "fd_to_ar": quality.fd_ar,
@@ -109,12 +109,12 @@ def _pair(estimate: Estimate | None) -> list[float | None] | None:
 
 
 def ratio(ar: float | None, own: float) -> float | None:
-  """AR's over the decoder's own."""
+  """Returns AR's figure over the decoder's own."""
   return None if ar is None else float(ar / own)
 
 
 def _latency_ratio(ar: Run, run: Run) -> float | None:
-  """Of the images that one start of the command drew with both."""
+  """Returns the ratio over images that one start of the command measured."""
   is_shared = ar.session == run.session
   if not is_shared.any():
     return None
@@ -123,26 +123,31 @@ def _latency_ratio(ar: Run, run: Run) -> float | None:
 
 
 def table(rows: Sequence[dict], details: Sequence[dict]) -> str:
-  """Two markdown tables of rows and their details, and what the words mean."""
+  """Returns the Markdown tables of a run, and how to read them."""
+  return f"{tables(rows, details)}{LEGEND}"
+
+
+def tables(rows: Sequence[dict], details: Sequence[dict]) -> str:
+  """Returns two Markdown tables of rows and their details, and AR's spread."""
   pairs = list(zip(rows, details, strict=True))
   zero = next((r for r in rows if r["decoder"] == "ar"), None)
   speed = _table((
-      "decoder", "lossless", "passes (min-max)", "pass ratio", "cells/pass",
+      "decoder", "lossless", "passes (min-max)", "pass ratio", "tokens/pass",
       "queries", "s/image [quartiles]", "latency ratio", "peak memory"),
-      [_speed_cells(r, d) for r, d in pairs])
+      [_speed_columns(r, d) for r, d in pairs])
   found = _table((
-      "decoder", "nll", "gap [95%]", "excess", "over ar", "FD real", "KID real",
-      "FD ar", "KID ar", "R@1", "R@10", "within ar's spread"),
-      [_quality_cells(r, d, r is zero) for r, d in pairs])
-  return "\n".join([speed + _SPEED, found + _QUALITY + _spread(pairs)])
+      "decoder", "nll", "gap [95%]", "excess", "over AR", "FD real", "KID real",
+      "FD AR", "KID AR", "R@1", "R@10", "within AR's spread"),
+      [_quality_columns(r, d, r is zero) for r, d in pairs])
+  return f"{speed}\n{found}{_spread(pairs)}"
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
   whole = [heads, ["---"] * len(heads), *lines]
-  return "".join(f"| {' | '.join(cells)} |\n" for cells in whole)
+  return "".join(f"| {' | '.join(line)} |\n" for line in whole)
 
 
-def _speed_cells(r: dict, d: dict) -> list[str]:
+def _speed_columns(r: dict, d: dict) -> list[str]:
   passes, seconds, memory = r["passes"], r["seconds"], d["peak_memory"]
   return [
       d["label"], "yes" if r["lossless"] else "no",
@@ -155,7 +160,7 @@ def _speed_cells(r: dict, d: dict) -> list[str]:
   ]
 
 
-def _quality_cells(r: dict, d: dict, is_zero: bool) -> list[str]:
+def _quality_columns(r: dict, d: dict, is_zero: bool) -> list[str]:
   return [
       d["label"], f"{r['nll']:.3f}", "0" if is_zero else _gap(r),
       _estimate([r["excess"], r["excess_error"]], "+.3f"),
@@ -168,7 +173,7 @@ def _quality_cells(r: dict, d: dict, is_zero: bool) -> list[str]:
 
 
 def _spread(pairs: Sequence[tuple[dict, dict]]) -> str:
-  """How far two AR runs lie apart, in words."""
+  """Returns how much two AR runs differ, in words."""
   again = _rerun(pairs)
   if again is None or again[0]["nll_gap_interval"] is None:
     return _NO_YARDSTICK
@@ -180,7 +185,7 @@ def _spread(pairs: Sequence[tuple[dict, dict]]) -> str:
 
 
 def _rerun(pairs: Sequence[tuple[dict, dict]]) -> tuple[dict, dict] | None:
-  """The first AR run whose seed is not that of the first AR run."""
+  """Returns the first AR run whose seed differs from the first AR run's."""
   ar = [(r, d) for r, d in pairs if r["decoder"] == "ar"]
   others = [(r, d) for r, d in ar if r["seed"] != ar[0][0]["seed"]]
   return others[0] if others else None
@@ -208,16 +213,16 @@ def _estimate(pair: Sequence[float | None] | None, form: str) -> str:
 def panels(
     rows: Sequence[dict], details: Sequence[dict]
 ) -> list[list[Panel]]:
-  """Passes, then seconds, against likelihood and, if computed, the pictures.
+  """Returns panels of passes and of seconds over likelihood and image quality.
 
-  None without an AR run.
+  There are none without an AR run.
   """
   pairs = list(zip(rows, details, strict=True))
   ar = next((p for p in pairs if p[0]["decoder"] == "ar"), None)
   if ar is None:
     return []
   again = _rerun(pairs)
-  gap, kid = "likelihood gap to ar, nats per cell", "KID to ar's pictures"
+  gap, kid = "likelihood gap to AR, nats/token", "KID to AR's images"
   gaps = [(r["nll_gap"], r["nll_gap_interval"]) for r in rows]
   found: list[tuple[str, Sequence[Any], Sequence[float] | None]] = [
       (gap, gaps, again and _around_zero(again[0]["nll_gap_interval"]))]
@@ -239,7 +244,7 @@ def panels(
 
 
 def _around_zero(interval: Sequence[float] | None) -> list[float] | None:
-  """As far to both sides as the interval's farther end."""
+  """Returns an interval around 0 that reaches the given one's farther end."""
   if interval is None:
     return None
   farthest = max(map(abs, interval))
@@ -247,7 +252,7 @@ def _around_zero(interval: Sequence[float] | None) -> list[float] | None:
 
 
 def _interval(pair: Sequence[float | None] | None) -> list[float] | None:
-  """The 95% interval of a value and its error."""
+  """Returns the 95% interval of a value and its error."""
   value, error = pair or (None, None)
   if value is None or error is None:
     return None

@@ -28,7 +28,7 @@ from ssd_jax.core.images import Images, OnDemand
 from ssd_jax.decoding import engine
 from ssd_jax.pipeline import likelihood
 from ssd_jax.runtime import sharding
-from ssd_jax.visualization import contact_sheets
+from ssd_jax.storage.files import replacing
 
 _VERSION = 3  # raise it when shards hold something else
 
@@ -171,7 +171,7 @@ def write(path: pathlib.Path, run: Run) -> None:
   buffer = io.BytesIO()
   np.savez_compressed(buffer, images=run.images[:], **figures)
   blob = buffer.getvalue()
-  with contact_sheets.replacing(path) as partial:
+  with replacing(path) as partial:
     partial.write_bytes(hashlib.sha256(blob).digest() + blob)
 
 

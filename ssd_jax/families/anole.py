@@ -22,7 +22,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   """Settings; the variants name the checkpoint's layout, "" is "native"."""
   variant = variant or "native"
   if variant not in VARIANTS:
-    raise published.bad_variant("anole", variant, VARIANTS)
+    raise published.unknown_variant("anole", variant, VARIANTS)
   config = lumina.chameleon()
   config.family = "anole"
   config.workdir = "runs/anole"

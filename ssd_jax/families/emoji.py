@@ -27,6 +27,7 @@ from ssd_jax.models.transformer import TrunkConfig
 from ssd_jax.models.vocabulary import Vocabulary
 from ssd_jax.models.vq import VQ, VQConfig, to_uint8
 from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import write_json
 
 _THETA = 10_000.0
 
@@ -185,7 +186,7 @@ def write_settings(
   tokenizer's codes the trunk belongs."""
   keep = ("pixels", "prompt_slots", "vq", "trunk", "sampling")
   settings = {k: v for k, v in config.to_dict().items() if k in keep}
-  checkpoints.write_json(
+  write_json(
       folder / "model.json",
       {"family": "emoji", "config": settings, "words": " ".join(words.words),
        "tokenizer": checkpoints.identity(folder / "vq")},

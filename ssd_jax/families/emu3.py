@@ -56,13 +56,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       guidance=3.0, temperature=1.0, top_k=2048, top_p=1.0))
   training_defaults.add(config, prompts=5_000, batch=4 * 8)
   try:
-    cells(config.ratio, config.area, 8)
+    grid_size(config.ratio, config.area, 8)
   except UserError as error:
     raise ValueError(str(error)) from error
   return config
 
 
-def cells(ratio: str, area: int, cell: int) -> tuple[int, int]:
+def grid_size(
+    ratio: str, area: int, pixels_per_token: int
+) -> tuple[int, int]:
   """(rows, columns) of the grid for a ratio "width:height".
 
   Raises:
@@ -89,7 +91,7 @@ class Emu3(Published):
   def grid(self) -> Grid:
     """Each row ends with a forced token."""
     config = self.config
-    rows, cols = cells(config.ratio, config.area, self.vq.cfg.downsample)
+    rows, cols = grid_size(config.ratio, config.area, self.vq.cfg.downsample)
     return Grid(rows, cols, end_of_row=True)
 
   @functools.cached_property
@@ -151,7 +153,7 @@ class Emu3(Published):
   def text_ids(self, text: str) -> list[int]:
     """Ids of a text in NFC, no special tokens recognised."""
     if self.folder is None:
-      return published.spelled(text)
+      return published.byte_ids(text)
     return self.text_tokenizer.encode_ordinary(
         unicodedata.normalize("NFC", text))
 

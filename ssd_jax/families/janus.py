@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   """Settings of a size; "" is "1b"."""
   variant = variant or "1b"
   if variant not in VARIANTS:
-    raise published.bad_variant("janus_pro", variant, VARIANTS)
+    raise published.unknown_variant("janus_pro", variant, VARIANTS)
   sizes = {
       "1b": dict(d_model=2048, n_layers=24, n_heads=16, d_ff=5632,
                  head_hidden=2048),

@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   is_fine = variant.startswith("c2i") and variant.endswith(_FINE)
   base = variant.removesuffix(_FINE) if is_fine else variant
   if base not in VARIANTS:
-    raise published.bad_variant("llamagen", variant, VARIANTS)
+    raise published.unknown_variant("llamagen", variant, VARIANTS)
   kind, size, pixels = base.split("_")
   layers, heads, width = _SIZES[size]
   config = ml_collections.ConfigDict()

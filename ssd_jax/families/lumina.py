@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   """Settings of a variant: the side of its square; "" is 768."""
   variant = variant or "768"
   if variant not in VARIANTS:
-    raise published.bad_variant("lumina", variant, VARIANTS)
+    raise published.unknown_variant("lumina", variant, VARIANTS)
   config = chameleon()
   config.family = "lumina"
   config.workdir = f"runs/lumina_{variant}"

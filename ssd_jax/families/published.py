@@ -25,7 +25,7 @@ _BUCKETS = (32, 64, 128, 256, 512, 1024)  # prompt slots; one compile each
 SAFETENSORS = ("model.safetensors.index.json", "*.safetensors")
 ANY_FORMAT = (*SAFETENSORS, "pytorch_model.bin.index.json", "*.bin")
 Ids = tuple[int, ...]
-SPELLED = (
+BYTE_IDS_NOTE = (
     "random weights come without a tokenizer: the prompt is spelled in bytes; "
     "--checkpoint DIR of a converted model brings its own")
 CHAMELEON_VQ = ("**/vqgan.ckpt", "**/vqgan.safetensors")
@@ -108,7 +108,7 @@ class Published:
     rows = [pair[0] for pair in pairs]
     if guided:
       rows += [pair[1] for pair in pairs]
-    notes = [SPELLED] if self.folder is None else []
+    notes = [BYTE_IDS_NOTE] if self.folder is None else []
     return left_padded(rows, self.grid.length), notes
 
   def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
@@ -136,11 +136,11 @@ class Published:
   def text_ids(self, text: str) -> list[int]:
     """Ids of a text, no special tokens added."""
     if self.folder is None:
-      return spelled(text)
+      return byte_ids(text)
     return self.text_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def spelled(text: str) -> list[int]:
+def byte_ids(text: str) -> list[int]:
   """A text in bytes: what stands for its ids where there is no tokenizer."""
   return list(text.encode())
 
@@ -189,7 +189,7 @@ def settings_of(
   return {"config": {key: values[key] for key in ("family", *keep)}}
 
 
-def bad_variant(name: str, variant: str, known: Sequence[str]) -> ValueError:
+def unknown_variant(name: str, variant: str, known: Sequence[str]) -> ValueError:
   """The error of an unknown variant of a configuration."""
   return ValueError(
       f"Expected one of {', '.join(known)}, got variant {variant!r} of "

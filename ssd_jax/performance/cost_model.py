@@ -35,7 +35,7 @@ from ssd_jax.models.spatial_heads import (
 from ssd_jax.performance import chips, compiled
 from ssd_jax.pipeline import model_folder
 from ssd_jax.runtime import sharding
-from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import read_json
 
 QUERIES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 _TEXT = "a watercolour of a lighthouse on a cliff at sunset, gulls in the wind"
@@ -62,7 +62,7 @@ class Network:
     """The network of a config of configs/NAME.py."""
     settings, folder = {"config": config.to_dict()}, None
     if config.family == "emoji":  # its words are the embedded model's
-      settings = checkpoints.read_json(model_folder.EMBEDDED / "model.json")
+      settings = read_json(model_folder.EMBEDDED / "model.json")
       folder = model_folder.EMBEDDED
     family = model_folder.FAMILIES[config.family](settings, folder)
     generator = dataclasses.replace(family.generator, dtype=dtype)

@@ -30,6 +30,7 @@ from ssd_jax.models.spatial_heads import HeadsConfig, bind_heads
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import memory, sharding
 from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import read_json, write_json
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "assets" / "emoji"
 FAMILIES: dict[str, Callable[..., Any]] = {
@@ -73,7 +74,7 @@ def load(
   check(choices is None or isinstance(choices, Mapping), "choices", choices,
         "a dict of settings")
   folder = EMBEDDED if name == "emoji" else pathlib.Path(name)
-  settings = checkpoints.read_json(folder / "model.json")
+  settings = read_json(folder / "model.json")
   known = settings.get("family") if isinstance(settings, dict) else None
   if not isinstance(known, str) or known not in FAMILIES:
     raise UserError(
@@ -290,7 +291,7 @@ def write_extra(
   """Writes spatial "heads" or a "drafter": what they fit, and their weights."""
   folder = pathlib.Path(folder)
   checkpoints.save(folder / "weights", params, dtype)
-  checkpoints.write_json(folder / f"{kind}.json", dataclasses.asdict(cfg))
+  write_json(folder / f"{kind}.json", dataclasses.asdict(cfg))
 
 
 def read_extra(folder: str | os.PathLike, kind: str) -> tuple[Any, Params]:
@@ -300,6 +301,6 @@ def read_extra(folder: str | os.PathLike, kind: str) -> tuple[Any, Params]:
     UserError: when the folder holds none, or is damaged.
   """
   folder = pathlib.Path(folder)
-  values = checkpoints.read_json(folder / f"{kind}.json")
+  values = read_json(folder / f"{kind}.json")
   return (from_config_dict(_KINDS[kind], values),
           checkpoints.restore(folder / "weights"))

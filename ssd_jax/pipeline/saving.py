@@ -11,6 +11,7 @@ import flax.core
 from ssd_jax.core.config import UserError, check
 from ssd_jax.models import quantization
 from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import read_json, write_json
 
 if TYPE_CHECKING:
   from ssd_jax.pipeline.pipeline import Pipeline
@@ -56,10 +57,10 @@ def save(pipe: "Pipeline", folder: str | os.PathLike) -> None:
     params = {**flax.core.unfreeze(pipe.params), "vq": pipe.vq_params}
     for kind in ("trunk", "vq"):
       checkpoints.save(new / kind, params[kind])
-    settings = checkpoints.read_json(new / "model.json")
+    settings = read_json(new / "model.json")
     if "tokenizer" in settings:
       settings["tokenizer"] = checkpoints.identity(new / "vq")
-      checkpoints.write_json(new / "model.json", settings)
+      write_json(new / "model.json", settings)
     for kind in params.keys() & {"heads", "drafter"}:
       checkpoints.save(new / kind / "weights", params[kind])
       shutil.copy2(pipe.folders[kind] / f"{kind}.json", new / kind)

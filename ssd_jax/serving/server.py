@@ -16,7 +16,7 @@ from ssd_jax.core.config import UserError
 from ssd_jax.core.extras import need
 from ssd_jax.decoding import registry
 from ssd_jax.serving.studio import Busy, Worker
-from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import read_json
 
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -190,7 +190,7 @@ def _read_bench(folder: str | None) -> dict[str, Any]:
   keys = ("decoder", "settings", "seed", "lossless", "pass_ratio",
           "latency_ratio", "nll_gap")
   try:
-    found = checkpoints.read_json(file)["rows"]
+    found = read_json(file)["rows"]
     rows = [{key: row[key] for key in keys} for row in found]
   except (KeyError, TypeError) as error:
     raise UserError(

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 import sys
 
@@ -22,6 +21,7 @@ from ssd_jax.models.vq import VQ
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import replacing
 from ssd_jax.training import loop
 from ssd_jax.training.state import (
   TrainState,
@@ -124,9 +124,8 @@ def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
       _, ids = reconstruct(vq, params, images, on_batch=bar.update)
     tokens = ids.reshape(len(images), -1)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix(f".{jax.process_index()}.partial.npz")
-    np.savez(partial, tokens=tokens)
-    os.replace(partial, cache)
+    with replacing(cache) as partial, open(partial, "wb") as file:
+      np.savez(file, tokens=tokens)
   return TokenSource(tokens, tuple(captions), tuple(tags), tuple(items))
 
 

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from ssd_jax.decoding.trees import shapes as tree_shapes
-from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import write_text
 
 WIDTH = 10  # ranks told apart
 NODES = 59  # of the tree that is built from them
@@ -77,4 +77,4 @@ class Acceptance:
         "",
         f"`eagle:tree={tree_shapes.tree_name(self.tree)}`",
     ]
-    checkpoints.write_text(path, "\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")

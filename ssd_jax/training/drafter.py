@@ -45,7 +45,7 @@ from ssd_jax.data import stream as data_stream
 from ssd_jax.decoding import sampling as sampling_lib
 from ssd_jax.models.drafter import DrafterConfig, DraftNet
 from ssd_jax.runtime import sharding
-from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import read_json, write_json
 from ssd_jax.training import loop, losses
 from ssd_jax.training.draft_paths import WIDTH, Acceptance
 from ssd_jax.training.heads import plain_batches
@@ -321,10 +321,10 @@ def _claim(
   path, goal = workdir / "drafter.json", workdir / "goal.json"
   aims = {name: getattr(cfg, name) for name in _AIMS}
   if not path.exists():
-    checkpoints.write_json(goal, aims)
-    checkpoints.write_json(path, dataclasses.asdict(drafter_cfg))
-  found = from_config_dict(DrafterConfig, checkpoints.read_json(path))
-  if found.is_same(drafter_cfg) and checkpoints.read_json(goal) == aims:
+    write_json(goal, aims)
+    write_json(path, dataclasses.asdict(drafter_cfg))
+  found = from_config_dict(DrafterConfig, read_json(path))
+  if found.is_same(drafter_cfg) and read_json(goal) == aims:
     return
   raise UserError(
       f"Expected those of this run, got {workdir} with a drafter of another "

@@ -33,7 +33,7 @@ from ssd_jax.models.spatial_heads import (
   SpatialHeads,
 )
 from ssd_jax.runtime import sharding
-from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import read_json, write_json, write_text
 from ssd_jax.training import loop, losses, self_distillation
 from ssd_jax.training.self_distillation import (
   GeneratedTokens,
@@ -220,7 +220,7 @@ def write_table(path: pathlib.Path, figures) -> None:
     for offset, row in enumerate(zip(*columns, strict=True), start=1):
       values = " | ".join(f"{x:.4f}" for x in row)
       lines.append(f"| {name} | {offset} | {values} |")
-  checkpoints.write_text(path, "\n".join(lines) + "\n")
+  write_text(path, "\n".join(lines) + "\n")
 
 
 def claim(path: pathlib.Path, cfg: HeadsConfig) -> None:
@@ -230,8 +230,8 @@ def claim(path: pathlib.Path, cfg: HeadsConfig) -> None:
     UserError: when it holds heads of another kind or trunk.
   """
   if not path.exists():
-    checkpoints.write_json(path, dataclasses.asdict(cfg))
-  found = from_config_dict(HeadsConfig, checkpoints.read_json(path))
+    write_json(path, dataclasses.asdict(cfg))
+  found = from_config_dict(HeadsConfig, read_json(path))
   same = dataclasses.replace(found, trunk=cfg.trunk) == cfg
   if not same or not same_trunk(found.trunk, cfg.trunk):
     what = "another trunk" if same else "other settings"

@@ -29,6 +29,7 @@ from ssd_jax.models.fingerprint import fingerprint, same_trunk
 from ssd_jax.models.generator import Generator
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
+from ssd_jax.storage.files import replacing
 from ssd_jax.training.preemption import Preemption
 
 
@@ -255,14 +256,11 @@ def _write_whole(path: pathlib.Path, tokens: np.ndarray) -> None:
 
 
 def _replace(path: pathlib.Path, write: Callable) -> None:
-  """Writes a file that appears whole, by one rename."""
-  # What a killed run leaves behind, its successor writes over and renames.
-  partial = path.with_name(f".{path.name}.{jax.process_index()}")
-  with open(partial, "wb") as file:
+  """Writes a file atomically; it survives a power cut once it is there."""
+  with replacing(path) as partial, open(partial, "wb") as file:
     write(file)
     file.flush()
     os.fsync(file.fileno())
-  os.replace(partial, path)
 
 
 def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:

@@ -18,6 +18,7 @@ from ssd_jax.core.outputs import Output
 from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding.ar import AR
 from ssd_jax.pipeline.pipeline import Pipeline
+from ssd_jax.storage.files import replacing
 from ssd_jax.visualization import contact_sheets
 
 _BLANK = 236  # grey of cells that hold nothing yet
@@ -275,7 +276,7 @@ def pareto(rows: Sequence[Sequence[Panel]], path: pathlib.Path) -> None:
       _plot(figure.add_subplot(len(rows), columns, place), panel, styles)
   handles, labels = figure.axes[0].get_legend_handles_labels()
   figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-  with contact_sheets.replacing(path) as partial:
+  with replacing(path) as partial:
     figure.savefig(partial, format="png", dpi=150)
 
 

@@ -1,16 +1,14 @@
 """Pictures and words laid out beside and below each other, and written."""
 
-from collections.abc import Iterator, Sequence
-import contextlib
+from collections.abc import Sequence
 import math
-import os
 import pathlib
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ssd_jax.core.config import UserError
+from ssd_jax.storage.files import replacing
 
 _GAP = 6
 _TEXT = 12  # pixels
@@ -144,25 +142,3 @@ def save_picture(
   """
   with replacing(path) as partial:
     image.save(partial, kind, **kwargs)
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A name to write to, beside `path`, which it replaces when written whole.
-
-  Raises:
-    UserError: when the folder is full or cannot be written.
-  """
-  partial = path.with_name(f".{path.name}.partial")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    yield partial
-    os.replace(partial, path)
-  except OSError as error:
-    if partial.is_file():
-      partial.unlink()
-    raise UserError(
-        "Expected a folder with room that can be written, got "
-        f"{error.strerror or error} while writing {path}. Choose another "
-        "--out."
-    ) from error

@@ -64,7 +64,7 @@ class FakeHub(types.ModuleType):
 
 def places(monkeypatch, fake, **sources):
   monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-  return {flag: hub.Place(source) for flag, source in sources.items()}
+  return {flag: hub.Location(source) for flag, source in sources.items()}
 
 
 def test_only_what_is_needed_is_downloaded(source, monkeypatch):
