@@ -18,10 +18,11 @@ import pathlib
 import subprocess
 import sys
 
+from tests.support import QUICK_FLAGS
+
 _AS_USERS = "SSD_JAX_TESTS_COMPILE_AS_USERS"
 if _AS_USERS not in os.environ:  # before jax reads it
-  os.environ["XLA_FLAGS"] = (
-      "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", ""))
+  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + QUICK_FLAGS
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -63,7 +63,7 @@ def test_unknown_variants_are_named(family):
   assert "\n" not in str(error.value)
 
 
-def byte_ids(family):
+def spelled(family):
   """The family with letters for a tokenizer."""
   family.__dict__["text_ids"] = lambda text: [ord(c) for c in text]
   return family
@@ -73,7 +73,7 @@ def test_lumina_prompt():
   """Instruction, turn, then the opening; unconditionally the opening alone."""
   config = lumina.get_config("768")
   config.size = "768x736"
-  family = byte_ids(lumina.Lumina(config))
+  family = spelled(lumina.Lumina(config))
   assert (family.grid.rows, family.grid.cols) == (46, 48)
   prompt, _ = family.encode_prompts(["a cat"], guided=True)
   words = "Generate an image of 768x736 according to the following prompt:\n"
@@ -91,7 +91,7 @@ def test_emu3_prompt():
   """Text and negative prompt, each before the size in digits."""
   config = emu3.get_config("16:9")
   config.negative = "bad"
-  family = byte_ids(emu3.Emu3(config))
+  family = spelled(emu3.Emu3(config))
   header = [151852, *map(ord, "68*120"), 151851]
   cond, uncond = family.streams("cat")
   assert list(cond) == [151849, *map(ord, "cat" + config.suffix), *header]
@@ -197,9 +197,9 @@ def test_prompts_as_they_are_typed():
   for family in (lumina.Lumina(lumina.get_config()),
                  anole.Anole(anole.get_config()),
                  emu3.Emu3(emu3.get_config())):
-    ids = bytes(i for i in byte_ids(family).streams(typed)[0] if 0 < i < 256)
+    ids = bytes(i for i in spelled(family).streams(typed)[0] if 0 < i < 256)
     assert b" a  red\ncat " in ids
-  family = byte_ids(janus.Janus(janus.get_config()))
+  family = spelled(janus.Janus(janus.get_config()))
   assert family.streams(typed) == family.streams("a  red\ncat")
   assert family.streams(typed) != family.streams("a red cat")
 

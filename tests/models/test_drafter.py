@@ -14,7 +14,7 @@ from ssd_jax.core.types import Queries
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.trees.eagle import Eagle
 from ssd_jax.decoding.trees.relaxed import Cascade
-from ssd_jax.families.emoji import places
+from ssd_jax.families.emoji import slot_positions
 from ssd_jax.models import rope
 from ssd_jax.models.drafter import DrafterConfig, DraftNet, bind_drafter
 from ssd_jax.models.generator import Generator
@@ -33,7 +33,7 @@ def _generator(**options):
   if options["flat"]:
     table = rope.table_1d(4 + grid.length, 8, 100.0)
   else:
-    table = rope.table_2d(places(4, 2, 3), 8, 100.0)
+    table = rope.table_2d(slot_positions(4, 2, 3), 8, 100.0)
   return Generator(cfg, grid, table, np.arange(vocab + 1, dtype=np.int32),
                    taps=options.get("taps", ()))
 

@@ -11,14 +11,14 @@ import pytest
 from ssd_jax.core.config import UserError
 from ssd_jax.core.weights import WEIGHTS
 from ssd_jax.runtime import sharding
-from tests.support import ROOT
+from tests.support import QUICK_FLAGS, ROOT
 
 
 def on_eight_devices(*args):
   """What the script prints; XLA's flags of this process are not handed on."""
   environment = os.environ | {
       "XLA_FLAGS": "--xla_force_host_platform_device_count=8" + (
-          "" if args else " --xla_cpu_use_fusion_emitters=false"),
+          "" if args else QUICK_FLAGS),
       "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
   out = subprocess.run(
       [sys.executable, "-m", "tests.support.eight_devices", *args],
