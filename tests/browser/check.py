@@ -22,7 +22,7 @@ PHONE = {"width": 390, "height": 844}
 
 
 def wait_until_done(page):
-  """Waits for the picture, then for the end of the replay."""
+  """Waits for the image, then for the end of the replay."""
   expect(page.locator("#status")).to_contain_text("Done", timeout=DONE)
   page.wait_for_timeout(3000)
   for bar in page.locator("progress").all():
@@ -64,7 +64,7 @@ def draw_with_mouse(page, out):
 
 
 def mistakes_are_told(page, out):
-  """A wrong setting is one line beside the form, and nothing is drawn."""
+  """A wrong setting is one line beside the form, and nothing is generated."""
   page.locator("#settings").fill("lookahead=many")
   page.get_by_role("button", name="Draw", exact=True).click()
   expect(page.locator("#error")).to_contain_text("lookahead=many")
@@ -74,7 +74,7 @@ def mistakes_are_told(page, out):
 
 
 def empty_fields_are_the_models_own(page):
-  """No seed, guidance or number; Enter while it draws starts nothing."""
+  """No seed, guidance or number; Enter while it generates starts nothing."""
   for name in ("seed", "guidance", "images"):
     page.locator(f"#{name}").fill("")
   page.locator("#prompt").fill("turned \u202e around")
@@ -104,7 +104,7 @@ def hostile_prompts_stay_text(page, address):
 
 
 def draw_with_keyboard(page, out):
-  """From the address bar to a picture and its replay without a mouse."""
+  """From the address bar to an image and its replay without a mouse."""
   page.keyboard.press("Tab")
   expect(page.locator(".skip")).to_be_focused()
   page.keyboard.press("Tab")

@@ -45,7 +45,7 @@ def call(capsys, *args):
 
 @pytest.fixture
 def on_tiny(monkeypatch):
-  """The command draws with the tiny pipeline and keeps no programs."""
+  """The command generates with the tiny pipeline and keeps no programs."""
   monkeypatch.setattr(common, "load_pipeline", tiny)
   monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
   monkeypatch.setattr(efficientnet, "available", lambda: False)
@@ -95,7 +95,7 @@ def test_greedy_runs_are_all_alike(on_tiny, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_edited_decoder_of_ones_own_draws_anew(on_tiny, capsys, tmp_path):
+def test_an_edited_decoder_generates_anew(on_tiny, capsys, tmp_path):
   """What a user's file says is part of what a shard depends on."""
   file = tmp_path / "mine.py"
   text = ("import dataclasses\nfrom ssd_jax import SJD\n\n"
@@ -112,7 +112,7 @@ def test_an_edited_decoder_of_ones_own_draws_anew(on_tiny, capsys, tmp_path):
 
 def test_the_command_with_features_and_export(
     on_tiny, monkeypatch, capsys, tmp_path):
-  """Distances and recall are filled in; pictures are exported for scorers."""
+  """Distances and recall are filled in; images are exported for scorers."""
   monkeypatch.setattr(efficientnet, "available", lambda: True)
   monkeypatch.setattr(
       efficientnet, "image_features",
@@ -154,9 +154,9 @@ def test_mistakes_end_in_one_line(on_tiny, capsys, tmp_path, args, named):
   assert "Traceback" not in err and not list(out.rglob("*.json"))
 
 
-def test_a_missing_extra_is_told_before_any_work(
+def test_a_missing_extra_is_reported_before_any_work(
     on_tiny, monkeypatch, capsys, tmp_path):
-  """Nothing is drawn when the networks asked for are not at hand."""
+  """Nothing is generated when the networks asked for are not at hand."""
   monkeypatch.setitem(sys.modules, "torchmetrics", None)
   monkeypatch.setitem(sys.modules, "torch", None)
   status, _, err = call(capsys, "--hub_metrics", "--out", tmp_path / "out")
@@ -179,7 +179,8 @@ def test_a_folder_that_cannot_be_written(on_tiny, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_exactness_prints_its_table(on_tiny, monkeypatch, capsys, tmp_path):
-  """The laboratory's verdicts, alone and in groups, on paper and in JSON."""
+  """The exactness test's verdicts, alone and in groups, on paper and in
+  JSON."""
   grid = testing.tiny(vocab=3, rows=2, cols=2, heads=(0, 0))
   monkeypatch.setattr(testing, "tiny", lambda **kwargs: grid)
   status, out, _ = call(capsys, "--exactness", "--decoders", "ar",

@@ -56,7 +56,7 @@ def test_pictures_metadata_sheet_and_json(capsys, tmp_path):
   assert not [f for f in os.listdir(tmp_path) if "partial" in f]
 
 
-def test_thousands_of_pictures_are_written_as_they_come(tmp_path):
+def test_thousands_of_images_are_written_as_they_come(tmp_path):
   """In any order, without staying in memory; the sheet holds the first."""
   album = generate.Album(tmp_path, {"seed": 1})
   for index in reversed(range(70)):
@@ -88,8 +88,8 @@ def test_same_seed_same_bytes(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_long_prompt_draws_and_says_that_it_was_cut(capsys, tmp_path):
-  """10,000 characters draw something, with a note."""
+def test_long_prompt_generates_and_notes_that_it_was_cut(capsys, tmp_path):
+  """10,000 characters generate something, with a note."""
   status, out, _ = call(capsys, "--prompt", "cat " * 2500, "--out", tmp_path)
   assert status == 0 and "note:" in out and list(tmp_path.glob("*.png"))
 

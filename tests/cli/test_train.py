@@ -1,4 +1,5 @@
-"""train.mtp and train.drafter on a converted model, and drawing with them."""
+"""train.mtp and train.drafter on a converted model, and generating with
+them."""
 
 import dataclasses
 import json
@@ -78,8 +79,8 @@ def model(tmp_path_factory):
   return out
 
 
-def test_converted_trained_drawn(capsys, model, tmp_path, monkeypatch):
-  """Both commands run on one set of images; their weights draw pictures."""
+def test_convert_train_generate(capsys, model, tmp_path, monkeypatch):
+  """Both commands run on one set of images; their weights generate images."""
   config = write_config(tmp_path / "toy.py", checkpoint=str(model))
   args = (config, "--workdir", tmp_path / "run")
   status, out, err = call(capsys, train.mtp, *args)
@@ -109,7 +110,7 @@ def test_converted_trained_drawn(capsys, model, tmp_path, monkeypatch):
     assert json.loads(out.splitlines()[-1])["passes"][0] <= 16
 
 
-def test_a_configs_sampling_reaches_the_pictures(capsys, model, tmp_path):
+def test_a_configs_sampling_reaches_the_images(capsys, model, tmp_path):
   """The file's settings and model are used; flags go before them."""
   config = write_config(
       tmp_path / "toy.py", checkpoint=str(model), sampling=dict(

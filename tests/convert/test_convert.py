@@ -229,7 +229,7 @@ def test_a_corrected_tokenizer_is_another_conversion(source):
 
 
 def test_a_write_that_fails_is_one_line(source, tmp_path):
-  """A disk that fills up on the way is told, and the run can go on."""
+  """A disk that fills up on the way is reported, and the run can go on."""
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
   try:

@@ -11,7 +11,7 @@ from tests.support.made_pictures import captioned_folder, truncate
 
 
 def load_number(source, index, rng):
-  """An item and what was drawn for it."""
+  """An item and a random number of its own."""
   return {"item": np.int64(source[index]),
           "draw": rng.integers(2**31, dtype=np.int64)}
 

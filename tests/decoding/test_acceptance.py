@@ -1,4 +1,4 @@
-"""Acceptance rules, against laws computed by hand."""
+"""Acceptance rules, against distributions computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def probability(rule, p_V, q_V, token, is_point=False, grid=4000):
 
 
 def corrected(p_V, q_V, token, is_point=False):
-  """The normalised law that a rejected draft is redrawn from."""
+  """The normalised distribution that a rejected draft is resampled from."""
   drafts = Drafts(
       jnp.array([token]), q_V[None], jnp.array([is_point])
   )
@@ -38,8 +38,9 @@ def corrected(p_V, q_V, token, is_point=False):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_drawn_drafts_end_as_target(seed):
-  """Test and residual draw together turn the draft's law into the target's."""
+def test_sampled_drafts_end_as_target(seed):
+  """Test and residual sample together turn the draft's distribution into the
+  target's."""
   p_V, q_V = distributions(seed)
   distribution = np.zeros(VOCAB)
   for token in range(VOCAB):
@@ -51,7 +52,7 @@ def test_drawn_drafts_end_as_target(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_lenient_drafts_end_as_their_law(seed):
+def test_lenient_drafts_end_as_their_distribution(seed):
   """Accepting and resampling give `lenient_distribution`, at most p / l."""
   p_V, q_V = distributions(seed)
   rule = lambda *args: acceptance.accept_exact(*args, lenience_Q=0.4)
@@ -71,7 +72,7 @@ def test_lenient_drafts_end_as_their_law(seed):
 
 @pytest.mark.parametrize("token", range(VOCAB))
 def test_given_drafts_end_as_target(token):
-  """A draft that was given, not drawn, is tested by a q of one at it."""
+  """A draft that was given, not sampled, is tested by a q of one at it."""
   p_V, q_V = distributions(7)
   passes = probability(acceptance.accept_exact, p_V, q_V, token, True)
   distribution = (1 - passes) * corrected(p_V, q_V, token, True)
@@ -80,7 +81,8 @@ def test_given_drafts_end_as_target(token):
 
 
 def test_residual_falls_back_to_target():
-  """Where draft and target agree, rounding leaves a law to draw from."""
+  """Where draft and target agree, rounding leaves a distribution to sample
+  from."""
   p_V = distributions(0)[0]
   np.testing.assert_allclose(corrected(p_V, p_V, 2), p_V, rtol=1e-6)
 

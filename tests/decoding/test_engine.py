@@ -44,7 +44,7 @@ def test_cached_and_uncached_forwards_agree(pipe):
 
 
 def test_shapes_and_counts(pipe):
-  """AR's passes are the cells; each cell becomes final in its own pass."""
+  """AR's passes are the tokens; each token becomes final in its own pass."""
   out = pipe.generate(PROMPTS, num_images=2, batch=3)
   chex.assert_shape(out.tokens, (8, 3, 4))
   chex.assert_shape(out.images, (8, 6, 8, 3))
@@ -57,7 +57,7 @@ def test_shapes_and_counts(pipe):
 
 
 @pytest.mark.quick(1)
-def test_same_seed_same_pictures_however_batched(pipe):
+def test_same_seed_same_images_however_batched(pipe):
   """Batch 1 equals batch 4, and another seed differs."""
   runs = [pipe.generate(PROMPTS, seed=s, batch=b)
           for s, b in ((1, 1), (1, 4), (1, 3), (2, 4))]
@@ -105,8 +105,8 @@ def test_one_trace_per_configuration(pipe):
                   jax.random.key(seed), jnp.arange(1))
 
 
-def test_ar_follows_the_exact_joint_law():
-  """Chi-square of 20,000 draws against all 81 images of a 2x2 grid.
+def test_ar_follows_the_exact_joint_distribution():
+  """Chi-square of 20,000 generates against all 81 images of a 2x2 grid.
 
   A relative bias of a fifth in one image of probability 0.05 would be seen.
   """

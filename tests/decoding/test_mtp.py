@@ -21,13 +21,14 @@ tiny = functools.cache(testing.tiny)
     (dict(guidance=2.0), MTP(horizontal=2, cross_rows=False), 4),
 ])
 def test_exact_verification_is_lossless(kwargs, decoder, group):
-  """The joint law of the output is AR's: chi-square over every image."""
+  """The joint distribution of the output is AR's: chi-square over every
+  image."""
   finding = exactness.examine(tiny(**kwargs), decoder, "mtp", group=group)
   assert finding.lossless and finding.p_value > exactness.P_VALUE
   assert finding.passes < tiny(**kwargs).model.grid.num_tokens
 
 
-def test_correction_is_told_from_exact_sampling():
+def test_the_bias_of_correction_is_detected():
   """The same test sees the bias of correcting every draft on its own."""
   finding = exactness.examine(tiny(), MTP(verify="correct"), "mtp")
   assert not finding.lossless and finding.p_value < exactness.P_VALUE
@@ -72,7 +73,7 @@ def test_images_do_not_depend_on_the_batch(verify):
 def test_correction_counts_passes_as_published(
     rows, cols, end_of_row, cross_rows, passes
 ):
-  """Two passes per five cells: 576 / 231 = 2.49 on 24x24 without row ends.
+  """Two passes per five tokens: 576 / 231 = 2.49 on 24x24 without row ends.
 
   With row ends the published baseline starts anew in each row and spends a pass
   on its end (22 a row of 48, 38 a row of 90); ours lets it ride along.
@@ -85,7 +86,7 @@ def test_correction_counts_passes_as_published(
 
 @pytest.mark.slow
 def test_more_rounds_cost_as_many_passes():
-  """A group of K cells costs rounds + 1 passes."""
+  """A group of K tokens costs rounds + 1 passes."""
   pipe = tiny(rows=3, cols=4)
   for rounds in (0, 1, 3):
     decoder = MTP(horizontal=4, verify="correct", rounds=rounds)

@@ -36,7 +36,7 @@ _QUICKLY = {"xla_backend_optimization_level": 0,
 
 
 def settings_of(name):
-  """A family's settings for a grid of 4 x 4 or 3 x 3 cells."""
+  """A family's settings for a grid of 4 x 4 or 3 x 3 tokens."""
   config = CONFIGS[name]()
   if name == "lumina":
     config.size = "64x64"
@@ -52,7 +52,7 @@ def settings_of(name):
 
 @functools.cache
 def pipeline(name):
-  """A family with random trunk, heads and drafter; it paints no pictures."""
+  """A family with random trunk, heads and drafter; it paints no images."""
   config = settings_of(name)
   family = model_folder.FAMILIES[config.family](
     {"config": config.to_dict()}, None
@@ -81,7 +81,7 @@ def prompt_of(name, family):
 
 @functools.cache
 def draw(name, decoder):
-  """What a decoder draws greedily, guided."""
+  """What a decoder generates greedily, guided."""
   pipe = pipeline(name)
   args = (pipe.programs.params_for(decoder), prompt_of(name, pipe.family),
           Sampling.make(guidance=2.5, temperature=0.0), jax.random.key(0),
@@ -94,7 +94,7 @@ def draw(name, decoder):
 @pytest.mark.parametrize("decoder", sorted(DECODERS))
 @pytest.mark.parametrize("name", _NAMES)
 def test_decoders_on_families(name, decoder):
-  """Greedily, what is lossless draws AR's picture; nothing takes longer."""
+  """Greedily, what is lossless generates AR's image; nothing takes longer."""
   decoder = DECODERS[decoder]()
   drawn, expected = draw(name, decoder), draw(name, AR())
   if decoder.lossless:

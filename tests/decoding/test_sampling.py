@@ -50,7 +50,7 @@ def test_guidance_moves_away_from_the_unconditional_stream():
 
 
 def test_sampling_follows_the_distribution():
-  """Gumbel-max over position-keyed noise draws from p."""
+  """Gumbel-max over position-keyed noise samples from p."""
   p = jnp.array([0.5, 0.3, 0.15, 0.05, 0.0])
   images = jnp.arange(20_000)
   draw = jax.vmap(lambda image: sampling.sample(
@@ -62,8 +62,8 @@ def test_sampling_follows_the_distribution():
 
 
 @pytest.mark.parametrize("vocab", [1, 3, 8, 100])
-def test_draws_by_inversion_follow_the_distribution(vocab):
-  """Frequencies follow p, which need not sum to one; 0 is never drawn."""
+def test_samples_by_inversion_follow_the_distribution(vocab):
+  """Frequencies follow p, which need not sum to one; 0 is never sampled."""
   p_V = jax.random.dirichlet(jax.random.key(vocab), jnp.full(vocab, 0.5))
   p_V = jnp.where(jnp.arange(vocab) % 3 == 2, 0.0, 7 * p_V)
   keys = jax.random.split(jax.random.key(0), 50)
@@ -77,23 +77,23 @@ def test_draws_by_inversion_follow_the_distribution(vocab):
   assert (error_V <= 5 * np.sqrt(expected_V)).all()
 
 
-def test_no_rows_draw_nothing():
-  """A grid of one column has no cells to draft in a row."""
+def test_no_rows_sample_nothing():
+  """A grid of one column has no tokens to draft in a row."""
   assert sampling.sample_inverse(jnp.ones((0, 5)), jax.random.key(0)).shape == (
     0,
   )
 
 
 @pytest.mark.parametrize("p", [0.0, np.nan])
-def test_a_row_without_numbers_draws_a_token_that_exists(p):
-  """Nothing to draw from gives the first token, not one out of range."""
+def test_a_row_without_numbers_samples_a_token_that_exists(p):
+  """Nothing to sample from gives the first token, not one out of range."""
   p_QV = jnp.full((2, 10), p)
   assert (sampling.sample_inverse(p_QV, jax.random.key(0)) == 0).all()
   noise_QV = jnp.zeros((2, 10))
   assert (sampling.sample(p_QV, noise_QV) < 10).all()
 
 
-def test_rounding_never_draws_a_code_without_probability():
+def test_rounding_never_samples_a_code_without_probability():
   """Levels at the very end of the running sums stay on codes with mass."""
   mass_QN = jnp.array([[0.25, 0.75, 0.0, 0.0], [0.0, 0.3, 0.0, 0.7]])
   for level in (0.0, 0.25, 0.99999994, 1.0, 2.0):
@@ -102,7 +102,7 @@ def test_rounding_never_draws_a_code_without_probability():
 
 
 def test_noise_is_keyed_by_image_and_slot_alone():
-  """Whoever asks for a slot's noise, with whichever others, gets the same."""
+  """Whatever asks for a slot's noise, with whichever others, gets the same."""
   key = jax.random.key(5)
   one = sampling.token_noise(key, jnp.int32(2), jnp.array([7]), 11)
   many = sampling.token_noise(key, jnp.int32(2), jnp.array([1, 7, 3]), 11)
@@ -112,7 +112,8 @@ def test_noise_is_keyed_by_image_and_slot_alone():
 
 
 def test_residual_of_equal_distributions_falls_back_to_the_target():
-  """A draft law equal to the target leaves no residual; p itself is drawn."""
+  """A draft distribution equal to the target leaves no residual; p itself is
+  sampled."""
   p = jnp.array([0.2, 0.8])
   np.testing.assert_array_equal(sampling.residual(p, p), p)
   np.testing.assert_allclose(

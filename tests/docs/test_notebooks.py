@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and keep only pictures that teach."""
+"""The notebooks run from top to bottom, and keep only images that teach."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ def test_explained(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_only_pictures_that_teach_are_stored(path):
-  """A cell that is tagged keeps one small picture; no text, no counts."""
+  """A token that is tagged keeps one small image; no text, no counts."""
   text = path.read_text("utf-8")
   for cell in (c for c in cells(path) if c["cell_type"] == "code"):
     assert cell["execution_count"] is None
@@ -50,7 +50,7 @@ def test_only_pictures_that_teach_are_stored(path):
 
 
 def test_quickstart_shows_what_it_is_about():
-  """Before it is run: pictures, an animation, and the order of commits."""
+  """Before it is run: images, an animation, and the order of commits."""
   quickstart = cells(FOLDER / "quickstart.ipynb")
   kinds = [kind for c in quickstart for o in c.get("outputs", ())
            for kind in o["data"]]
@@ -60,7 +60,7 @@ def test_quickstart_shows_what_it_is_about():
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
-  """Every cell runs on a CPU with small settings, in a kernel of its own."""
+  """Every token runs on a CPU with small settings, in a kernel of its own."""
   import nbclient
   import nbformat
 

@@ -148,7 +148,7 @@ def test_links_of_the_pages_lead_somewhere(page):
     assert not anchor or anchor in names, link
 
 
-def test_every_decoder_has_a_paragraph_that_says_its_law():
+def test_every_decoder_has_a_paragraph_that_says_if_it_is_lossless():
   """docs/methods.md names each decoder, and whether it is lossless."""
   text = (ROOT / "docs" / "methods.md").read_text("utf-8")
   paragraphs = text.split("\n\n")

@@ -41,7 +41,7 @@ def test_features_match_the_published_network(image_features):
 
 
 def test_features_do_not_depend_on_the_batch(rng, image_features):
-  """Any number of pictures costs one compilation; neighbours do not matter."""
+  """Any number of images costs one compilation; neighbours do not matter."""
   images = rng.integers(0, 256, (3, 128, 128, 3), np.uint8)
   together = image_features(images)
   alone = [image_features(images[i : i + 1])[0] for i in range(3)]

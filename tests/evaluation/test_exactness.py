@@ -1,4 +1,4 @@
-"""The laboratory: it clears exact samplers and catches biased ones."""
+"""The exactness test: it clears exact samplers and catches biased ones."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ class LockStep(SJD):
   """SJD as published for batches: all images commit what the slowest can.
 
   Drafts that passed beyond that are tested once more in the next pass, by the
-  distribution they were drawn from: they pass twice or not at all.
+  distribution they were sampled from: they pass twice or not at all.
   """
 
   name = "lockstep"
@@ -76,7 +76,8 @@ def images_in_touch(monkeypatch):
 
 
 def test_ar_is_cleared():
-  """AR's draws follow the law it defines; its noise is at the floor."""
+  """AR's samples follow the distribution it defines; its noise is at the
+  floor."""
   found = exactness.examine(tiny(), AR(), "ar", DRAWS, group=4)
   assert found.verdict == "exact" and found.is_sound
   assert found.tv == pytest.approx(found.floor, rel=0.2)
@@ -96,7 +97,7 @@ def test_planted_bias_is_caught(images_in_touch, group):
     assert found.p_value < 1e-9 and found.tv > 1.5 * found.floor
 
 
-def test_the_law_is_a_law():
+def test_enumerated_probabilities_sum_to_one():
   """All images are enumerated, each once; their probabilities sum to one."""
   images, p_I = exactness.enumerate_distribution(tiny())
   assert images.shape == (729, 2, 3) and p_I.sum() == pytest.approx(1)
@@ -104,8 +105,8 @@ def test_the_law_is_a_law():
       exactness.count(tiny(), images), np.ones(729))
 
 
-def test_statistics_of_exact_draws():
-  """P-values are uniform and distances lie at the floor for exact draws."""
+def test_statistics_of_exact_samples():
+  """P-values are uniform and distances lie at the floor for exact samples."""
   rng = np.random.default_rng(0)
   counts = rng.multinomial(5000, distribution(), 200)
   p_values = np.array([exactness.chi_square(c, distribution()) for c in counts])
@@ -116,7 +117,8 @@ def test_statistics_of_exact_draws():
 
 
 def test_bias_of_the_stated_size_is_found_as_often_as_stated():
-  """About 9 in 10 draws with a bias of `detectable` size are called biased."""
+  """About 9 in 10 samples with a bias of `detectable` size are called
+  biased."""
   rng = np.random.default_rng(1)
   size = exactness.detectable(distribution(), DRAWS)
   found = []
@@ -131,7 +133,7 @@ def test_bias_of_the_stated_size_is_found_as_often_as_stated():
 
 
 def test_an_impossible_image_ends_the_doubt():
-  """One draw of what cannot be drawn is enough."""
+  """One sample of what cannot be sampled is enough."""
   p_I = np.array([0.5, 0.5, 0.0])
   assert exactness.chi_square(np.array([500, 499, 1]), p_I) == 0.0
   assert exactness.chi_square(np.array([500, 500, 0]), p_I) > 0.9

@@ -10,11 +10,11 @@ from ssd_jax.evaluation import hub_metrics
 
 
 def pictures(count, first=0):
-  """`count` pictures of one grey each."""
+  """`count` images of one grey each."""
   return [np.full((8, 8, 3), first + i, np.uint8) for i in range(count)]
 
 
-def test_hub_metrics_feed_every_picture(monkeypatch):
+def test_hub_metrics_get_every_image(monkeypatch):
   """FID sees both sets as uint8 [N, 3, H, W], CLIPScore each prompt once."""
   made = {}
 
@@ -84,7 +84,7 @@ def test_missing_extra_is_one_line(monkeypatch):
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch):
-  """A download that fails says so, and that what was drawn is kept."""
+  """A download that fails says so, and that what was generated is kept."""
   def fail(*args):
     raise OSError("no route\nto host")
 

@@ -50,7 +50,7 @@ def test_frechet_distance_matches_the_matrix_root(rng, count):
     "distance", [metrics.frechet_distance, metrics.kernel_distance]
 )
 def test_distances_need_two_images(distance):
-  """One image has no spread: the user is told, no NaN comes out."""
+  """One image has no spread: the user is reported, no NaN comes out."""
   with pytest.raises(UserError, match="got images=1"):
     distance(np.ones((1, 4)), np.ones((5, 4)))
 
@@ -72,8 +72,9 @@ def test_kernel_distance_matches_its_definition(rng):
   assert metrics.kernel_distance(a[:3], b).error is None
 
 
-def test_pictures_of_one_prompt_are_not_compared(rng):
-  """Draws of one law per prompt lie at distance 0, however unlike prompts."""
+def test_images_of_one_prompt_are_not_compared(rng):
+  """Generates of one distribution per prompt lie at distance 0, however unlike
+  prompts."""
   prompts = np.repeat(np.arange(20), 2)
   values, naive = [], []
   for _ in range(30):
@@ -87,7 +88,7 @@ def test_pictures_of_one_prompt_are_not_compared(rng):
 
 
 def test_kernel_distance_error_is_honest(rng):
-  """Between equal laws it scatters around zero as its error says."""
+  """Between equal distributions it scatters around zero as its error says."""
   got = [
       metrics.kernel_distance(*rng.normal(size=(2, 40, 6))) for _ in range(100)
   ]
@@ -148,7 +149,7 @@ def test_gallery_needs_no_cache(computed, tmp_path):
 
 
 def test_gallery_key_follows_weights_and_data(monkeypatch, tmp_path):
-  """Other pictures, captions or features never meet an old cache."""
+  """Other images, captions or features never meet an old cache."""
   keys = {metrics._gallery_key()}
   monkeypatch.setattr(efficientnet, "VERSION", -1)
   keys.add(metrics._gallery_key())
@@ -193,7 +194,7 @@ def test_likelihood_gap_interval_covers(rng):
 
 
 def test_excess_of_an_exact_sampler_is_zero(rng):
-  """Tokens drawn from the distribution itself show no excess."""
+  """Tokens sampled from the distribution itself show no excess."""
   logits = rng.normal(size=(30, 64, 5))
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   entropy = -(np.exp(log_p) * log_p).sum(-1)

@@ -1,4 +1,4 @@
-"""Official prompt files are read, pictures laid out as scorers read them."""
+"""Official prompt files are read, images laid out as scorers read them."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def write(path, text):
 
 
 def pictures(count, first=0):
-  """`count` pictures of one grey each."""
+  """`count` images of one grey each."""
   return [np.full((8, 8, 3), first + i, np.uint8) for i in range(count)]
 
 
@@ -89,7 +89,7 @@ def test_geneval_layout_is_what_its_scorer_walks(tmp_path):
 
 
 def test_dpg_grid_is_cut_apart_without_loss(tmp_path):
-  """Crops of the grid, as the scorer takes them, are the four pictures."""
+  """Crops of the grid, as the scorer takes them, are the four images."""
   prompt_files.export("dpg", tmp_path, [Item("y", "9")], pictures(4))
   prompt_files.export("dpg", tmp_path, [Item("x", "256")], pictures(4))
   assert [p.name for p in tmp_path.iterdir()] == ["256.png"]
@@ -102,7 +102,7 @@ def test_dpg_grid_is_cut_apart_without_loss(tmp_path):
 
 
 def test_exports_ask_for_what_the_scorer_needs():
-  """Other prompts or numbers of pictures are refused before any work."""
+  """Other prompts or numbers of images are refused before any work."""
   with pytest.raises(UserError, match="evaluation_metadata.jsonl"):
     prompt_files.check_exportable("geneval", [Item("a cat", "00000")], 4)
   with pytest.raises(UserError, match="--num_images 4"):

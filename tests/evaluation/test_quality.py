@@ -63,7 +63,7 @@ def test_quality_is_taken_prompt_by_prompt():
 
 
 def test_features_give_distances_and_recall():
-  """FD and KID to real pictures and to AR's; ranks of named prompts only."""
+  """FD and KID to real images and to AR's; ranks of named prompts only."""
   rng = np.random.default_rng(0)
   gallery = rng.normal(size=(6, 3))
   targets = np.array([2, -1, 4, 5])

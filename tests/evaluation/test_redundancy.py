@@ -1,4 +1,4 @@
-"""CASCADE's premise measured: which states are compared, which cells."""
+"""CASCADE's premise measured: which states are compared, which tokens."""
 
 import numpy as np
 
@@ -20,7 +20,8 @@ def test_offsets_pair_the_right_cells():
 
 
 def test_states_are_those_of_the_uncached_forward():
-  """Alternatives see what a drawn token would; the drawn one is its own."""
+  """Alternatives see what a generated token would; the generated one is its
+  own."""
   pipe = testing.tiny(
       3, 2, 3, end_of_row=True, heads=(0, 0), guidance=2.0)
   drawn = pipe.generate(["ab", "c"], AR(), batch=2).tokens

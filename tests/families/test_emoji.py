@@ -52,7 +52,7 @@ def test_held_out_pictures_keep_their_features(pipe):
 
 @pytest.mark.slow
 @pytest.mark.as_users_compile
-def test_a_picture_does_not_depend_on_its_neighbours(pipe):
+def test_an_image_does_not_depend_on_its_batch(pipe):
   """The same tokens alone and in a batch of four."""
   prompts = ["red heart", "flag: Kenya", "bug", "relieved face"]
   one, four = (pipe.generate(prompts, "exact", batch=b) for b in (1, 4))
@@ -61,7 +61,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(pipe):
 
 
 @pytest.mark.slow
-def test_pictures_are_what_was_asked(pipe):
+def test_images_match_their_prompts(pipe):
   """Of training captions most find their emoji among its ten nearest."""
   prompts = quality.emoji_captions("train")[:32]
   drawn = pipe.generate(prompts, AR(), batch=16)

@@ -67,7 +67,7 @@ def test_logits_of_both_streams(case):
 
 
 def test_pixels_and_codes(case):
-  """Converted tokenizers draw the original's pixels and read its codes."""
+  """Converted tokenizers generate the original's pixels and read its codes."""
   name, family, out = case
   if name in ("anole", "anole_hf", "llamagen_text"):
     return  # the same network as lumina's or janus'

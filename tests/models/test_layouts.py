@@ -1,4 +1,5 @@
-"""Forms of a trunk that a CPU draws with: the same drawing, without copies of
+"""Forms of a trunk that a CPU generates with: the same generating, without
+copies of
 weights in the loop."""
 
 import dataclasses
@@ -27,7 +28,7 @@ def tiny_is_large(monkeypatch):
 @pytest.mark.parametrize("guidance, decoder", [
     (1.0, "sjd"), (3.0, "sjd"), (3.0, "eagle:tree=2-1"),
     (3.0, "ssd")])
-def test_layers_apart_draw_what_stacked_layers_draw(guidance, decoder):
+def test_layers_apart_generate_what_stacked_layers_do(guidance, decoder):
   """Decoders see the same model in both forms of its parameters."""
   pipe = testing.tiny(7, 3, 3, guidance=guidance)
   settings, guided = pipe.sampling()
@@ -41,7 +42,7 @@ def test_layers_apart_draw_what_stacked_layers_draw(guidance, decoder):
 
 
 def test_a_stream_takes_caches_apart():
-  """Pictures take places, and prompts grow, in each layer's cache."""
+  """Images take places, and prompts grow, in each layer's cache."""
   pipe = testing.tiny(7, 3, 3, guidance=3.0)
   texts = ["a", "b", "a prompt that is longer than those before it", "c"]
   whole = pipe.generate(texts, "ar", batch=4)
@@ -58,8 +59,8 @@ def in_tiles(monkeypatch):
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("decoder", ["ar", "sjd"])
-def test_tiles_draw_what_whole_matrices_draw(in_tiles, decoder):
-  """Passes of few rows multiply by tiles, and draw the same."""
+def test_tiles_generate_what_whole_matrices_do(in_tiles, decoder):
+  """Passes of few rows multiply by tiles, and generate the same."""
   pipe = kit.tiny(3, 3, vocab=8, guidance=3.0)
   settings, guided = pipe.sampling()
   prompt, _ = pipe.family.encode_prompts(["ab"] * 2, guided)

@@ -85,7 +85,7 @@ def test_logits_stay_near_and_bytes_are_a_quarter():
 
 
 def test_all_functions_read_the_same_weights(small):
-  """Greedily, what is lossless draws AR's pictures, drafting heads or not."""
+  """Greedily, what is lossless generates AR's images, drafting heads or not."""
   draw = lambda decoder: small.generate(
       ["a", "b"], decoder, batch=2, temperature=0.0).tokens
   expected = draw("ar")

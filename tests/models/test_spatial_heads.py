@@ -1,4 +1,5 @@
-"""Spatial heads: equation 2, which cell predicts which, and what is refused."""
+"""Spatial heads: equation 2, which token predicts which, and what is
+refused."""
 
 import dataclasses
 import functools

@@ -24,7 +24,7 @@ def apply(params, x, method):
 
 
 def test_shapes(params):
-  """Pixels -> latents -> ids -> pixels, `downsample` pixels per cell."""
+  """Pixels -> latents -> ids -> pixels, `downsample` pixels per token."""
   image = jnp.zeros((2, 16, 24, 3))
   z = apply(params, image, "encode")
   chex.assert_shape(z, (2, 4, 6, CFG.code_dim))

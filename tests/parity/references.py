@@ -34,10 +34,10 @@ class Reference:
   """A toy model.
 
   Attributes:
-    config: The same family's settings here; what conversion is told.
+    config: The same family's settings here; what conversion is reported.
     trunk: Its tensors by published name.
     tokenizer: Of images.
-    rows, cols: The picture in codes.
+    rows, cols: The image in codes.
     row_ends: Whether a token of its own ends each row; it is CODES here.
     mult: Channel multipliers of the tokenizer of images.
     words: The file of the tokenizer of words.

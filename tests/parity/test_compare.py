@@ -16,7 +16,7 @@ from ssd_jax.performance.transformers_baseline import (
 from tests.support import ROOT
 
 
-def test_both_sides_draw_the_same_greedy_tokens():
+def test_both_sides_generate_the_same_greedy_tokens():
   """One set of weights: our AR and transformers agree, token for token."""
   setting = Setting(2, 64, 16, 50, 25, 7, 2, "float32", seed=3)
   theirs = TransformersBaseline(setting)

@@ -69,7 +69,7 @@ def test_logits(case):
 
 
 def test_greedy_tokens(case):
-  """Guided greedy decoding with the cache draws the original's picture."""
+  """Guided greedy decoding with the cache generates the original's image."""
   family = case.family
   prompt, _ = family.encode_prompts(case.texts, True)
   settings = sampling.Sampling.make(guidance=_GUIDANCE, top_k=1)
@@ -81,7 +81,7 @@ def test_greedy_tokens(case):
 
 
 def _greedy(reference, text):
-  """The picture's rows."""
+  """The image's rows."""
   tokens, picture = [], [[]]
   for slot in range(reference.length):
     if reference.is_row_end(slot):
@@ -124,8 +124,9 @@ _VOCABULARIES = {"lumina": 8192, "anole": 8192, "janus": 16384,
 
 
 @pytest.mark.parametrize("name", _VOCABULARIES)
-def test_law_of_sampling(name):
-  """The default law is what transformers' own steps make of the logits."""
+def test_sampling_distribution(name):
+  """The default distribution is what transformers' own steps make of the
+  logits."""
   distribution = getattr(families, name).get_config().sampling
   logits = 4 * np.random.default_rng(3).normal(
       size=(2, 3, _VOCABULARIES[name]))

@@ -60,7 +60,7 @@ class Janus:
     return torch.cdist(z.flatten(0, 2), table).argmin(-1).reshape(z.shape[:3])
 
   def decode(self, codes):
-    """Pixels of as many codes as a picture has."""
+    """Pixels of as many codes as an image has."""
     return self.network.decode(codes.flatten(1))
 
 

@@ -1,4 +1,5 @@
-"""Plans: counts by hand, by XLA and by drawing agree; reports are complete."""
+"""Plans: counts by hand, by XLA and by generating agree; reports are
+complete."""
 
 import importlib.util
 

@@ -26,7 +26,7 @@ def test_what_is_tried_fits_the_grid_and_the_weights():
 
 
 @pytest.mark.slow
-def test_what_is_drawn_is_reported(monkeypatch, capsys):
+def test_what_is_measured_is_reported(monkeypatch, capsys):
   """Passes and queries of each, the fastest first; in JSON too."""
   pipe = testing.tiny(5, 4, 4, guidance=2.0)
   names = ["ar", "zipar:window=2", "sjd:window=4"]

@@ -15,8 +15,8 @@ def tiny():
   return testing.tiny(vocab=5, rows=3, cols=4, heads=(0, 0), guidance=2.0)
 
 
-def test_surprisal_is_the_joint_law_without_filters():
-  """Summed over cells it is -log p; filters do not enter; batches neither."""
+def test_nll_is_that_of_the_unfiltered_joint_distribution():
+  """Summed over tokens it is -log p; filters do not enter; batches neither."""
   pipe = tiny()
   out = pipe.generate(PROMPTS[:3], batch=3)
   nll, entropy = pipe.nll(out.tokens, PROMPTS[:3], batch=2)

@@ -17,7 +17,8 @@ from tests.support.toy_families import CONFIGS
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["janus", "emu3", "llamagen_text"])
 def test_random_weights_need_no_files(name):
-  """Settings alone make a pipeline, whose prompts are told to be stand-ins."""
+  """Settings alone make a pipeline, whose prompts are reported to be stand-
+  ins."""
   pipe = model_folder.from_config(CONFIGS[name]())
   prompt, notes = pipe.family.encode_prompts(["a cat"], guided=True)
   assert prompt.tokens.shape[0] == 2 and "random" in notes[0]
@@ -54,7 +55,7 @@ def test_random_weights_are_those_of_init():
 
 
 def test_choices_of_a_made_model():
-  """Size and ratio are open until drawing; what weights fix is not."""
+  """Size and ratio are open until generating; what weights fix is not."""
   settings = {"family": "lumina", "config": lumina.get_config().to_dict()}
   model_folder.choose(settings, {"size": "1024x576", "sampling.top_k": 7})
   family = lumina.from_settings(settings, None)

@@ -15,7 +15,7 @@ def pipe():
   return testing.tiny(vocab=5, rows=3, cols=4)
 
 
-def test_every_pass_is_told(pipe):
+def test_on_pass_is_called_for_every_pass(pipe):
   """A listener sees each pass once, and the last grid is what is returned."""
   said = []
   out = pipe.generate(["a", "b", "c"], batch=2, on_pass=said.append)
@@ -40,7 +40,7 @@ def test_another_listener_compiles_nothing_and_silence_is_free(pipe):
 
 
 def test_decoders_by_name_and_pictures_by_index(pipe):
-  """A text names a decoder; a list of indices picks the pictures of a call."""
+  """A text names a decoder; a list of indices picks the images of a call."""
   named = pipe.generate(["a"] * 4, "sjd:window=3")
   made = pipe.generate(["a"] * 4, ssd_jax.SJD(window=3), batch=4)
   np.testing.assert_array_equal(named.tokens, made.tokens)
@@ -97,7 +97,7 @@ def test_mistakes_in_python_are_one_line(pipe, given, said):
       list(pipe.stream(**call))
 
 
-def test_grids_of_another_model_are_told(pipe):
+def test_grids_of_another_model_are_refused(pipe):
   """Another shape or code, or prompts that are too few, give no figures."""
   one = np.zeros((1, 3, 4), int)
   for wrong in (one[0], one[:, :2], one + 0.5, one + 5, one - 1):
@@ -139,7 +139,7 @@ def test_with_params_changes_what_is_generated_and_scored(pipe):
 
 
 def test_pictures_keep_the_index_of_the_whole_call(pipe):
-  """A picture's index keys its noise, also in a call that starts later."""
+  """A image's index keys its noise, also in a call that starts later."""
   whole = pipe.generate(["a", "b", "c"], seed=5)
   part = pipe.generate(["b", "c"], seed=5, first_image=1)
   assert [p.index for p in part.pictures] == [1, 2]

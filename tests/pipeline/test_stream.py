@@ -1,4 +1,4 @@
-"""Continuous refill: pictures one by one, the same as those of a whole call."""
+"""Continuous refill: images one by one, the same as those of a whole call."""
 
 import itertools
 
@@ -14,7 +14,7 @@ PROMPTS = ["a", "longer", "b", "wor", "c"]
 
 
 def assert_same(pictures, output):
-  """Each picture of a stream is the one of its index."""
+  """Each image of a stream is the one of its index."""
   pictures = sorted(pictures, key=lambda picture: picture.index)
   assert [p.index for p in pictures] == list(range(len(output.tokens)))
   assert [p.prompt for p in pictures] == list(output.prompts)
@@ -28,8 +28,8 @@ def assert_same(pictures, output):
 @pytest.mark.parametrize("decoder, end_of_row", [
     ("ar", False), ("ar", True), ("sjd:window=3", True), ("exact", False),
     ("stair", True)])
-def test_stream_draws_what_generate_draws(decoder, end_of_row):
-  """Places are taken again, and nobody's picture depends on who was there."""
+def test_stream_generates_what_generate_does(decoder, end_of_row):
+  """Places are taken again, and nobody's image depends on who was there."""
   pipe = testing.tiny(
       vocab=5, rows=2, cols=4, end_of_row=end_of_row, guidance=2.0)
   whole = pipe.generate(PROMPTS, decoder, batch=5, seed=3)
@@ -68,7 +68,7 @@ def test_one_compile_of_each_and_prompts_as_there_is_room(pipe):
 
 @pytest.mark.slow
 def test_prompts_of_any_length_share_a_batch():
-  """A longer prompt widens what all have; the others' pictures stay."""
+  """A longer prompt widens what all have; the others' images stay."""
   config = CONFIGS["lumina"]()
   config.size = "64x64"
   pipe = model_folder.from_config(config)
@@ -84,8 +84,8 @@ def test_prompts_of_any_length_share_a_batch():
 
 
 @pytest.mark.slow
-def test_whoever_waits_is_told_every_few_passes(pipe, monkeypatch):
-  """Steps sum up to the pictures, many a picture, and change none."""
+def test_on_step_is_called_every_few_passes(pipe, monkeypatch):
+  """Steps sum up to the images, many an image, and change none."""
   monkeypatch.setattr(stream_lib, "_PASSES", 1)
   steps = []
   stream = pipe.stream(PROMPTS, batch=2, seed=3, on_step=steps.append)
@@ -98,7 +98,7 @@ def test_whoever_waits_is_told_every_few_passes(pipe, monkeypatch):
     dict(prompts=[]), dict(num_images=0), dict(batch=0), dict(seed=-1),
     dict(first_image=[1, 2]), dict(top_p=2.0), dict(prompts="a heart"),
     dict(decoder=AR), dict(decoder="no")])
-def test_mistakes_are_told_before_anything_is_drawn(pipe, wrong):
-  """What a user gets wrong ends the call, not the first picture."""
+def test_mistakes_are_raised_before_anything_is_generated(pipe, wrong):
+  """What a user gets wrong ends the call, not the first image."""
   with pytest.raises(UserError, match="Expected .*got"):
     pipe.stream(**{"prompts": ["a"], **wrong})

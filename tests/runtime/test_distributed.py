@@ -77,7 +77,7 @@ def test_a_job_survives_the_death_of_a_host(tmp_path, alone, count):
 
 
 @pytest.mark.slow
-def test_all_hosts_stop_when_one_is_told_while_drawing(tmp_path, alone):
+def test_all_hosts_stop_when_one_gets_sigterm_while_generating(tmp_path, alone):
   """Status 0 on both, whole files kept; the end is that of one process."""
   for status, said in finish(start(tmp_path, 2, "--draws", "--is_reported")):
     assert status == 0 and "told to stop: files" in said, said

@@ -1,4 +1,4 @@
-"""Whoever waits sees how long it takes; a log stays short."""
+"""Whatever waits sees how long it takes; a log stays short."""
 
 import io
 import pathlib
@@ -38,7 +38,7 @@ def watch(monkeypatch):
 
 
 def test_a_terminal_has_a_bar_with_the_time_left(watch, capsys):
-  """One line that is drawn anew, and stays when it is done."""
+  """One line that is generated again, and stays when it is done."""
   said = watch(True, 60.0)
   assert "\rdrawing" in said and "<" in said and said.endswith("\n")
   assert "3/3" in said.splitlines()[-1]

@@ -32,7 +32,7 @@ def found():
   return on_eight_devices()
 
 
-def test_any_mesh_draws_the_same_tokens(found):
+def test_any_mesh_generates_the_same_tokens(found):
   """AR and a decoder of many queries, float32, token for token."""
   for same in found["tokens"].values():
     assert same == [1.0, 1.0]
@@ -56,7 +56,8 @@ def test_a_pass_sends_what_it_must(found):
 
 
 def test_cores_share_the_streams_of_an_image(found):
-  """Unasked, two devices of a CPU draw what one draws, where a pass has enough
+  """Unasked, two devices of a CPU generate what one generates, where a pass has
+  enough
   queries for two; they read the same weights."""
   shares = found["cores"]["shares"]
   assert shares["ar"] == [1.0, 1.0, None]

@@ -68,7 +68,7 @@ def finish(site, values):
 
 
 def test_many_clients_lose_nothing(site):
-  """Requests of many at once are all drawn, in batches, each its own."""
+  """Requests of many at once are all generated, in batches, each its own."""
   pipe = chains.pipeline()
   wanted = [dict(prompt=f"picture {i}", decoder=DECODERS[i % 3], seed=i % 7,
                  race=i % 10 == 0, images=1 + i % 2) for i in range(30)]
@@ -115,7 +115,7 @@ def test_many_clients_lose_nothing(site):
     (dict(prompt="a", race="yes"), "race"),
 ])
 def test_mistakes_are_one_line(site, values, named):
-  """What cannot be drawn is refused in one line that names the culprit."""
+  """What cannot be generated is refused in one line that names the culprit."""
   status, _, body = ask(
       site, "/api/jobs", b"null" if values is None else values)
   if values is None:
@@ -165,7 +165,8 @@ def test_nothing_else_is_served(site):
 
 
 def test_a_full_queue_turns_away():
-  """More than may wait are told so at once; those that wait are drawn."""
+  """More than may wait are reported so at once; those that wait are
+  generated."""
   studio = Worker(chains.pipeline(), limits=Limits(waiting=2))
   gate, draw = threading.Event(), studio._draw
   studio._draw = lambda taken: gate.wait() and draw(taken)
@@ -182,7 +183,7 @@ def test_a_full_queue_turns_away():
   studio.close()
 
 
-def test_a_failure_is_told_and_the_next_is_drawn(monkeypatch):
+def test_a_failure_is_reported_and_the_next_job_runs(monkeypatch):
   """What fails inside says so to its visitor; the worker goes on."""
   studio = Worker(chains.pipeline())
   draw = studio._draw

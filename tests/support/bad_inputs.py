@@ -1,7 +1,4 @@
-"""Every command with every bad input: what is fed, and what should be said.
-
-    python -m tests.support.bad_inputs > docs/errors.md
-"""
+"""Bad inputs of every command; golden/make_errors.py keeps the answers."""
 
 import contextlib
 import importlib
@@ -9,7 +6,6 @@ import io
 import pathlib
 import shutil
 import sys
-import tempfile
 import traceback
 from unittest import mock
 
@@ -201,26 +197,29 @@ def make_files(folder: pathlib.Path) -> None:
                   ignore=shutil.ignore_patterns("trunk", "vq", "heads"))
 
 
+def _shared(commands, table, whole):
+  """The cases of a table: all for one command, the first for the others."""
+  for name in commands:
+    for what, args in list(table.items())[:None if name == whole else 1]:
+      yield name, what, [*PROMPT.get(name, []), *args]
+
+
 def cases():
-  """(command, what is wrong, arguments) of every case."""
-  for name in (*DRAWING, "convert", *TRAINING, "plan", "compare"):
-    for what, args in ANY.items():
-      yield name, what, [*PROMPT.get(name, []), *args]
-  for name in (*DRAWING, *TRAINING, "plan"):
-    for what, args in JOB.items():
-      if name != "plan" or args[0] == "--mesh":  # it runs nowhere
-        yield name, what, [*PROMPT.get(name, []), *args]
-  for name in DRAWING:
-    for what, args in SHARED.items():
-      yield name, what, [*PROMPT.get(name, []), *args]
-  for name in ("generate", "benchmark", "evidence"):
-    for what, args in PROMPTS.items():
-      if name == "generate" or args[0] != "--guidance":
-        yield name, what, [*PROMPT.get(name, []), *args]
-  for what, text in DECODER.items():
-    yield "generate", what, ["--prompt", "a", "--decoder", text]
-    yield "benchmark", what, ["--num_prompts", "1", "--decoders", text]
-    yield "plan", what, ["--decoder", text]
+  """(command, what is wrong, arguments) of every case.
+
+  What all commands share is fed whole to one of them; of each table the others
+  get the first case, which shows that they read it at all.
+  """
+  yield from _shared(
+      (*DRAWING, "convert", *TRAINING, "plan", "compare"), ANY, "generate")
+  yield from _shared((*DRAWING, *TRAINING, "plan"), JOB, "mtp")
+  yield from _shared(DRAWING, SHARED, "generate")
+  yield from _shared(("generate", "benchmark", "evidence"), PROMPTS, "generate")
+  flags_of = {"generate": ["--prompt", "a", "--decoder"], "plan": ["--decoder"],
+              "benchmark": ["--num_prompts", "1", "--decoders"]}
+  for number, (what, text) in enumerate(DECODER.items()):
+    for name in flags_of if number == 0 else ("generate",):
+      yield name, what, [*flags_of[name], text]
   yield "generate", "no prompt", []
   yield "generate", "an empty prompt", ["--prompt", " \x07 "]
   yield "generate", "no pictures", ["--prompt", "a", "--num_images", "0"]
@@ -326,44 +325,3 @@ def _flags_of(name: str, define):
       delattr(flags.FLAGS, flag)
     for flag, value in taken.items():
       flags.FLAGS[flag] = value
-
-
-def last_line(text: str) -> str:
-  """What is said last, progress bars and empty lines aside."""
-  lines = [x.split("\r")[-1] for x in text.splitlines()]
-  return ([x for x in lines if x.strip()] or [""])[-1]
-
-
-def full_name(name: str) -> str:
-  """As it follows `python -m`."""
-  return f"{'train' if name in TRAINING else 'infer'}.{name}"
-
-
-def main() -> None:
-  """Prints the page."""
-  print(HEAD)
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    make_files(folder)
-    for command, what, args in cases():
-      status, error, _ = feed(command, args, folder)
-      said = last_line(error).replace(name, "DIR").replace("|", "\\|")
-      print(f"| `{full_name(command)}` | {what} | {said} |")
-      if status != 2:
-        print(command, what, "ends with", status, error[-800:], file=sys.stderr)
-
-
-HEAD = """\
-# Mistakes
-
-What a command says when it is given something wrong. Every line was produced
-by feeding the command that input (`tests/support/bad_inputs.py`), and a test
-feeds all of them again: each ends with exit status 2, one line on stderr, no
-traceback, and no file half-written.
-
-| command | given | it says |
-| --- | --- | --- |"""
-
-
-if __name__ == "__main__":
-  main()

@@ -8,7 +8,7 @@ from tests.support import testkit
 
 
 class Greys:
-  """Any text; codes are shades of grey in cells of 2 px."""
+  """Any text; codes are shades of grey in tokens of 2 px."""
 
   name = "greys"
   sampling = dict(guidance=1.0, temperature=1.0, top_k=0, top_p=1.0)
@@ -29,6 +29,6 @@ class Greys:
 
 
 def pipeline(rows=4, cols=4, vocab=5):
-  """Draws any text on such a grid with any decoder but the trees."""
+  """Generates any text on such a grid with any decoder but the trees."""
   model = testkit.chain(rows, cols, vocab=vocab)
   return Pipeline(Greys(model), {}, None, model)

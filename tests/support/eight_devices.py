@@ -154,7 +154,8 @@ def places(state):
 
 
 def on_cores(pipe):
-  """What devices of a CPU do with one guided image that is drawn on none but
+  """What devices of a CPU do with one guided image that is generated on none
+  but
   them: {decoder: [share of equal tokens, with a stream, devices]}, what a pass
   of Stair sends, whether weights lie in one place.
   """

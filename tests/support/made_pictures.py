@@ -1,11 +1,11 @@
-"""Pictures and folders that the tests of the sources make."""
+"""Images and folders that the tests of the sources make."""
 
 import numpy as np
 from PIL import Image
 
 
 def solid(path, colour=(200, 30, 40), size=(12, 9), **options):
-  """Writes a picture of one colour."""
+  """Writes an image of one colour."""
   path.parent.mkdir(parents=True, exist_ok=True)
   mode = "RGB" if len(colour) == 3 else "RGBA"
   Image.new(mode, size, colour).save(path, **options)
@@ -13,7 +13,7 @@ def solid(path, colour=(200, 30, 40), size=(12, 9), **options):
 
 
 def captioned_folder(folder, count=6):
-  """A folder of `count` pictures, each with a text file."""
+  """A folder of `count` images, each with a text file."""
   for i in range(count):
     solid(folder / f"{i:02}.png", (i, i, i)).with_suffix(".txt").write_text(
         f"number {i}\n")
@@ -21,7 +21,7 @@ def captioned_folder(folder, count=6):
 
 
 def truncate(path):
-  """Cuts a picture off in the middle of its pixels."""
+  """Cuts an image off in the middle of its pixels."""
   noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
   Image.fromarray(noise).save(path)
   path.write_bytes(path.read_bytes()[:1000])

@@ -1,6 +1,6 @@
 """What tests of decoders share: random trunks with heads, and checks.
 
-Nothing here paints pictures, so that no tokenizer is compiled.
+Nothing here paints images, so that no tokenizer is compiled.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class _Draft:
 def chain(rows, cols, end_of_row=False, vocab=2, heads=(5, 5)):
   """A model without a trunk: each token depends on the one before it.
 
-  Compiles in no time and has grids of any size drawn in seconds.
+  Compiles in no time and has grids of any size generated in seconds.
   """
   grid = Grid(rows, cols, end_of_row)
 
@@ -112,18 +112,19 @@ def _cut(count, batch, decode):
 
 
 def p_value(pipe, tokens):
-  """Of the chi-square test against the exact joint law."""
+  """Of the chi-square test against the exact joint distribution."""
   return exactness.chi_square(exactness.count(pipe, tokens), distribution(pipe))
 
 
 @functools.cache
 def distribution(pipe):
-  """float64 [V ** cells]: AR's joint law of the tiny grid."""
+  """float64 [V ** tokens]: AR's joint distribution of the tiny grid."""
   return exactness.enumerate_distribution(pipe, _PROMPT)[1]
 
 
 def assert_lossless(pipe, decoder, group=4):
-  """The law of 20,000 grids is AR's: p above 1e-3; returns what was drawn.
+  """The distribution of 20,000 grids is AR's: p above 1e-3; returns what was
+  generated.
 
   A bias of 3 % in the probability of one grid in ten would be seen. Grids are
   decoded `group` at a time.
@@ -153,6 +154,6 @@ def assert_independent_of_batch(model, decoder):
 
 
 def assert_well_recorded(out):
-  """Every cell became final once, the last one in the last pass."""
+  """Every token became final once, the last one in the last pass."""
   assert (out.commit_pass >= 1).all()
   np.testing.assert_array_equal(out.commit_pass.max((1, 2)), out.passes)

@@ -62,7 +62,8 @@ def train(workdir, steps=STEPS, die_at=None, save_every=2, batch=8, width=4):
 
 
 def teacher(is_reported=False):
-  """A tiny trunk that draws 2x2 images; it may hear SIGTERM in each batch."""
+  """A tiny trunk that generates 2x2 images; it may hear SIGTERM in each
+  batch."""
   family = testing.TinyFamily(
       ml_collections.ConfigDict(), Vocabulary((), 8), Grid(2, 2), 3)
   params = jax.jit(family.generator.init)(jax.random.key(0))
@@ -78,7 +79,7 @@ def teacher(is_reported=False):
 
 
 def body():
-  """Draws, trains, and leaves DIR/drawn.npy and DIR/weights."""
+  """Generates, trains, and leaves DIR/generated.npy and DIR/weights."""
   folder = pathlib.Path(flags.FLAGS.workdir)
   if flags.FLAGS.draws:
     is_reported = flags.FLAGS.is_reported and jax.process_index() > 0

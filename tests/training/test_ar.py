@@ -6,9 +6,9 @@ from ssd_jax.models.vocabulary import Vocabulary
 from ssd_jax.training import ar
 
 
-def test_codes_of_other_pictures_are_not_taken(
+def test_codes_of_other_images_are_not_reused(
     tmp_path, monkeypatch, capsys):
-  """Kept codes belong to their pictures and tokenizer; others are made anew,
+  """Kept codes belong to their images and tokenizer; others are made anew,
   and so are damaged ones."""
   monkeypatch.setattr(
       ar, "reconstruct",

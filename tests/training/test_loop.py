@@ -44,7 +44,8 @@ def test_twenty_kills_while_saving(tmp_path):
 
 
 def test_sigterm_saves_exits_0_and_resumes(tmp_path, monkeypatch, capsys):
-  """Told to stop in step 5: that step is saved, the rest is the same bits."""
+  """Reported to stop in step 5: that step is saved, the rest is the same
+  bits."""
   whole = tiny.train(tmp_path / "whole", 8)
   due, steps = loop.Preemption.is_due, itertools.count(1)
 
@@ -96,7 +97,7 @@ def test_a_single_bit_of_a_training_checkpoint_is_noticed(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["checkpoints", "logs"])
 def test_a_file_in_place_of_a_runs_folder_is_one_line(tmp_path, name):
-  """Told before anything is trained; nothing waits for it for ever."""
+  """Reported before anything is trained; nothing waits for it for ever."""
   (tmp_path / name).write_text("mine")
   with pytest.raises(UserError, match=f"{name}, which is no folder"):
     tiny.train(tmp_path, 2)

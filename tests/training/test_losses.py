@@ -1,4 +1,4 @@
-"""Losses of the spatial heads: which cell predicts which, smooth L1."""
+"""Losses of the spatial heads: which token predicts which, smooth L1."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def some_cells(shape=(2, 6)):
 
 
 def test_pairs_are_cells_of_the_same_row_or_column():
-  """No pair leaves its row or column; end-of-row slots are no cells."""
+  """No pair leaves its row or column; end-of-row slots are no tokens."""
   grid = Grid(2, 3, end_of_row=True)
   target, exists = losses.pairs(grid, "horizontal", 2, wrap=False)
   assert target[exists].tolist() == [1, 2, 4, 5, 2, 5]
@@ -64,7 +64,8 @@ class Oracle(SpatialHeads):
 
 @pytest.mark.parametrize("target", ["pre", "post"])
 def test_the_right_prediction_is_always_accepted(pipe, target):
-  """Goals are states that predict the target cell, decoded to the trunk's p."""
+  """Goals are states that predict the target token, decoded to the trunk's
+  p."""
   heads, params = make_heads(pipe, HeadsOptions(3, 2, target=target))
   oracle = Oracle(heads.generator, heads.cfg)
   tokens = pipe.sequence(np.arange(24).reshape(2, 3, 4) % 5)
@@ -82,7 +83,7 @@ def test_the_right_prediction_is_always_accepted(pipe, target):
 @pytest.mark.quick(3)
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_ablation_has_a_loss_and_a_law(pipe, inputs, target):
+def test_every_ablation_has_finite_losses_and_logits(pipe, inputs, target):
   """Each input x target gives finite losses and drafts."""
   heads, params = make_heads(pipe, HeadsOptions(1, 1, inputs, target))
   hidden, tokens = some_cells((2, 14))
@@ -94,7 +95,8 @@ def test_every_ablation_has_a_loss_and_a_law(pipe, inputs, target):
 
 
 def test_the_whole_distribution_is_the_mean_of_all_tokens(pipe):
-  """Fitted to the trunk's law, the loss is the token's, averaged over it."""
+  """Fitted to the trunk's distribution, the loss is the token's, averaged over
+  it."""
   of = lambda target: make_heads(pipe, HeadsOptions(1, 1, "h+e", target))
   (heads, params), (by_token, _) = of("distribution"), of("token")
   hidden, tokens = some_cells((1, 14))

@@ -18,7 +18,7 @@ from ssd_jax.training.self_distillation import GenerationConfig, Teacher
 from tests.support import ROOT, tiny_training as tiny
 
 
-def test_a_removed_shard_is_drawn_again(tmp_path):
+def test_a_removed_shard_is_generated_again(tmp_path):
   """The same images; the other shards are not touched."""
   teacher, cfg = tiny.teacher(), GenerationConfig(batch=2, shard=2)
   before = self_distillation.generate_images(
@@ -69,7 +69,7 @@ def drawn(teacher, tmp_path_factory):
 
 
 def test_images_are_those_of_ar(pipe, drawn):
-  """Stage one stores what generate() draws for the same seed, in codes."""
+  """Stage one stores what generate() generates for the same seed, in codes."""
   out = pipe.generate(list(CAPTIONS), AR(), seed=5, batch=11)
   np.testing.assert_array_equal(drawn.tokens, out.tokens.reshape(11, -1))
   assert drawn.tokens.dtype == np.uint8
@@ -79,7 +79,8 @@ def test_images_are_those_of_ar(pipe, drawn):
 
 
 def draw_until_killed(folder):
-  """Draws into a folder; dies by SIGKILL while it writes the second shard."""
+  """Generates into a folder; dies by SIGKILL while it writes the second
+  shard."""
   real, calls = self_distillation.os.replace, []
 
   def replace(partial, path):
@@ -93,7 +94,7 @@ def draw_until_killed(folder):
   )
 
 
-def test_a_killed_draw_loses_and_repeats_nothing(
+def test_a_killed_generation_loses_and_repeats_nothing(
     teacher, drawn, tmp_path, monkeypatch
 ):
   """Killed before the second shard's rename and restarted: the same images."""

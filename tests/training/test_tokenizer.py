@@ -13,7 +13,7 @@ from ssd_jax.training.tokenizer import TokenizerConfig, load_augmented
 
 
 def test_codebook_starts_and_restarts_where_pixels_are_wrong():
-  """Codes out of use become latents of wrong cells, never of blank ones."""
+  """Codes out of use become latents of wrong tokens, never of blank ones."""
   cfg = tokenizer.TokenizerConfig()
   z = jnp.concatenate([jnp.zeros((1, 8, 8, 4)), jnp.ones((1, 8, 8, 4))])
   error = jnp.concatenate([jnp.zeros((1, 8, 8)), jnp.ones((1, 8, 8))])

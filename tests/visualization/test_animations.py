@@ -21,7 +21,7 @@ class Painter:
 
 
 def traced():
-  """The output of a 2x2 image of passes as in COMMIT; 4 px cells of 2."""
+  """The output of a 2x2 image of passes as in COMMIT; 4 px tokens of 2."""
   history = np.zeros((1, 6, 2, 2), np.int32)
   history[0, 0] = [[10, 0], [0, 0]]
   history[0, 1] = [[10, 20], [30, 77]]
@@ -35,7 +35,7 @@ def traced():
 
 
 def test_final_cells_are_shown_drafts_dimmed_the_rest_grey():
-  """Each frame tells final cells, drafts and empty cells apart."""
+  """Each frame tells final tokens, drafts and empty tokens apart."""
   fill = animations.filling(Painter(), traced(), 0, "ar")
   np.testing.assert_array_equal(fill.shown, [1, 2, 3, 4])
   dim = lambda code: int((code + BLANK) / 2)
@@ -105,7 +105,8 @@ def test_heat_map_colours_passes():
 
 
 def test_pareto_plot_is_written(tmp_path):
-  """Points with and without intervals are drawn, in as many panels as given."""
+  """Points with and without intervals are generated, in as many panels as
+  given."""
   points = [
       animations.Point("ar", True, 1.0, (0.9, 1.1), 0.0, (0.0, 0.0)),
       animations.Point("ssd", False, 4.0, (3.0, 5.0), 0.3, None)]

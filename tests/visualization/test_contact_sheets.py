@@ -34,7 +34,7 @@ def test_large_pictures_are_shrunk():
   assert sheet.height < 160 and sheet.width < 240
 
 
-def test_a_sheet_says_what_was_asked():
+def test_a_sheet_shows_the_prompts():
   """Three pictures in two rows, each whole, with room for its caption."""
   images = [np.full((40, 60, 3), i, np.uint8) for i in range(3)]
   sheet = np.asarray(
@@ -44,7 +44,7 @@ def test_a_sheet_says_what_was_asked():
   assert all((sheet == i).all(-1).sum() >= 40 * 60 for i in range(3))
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
   """What cannot be written ends in one line and leaves nothing behind."""
   def fail(self, path, *args, **kwargs):
     path.write_bytes(b"half")

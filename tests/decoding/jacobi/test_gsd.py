@@ -13,7 +13,7 @@ from tests.support import testkit as kit
 
 @functools.cache
 def draw(decoder):
-  """(tokens, passes) of 32 guided images of 4 x 4 cells and 12 codes."""
+  """(tokens, passes) of 32 guided images of 4 x 4 tokens and 12 codes."""
   pipe = kit.tiny(
       4, 4, 12, end_of_row=True, heads=(0, 0), guidance=2.0, top_k=8)
   out = kit.draw(pipe, decoder, 32)
@@ -51,6 +51,6 @@ def test_cluster_beyond_the_vocabulary_is_an_error():
 @pytest.mark.parametrize("setting", [
     {"group": 0}, {"max_gap": -0.1}, {"max_distance": -1.0}, {"window": 0}])
 def test_bad_settings_end_in_one_line(setting):
-  """An impossible setting is the user's mistake, told in one line."""
+  """An impossible setting is the user's mistake, reported in one line."""
   with pytest.raises(UserError, match="^Expected .*got"):
     GSD(**setting)

@@ -1,4 +1,5 @@
-"""SJD and its successors: their law, their counts, what they reduce to."""
+"""SJD and its successors: their distribution, their counts, what they reduce
+to."""
 
 import types
 
@@ -36,7 +37,8 @@ def larger(rows=4, end_of_row=True, **sampling):
     (Continuation(4, "sample_above"), True, FILTERED, 4),
 ], ids=str)
 def test_lossless(decoder, end_of_row, sampling, group):
-  """The law of whole images is AR's, drawn one by one or four at a time."""
+  """The distribution of whole images is AR's, generated one by one or four at a
+  time."""
   kit.assert_lossless(small(end_of_row, **sampling), decoder, group)
 
 
@@ -53,7 +55,7 @@ def test_lossless(decoder, end_of_row, sampling, group):
     (GSD(4, group=1), True, {}, 1),
 ], ids=str)
 def test_lossless_everywhere(decoder, end_of_row, sampling, group):
-  """Every initialisation, coupling and tail keeps AR's law."""
+  """Every initialisation, coupling and tail keeps AR's distribution."""
   kit.assert_lossless(small(end_of_row, **sampling), decoder, group)
 
 
@@ -70,7 +72,7 @@ def test_images_do_not_depend_on_the_batch():
     pytest.param(SJD(16, acceptance="equality"), False, marks=pytest.mark.slow),
 ], ids=str)
 def test_equals_ar(decoder, end_of_row):
-  """A window of one, and equality Jacobi, give AR's tokens cell by cell."""
+  """A window of one, and equality Jacobi, give AR's tokens token by token."""
   pipe = larger(3, end_of_row, **FILTERED)
   out = kit.assert_same_as_ar(pipe, decoder, 16)
   assert (out.passes <= pipe.model.grid.num_tokens).all()
@@ -100,7 +102,7 @@ def test_reference_tail_goes_one_by_one():
 
 
 def test_passes_are_bounded():
-  """A pass ends at least one cell and at most W; forced slots cost none."""
+  """A pass ends at least one token and at most W; forced slots cost none."""
   out = kit.run(kit.chain(4, 4, True, vocab=5), Continuation(5), 32)
   assert out.tokens.min() >= 0 and out.tokens.max() < 5
   assert (np.diff(out.commit_pass.reshape(32, -1), axis=1) <= 1).all()
@@ -129,7 +131,7 @@ def first(init, last, slots, end_of_row=True):
     ("sample_above", 4, [5, 6, 2], [25, 26, None]),
     ("random", 4, [5, 6], [None, None]),
 ])
-def test_first_drafts(init, last, slots, expected):
+def test_initial_drafts(init, last, slots, expected):
   """Fresh slots copy or sample the nearest known neighbour, else are random.
 
   Slots 3 and 7 end rows; a neighbour beyond `last` is looked for further on.
@@ -153,7 +155,7 @@ def test_first_drafts(init, last, slots, expected):
     lambda: Continuation(-1),
 ])
 def test_bad_settings_end_in_one_line(make):
-  """An impossible setting is the user's mistake, told in one line."""
+  """An impossible setting is the user's mistake, reported in one line."""
   with pytest.raises(UserError, match="^Expected .*got") as error:
     make()
   assert "\n" not in str(error.value)

@@ -23,7 +23,7 @@ def test_rows_one_after_the_other_are_lossless(grid, decoder, group):
 
 
 @pytest.mark.slow
-def test_an_early_row_is_told_apart():
+def test_the_bias_of_an_early_row_is_detected():
   """The same test sees rows that start before the one above ends."""
   pipe = kit.tiny(rows=2, cols=3, vocab=2)
   out = kit.draw(pipe, PJD(context=1))
@@ -37,7 +37,7 @@ def test_an_early_row_is_told_apart():
     (False, PJD(context=1, keep=True)),
 ])
 def test_rows_advance_and_never_overtake(end_of_row, decoder):
-  """The top row wins a cell in every pass; no row overtakes the one above."""
+  """The top row wins a token in every pass; no row overtakes the one above."""
   model = kit.chain(6, 7, end_of_row, vocab=9)
   out = kit.run(model, decoder, 16)
   kit.assert_well_recorded(out)
@@ -46,8 +46,8 @@ def test_rows_advance_and_never_overtake(end_of_row, decoder):
   assert (np.diff(out.commit_pass, axis=1) >= 0).all()
 
 
-def test_the_context_is_counted_in_cells():
-  """A row's first cell is final only after `context` cells above it."""
+def test_the_context_is_counted_in_tokens():
+  """A row's first token is final only after `context` tokens above it."""
   out = kit.run(kit.chain(6, 7), PJD(context=3), 16)
   assert (out.commit_pass[:, 1:, 0] > out.commit_pass[:, :-1, 2]).all()
 
@@ -62,7 +62,7 @@ def test_images_do_not_depend_on_the_batch():
     (1, 6, False), (6, 1, True), (1, 1, False),
 ])
 def test_single_rows_and_columns(rows, cols, end_of_row):
-  """Grids of one row or one column are drawn in full."""
+  """Grids of one row or one column are generated in full."""
   out = kit.run(kit.chain(rows, cols, end_of_row), PJD())
   kit.assert_well_recorded(out)
   assert out.passes.max() <= rows * cols

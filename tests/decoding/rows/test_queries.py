@@ -49,8 +49,8 @@ def fed(*args, **kwargs):
   }
 
 
-def test_what_has_nothing_to_say_is_left_out():
-  """A final token is fed once, and again while the next cell is open."""
+def test_what_predicts_nothing_open_is_left_out():
+  """A final token is fed once, and again while the next token is open."""
   model = kit.chain(3, 4)
   state = drafted(model, 2)
   state = state.replace(
@@ -62,7 +62,7 @@ def test_what_has_nothing_to_say_is_left_out():
 
 
 def test_the_frontier_of_rows():
-  """The last final cell of each row, its next ones, and what was not fed."""
+  """The last final token of each row, its next ones, and what was not fed."""
   model = kit.chain(3, 4, True)  # slots 0 1 2 3 | 4 forced | 5 ...
   state = drafted(model, 2)
   state = state.replace(
@@ -86,7 +86,7 @@ def test_what_was_never_fed_is_not_seen():
 
 
 def test_row_causal_hides_drafts_of_other_rows():
-  """A query sees final cells, its own row and the slot before it."""
+  """A query sees final tokens, its own row and the slot before it."""
   model = kit.chain(3, 3)
   seen = fed(model, drafted(model, 2), row_causal=True)
   assert seen[1] == {0, 1}

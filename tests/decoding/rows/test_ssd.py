@@ -74,7 +74,7 @@ def test_a_trunk_changes_no_count():
 
 
 @pytest.mark.slow
-def test_heads_speak_only_when_they_are_due():
+def test_heads_run_only_when_they_are_due():
   """Per image one group of row 0 in three passes, then a row in three."""
   asked = []
   pipe = kit.tiny(4, 4, guidance=2.0)
@@ -94,8 +94,10 @@ def test_heads_speak_only_when_they_are_due():
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("end_of_row, vertical", [(False, 1), (True, 2)])
-def test_heads_read_the_state_and_the_token_of_their_cell(end_of_row, vertical):
-  """Drafts that nobody corrects say what they were drawn from."""
+def test_heads_read_the_state_and_the_token_they_start_from(
+    end_of_row, vertical
+):
+  """Drafts that nobody corrects say what they were sampled from."""
   grid = Grid(5, 6, end_of_row)
   slots, codes = np.asarray(grid.slot_of), 3 * grid.length
   state_of_slot_0 = codes - 1  # the prefill's
@@ -157,8 +159,9 @@ def test_images_do_not_depend_on_the_batch(decoder):
     (dict(rows=4, cols=1, end_of_row=True), SSD(rounds=1)),
     (dict(rows=3, cols=1, top_k=2, top_p=0.9, guidance=2.0), SSD(rounds=1)),
 ])
-def test_blocks_of_one_cell_are_lossless(grid, decoder):
-  """A round corrects a draft whose context is final to the target's law."""
+def test_blocks_of_one_token_are_lossless(grid, decoder):
+  """A round corrects a draft whose context is final to the target's
+  distribution."""
   assert_ar_distribution(kit.tiny(**grid), decoder)
 
 
@@ -168,7 +171,7 @@ def assert_ar_distribution(pipe, decoder):
 
 
 @pytest.mark.slow
-def test_without_rounds_the_law_is_the_heads():
+def test_without_rounds_the_distribution_is_the_heads():
   """The same test sees drafts that were never corrected."""
   pipe = kit.tiny(rows=1, cols=4)
   out = kit.draw(pipe, SSD(horizontal=1, horizontal_rounds=0))
@@ -192,7 +195,8 @@ def test_adaptive_saves_passes(decoder):
 
 @pytest.mark.slow
 def test_lenience_keeps_more_drafts_at_the_same_passes():
-  """Fewer drafts are redrawn, in as many passes, and the law gives way."""
+  """Fewer drafts are resampled, in as many passes, and the distribution gives
+  way."""
   pipe = kit.tiny(rows=1, cols=4)
   strict, lenient = (
       kit.draw(pipe, SSD(horizontal=1, lenience=x)) for x in (1.0, 0.05))
@@ -202,7 +206,8 @@ def test_lenience_keeps_more_drafts_at_the_same_passes():
 
 @pytest.mark.slow
 def test_argmax_drafts():
-  """Greedy drafts are tested as what they are: their law is exact as well."""
+  """Greedy drafts are tested as what they are: their distribution is exact as
+  well."""
   assert_ar_distribution(
       kit.tiny(rows=1, cols=4), SSD(horizontal=1, drafts="argmax")
   )

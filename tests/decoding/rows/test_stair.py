@@ -1,4 +1,4 @@
-"""Staircases: the exact one's law and tokens, bounds of both."""
+"""Staircases: the exact one's distribution and tokens, bounds of both."""
 
 import functools
 
@@ -31,7 +31,8 @@ _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
           Exact(drafts="above"), 4),
 ])
 def test_whole_row_ahead_is_lossless(grid, decoder, group):
-  """With the row above final, the joint law is AR's, in fewer passes."""
+  """With the row above final, the joint distribution is AR's, in fewer
+  passes."""
   pipe = kit.tiny(**grid)
   out = kit.assert_lossless(pipe, decoder, group)
   assert out.passes.mean() < pipe.model.grid.num_tokens
@@ -52,8 +53,8 @@ def test_what_is_lossless_is_known_for_a_grid():
 
 
 @pytest.mark.slow
-def test_the_law_of_a_short_lookahead_is_told_apart():
-  """The same test sees what a lookahead of one cell costs."""
+def test_the_bias_of_a_short_lookahead_is_detected():
+  """The same test sees what a lookahead of one token costs."""
   pipe = kit.tiny(**_WIDE)
   out = kit.draw(pipe, Stair(lookahead=1))
   assert kit.p_value(pipe, out.tokens) < 1e-3
@@ -67,7 +68,7 @@ def test_the_law_of_a_short_lookahead_is_told_apart():
      Exact(coupled=True, drafts="above")),
 ])
 def test_coupled_gives_the_tokens_of_ar(grid, decoder):
-  """With each cell's own noise, drafting changes no token."""
+  """With each token's own noise, drafting changes no token."""
   pipe = kit.tiny(**grid)
   out = kit.assert_same_as_ar(pipe, decoder)
   kit.assert_well_recorded(out)
@@ -85,8 +86,8 @@ def test_images_do_not_depend_on_the_batch(end_of_row, decoder):
 
 
 @pytest.mark.slow
-def test_sure_cells_wait_less():
-  """Cells of no entropy need no lookahead, and the bound is shorter by it."""
+def test_sure_tokens_wait_less():
+  """Tokens of no entropy need no lookahead, and the bound is shorter by it."""
   model = kit.chain(6, 8, vocab=9)
   steady = kit.run(model, Stair(lookahead=6, rows=6, queries=36), 16)
   hasty = kit.run(
@@ -107,7 +108,7 @@ def test_lenience_saves_passes():
 
 
 @pytest.mark.slow
-def test_the_law_of_lenience_is_told_apart():
+def test_the_bias_of_lenience_is_detected():
   """Drafts that pass too often show, though whole rows are waited for."""
   pipe = kit.tiny(**_WIDE)
   out = kit.draw(pipe, Stair(lookahead=3, lenience=0.3))
@@ -115,9 +116,9 @@ def test_the_law_of_lenience_is_told_apart():
 
 
 @pytest.mark.slow
-def test_lenience_bounds_every_cell():
+def test_lenience_bounds_every_token():
   """Where whole rows are waited for, no token is 1 / lenience times as probable
-  as the model says, given the cells before it; seen at the last cell."""
+  as the model says, given the tokens before it; seen at the last token."""
   pipe = kit.tiny(**_WIDE)
   out = kit.draw(pipe, Stair(lookahead=3, lenience=0.6), 60_000)
   last = lambda counts: counts.reshape(-1, 2) / np.maximum(
@@ -131,7 +132,8 @@ def test_lenience_bounds_every_cell():
 
 @pytest.mark.slow
 def test_defaults_follow_the_grid():
-  """Five rows of queries; leniently, but where the law would else be AR's."""
+  """Five rows of queries; leniently, but where the distribution would else be
+  AR's."""
   model = kit.chain(6, 8, vocab=9)
   plain = kit.run(model, Stair(), 16)
   spelt = kit.run(model, Stair(lookahead=4, lenience=0.6, queries=40), 16)
@@ -145,7 +147,7 @@ def test_defaults_follow_the_grid():
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("queries", [1, 5])
 def test_few_queries_cost_passes(queries):
-  """However few slots a pass may feed, a cell is won in each."""
+  """However few slots a pass may feed, a token is won in each."""
   model = kit.chain(6, 8, vocab=9)
   out = kit.run(model, Stair(queries=queries), 16)
   kit.assert_well_recorded(out)
@@ -158,7 +160,7 @@ def test_few_queries_cost_passes(queries):
     (0, 6, 0), (0, 3, 2), (1, 6, 8), (3, 6, 1), (8, 3, 1), (8, 1, 2),
 ])
 def test_passes_are_bounded(lookahead, rows, entry):
-  """A cell per row and pass once the rows above are far enough."""
+  """A token per row and pass once the rows above are far enough."""
   model = kit.chain(6, 8, vocab=9)
   decoder = Stair(
       lookahead=lookahead, rows=rows, entry=entry, queries=rows * 8)
@@ -170,9 +172,9 @@ def test_passes_are_bounded(lookahead, rows, entry):
 
 
 def latest_passes(grid, decoder):
-  """int [R, C]: the pass at which each cell is final at the latest.
+  """int [R, C]: the pass at which each token is final at the latest.
 
-  A cell of the row above counts in the pass after it became final, unless its
+  A token of the row above counts in the pass after it became final, unless its
   draft passed; a row starts in the pass after it was drafted.
   """
   last = np.zeros((grid.rows, grid.cols), int)
@@ -197,7 +199,7 @@ def latest_passes(grid, decoder):
     (1, 6, False), (6, 1, True), (1, 1, False),
 ])
 def test_single_rows_and_columns(rows, cols, end_of_row):
-  """Grids of one row or one column are drawn in full, without heads too."""
+  """Grids of one row or one column are generated in full, without heads too."""
   model = kit.chain(rows, cols, end_of_row, heads=(0, 0))
   out = kit.run(model, Stair())
   kit.assert_well_recorded(out)

@@ -43,8 +43,8 @@ def queries_of(
 
 
 @pytest.mark.parametrize("end_of_row", [False, True])
-def test_rows_in_flight_predict_each_cell_once(end_of_row):
-  """R x row slots queries predict every open cell of R rows."""
+def test_rows_in_flight_predict_each_token_once(end_of_row):
+  """R x row slots queries predict every open token of R rows."""
   model = kit.chain(5, 4, end_of_row)
   state = drafted(model, 3)
   queries = queries_of(model, state, size=3 * model.grid.row_slots)
@@ -54,8 +54,8 @@ def test_rows_in_flight_predict_each_cell_once(end_of_row):
   np.testing.assert_array_equal(cells, model.grid.slot_of[:3].ravel()[1:])
 
 
-def test_the_distributions_move_with_their_cells():
-  """A cell keeps its q when the window begins elsewhere."""
+def test_the_distributions_move_with_their_tokens():
+  """A token keeps its q when the window begins elsewhere."""
   model = kit.chain(5, 3)
   state = drafted(model, 2)
   state = state.replace(q=jnp.arange(6.0)[:, None] * jnp.ones(model.vocab))
@@ -69,7 +69,7 @@ def test_the_distributions_move_with_their_cells():
 
 
 def test_a_token_is_settled_once_it_was_fed():
-  """A draft that passed has been fed, one that was redrawn has not."""
+  """A draft that passed has been fed, one that was resampled has not."""
   model = kit.chain(2, 3, vocab=4)
   state = drafted(model, 1)
   state = state.replace(q=jnp.full_like(state.q, 0.25))
@@ -85,7 +85,7 @@ def test_a_token_is_settled_once_it_was_fed():
 
 
 def test_the_first_test_of_a_draft_is_strict():
-  """Leniency is for what a pass has kept or drawn, not for first drafts."""
+  """Leniency is for what a pass has kept or generated, not for first drafts."""
   model = kit.chain(2, 40, vocab=4)
   state = drafted(model, 1)
   state = state.replace(q=jnp.full_like(state.q, 0.25))
@@ -106,7 +106,7 @@ def test_the_first_test_of_a_draft_is_strict():
 
 
 def test_a_token_without_a_distribution_is_no_draft():
-  """What stands in for a token is drawn like a cell that holds none."""
+  """What stands in for a token is generated like a token that holds none."""
   model = kit.chain(2, 3, vocab=4)
   state = drafted(model, 1)
   queries = queries_of(model, state, size=2)

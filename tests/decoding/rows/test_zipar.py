@@ -46,7 +46,7 @@ def test_passes_with_row_ends(window):
 def test_candidates_that_pass_cost_a_pass_each(window, published):
   """The paper's counts on 24x24, where no window was widened.
 
-  A first token is drawn, then tested: 2W + (R - 2)(w + 1).
+  A first token is generated, then tested: 2W + (R - 2)(w + 1).
   """
   out = kit.run(kit.chain(24, 24), ZipAR(window=window, adaptive=True), 2)
   assert (out.passes == published).all()
@@ -57,14 +57,15 @@ def test_candidates_that_pass_cost_a_pass_each(window, published):
     (False, False, 1), (True, True, 4),
 ])
 def test_a_window_of_a_row_is_lossless(end_of_row, adaptive, group):
-  """The law of whole images is AR's."""
+  """The distribution of whole images is AR's."""
   pipe = kit.tiny(rows=3, cols=2, vocab=2, end_of_row=end_of_row)
   kit.assert_lossless(pipe, ZipAR(window=3, adaptive=adaptive), group)
 
 
 @pytest.mark.slow
-def test_a_short_window_is_told_apart_from_ar():
-  """A row that has not seen the end of the one above has another law."""
+def test_the_bias_of_a_short_window_is_detected():
+  """A row that has not seen the end of the one above has another
+  distribution."""
   pipe = kit.tiny(rows=3, cols=2, vocab=2)
   out = kit.draw(pipe, ZipAR(window=1))
   assert kit.p_value(pipe, out.tokens) < 1e-3

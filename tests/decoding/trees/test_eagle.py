@@ -1,4 +1,5 @@
-"""Draft trees: shapes, AR's tokens, the exact law, counts, the cut end."""
+"""Draft trees: shapes, AR's tokens, the exact distribution, counts, the cut
+end."""
 
 import functools
 
@@ -52,8 +53,9 @@ def test_given_drafts_yield_ars_tokens(grid, decoder, sampling):
     dict(rows=2, cols=2, end_of_row=True),
     dict(rows=2, cols=3, guidance=2.0),
 ])
-def test_sampled_drafts_keep_the_law(grid, group):
-  """Chi-square against the enumerated law, alone and in groups of four."""
+def test_sampled_drafts_keep_the_distribution(grid, group):
+  """Chi-square against the enumerated distribution, alone and in groups of
+  four."""
   pipe = tiny(**grid)
   tree = WIDE if pipe.model.grid.length >= 6 else "0/1/2/00"
   found = exactness.examine(
@@ -64,8 +66,8 @@ def test_sampled_drafts_keep_the_law(grid, group):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", [Eagle(), Eagle("0/1/00/01/000")])
-def test_best_drafts_keep_the_law(decoder):
-  """Dynamic and static trees of best drafts pass the laboratory too."""
+def test_best_drafts_keep_the_distribution(decoder):
+  """Dynamic and static trees of best drafts pass the exactness test too."""
   found = exactness.examine(
       tiny(rows=2, cols=3, guidance=2.0), decoder, "eagle", group=4)
   assert found.lossless and found.is_sound, found

@@ -109,13 +109,14 @@ def test_a_bound_that_lets_nothing_move_is_eagle(relaxed, exact):
     LanternPP(multiplier=1.0),
 ])
 def test_nothing_to_move_is_lossless(decoder):
-  """k = 0, delta = 0 and a multiplier of 1 claim EAGLE's law."""
+  """k = 0, delta = 0 and a multiplier of 1 claim EAGLE's distribution."""
   assert decoder.lossless
 
 
 @pytest.mark.slow
-def test_relaxing_saves_passes_and_is_told_from_exact():
-  """Fewer passes than EAGLE; the laboratory sees that the law is another."""
+def test_relaxing_saves_passes_and_is_detected():
+  """Fewer passes than EAGLE; the exactness test sees that the distribution is
+  another."""
   found, exact = (
       exactness.examine(tiny(), decoder, decoder.name, draws=4000)
       for decoder in (LanternPP("0/1/00/000", neighbours=2, multiplier=3.0),
