@@ -1,1 +1,1 @@
-"""Published PyTorch checkpoints to model folders."""
+"""Conversion of published PyTorch checkpoints to model folders."""

@@ -1,4 +1,8 @@
-"""How published checkpoints of Anole-7B become our arrays."""
+"""Recipe for published checkpoints of Anole-7B.
+
+The native checkpoint rotates adjacent pairs of a head's entries, transformers'
+checkpoint pairs of the two halves; both become halves here.
+"""
 
 from collections.abc import Iterable
 
@@ -30,7 +34,7 @@ _NATIVE = ("**/consolidated.pth", "**/consolidated.*.pth")
 
 
 def recipe(config: ml_collections.ConfigDict) -> Recipe:
-  """How a model folder is made of the published files."""
+  """Returns the recipe of a model folder."""
   family = Anole(config)
   settings = published.settings_of(config, _KEEP)
   shapes = published.trunk_shapes(family.trunk)

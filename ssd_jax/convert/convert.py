@@ -1,9 +1,10 @@
-"""Published PyTorch checkpoints -> a model folder of orbax checkpoints.
+"""Converts published PyTorch checkpoints to a folder of orbax checkpoints.
 
-Tensors are read, turned and written one at a time, or in pieces where they are
-large, so that memory stays far below the size of a model. Work happens in a
-folder beside the target, with a journal of what is done: an interrupted
-conversion goes on where it stopped, and the target appears by one rename.
+Tensors are read, converted and written one at a time, or in pieces if they are
+large, so memory use stays far below the size of a model. The conversion works
+in a folder beside the target, with a journal of completed pieces: an
+interrupted conversion resumes where it stopped, and the target appears by one
+rename.
 """
 
 from collections.abc import Callable, Container, Iterable
@@ -36,7 +37,7 @@ _SHOWN = 6  # names listed in an error
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-  """What is read, written and noted in the journal at a time."""
+  """A piece that is read, written and entered in the journal at a time."""
 
   part: int
   row: Row
@@ -45,20 +46,21 @@ class Unit:
 
   @property
   def name(self) -> str:
-    """Of the piece, unique in a conversion."""
+    """Name of the piece, unique in a conversion."""
     layer = "" if self.row.layer is None else f"[{self.row.layer}]"
     return f"{self.row.target}{layer}@{self.row.at + self.start}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A conversion that has been checked.
+  """A validated conversion.
 
   Attributes:
-    recipe: How the folder is made.
+    recipe: Recipe of the model folder.
     found: The opened checkpoint of each part.
-    assets: Files to be copied.
-    dtype: Of the trunk and the text encoder; tokenizers stay in float32.
+    assets: Files to copy.
+    dtype: Type of the trunk and the text encoder; image tokenizers stay in
+      float32.
   """
 
   recipe: Recipe
@@ -68,7 +70,7 @@ class Job:
 
   @functools.cached_property
   def leaves(self) -> dict[str, Any]:
-    """All arrays by path, in the dtype they are stored in."""
+    """Shape and stored dtype of all arrays, by path."""
     wanted = lambda path: (
         np.float32 if path.startswith("vq/") else DTYPES[self.dtype])
     return {path: (leaf.shape, np.dtype(wanted(path)))
@@ -76,13 +78,13 @@ class Job:
 
   @property
   def size(self) -> int:
-    """Bytes to be written."""
+    """Number of bytes to write."""
     return sum(math.prod(shape) * dtype.itemsize
                for shape, dtype in self.leaves.values())
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Changes with the files, the settings and the dtype."""
+    """Hash of the files, the settings and the dtype."""
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns)
              for found in self.found for f in found.files]
     sha256 = lambda data: hashlib.sha256(data).hexdigest()
@@ -93,7 +95,7 @@ class Job:
     return sha256(text.encode())
 
   def units(self) -> Iterable[Unit]:
-    """Everything that is to be done."""
+    """Yields all pieces of the conversion."""
     for index, part in enumerate(self.recipe.parts):
       for row in part.table.rows:
         if row.convert is not recipes.copy or row.layer is not None:
@@ -108,20 +110,20 @@ class Job:
 def open_job(
     recipe: Recipe, folders: dict[str, pathlib.Path], dtype: str
 ) -> Job:
-  """The conversion of the checkpoints in `folders`, checked.
+  """Opens and validates a conversion of the checkpoints in `folders`.
 
   Args:
-    recipe: Of the family.
-    folders: Of each flag: "source", "vq", "text_encoder", "tokenizer"; what is
-      not named is looked for in "source".
+    recipe: Recipe of the family.
+    folders: Folder of each flag: "source", "vq", "text_encoder", "tokenizer";
+      missing ones are looked up in "source".
     dtype: A key of DTYPES.
 
   Raises:
-    UserError: when files are missing or damaged, or are another family's.
+    UserError: Files are missing, damaged, or belong to another family.
   """
   if dtype not in DTYPES:
-    raise UserError(f"Expected one of {sorted(DTYPES)}, got dtype {dtype!r}. "
-                    "Change --dtype.")
+    raise UserError(
+        f"Expected --dtype to be one of {sorted(DTYPES)}, got {dtype!r}.")
   found = []
   for part in recipe.parts:
     checkpoint = _open(part, folders)
@@ -139,33 +141,33 @@ def _open(part: Part, folders: dict[str, pathlib.Path]) -> Checkpoint:
   inside = source if source.is_dir() else source.parent
   if not any(any(inside.glob(pattern)) for pattern in part.source_patterns):
     raise UserError(
-        f"Expected the {part.flag.replace('_', ' ')} there, got {inside} "
-        f"without any of {', '.join(part.source_patterns)}. Say where it is with "
-        f"--{part.flag}.")
+        f"Expected a folder with the {part.flag.replace('_', ' ')}, got "
+        f"{inside} without any of {', '.join(part.source_patterns)}. Pass its "
+        f"location with --{part.flag}.")
   return tensors.open_checkpoint(inside, part.source_patterns)
 
 
 def tokenizer_flags(given: Container[str]) -> tuple[str, ...]:
-  """Flags of the places that may hold the tokenizer, the first one first."""
+  """Returns the flags of locations that may hold the tokenizer, in order."""
   return ("tokenizer",) if "tokenizer" in given else ("source", "text_encoder")
 
 
 def _asset(folders: dict[str, pathlib.Path], pattern: str) -> pathlib.Path:
-  """A file of the tokenizer, where the flags say, or beside other parts."""
-  places = [folders[flag] for flag in tokenizer_flags(folders)
-            if flag in folders]
-  for place in places:
-    folder = place if place.is_dir() else place.parent
+  """Finds a file of the tokenizer at its own or the other parts' locations."""
+  paths = [folders[flag] for flag in tokenizer_flags(folders)
+           if flag in folders]
+  for path in paths:
+    folder = path if path.is_dir() else path.parent
     files = sorted(folder.glob(pattern))
     if files:
       return files[0]
   raise UserError(
-      "Expected the tokenizer's files there, got "
-      f"{' and '.join(map(str, places))} without {pattern}. Say where they "
-      "are with --tokenizer.")
+      "Expected a folder with the tokenizer's files, got "
+      f"{' and '.join(map(str, paths))} without {pattern}. Pass their location "
+      "with --tokenizer.")
 
 
-_SIGNS = {  # a tensor that only this family has
+_SIGNATURES = {  # name of a tensor that only this family has -> family
     "layers.0.attention.wqkv.weight": "llamagen",
     "gen_embed.weight": "janus",
     "layers.0.attention.wq.weight": "anole",
@@ -179,17 +181,17 @@ def _check_family(recipe: Recipe, part: Part, found: Checkpoint) -> None:
   expected = {s.name for row in part.table.rows for s in row.sources}
   if len(expected - set(found.tensors)) <= len(expected) // 2:
     return
-  guess = [sign for name, sign in _SIGNS.items()
+  guess = [family for name, family in _SIGNATURES.items()
            if name in found.tensors and name not in expected]
   looks = f" that looks like {guess[0]}" if guess else ""
   raise UserError(
-      f"Expected {recipe.family} with tensors such as {min(expected)}, got a "
-      f"checkpoint{looks} in {found.files[0].name}. Choose the --config of "
-      "its family, or another folder.")
+      f"Expected a checkpoint of {recipe.family} with tensors such as "
+      f"{min(expected)}, got a checkpoint{looks} in {found.files[0].name}. "
+      "Choose the --config of its family, or another folder.")
 
 
 def check_table(part: Part, found: Checkpoint) -> None:
-  """Raises UserError unless every tensor is known, there, and in shape."""
+  """Raises UserError if tensors are missing, unknown or of the wrong shape."""
   expected = {s.name: (s.shape, *s.others)
               for row in part.table.rows for s in row.sources}
   ignored = [re.compile(pattern) for pattern in part.table.ignored]
@@ -204,12 +206,13 @@ def check_table(part: Part, found: Checkpoint) -> None:
           for name, shapes in expected.items()
           if name in present and found.tensors[name].shape not in shapes),
   }
-  said = [_listing(kind, items) for kind, items in problems.items() if items]
-  if said:
+  found_problems = [
+      _listing(kind, items) for kind, items in problems.items() if items]
+  if found_problems:
     raise UserError(
         "Expected every tensor of this family and variant once, got "
-        f"{found.files[0].name} with {'; '.join(said)}. Choose the variant of "
-        "--config that matches the checkpoint.")
+        f"{found.files[0].name} with {'; '.join(found_problems)}. Choose the "
+        "variant of --config that matches the checkpoint.")
 
 
 def _listing(kind: str, items: list[str]) -> str:
@@ -222,16 +225,19 @@ def convert(
     job: Job, out: pathlib.Path,
     progress: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
-  """The report of a conversion into the new folder `out`.
+  """Runs a conversion into the new folder `out`.
 
   Args:
-    job: What to convert.
-    out: The folder; must not exist, or hold the same conversion.
-    progress: Called with bytes written.
+    job: The conversion.
+    out: The folder; it must not exist, or hold the same conversion.
+    progress: Called with the number of bytes written.
+
+  Returns:
+    The report of the conversion.
 
   Raises:
-    UserError: when `out` holds something else, the disk is too small, or
-      another conversion is writing there.
+    UserError: `out` holds something else, the disk is too small, or another
+      conversion writes to `out`.
   """
   out = out.absolute()
   report = existing_report(job, out)
@@ -244,8 +250,9 @@ def convert(
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise UserError(f"Expected one at a time, got {out} while another "
-                      "conversion writes it. Wait for it.") from error
+      raise UserError(
+          f"Expected one conversion to {out} at a time, got {out} while "
+          "another conversion writes it. Wait for it.") from error
     start = time.monotonic()
     done = _write_arrays(job, work, progress)
     report = _assemble(job, work, done, time.monotonic() - start)
@@ -259,9 +266,12 @@ def _work_folder(out: pathlib.Path) -> pathlib.Path:
 
 
 def existing_report(job: Job, out: pathlib.Path) -> dict[str, Any] | None:
-  """The report in `out` if it holds this conversion, None if it is free.
+  """Returns the report in `out` if it holds this conversion, None if empty.
 
-  What a conversion that was stopped at its very end left beside it goes.
+  Also removes the work folder of a conversion that was interrupted at its end.
+
+  Raises:
+    UserError: `out` holds something else.
   """
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
     return None
@@ -280,12 +290,13 @@ def _check_disk(job: Job, out: pathlib.Path, work: pathlib.Path) -> None:
   free, needed = shutil.disk_usage(above).free, job.size - written
   if needed * 1.02 > free:
     raise UserError(
-        f"Expected {needed * 1.02 / 1e9:.1f} GB, got {free / 1e9:.1f} GB free "
-        f"at {above}. Free some, or choose another --out.")
+        f"Expected {needed * 1.02 / 1e9:.1f} GB of free disk space, got "
+        f"{free / 1e9:.1f} GB free at {above}. Free some space, or choose "
+        "another --out.")
 
 
 def _write_arrays(job: Job, work: pathlib.Path, progress) -> dict[str, dict]:
-  """Writes what is not there yet; the journal's entries by unit."""
+  """Writes missing pieces; returns the journal's entries by piece."""
   journal, arrays = work / "journal.jsonl", work / "arrays"
   noted = array_store.read_journal(journal, job.fingerprint)
   if noted:
@@ -308,9 +319,9 @@ def _write_arrays(job: Job, work: pathlib.Path, progress) -> dict[str, dict]:
 def _verified_entries(
     job: Job, arrays: pathlib.Path, noted: dict[str, dict]
 ) -> dict[str, dict]:
-  """Of the journal, the arrays that hold what it says; others are removed.
+  """Returns journal entries of intact arrays; removes all other arrays.
 
-  What was noted may have been lost since: disks write late.
+  Disks write late, so pieces in the journal may be missing after a crash.
   """
   entries: dict[str, list[dict]] = {path: [] for path in job.leaves}
   for unit in job.units():
@@ -318,7 +329,8 @@ def _verified_entries(
       entries[unit.row.target].append(noted[unit.name])
   kept: dict[str, dict] = {}
   for path, mine in entries.items():
-    folder, (shape, dtype) = array_store.array_folder(arrays, path), job.leaves[path]
+    folder = array_store.array_folder(arrays, path)
+    shape, dtype = job.leaves[path]
     if mine and array_store.holds(folder, shape, dtype, mine):
       kept |= {entry["unit"]: entry for entry in mine}
     else:
@@ -327,7 +339,7 @@ def _verified_entries(
 
 
 def _write_unit(job: Job, arrays: pathlib.Path, unit: Unit) -> dict[str, Any]:
-  """Writes one piece; its entry in the journal."""
+  """Writes one piece; returns its journal entry."""
   row, found = unit.row, job.found[unit.part].tensors
   read = []
   for source in row.sources:
@@ -353,16 +365,15 @@ def _write_unit(job: Job, arrays: pathlib.Path, unit: Unit) -> dict[str, Any]:
 def _assemble(
     job: Job, work: pathlib.Path, done: dict[str, dict], seconds: float
 ) -> dict[str, Any]:
-  """Makes the model folder of the arrays; its report."""
+  """Assembles the model folder from the arrays; returns the report."""
   model = work / "model"
   for top in sorted({path.split("/")[0] for path in job.leaves}):
     paths = [p for p in job.leaves if p.startswith(top + "/")]
     array_store.write_skeleton(model / top, [p.split("/")[1:] for p in paths])
     for path in paths:
       shutil.rmtree(array_store.array_folder(model, path), ignore_errors=True)
-      os.rename(
-        array_store.array_folder(work / "arrays", path), array_store.array_folder(model, path)
-      )
+      os.rename(array_store.array_folder(work / "arrays", path),
+                array_store.array_folder(model, path))
     write_json(
       model / top / checkpoints.CHECKSUMS,
       {

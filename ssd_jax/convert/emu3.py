@@ -1,4 +1,4 @@
-"""How published checkpoints of Emu3-Gen 8B become our arrays."""
+"""Recipe for published checkpoints of Emu3-Gen 8B."""
 
 from collections.abc import Iterable
 
@@ -27,10 +27,10 @@ _VQ_FILES = tuple(
 
 
 def recipe(config: ml_collections.ConfigDict) -> Recipe:
-  """How a model folder is made of the published files.
+  """Returns the recipe of a model folder.
 
   Raises:
-    UserError: when the ratio is none.
+    UserError: The ratio is invalid.
   """
   family = Emu3(config)
   vq = family.vq.cfg

@@ -1,4 +1,4 @@
-"""Checkpoints in a folder, or fetched as "hf:ORG/NAME" by huggingface_hub."""
+"""Locations of checkpoints: local folders, or "hf:ORG/NAME" on the hub."""
 
 from collections.abc import Iterable, Sequence
 import dataclasses
@@ -16,42 +16,40 @@ PREFIX = "hf:"
 
 @dataclasses.dataclass(frozen=True)
 class Location:
-  """Where files of a checkpoint are.
+  """The location of a checkpoint's files.
 
   Attributes:
-    source: A path of a folder or file, or hf:ORG/NAME with an optional
-      @REVISION.
+    source: Path of a folder or file, or hf:ORG/NAME with an optional @REVISION.
   """
 
   source: str
 
   @property
   def is_remote(self) -> bool:
-    """Whether files are fetched."""
+    """Whether files are downloaded."""
     return self.source.startswith(PREFIX)
 
   @property
   def path(self) -> pathlib.Path:
-    """Of what is on this machine."""
+    """Path of a local source."""
     return pathlib.Path(self.source).expanduser()
 
   def has(self, patterns: Sequence[str]) -> bool:
-    """Whether a file fits a glob; nothing is fetched to know."""
+    """Returns whether a file matches a glob, without downloading anything."""
     if self.is_remote:
-      return bool(_fitting(self._listing[0], patterns))
+      return bool(_first_matches(self._listing[0], patterns))
     folder = self.path if self.path.is_dir() else self.path.parent
     return any(any(folder.glob(pattern)) for pattern in patterns)
 
   def folder(self, patterns: Sequence[Sequence[str]]) -> pathlib.Path:
-    """The local folder: itself, or what is fetched for it.
+    """Returns the local folder; downloads the needed files of a remote source.
 
     Args:
-      patterns: For each thing that is looked for, its globs in order; the files
-        of the first that fits are fetched, and what is there already is not
-        fetched again.
+      patterns: For each needed item, its globs in order. The files that match
+        the first matching glob are downloaded, unless they are already local.
 
     Raises:
-      UserError: when the repository is not there, gated, or out of reach.
+      UserError: The repository is missing, gated or unreachable.
     """
     if not self.is_remote:
       return self.path
@@ -60,16 +58,16 @@ class Location:
       return self._fetch(present, is_offline, patterns)
     except UserError:
       raise
-    except Exception as error:  # of many kinds: HTTP, connection, disk
+    except Exception as error:  # of many types: HTTP, connection, disk
       raise self._unreachable(error) from error
 
   @functools.cached_property
   def _listing(self) -> tuple[list[str], bool]:
-    """(names of the files, whether only those kept here can be had)."""
+    """Names of the files, and whether only cached files are available."""
     (name, revision), hub = self._named, self._hub
     try:
       return hub.HfApi().list_repo_files(name, revision=revision), False
-    except Exception as error:  # of many kinds; what was fetched once may do
+    except Exception as error:  # of many types; cached files may suffice
       try:
         root = pathlib.Path(hub.snapshot_download(
             name, revision=revision, local_files_only=True))
@@ -87,7 +85,7 @@ class Location:
         name, file, revision=revision, local_files_only=is_offline))
     root = None
     for choice in patterns:
-      for file in _fitting(present, choice):
+      for file in _first_matches(present, choice):
         path = fetch(file)
         root = path.parents[file.count("/")]
         if path.name in tensors.INDEXES:
@@ -96,7 +94,7 @@ class Location:
     if root is None:
       raise UserError(
           f"Expected a checkpoint of this --config, got {self.source} without "
-          "any of the files looked for. Check the name.")
+          "any of the expected files. Check the name.")
     return root
 
   @property
@@ -105,7 +103,7 @@ class Location:
 
   @property
   def _named(self) -> tuple[str, str | None]:
-    """(ORG/NAME, revision)."""
+    """The repository ORG/NAME, and the revision or None."""
     name, _, revision = self.source.removeprefix(PREFIX).partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
       raise UserError(
@@ -115,14 +113,13 @@ class Location:
   def _unreachable(self, error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(
-        "Expected a repository that can be reached, got no files of "
-        f"{self.source} ({reason[:160]}). Check its name and the network, "
-        "accept its terms and set HF_TOKEN if it is gated, or download it "
-        "and give the folder.")
+        f"Expected a reachable repository, got no files of {self.source} "
+        f"({reason[:160]}). Check its name and the network, accept its terms "
+        "and set HF_TOKEN if it is gated, or download it and pass the folder.")
 
 
-def _fitting(present: Iterable[str], choice: Sequence[str]) -> list[str]:
-  """The names that the first fitting glob matches."""
+def _first_matches(present: Iterable[str], choice: Sequence[str]) -> list[str]:
+  """Returns the names that match the first matching glob."""
   for pattern in choice:
     found = sorted(name for name in present if _matches(name, pattern))
     if found:

@@ -1,4 +1,4 @@
-"""How published checkpoints of Janus-Pro become our arrays."""
+"""Recipe for published checkpoints of Janus-Pro."""
 
 from collections.abc import Iterable
 import math
@@ -23,8 +23,8 @@ from ssd_jax.convert.vq_recipes import vq_rows
 from ssd_jax.families import published
 from ssd_jax.families.janus import Janus
 
-_CODE_DIM = 8  # of the input table of codes
-_PIECE = 1024  # rows
+_CODE_DIM = 8  # width of the input table of image tokens
+_PIECE = 1024  # rows processed at a time
 _KEEP = ("trunk", "vq", "theta", "side", "sampling", "tokenizer")
 _IGNORED = (
     r"language_model\.lm_head\.weight", r"vision_model\..*", r"aligner\..*",
@@ -34,7 +34,7 @@ _IGNORED = (
 
 
 def recipe(config: ml_collections.ConfigDict) -> Recipe:
-  """How a model folder is made of the published files."""
+  """Returns the recipe of a model folder."""
   family = Janus(config)
   vq = family.vq.cfg
   rows = (*_trunk_rows(family), *vq_rows(vq, "raster", "gen_vision_model."))
@@ -67,11 +67,21 @@ def _trunk_rows(family: Janus) -> Iterable[Row]:
 
 
 def aligned_embeddings(table, weight_0, bias_0, weight_2, bias_2) -> np.ndarray:
-  """float32 [V, D]: the codes' table through both linear maps, GELU between."""
+  """Returns image token embeddings after both linear layers, float32 [V, D].
+
+  The layers have a GELU between them.
+
+  Args:
+    table: Published embeddings of image tokens.
+    weight_0: Weights of the first layer.
+    bias_0: Biases of the first layer.
+    weight_2: Weights of the second layer.
+    bias_2: Biases of the second layer.
+  """
   x, w0, b0, w2, b2 = (
       a.astype(np.float32) for a in (table, weight_0, bias_0, weight_2, bias_2))
   y = x @ w0.T + b0
-  for start in range(0, len(y), _PIECE):  # float64 is needed for few at a time
+  for start in range(0, len(y), _PIECE):  # limits the memory for float64
     part = y[start:start + _PIECE].astype(np.float64)
     y[start:start + _PIECE] = part * 0.5 * (1.0 + erf(part / math.sqrt(2.0)))
   return y @ w2.T + b2

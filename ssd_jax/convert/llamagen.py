@@ -1,4 +1,4 @@
-"""How published checkpoints of LlamaGen become our arrays."""
+"""Recipe for published checkpoints of LlamaGen."""
 
 from collections.abc import Iterable
 import functools
@@ -33,7 +33,7 @@ _KEEP = ("trunk", "vq", "t5", "theta", "classes", "side", "sampling",
 
 
 def recipe(config: ml_collections.ConfigDict) -> Recipe:
-  """How a model folder is made of the published files."""
+  """Returns the recipe of a model folder."""
   family = LlamaGen(config)
   vq = family.vq.cfg
   parts = [
@@ -79,7 +79,7 @@ def _caption_rows(cfg: TrunkConfig) -> Iterable[Row]:
 
 
 def _attention_rows(cfg: TrunkConfig) -> Iterable[Row]:
-  """q, k and v lie below each other in one published array."""
+  """Yields rows of q, k and v, which are stacked in one published array."""
   counts = (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)
   ends = np.cumsum(counts) * cfg.head_dim
   for i in range(cfg.n_layers):

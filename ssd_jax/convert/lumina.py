@@ -1,4 +1,4 @@
-"""How published checkpoints of Lumina-mGPT-7B become our arrays."""
+"""Recipe for published checkpoints of Lumina-mGPT-7B."""
 
 from collections.abc import Iterable
 
@@ -23,10 +23,10 @@ _KEEP = ("trunk", "vq", "theta", "ids", "size", "target_size", "sampling",
 
 
 def recipe(config: ml_collections.ConfigDict) -> Recipe:
-  """How a model folder is made of the published files.
+  """Returns the recipe of a model folder.
 
   Raises:
-    UserError: when the model does not know the size.
+    UserError: The model does not support the size.
   """
   parse_size(config.size, config.target_size)
   family = Lumina(config)
@@ -41,7 +41,7 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
 
 
 def huggingface_rows(family: Published) -> Iterable:
-  """A Chameleon trunk as transformers names it."""
+  """Yields the rows of a Chameleon trunk, named as in transformers."""
   cfg, first = family.trunk, family.config.ids.first_code
   size = (cfg.vocab_in, cfg.d_model)
   yield table_rows("model.embed_tokens.weight", *size)
@@ -50,7 +50,7 @@ def huggingface_rows(family: Published) -> Iterable:
 
 
 def chameleon_vq(family: Published) -> Part:
-  """Chameleon's tokenizer, a file of its own."""
+  """Returns Chameleon's image tokenizer, which is a separate file."""
   cfg = family.vq.cfg
   ignored = (r"loss\..*", r".*discriminator.*")
   return Part("vq", published.CHAMELEON_VQ,

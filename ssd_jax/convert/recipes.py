@@ -1,11 +1,11 @@
-"""Which published tensors become which of our arrays, and how.
+"""Recipes: how published tensors are converted to this package's arrays.
 
-A table is a list of rows; a row fills one array of our tree, or one layer of a
-stacked one, or some of its leading rows. The published shapes stand in the
-table, so that a wrong checkpoint is found before anything is read.
+A table is a list of rows; a row fills one array of our tree, one layer of a
+stacked array, or some leading rows of an array. The table contains the
+published shapes, so a wrong checkpoint is detected before tensors are read.
 
-torch Linear weights are (out, in), ours (in, out); convolutions (O, I, h, w)
-become (h, w, I, O).
+Linear weights are (out, in) in torch and (in, out) here; convolutions
+(O, I, h, w) become (h, w, I, O).
 """
 
 from collections.abc import Callable, Iterable
@@ -27,10 +27,10 @@ class Source:
   """A published tensor.
 
   Attributes:
-    name: In the checkpoint.
-    shape: As published.
-    others: Other shapes that it is known to have.
-    rows: (start, stop) of the leading rows that are taken; None for all.
+    name: Name in the checkpoint.
+    shape: Published shape.
+    others: Other known shapes.
+    rows: (start, stop) of the leading rows to use; None for all.
   """
 
   name: str
@@ -40,20 +40,20 @@ class Source:
 
 
 def copy(x: np.ndarray) -> np.ndarray:
-  """The array as it is; tables of this kind are copied in pieces."""
+  """Returns the array unchanged; such arrays are copied in pieces."""
   return x
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One array of ours, or a part of it.
+  """One of our arrays, or a part of it.
 
   Attributes:
     target: Path of the array, such as "trunk/layers/attn/q".
-    sources: Published tensors it is made of.
-    convert: From their arrays to ours.
+    sources: Published tensors that it is made of.
+    convert: Function from the published arrays to ours.
     layer: Index on the leading axis of a stacked array, or None.
-    at: First row to be filled, in tables made of several.
+    at: First row to fill, for arrays made of several tensors.
   """
 
   target: str
@@ -65,11 +65,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """What one checkpoint is made of.
+  """The tensors of one checkpoint.
 
   Attributes:
-    rows: Which tensor goes where.
-    ignored: Regular expressions of tensors that are of no use here.
+    rows: Rows that use the tensors.
+    ignored: Regular expressions of tensors that are not used.
   """
 
   rows: tuple[Row, ...]
@@ -77,24 +77,24 @@ class Table:
 
 
 def linear(x: np.ndarray) -> np.ndarray:
-  """(out, in) -> (in, out)."""
+  """Transposes (out, in) -> (in, out)."""
   return x.T
 
 
 def split_heads(n: int) -> Callable[[np.ndarray], np.ndarray]:
-  """(n heads of H, D) -> (D, n, H)."""
+  """Returns a function from (n * H, D) to (D, n, H)."""
   return lambda x: x.T.reshape(x.shape[1], n, -1)
 
 
 def join_heads(n: int) -> Callable[[np.ndarray], np.ndarray]:
-  """(D, n heads of H) -> (n, H, D)."""
+  """Returns a function from (D, n * H) to (n, H, D)."""
   return lambda x: x.T.reshape(n, -1, x.shape[0])
 
 
 def halves(n: int) -> Callable[[np.ndarray], np.ndarray]:
-  """Rows of n heads from interleaved rotary pairs to halves.
+  """Returns a function from interleaved rotary pairs of n heads to halves.
 
-  Row 2j of a head becomes row j, row 2j + 1 row j + H / 2.
+  Row 2j of a head becomes row j, and row 2j + 1 becomes row j + H / 2.
   """
   def permute(x: np.ndarray) -> np.ndarray:
     pairs = x.reshape(n, x.shape[0] // n // 2, 2, *x.shape[1:])
@@ -104,7 +104,10 @@ def halves(n: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def repeat_heads(n: int, head_dim: int) -> Callable[[np.ndarray], np.ndarray]:
-  """One row of head_dim, or one per shard of heads -> one per head (n, H)."""
+  """Returns a function that repeats rows to one per head, (n, H).
+
+  Its input has one row, or one row per shard of heads.
+  """
   def repeat(x: np.ndarray) -> np.ndarray:
     x = x.reshape(-1, head_dim)
     return np.repeat(x, n // x.shape[0], axis=0)
@@ -113,12 +116,12 @@ def repeat_heads(n: int, head_dim: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def conv(x: np.ndarray) -> np.ndarray:
-  """(O, I, h, w) -> (h, w, I, O)."""
+  """Transposes (O, I, h, w) -> (h, w, I, O)."""
   return x.transpose(2, 3, 1, 0)
 
 
 def chain(*steps: Callable) -> Callable[[np.ndarray], np.ndarray]:
-  """The functions one after the other."""
+  """Composes functions; the first one is applied first."""
   def run(x):
     for step in steps:
       x = step(x)
@@ -128,7 +131,7 @@ def chain(*steps: Callable) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def llama_layers(cfg: TrunkConfig, prefix: str) -> Iterable[Row]:
-  """Layers and final norm named as in transformers' Llama."""
+  """Yields rows of layers and final norm, named as in transformers' Llama."""
   d, f, h = cfg.d_model, cfg.d_ff, cfg.head_dim
   for i in range(cfg.n_layers):
     at = lambda name, i=i: f"{prefix}layers.{i}.{name}"
@@ -162,7 +165,12 @@ def _head_norms(cfg: TrunkConfig, layer: int, at) -> Iterable[Row]:
 
 
 def native_layers(cfg: TrunkConfig, qkv: Iterable[Row]) -> Iterable[Row]:
-  """Layers named as in Meta's Llama, attention's inputs given by `qkv`."""
+  """Yields rows of layers and final norm, named as in Meta's Llama.
+
+  Args:
+    cfg: Config of the trunk.
+    qkv: Rows of the matrices q, k and v.
+  """
   d, f = cfg.d_model, cfg.d_ff
   yield from qkv
   for i in range(cfg.n_layers):
@@ -180,21 +188,35 @@ def native_layers(cfg: TrunkConfig, qkv: Iterable[Row]) -> Iterable[Row]:
 
 
 def table_rows(name: str, rows: int, width: int, at: int = 0) -> Row:
-  """A published input table as (part of) ours."""
+  """Returns the row of a published input table, which is all or part of ours.
+
+  Args:
+    name: Name of the published tensor.
+    rows: Its number of rows.
+    width: Width D.
+    at: First row of our table to fill.
+  """
   return Row("trunk/embedding", (Source(name, (rows, width)),), at=at)
 
 
 def image_head(
     name: str, published: tuple[int, int], first: int, count: int
 ) -> Row:
-  """The rows of image codes of a head over a joint vocabulary."""
+  """Returns the row of our head, the image tokens' part of a published head.
+
+  Args:
+    name: Name of the published head, over a joint vocabulary.
+    published: Its shape.
+    first: Id of the first image token.
+    count: Number of image tokens.
+  """
   source = Source(name, published, rows=(first, first + count))
   return Row("trunk/head", (source,), linear)
 
 
 @functools.cache
 def vq_shapes(cfg: VQConfig) -> dict[str, jax.ShapeDtypeStruct]:
-  """The arrays of a tokenizer by path."""
+  """Returns the shapes of a tokenizer's arrays by path."""
   size = cfg.downsample
   image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
   params = jax.eval_shape(VQ(cfg).init, jax.random.key(0), image)["params"]
@@ -206,14 +228,12 @@ class Part:
   """One published checkpoint of a model.
 
   Attributes:
-    flag: Of the command line, that says where it is: "source", "vq" or
-      "text_encoder".
-    patterns: Its files in the place that the flag names, as globs tried in
-      order.
-    table: What is in it.
-    leaves: Our arrays that it fills, by path.
-    in_source: Its files in the place of "source", where the flag is not given;
-      empty if they are named the same.
+    flag: Command line flag of its location: "source", "vq" or "text_encoder".
+    patterns: Its files at the flag's location, as globs tried in order.
+    table: Its tensors.
+    leaves: Shapes of our arrays that it fills, by path.
+    in_source: Its files at the location of "source", used if the flag is not
+      given; empty if they equal `patterns`.
   """
 
   flag: str
@@ -224,19 +244,19 @@ class Part:
 
   @property
   def source_patterns(self) -> tuple[str, ...]:
-    """Its files in the place of "source"."""
+    """Its files at the location of "source", as globs."""
     return self.in_source or self.patterns
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How a family's model folder is made.
+  """The recipe of a family's model folder.
 
   Attributes:
-    family: Its name.
-    settings: What model.json holds beside the name.
-    parts: The checkpoints.
-    tokenizer: Files of the tokenizer, as globs; each must be found.
+    family: Name of the family.
+    settings: Contents of model.json beside the name.
+    parts: The published checkpoints.
+    tokenizer: Files of the text tokenizer, as globs; each must match.
   """
 
   family: str
@@ -245,10 +265,10 @@ class Recipe:
   tokenizer: tuple[str, ...] = ()
 
   def without_text_encoder(self) -> "Recipe":
-    """The recipe of a folder whose prompts are features, not words."""
+    """Returns the recipe of a folder whose prompts are features, not text."""
     parts = tuple(p for p in self.parts if p.flag != "text_encoder")
     if parts == self.parts:
       raise UserError(
-          f"Expected it for captions of llamagen, not for {self.family}, got "
-          "--text_encoder none. Leave it out.")
+          "Expected --text_encoder none only for a family with a text encoder, "
+          f"got --text_encoder none for {self.family}. Omit it.")
     return dataclasses.replace(self, parts=parts, tokenizer=())

@@ -1,4 +1,4 @@
-"""Published names of T5's tensors, of which only the encoder's are used."""
+"""Published names of T5's tensors; only those of the encoder are used."""
 
 from collections.abc import Iterable
 
@@ -24,7 +24,7 @@ IGNORED = (r"decoder\..*", r"lm_head\.weight",
 
 
 def shapes(cfg: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
-  """The arrays of an encoder by path."""
+  """Returns the shapes of an encoder's arrays by path."""
   shape = lambda dtype: jax.ShapeDtypeStruct((1, 1), dtype)
   init = T5Encoder(cfg).init
   variables = jax.eval_shape(
@@ -33,7 +33,7 @@ def shapes(cfg: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def rows(cfg: T5Config) -> Iterable[Row]:
-  """The rows of an encoder."""
+  """Yields the rows of an encoder."""
   d, f, n = cfg.d_model, cfg.d_ff, cfg.n_heads
   inner = n * cfg.head_dim
   yield Row("text/embedding", (Source("shared.weight", (cfg.vocab, d)),))

@@ -1,6 +1,6 @@
-"""Tensors of published checkpoints, read from disk piece by piece.
+"""Reads tensors of published checkpoints from disk, in pieces.
 
-Two file formats are read without their frameworks: safetensors, and the zip
+It supports two file formats without their frameworks: safetensors, and the zip
 archives of `torch.save`, whose pickle `unpickle` parses.
 """
 
@@ -23,15 +23,15 @@ from ssd_jax.convert import unpickle
 from ssd_jax.core.config import UserError
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_AGAIN = "download it again"
+_AGAIN = "Download it again"
 _SAFE_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16,
     "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
     "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }
 _WRAPPERS = ("model", "module", "state_dict")
-_DEEPEST = 4  # wrappers in each other
-# What a parser of damaged bytes may raise; each becomes one line.
+_DEEPEST = 4  # nested wrappers
+# Exceptions that parsing a damaged file may raise; they become UserErrors.
 _DAMAGE = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
     RuntimeError, MemoryError, EOFError, struct.error, zlib.error,
@@ -40,14 +40,14 @@ _DAMAGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor in a file; nothing of it is in memory.
+  """A tensor in a file, not loaded into memory.
 
   Attributes:
-    file: Where it lies.
-    offset: Of its first byte.
-    shape: Its shape.
+    file: The file.
+    offset: Offset of the first byte.
+    shape: Shape of the tensor.
     dtype: Its numpy type.
-    strides: In elements, or None if it lies in order without gaps.
+    strides: Strides in elements, or None if it is C-contiguous.
   """
 
   file: pathlib.Path
@@ -57,7 +57,7 @@ class Tensor:
   strides: tuple[int, ...] | None = None
 
   def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """The tensor, or its rows from `start` to before `stop`."""
+    """Reads the tensor, or its rows `start` to `stop` (exclusive)."""
     if not self.shape:
       return self._bytes(0, 1).reshape(())
     stop = self.shape[0] if stop is None else stop
@@ -77,8 +77,8 @@ class Tensor:
     with open(self.file, "rb") as f:
       f.seek(self.offset + first * size)
       if f.readinto(data.data) != data.size:
-        raise UserError("Expected the bytes of all its tensors, got a "
-                        f"truncated {self.file}. {_AGAIN}.")
+        raise UserError("Expected a file with the bytes of all its tensors, "
+                        f"got a truncated {self.file}. {_AGAIN}.")
     return data.view(self.dtype)
 
 
@@ -93,27 +93,28 @@ class Checkpoint:
 def open_checkpoint(
     folder: pathlib.Path, patterns: Sequence[str]
 ) -> Checkpoint:
-  """The tensors of the files that the first fitting pattern names.
+  """Opens the files that match the first matching pattern.
 
   Args:
-    folder: Of the checkpoint, or one file of it.
-    patterns: Globs, tried in order; an index stands for the files it names.
+    folder: Folder of the checkpoint, or one of its files.
+    patterns: Globs, tried in order; an index represents the files it names.
 
   Raises:
-    UserError: when no file fits, one is missing or damaged, or a name comes
-      twice.
+    UserError: No file matches, a file is missing or damaged, or two tensors
+      have the same name.
   """
   files = _files(folder, patterns)
-  lost = [file.name for file in files if not file.is_file()]
-  if lost:
-    raise UserError("Expected these files beside it, got an index in "
-                    f"{folder} that names {', '.join(lost)}. Download them.")
+  missing = [file.name for file in files if not file.is_file()]
+  if missing:
+    raise UserError("Expected the files of the index beside it, got an index "
+                    f"in {folder} that names the missing {', '.join(missing)}. "
+                    "Download them.")
   tensors: dict[str, Tensor] = {}
   for file in files:
     for name, tensor in read_file(file).items():
       if name in tensors:
         raise UserError(
-            f"Expected it once, got tensor {name!r} in both "
+            f"Expected each tensor once, got tensor {name!r} in both "
             f"{tensors[name].file.name} and {file.name}. Remove the file that "
             "does not belong to the checkpoint.")
       tensors[name] = tensor
@@ -126,8 +127,8 @@ def _files(
   if folder.is_file():
     return [folder]
   if not folder.is_dir():
-    raise UserError("Expected a checkpoint, got no file or folder at "
-                    f"{folder}. Check the path.")
+    raise UserError("Expected the file or folder of a checkpoint, got no file "
+                    f"or folder at {folder}. Check the path.")
   for pattern in patterns:
     found = sorted(folder.glob(pattern))
     if found and found[0].name in INDEXES:
@@ -135,15 +136,15 @@ def _files(
     if found:
       return found
   raise UserError(
-      f"Expected the files of a checkpoint, got {folder} without any of "
+      f"Expected a folder with a checkpoint, got {folder} without any of "
       f"{', '.join(patterns)}. Check the folder.")
 
 
 def index_files(index: pathlib.Path) -> list[pathlib.Path]:
-  """The files that an index names.
+  """Returns the files that an index names.
 
   Raises:
-    UserError: when it is damaged or names none.
+    UserError: The index is damaged or names no files.
   """
   try:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -155,7 +156,7 @@ def index_files(index: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_file(file: pathlib.Path) -> dict[str, Tensor]:
-  """The tensors of one file by name."""
+  """Returns the tensors of one file by name."""
   if file.suffix == ".safetensors":
     return _read_safetensors(file)
   return _read_torch(file)
@@ -184,18 +185,18 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
     raise UserError(f"Expected a safetensors file, got a damaged {file} "
                     f"({_short(error)}). {_AGAIN}.") from error
   if 8 + length + end > size:
-    raise UserError(f"Expected {8 + length + end}, got a truncated {file} of "
-                    f"{size} bytes. {_AGAIN}.")
+    raise UserError(f"Expected a file of {8 + length + end} bytes, got a "
+                    f"truncated {file} of {size} bytes. {_AGAIN}.")
   return tensors
 
 
 def _short(error: BaseException) -> str:
-  """What an error says, in one line."""
+  """Returns an error's message, shortened to one line."""
   return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """A dictionary of pairs whose keys differ."""
+  """Makes a dictionary of pairs; raises ValueError if a key occurs twice."""
   found = dict(pairs)
   if len(found) < len(pairs):
     names = [name for name, _ in pairs]
@@ -225,9 +226,9 @@ def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
         return _state_dict(tree, file, place)
   except zipfile.BadZipFile as error:
     raise UserError(
-        f"Expected a whole file of torch.save, got {file}, no zip archive, "
-        f"truncated, or written before torch 1.6. {_AGAIN}, or load and save "
-        "it with a newer torch.") from error
+        f"Expected a complete file of torch.save, got {file}, which is no zip "
+        f"archive, truncated, or written before torch 1.6. {_AGAIN}, or load "
+        "and save it with a newer torch.") from error
   except UserError:
     raise
   except _DAMAGE as error:
@@ -238,7 +239,7 @@ def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
 def _data_offset(
     f: io.BufferedReader, info: zipfile.ZipInfo, storage: unpickle.Storage
 ) -> int:
-  """The first byte of a storage, an entry of a zip archive."""
+  """Returns the offset of a storage, an entry of a zip archive."""
   if info.file_size < storage.count * storage.dtype.itemsize:
     raise pickle.UnpicklingError(f"storage {storage.key} is too short")
   if info.compress_type != zipfile.ZIP_STORED:
@@ -252,13 +253,13 @@ def _data_offset(
 def _state_dict(
     tree: Any, file: pathlib.Path, place
 ) -> dict[str, Tensor]:
-  """The tensors of what was pickled, out of its wrappers."""
-  for _ in range(_DEEPEST):  # tensors may lie beside a wrapper, too
+  """Returns the tensors of an unpickled object, without its wrappers."""
+  for _ in range(_DEEPEST):  # a wrapper may have tensors beside it
     inner = [tree[name] for name in _WRAPPERS
              if isinstance(tree, dict) and isinstance(tree.get(name), dict)]
     tree = inner[0] if inner else tree
   if not isinstance(tree, dict):
-    raise UserError(f"Expected a state dict, got {file} that holds no "
+    raise UserError(f"Expected a state dict, got {file}, which holds no "
                     "dictionary. Check the file.")
   views = {str(name): view for name, view in tree.items()
            if isinstance(view, unpickle.View)}

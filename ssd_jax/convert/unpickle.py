@@ -1,7 +1,7 @@
-"""The pickle in a file of `torch.save`, parsed without torch.
+"""Parses the pickle in a file of `torch.save`, without torch.
 
-The unpickler knows tensors and nothing else: it imports and calls nothing of
-what the file names.
+The unpickler supports only tensors: it neither imports nor calls anything that
+the file names.
 """
 
 from collections import OrderedDict
@@ -22,8 +22,8 @@ _TORCH_DTYPES = {
     "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
     "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
 }
-# What trainers leave beside the weights; read as nothing. First what comes with
-# Python and torch, by full name; then what whole packages leave.
+# Objects that trainers store beside the weights; they are ignored. First names
+# from Python and torch, then whole packages.
 _INERT = frozenset((
     "_codecs.encode", "argparse.Namespace", "builtins.dict", "builtins.int",
     "builtins.list", "builtins.object", "builtins.set",
@@ -40,7 +40,7 @@ _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
 def check_counts(name: str, *counts: Any) -> None:
-  """Raises ValueError unless all are whole numbers from 0 on."""
+  """Raises ValueError unless all counts are integers >= 0."""
   for n in counts:
     if type(n) is not int or n < 0:
       raise ValueError(f"{name} with {n!r} for a count")
@@ -48,7 +48,7 @@ def check_counts(name: str, *counts: Any) -> None:
 
 @dataclasses.dataclass
 class Storage:
-  """Numbers in an entry of the archive."""
+  """A storage of numbers, an entry of the archive."""
 
   dtype: np.dtype
   key: str
@@ -57,7 +57,7 @@ class Storage:
 
 @dataclasses.dataclass
 class View:
-  """A tensor: some of a storage; offset and strides are in elements."""
+  """A tensor, a view of a storage; offset and strides are in elements."""
 
   storage: Storage
   offset: int
@@ -68,7 +68,7 @@ class View:
 def _view(
     storage: Storage, offset: int, shape: Any, strides: Any, *_: Any
 ) -> View:
-  """What torch's function of this place makes a tensor of."""
+  """Replaces torch._utils._rebuild_tensor_v2."""
   shape, strides = tuple(shape), tuple(strides)
   if not isinstance(storage, Storage) or len(shape) != len(strides):
     raise pickle.UnpicklingError("a tensor that is no view of a storage")
@@ -76,8 +76,8 @@ def _view(
   return View(storage, offset, shape, strides)
 
 
-class _Nothing:
-  """Stands for every object that is no tensor."""
+class _Ignored:
+  """Replaces every object that is not a tensor."""
 
   def __new__(cls, *args, **kwargs):
     del args, kwargs
@@ -96,11 +96,11 @@ class _Nothing:
     del key, value
 
   def append(self, value):
-    """Drops it."""
+    """Ignores the value."""
     del value
 
   def extend(self, values):
-    """Drops them."""
+    """Ignores the values."""
     del values
 
   def __hash__(self):
@@ -115,7 +115,7 @@ class Unpickler(pickle.Unpickler):
     self._file = file
 
   def find_class(self, module: str, name: str) -> Any:
-    """Our stand-in for a global that the pickle names."""
+    """Returns the replacement of a global that the pickle names."""
     full = f"{_PYTHON_2.get(module, module)}.{name}"
     if full == "collections.OrderedDict":
       return OrderedDict
@@ -128,14 +128,13 @@ class Unpickler(pickle.Unpickler):
     if module == "torch" and name in _TORCH_DTYPES:
       return np.dtype(_TORCH_DTYPES[name])
     if full in _INERT or full.split(".")[0] in _INERT_PACKAGES:
-      return _Nothing
+      return _Ignored
     raise UserError(
-        f"Expected weights only, got {self._file} that asks for {full!r}. Do "
-        "not use this file unless you trust it, and then save its state dict "
-        "alone.")
+        f"Expected weights only, got {self._file}, which asks for {full!r}. "
+        "Use this file only if you trust it: save its state dict alone.")
 
   def persistent_load(self, pid: Any) -> Storage:
-    """The storage that a persistent id names."""
+    """Returns the storage that a persistent id names."""
     kind, dtype, key, _, count = pid
     if kind != "storage" or not isinstance(dtype, np.dtype):
       raise pickle.UnpicklingError(f"unknown storage {pid!r}")

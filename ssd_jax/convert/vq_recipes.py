@@ -1,7 +1,7 @@
-"""Published names of the tokenizers' tensors: three styles of one network.
+"""Published names of the image tokenizers' tensors, in three naming styles.
 
-"raster" is LlamaGen's and Janus' (levels of the decoder counted in the order
-they run), "taming" Chameleon's, "video" Emu3's.
+"raster" is the style of LlamaGen and Janus (decoder levels are numbered in the
+order in which they run), "taming" that of Chameleon, "video" that of Emu3.
 """
 
 import re
@@ -16,7 +16,13 @@ _BATCH_NORM_EPS = 1e-5
 
 
 def vq_rows(cfg: VQConfig, style: str, prefix: str = "") -> list[Row]:
-  """The rows of a whole tokenizer."""
+  """Returns the rows of a whole tokenizer.
+
+  Args:
+    cfg: Config of the tokenizer.
+    style: "raster", "taming" or "video".
+    prefix: Prefix of all published names.
+  """
   rows = []
   for path, leaf in vq_shapes(cfg).items():
     module, _, kind = path.removeprefix("vq/").rpartition("/")
@@ -37,7 +43,7 @@ def vq_rows(cfg: VQConfig, style: str, prefix: str = "") -> list[Row]:
 
 
 def published_module(cfg: VQConfig, module: str, style: str) -> str:
-  """The published name of one of our modules, such as "decoder/mid/attn_1"."""
+  """Returns the published name of a module such as "decoder/mid/attn_1"."""
   name = module.replace("/", ".")
   name = re.sub(r"time_(res|conv)_(\d)", lambda m: (
       f"time_res_stack.{m[2]}" if m[1] == "res" else f"time_conv.{m[2]}"), name)
@@ -64,7 +70,7 @@ def _is_temporal(module: str) -> bool:
 def _temporal_row(
     path: str, module: str, name: str, kind: str, shape: tuple[int, ...]
 ) -> Row:
-  """The row of a layer over time, as a single image sees it."""
+  """Returns the row of a temporal layer, reduced to a single image."""
   if re.search(r"norm\d$", module):
     parts = ("weight", "bias", "running_mean", "running_var")
     sources = tuple(Source(f"{name}.{part}", shape) for part in parts)
@@ -95,14 +101,20 @@ def _norm_shift(weight, bias, mean, var) -> np.ndarray:
 
 
 def _first_halving(x: np.ndarray) -> np.ndarray:
-  """Four equal frames after two of zeros -> two frames side by side.
+  """Converts the first temporal halving, of four equal frames to two frames.
 
-  The first output sees the last two taps' frames, the second all four's.
+  The input is padded by two frames of zeros, so the first output frame uses the
+  last two temporal taps, the second all four. Both frames are concatenated as
+  channels.
   """
   seen = x[:, :, 2:].sum(2), x.sum(2)
   return np.concatenate([conv(taps) for taps in seen], axis=-1)
 
 
 def _second_halving(x: np.ndarray) -> np.ndarray:
-  """Two frames after two of zeros -> one."""
+  """Converts the second temporal halving, of two frames to one.
+
+  The input is padded by two frames of zeros, so only the last two temporal taps
+  are used.
+  """
   return np.concatenate([conv(x[:, :, 2]), conv(x[:, :, 3])], axis=2)

@@ -1,1 +1,1 @@
-"""One file per checkpoint family: sizes, prompt, grid, guidance, name table."""
+"""One module per checkpoint family: sizes, prompts, grid and guidance."""

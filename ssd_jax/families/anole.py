@@ -1,8 +1,7 @@
-"""Anole-7B (Chern et al. 2024, arXiv:2407.06135): Chameleon that draws.
+"""Anole-7B (Chern et al. 2024, arXiv:2407.06135), a generating Chameleon.
 
-A square of 32 x 32 codes without row ends. The unconditional stream is the
-begin-of-sequence and begin-of-image tokens. The native checkpoint turns
-neighbouring pairs of a head, transformers' halves; both become halves here.
+The grid has 32 x 32 image tokens and no end-of-row tokens. The unconditional
+stream is the begin-of-sequence and begin-of-image tokens.
 """
 
 import functools
@@ -19,7 +18,7 @@ VARIANTS = ("native", "hf")
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Settings; the variants name the checkpoint's layout, "" is "native"."""
+  """Returns the settings of a checkpoint layout; "" is "native"."""
   variant = variant or "native"
   if variant not in VARIANTS:
     raise published.unknown_variant("anole", variant, VARIANTS)
@@ -27,7 +26,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.family = "anole"
   config.workdir = "runs/anole"
   config.layout = variant
-  config.side = 32  # cells
+  config.side = 32  # image tokens
   config.tokenizer = (
       "text_tokenizer.json" if variant == "native" else "tokenizer.json")
   config.sampling = ml_collections.ConfigDict(dict(
@@ -37,25 +36,25 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 class Anole(lumina.Chameleon):
-  """The family as a pipeline holds it."""
+  """The Anole family."""
 
   @functools.cached_property
   def grid(self) -> Grid:
-    """A plain raster."""
+    """A square grid without end-of-row tokens."""
     return Grid(self.config.side, self.config.side)
 
   @functools.cached_property
   def input_ids(self) -> np.ndarray:
-    """Codes."""
+    """Rows of the image tokens."""
     return lumina.chameleon_input_ids(self.config)[:-1]
 
   def streams(self, text: str) -> tuple[Ids, Ids]:
-    """The text as it is; and an image without text."""
+    """Returns the text unchanged, and the start of an image without text."""
     ids = self.config.ids
     prompt = (ids.start, *self.text_ids(text), ids.end_of_turn, ids.image)
     return prompt, (ids.start, ids.image)
 
 
 def from_settings(settings: dict, folder: pathlib.Path | None) -> Anole:
-  """The family of a model.json."""
+  """Returns the family described by a model.json."""
   return Anole(ml_collections.ConfigDict(settings["config"]), folder)

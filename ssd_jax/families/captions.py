@@ -1,8 +1,7 @@
-"""Captions of LlamaGen's text model: their cleaning, and ready features.
+"""Captions of LlamaGen's text-conditional model: cleaning and features.
 
-The rules of cleaning are those of DeepFloyd IF and PixArt, in their order: what
-they remove or replace decides which tokens the model sees. They are applied
-twice.
+The cleaning rules are those of DeepFloyd IF and PixArt, in the same order, as
+they determine which tokens the model sees. They are applied twice.
 """
 
 from collections.abc import Sequence
@@ -66,7 +65,7 @@ _PHRASES = (
 
 
 def clean(caption: str) -> str:
-  """The caption as the text encoder is to see it."""
+  """Returns the caption as the text encoder expects it."""
   return _clean(_clean(caption))
 
 
@@ -92,14 +91,17 @@ Features = tuple[np.ndarray, np.ndarray, list[str]]
 
 
 def read_features(files: Sequence[str], shape: tuple[int, ...]) -> Features:
-  """(features [B, T, E], which exist [B, T], notes) of .npy files.
+  """Reads caption features from .npy files.
 
   Args:
-    files: Of arrays [L, E] or [1, L, E]; what is beyond T is cut.
+    files: Files with arrays [L, E] or [1, L, E], which are truncated to T.
     shape: [B, T, E].
 
+  Returns:
+    Features [B, T, E], which of them exist [B, T], and notes.
+
   Raises:
-    UserError: when one is no such file.
+    UserError: A file is unreadable or its array has another shape.
   """
   _, slots, width = shape
   features, mask = np.zeros(shape, np.float32), np.zeros(shape[:2], bool)
@@ -107,12 +109,13 @@ def read_features(files: Sequence[str], shape: tuple[int, ...]) -> Features:
     try:
       x = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-      raise UserError(f"Expected features of a caption, got prompt {file!r}, "
-                      "no readable .npy file.") from error
+      raise UserError("Expected a readable .npy file of caption features, got "
+                      f"prompt {file!r}.") from error
     if x.ndim not in (2, 3) or not x.size or x.shape[-1] != width or (
         x.ndim == 3 and len(x) != 1):
-      raise UserError(f"Expected (1, LENGTH, {width}), got features of shape "
-                      f"{x.shape} in {file}. Write them with flan-t5-xl.")
+      raise UserError(
+          f"Expected features of shape (1, LENGTH, {width}), got features of "
+          f"shape {x.shape} in {file}. Compute them with flan-t5-xl.")
     x = x.reshape(-1, width)[:slots]
     features[i, :len(x)] = x
     mask[i, :len(x)] = True
@@ -122,9 +125,17 @@ def read_features(files: Sequence[str], shape: tuple[int, ...]) -> Features:
 def random_features(
     prompts: Sequence[str], shape: tuple[int, ...]
 ) -> Features:
-  """As `read_features`, at random: one for each word, and one for the end."""
+  """Returns random features, one per word and one for the end of the caption.
+
+  Args:
+    prompts: Captions.
+    shape: [B, T, E].
+
+  Returns:
+    As `read_features`.
+  """
   counts = np.array([[len(str(prompt).split()) + 1] for prompt in prompts])
   features = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   return features, np.arange(shape[1]) < counts, [
-      "random weights come without a text encoder: its features are random "
-      "too; a prompt FILE.npy brings its own"]
+      "random weights have no text encoder, so caption features are random "
+      "too; pass a prompt FILE.npy to use your own features"]

@@ -1,9 +1,9 @@
 """The embedded model: captions of a few words -> 128 px emoji on a 16x16 grid.
 
 The prompt is a prefix of word ids; the unconditional stream is the empty
-caption. Places are two-dimensional: caption words lie in a row above the image,
-so that neighbours above and to the left are close at any distance in the
-sequence.
+caption. Rotary positions are two-dimensional, with the caption in a row above
+the image: tokens above and to the left of a token are then close to it,
+whatever their distance in the sequence.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ _THETA = 10_000.0
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Default settings of the family; the variants are "" and "smoke"."""
+  """Returns the family's default settings; variants are "" and "smoke"."""
   if variant not in ("", "smoke"):
     raise ValueError(
-        f"Expected none or 'smoke', got variant {variant!r} of "
-        "configs/emoji.py. Remove what follows the colon."
+        "Expected no variant of configs/emoji.py or 'smoke', got variant "
+        f"{variant!r}. Remove what follows the colon."
     )
   c = ml_collections.ConfigDict
   config = c()
@@ -73,13 +73,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.mtp.optimizer.update(learning_rate=1e-3, warmup_steps=50)
   config.drafter = training_defaults.drafter(steps=1200, batch=8)
   config.drafter.optimizer.learning_rate = 1e-3
-  # What heads and drafter are trained for; "" is WORKDIR/model.
+  # Model that heads and drafter are trained for; "" is WORKDIR/model.
   config.checkpoint = ""
-  config.prompts_file = ""  # captions to draw instead of the vendored ones
-  config.num_prompts = 0  # to learn from, at most; 0 takes all
+  config.prompts_file = ""  # captions to use instead of the vendored ones
+  config.num_prompts = 0  # largest number used for training; 0 uses all
   config.images_per_caption = 1
   config.sampling = c(dict(guidance=1.25, temperature=0.25, top_k=0, top_p=1.0))
-  if variant == "smoke":  # seconds on a CPU: what tests train
+  if variant == "smoke":  # for tests: trains in seconds on a CPU
     config.vq.update(ch=16, n_codes=64, z_channels=16, groups=4)
     config.trunk.update(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2,
                         head_dim=16, d_ff=64)
@@ -98,36 +98,46 @@ def generator(
     trunk: ml_collections.ConfigDict, vq: VQConfig, pixels: int,
     words: Vocabulary,
 ) -> Generator:
-  """The trunk with its grid, places and input table (words, then codes)."""
+  """Returns the trunk with its grid, positions and input table.
+
+  The input table has rows for words, followed by rows for image tokens.
+
+  Args:
+    trunk: Settings of the trunk.
+    vq: Config of the image tokenizer.
+    pixels: Side of the image.
+    words: Vocabulary of captions.
+  """
   side = pixels // vq.downsample
   cfg = TrunkConfig(
       **trunk, vocab_in=words.size + vq.n_codes, vocab_out=vq.n_codes
   )
   return Generator(
       cfg, Grid(side, side),
-      rope.table_2d(places(words.length, side, side), cfg.head_dim, _THETA),
+      rope.table_2d(
+          slot_positions(words.length, side, side), cfg.head_dim, _THETA),
       words.size + np.arange(vq.n_codes, dtype=np.int32),
   )
 
 
-def places(prompt_slots: int, rows: int, cols: int) -> np.ndarray:
-  """int [P + N, 2]: (row, column) of every slot.
+def slot_positions(prompt_slots: int, rows: int, cols: int) -> np.ndarray:
+  """Returns the (row, column) position of every slot, int [P + N, 2].
 
-  Caption words stand in row -2; the slot that opens the picture stands where
-  the predecessor of cell (0, 0) would.
+  Caption words are in row -2. The slot that begins the image is at the end of
+  row -1, where the predecessor of position (0, 0) would be.
   """
-  words = [(-2, j) for j in range(prompt_slots - 1)] + [(-1, cols - 1)]
-  cells = [(r, c) for r in range(rows) for c in range(cols)]
-  return np.array(words + cells)
+  prompt = [(-2, j) for j in range(prompt_slots - 1)] + [(-1, cols - 1)]
+  image = [(r, c) for r in range(rows) for c in range(cols)]
+  return np.array(prompt + image)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Emoji:
-  """The family as a pipeline holds it.
+  """The family of the embedded model.
 
   Attributes:
-    config: The settings it was trained with.
-    words: Of captions.
+    config: Settings that the model was trained with.
+    words: Vocabulary of captions.
   """
 
   config: ml_collections.ConfigDict
@@ -137,7 +147,7 @@ class Emoji:
 
   @functools.cached_property
   def vq(self) -> VQ:
-    """The tokenizer."""
+    """The image tokenizer."""
     return VQ(from_config_dict(VQConfig, self.config.vq))
 
   @functools.cached_property
@@ -153,14 +163,22 @@ class Emoji:
     return self.config.sampling.to_dict()
 
   def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3], the pictures of codes."""
+    """Decodes image tokens to images, uint8 [B, H, W, 3]."""
     x: Any = self.vq.apply({"params": vq_params}, tokens_BRC, method="decode")
     return to_uint8(x)
 
   def encode_prompts(
       self, prompts: Sequence[str], guided: bool
   ) -> tuple[Prompt, list[str]]:
-    """(the captions as the trunk takes them, what a user should know)."""
+    """Encodes captions as inputs of the trunk.
+
+    Args:
+      prompts: One caption per image.
+      guided: Whether to append unconditional rows.
+
+    Returns:
+      The encoded prompts, and notes for the user.
+    """
     notes, rows = [], []
     for text in prompts:
       ids, is_cut = self.words.encode(text)
@@ -182,8 +200,11 @@ class Emoji:
 def write_settings(
     folder: pathlib.Path, config: ml_collections.ConfigDict, words: Vocabulary
 ) -> None:
-  """Writes model.json: the family, its settings, its words, and to which
-  tokenizer's codes the trunk belongs."""
+  """Writes model.json.
+
+  It contains the family's name, settings and vocabulary, and the identity of
+  the image tokenizer that the trunk was trained with.
+  """
   keep = ("pixels", "prompt_slots", "vq", "trunk", "sampling")
   settings = {k: v for k, v in config.to_dict().items() if k in keep}
   write_json(
@@ -194,7 +215,7 @@ def write_settings(
 
 
 def from_settings(settings: dict) -> Emoji:
-  """The family of a model.json."""
+  """Returns the family described by a model.json."""
   config = ml_collections.ConfigDict(settings["config"])
   words = tuple(settings["words"].split(" "))
   return Emoji(config, Vocabulary(words, config.prompt_slots))

@@ -1,8 +1,8 @@
 """Emu3-Gen 8B (Wang et al. 2024, arXiv:2409.18869).
 
-Rows end with a forced token. The size stands in the prompt as plain digits. The
-unconditional stream is a negative prompt with the same header, at positions of
-its own.
+Rows end with a forced token. The prompt contains the size as plain digits. The
+unconditional stream is a negative prompt with the same header and its own
+positions.
 """
 
 import base64
@@ -20,7 +20,7 @@ from ssd_jax.families import published, training_defaults
 from ssd_jax.families.published import Ids, Published
 
 RANKS, VISION = "emu3.tiktoken", "emu3_vision_tokens.txt"
-CHOICES = ("ratio", "area", "suffix", "negative")  # at every drawing
+CHOICES = ("ratio", "area", "suffix", "negative")  # may be set in each call
 _MOST_SLOTS = 9216  # positions that the trunk was trained on
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -29,7 +29,7 @@ _WORDS = (
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Settings; the variant is a ratio such as "16:9", "" is "1:1"."""
+  """Returns the settings of a ratio such as "16:9"; "" is "1:1"."""
   variant = variant or "1:1"
   config = ml_collections.ConfigDict()
   config.family = "emu3"
@@ -62,47 +62,50 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   return config
 
 
-def grid_size(
-    ratio: str, area: int, pixels_per_token: int
-) -> tuple[int, int]:
-  """(rows, columns) of the grid for a ratio "width:height".
+def grid_size(ratio: str, area: int, pixels_per_token: int) -> tuple[int, int]:
+  """Returns the rows and columns of the grid for a ratio "width:height".
+
+  Args:
+    ratio: The ratio.
+    area: Area of the image in pixels.
+    pixels_per_token: Side of the square that a token covers.
 
   Raises:
-    UserError: when it is no ratio of two positive whole numbers, or extreme.
+    UserError: The ratio is not one of two positive integers, or is extreme.
   """
   parts = ratio.split(":")
   if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
-    raise UserError("Expected WIDTH:HEIGHT in whole numbers, such as 16:9, "
-                    f"got ratio {ratio!r}. Change ratio.")
+    raise UserError("Expected ratio to be WIDTH:HEIGHT in whole numbers, such "
+                    f"as 16:9, got ratio {ratio!r}.")
   width, height = map(int, parts)
   side = (area / (width * height)) ** 0.5
-  rows, cols = round(height * side / cell), round(width * side / cell)
+  rows = round(height * side / pixels_per_token)
+  cols = round(width * side / pixels_per_token)
   if min(rows, cols) < 1 or rows * (cols + 1) > _MOST_SLOTS:
-    raise UserError(f"Expected rows and at most {_MOST_SLOTS} tokens, got "
-                    f"ratio {ratio!r}, a grid of {rows} x {cols}. Change "
-                    "ratio.")
+    raise UserError(f"Expected ratio to give rows and at most {_MOST_SLOTS} "
+                    f"tokens, got ratio {ratio!r}, a grid of {rows} x {cols}.")
   return rows, cols
 
 
 class Emu3(Published):
-  """The family as a pipeline holds it."""
+  """The Emu3-Gen family."""
 
   @functools.cached_property
   def grid(self) -> Grid:
-    """Each row ends with a forced token."""
+    """The grid, with end-of-row tokens."""
     config = self.config
     rows, cols = grid_size(config.ratio, config.area, self.vq.cfg.downsample)
     return Grid(rows, cols, end_of_row=True)
 
   @functools.cached_property
   def input_ids(self) -> np.ndarray:
-    """Codes, then end-of-row."""
+    """Rows of the image tokens, then of the end-of-row token."""
     ids = self.config.ids
-    codes = ids.first_code + np.arange(self.trunk.vocab_out)
-    return np.append(codes, ids.end_of_row).astype(np.int32)
+    image = ids.first_code + np.arange(self.trunk.vocab_out)
+    return np.append(image, ids.end_of_row).astype(np.int32)
 
   def streams(self, text: str) -> tuple[Ids, Ids]:
-    """The text, and the negative prompt, each before the image's header."""
+    """Returns the text and the negative prompt, each with the image header."""
     return (self._prompt(text + self.config.suffix),
             self._prompt(self.config.negative))
 
@@ -113,7 +116,7 @@ class Emu3(Published):
 
   @functools.cached_property
   def text_tokenizer(self):
-    """Byte pairs of the checkpoint's own table (`tiktoken.Encoding`)."""
+    """The checkpoint's byte-pair encoding of text (`tiktoken.Encoding`)."""
     tiktoken = need("tiktoken", "text")
     self.check_ids(self.tokenizer_file(VISION).read_text("utf-8").split("\n"))
     lines = self.tokenizer_file(RANKS).read_bytes().splitlines()
@@ -124,18 +127,19 @@ class Emu3(Published):
                              special_tokens={})
 
   def check_ranks(self, ranks: dict[bytes, int]) -> None:
-    """Raises UserError unless words end where the special tokens begin."""
+    """Raises UserError unless word ids end where special tokens begin."""
     count = self.config.ids.specials
     if sorted(ranks.values()) != list(range(count)):
       raise UserError(
-          f"Expected those of the ids 0 to {count - 1}, each once, got "
-          f"{RANKS} with {len(ranks)} pieces of words. Convert again with "
-          "its own tokenizer files.")
+          f"Expected {RANKS} with the ids 0 to {count - 1}, each once, got "
+          f"{RANKS} with {len(ranks)} entries. Convert again with its own "
+          "tokenizer files.")
 
   def check_ids(self, names: list[str]) -> None:
-    """Raises UserError unless the vision tokens' names are where ids say.
+    """Raises UserError unless the vision tokens have the expected ids.
 
-    The first line is the token before the picture, the others follow it.
+    Args:
+      names: Names of vision tokens; the first one has the id `image`.
     """
     ids = self.config.ids
     codes = [f"<|visual token {code:06d}|>"
@@ -147,11 +151,11 @@ class Emu3(Published):
     for name, index in expected.items():
       if ids.image + place.get(name, -1) != index:
         raise UserError(
-            f"Expected Emu3-Gen's, got {VISION} without {name!r} at id "
-            f"{index}. Convert again with its own tokenizer files.")
+            f"Expected {VISION} of Emu3-Gen, got {VISION} without {name!r} at "
+            f"id {index}. Convert again with its own tokenizer files.")
 
   def text_ids(self, text: str) -> list[int]:
-    """Ids of a text in NFC, no special tokens recognised."""
+    """Returns the ids of a text in NFC; special tokens are not recognised."""
     if self.folder is None:
       return published.byte_ids(text)
     return self.text_tokenizer.encode_ordinary(
@@ -159,5 +163,5 @@ class Emu3(Published):
 
 
 def from_settings(settings: dict, folder: pathlib.Path | None) -> Emu3:
-  """The family of a model.json."""
+  """Returns the family described by a model.json."""
   return Emu3(ml_collections.ConfigDict(settings["config"]), folder)

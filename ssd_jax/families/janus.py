@@ -1,9 +1,10 @@
 """Janus-Pro (Chen et al. 2025, arXiv:2501.17811), its image generation.
 
-A plain raster of 24 x 24 codes. Codes have a small table of their own, which
-two linear maps bring to the trunk's width; the product of the three is a fixed
-table, so conversion multiplies it out. The unconditional stream is the prompt
-with all but its first and last token replaced by padding, which is seen.
+The grid has 24 x 24 image tokens and no end-of-row tokens. Image tokens have
+their own small embedding table, which two linear layers project to the trunk's
+width; the result is a fixed table, which conversion computes. The unconditional
+stream is the prompt with all tokens but the first and last replaced by padding,
+which is visible.
 """
 
 import functools
@@ -23,14 +24,14 @@ _START, _PAD, _IMAGE = (
 
 
 def vq16() -> ml_collections.ConfigDict:
-  """LlamaGen's and Janus' tokenizer."""
+  """Returns the settings of LlamaGen's and Janus' image tokenizer."""
   return ml_collections.ConfigDict(dict(
       ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, z_channels=256,
       n_codes=16384, code_dim=8, l2_norm=True, attn_levels=(4,), groups=32))
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Settings of a size; "" is "1b"."""
+  """Returns the settings of a size; "" is "1b"."""
   variant = variant or "1b"
   if variant not in VARIANTS:
     raise published.unknown_variant("janus_pro", variant, VARIANTS)
@@ -48,7 +49,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       vocab_in=102_400 + 16_384, vocab_out=16_384, norm_eps=1e-6))
   config.vq = vq16()
   config.theta = 10_000.0
-  config.side = 24  # cells
+  config.side = 24  # image tokens
   config.tokenizer = "tokenizer.json"
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=5.0, temperature=1.0, top_k=0, top_p=1.0))
@@ -57,26 +58,26 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 class Janus(Published):
-  """The family as a pipeline holds it."""
+  """The Janus-Pro family."""
 
   @functools.cached_property
   def grid(self) -> Grid:
-    """A plain raster."""
+    """A square grid without end-of-row tokens."""
     return Grid(self.config.side, self.config.side)
 
   @property
   def text_rows(self) -> int:
-    """Rows of the input table before the codes'."""
+    """Number of rows of the input table for text."""
     return self.trunk.vocab_in - self.trunk.vocab_out
 
   @functools.cached_property
   def input_ids(self) -> np.ndarray:
-    """Codes come after the text's ids."""
-    codes = np.arange(self.trunk.vocab_out)
-    return (self.text_rows + codes).astype(np.int32)
+    """Rows of image tokens, which follow those of the text."""
+    image = np.arange(self.trunk.vocab_out)
+    return (self.text_rows + image).astype(np.int32)
 
   def streams(self, text: str) -> tuple[Ids, Ids]:
-    """A turn of a conversation; and as much padding."""
+    """Returns one turn of a conversation, and as much padding."""
     start, pad, image = map(self._id, (_START, _PAD, _IMAGE))
     words = f"<|User|>: {text.strip()}\n\n<|Assistant|>:"
     prompt = (start, *self.text_ids(words), image)
@@ -88,11 +89,11 @@ class Janus(Published):
     found = self.text_tokenizer.token_to_id(token)
     if found is None:
       raise UserError(
-          f"Expected Janus-Pro's, got a tokenizer without {token!r}. Convert "
-          "again with its tokenizer.json.")
+          f"Expected Janus-Pro's tokenizer, got a tokenizer without {token!r}. "
+          "Convert again with its tokenizer.json.")
     return found
 
 
 def from_settings(settings: dict, folder: pathlib.Path | None) -> Janus:
-  """The family of a model.json."""
+  """Returns the family described by a model.json."""
   return Janus(ml_collections.ConfigDict(settings["config"]), folder)

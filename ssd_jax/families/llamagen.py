@@ -1,8 +1,8 @@
 """LlamaGen (Sun et al. 2024, arXiv:2406.06525), class- or text-conditional.
 
-A plain raster with two-dimensional rotary positions. The table's rows of the
-condition slots are zero, sine and cosine: queries and keys vanish there, so
-that every visible condition slot weighs the same.
+The grid has no end-of-row tokens; rotary positions are two-dimensional. Sine
+and cosine are zero at condition slots, so keys vanish there and all visible
+condition slots have equal attention logits.
 """
 
 from collections.abc import Sequence
@@ -33,16 +33,16 @@ _STAGES = {"t2i_XL_256": "t2i_XL_stage1_256", "t2i_XL_512": "t2i_XL_stage2_512"}
 VARIANTS = (
     *(f"c2i_{size}_{pixels}" for pixels in (256, 384) for size in _SIZES),
     *_STAGES)
-_FINE = "_ds8"  # ends variants with the tokenizer of 8 px cells
+_FINE = "_ds8"  # suffix of variants whose image tokens cover 8 px
 _CODES = 16_384
 _END = "</s>"
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Settings of a published checkpoint; "" is "c2i_XL_384".
+  """Returns settings of a published checkpoint; "" is "c2i_XL_384".
 
-  Of classes, "_ds8" behind a variant takes the published tokenizer of 8 px
-  cells, for trunks that were trained on it; none is published.
+  The suffix "_ds8" of a class-conditional variant selects the published
+  tokenizer with 8 px per token, for trunks trained on it; none is published.
   """
   variant = variant or "c2i_XL_384"
   is_fine = variant.startswith("c2i") and variant.endswith(_FINE)
@@ -66,72 +66,78 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.vq = vq16()
   if is_fine:
     config.vq.update(ch_mult=(1, 2, 2, 4), attn_levels=(3,))
-  cell = 8 if is_fine else 16  # px
-  config.vq_file = f"vq_ds{cell}_{kind}.pt"
+  pixels_per_token = 8 if is_fine else 16
+  config.vq_file = f"vq_ds{pixels_per_token}_{kind}.pt"
   config.t5 = ml_collections.ConfigDict()
   config.theta = 10_000.0
-  config.side = int(pixels) // cell  # cells
+  config.side = int(pixels) // pixels_per_token  # image tokens
   config.tokenizer = "" if config.classes else "tokenizer.json"
-  # Published code takes a scale below 1 for 1; here it leans to no condition.
+  # The published code treats scales below 1 as 1; here they weaken the prompt.
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=4.0, temperature=1.0, top_k=2000, top_p=1.0) if config.classes
       else dict(guidance=7.5, temperature=1.0, top_k=1000, top_p=1.0))
   training_defaults.add(config, prompts=60_000, batch=4 * 128)
-  if config.classes:  # each drawn as often as makes as many images
+  if config.classes:  # as many images, evenly distributed over the classes
     config.prompts_file, config.num_prompts = "", 0
     config.images_per_caption = 60_000 // config.classes
   return config
 
 
 class LlamaGen(Published):
-  """The family as a pipeline holds it."""
+  """The LlamaGen family."""
 
   @functools.cached_property
   def grid(self) -> Grid:
-    """A plain raster."""
+    """A square grid without end-of-row tokens."""
     return Grid(self.config.side, self.config.side)
 
   @property
   def condition_slots(self) -> int:
-    """Prompt slots: one class, or a caption's."""
+    """Number of prompt slots: 1 for a class, or those of a caption."""
     return self.trunk.caption_slots or 1
 
   @functools.cached_property
   def input_ids(self) -> np.ndarray:
-    """Codes come after the classes."""
+    """Rows of image tokens, which follow those of the classes."""
     first = self.trunk.vocab_in - self.trunk.vocab_out
     return (first + np.arange(self.trunk.vocab_out)).astype(np.int32)
 
   @functools.cached_property
   def rope(self) -> np.ndarray:
-    """Zeros for condition slots, then the cells."""
+    """The rotary table: zeros for condition slots, then the image tokens."""
     side = self.config.side
-    places = np.moveaxis(np.mgrid[:side, :side], 0, -1).reshape(-1, 2)
-    cells = rope.table_2d(places, self.trunk.head_dim, self.config.theta)
-    zeros = np.zeros((self.condition_slots, *cells.shape[1:]), np.float32)
-    return np.concatenate([zeros, cells])
+    row_col = np.moveaxis(np.mgrid[:side, :side], 0, -1).reshape(-1, 2)
+    image = rope.table_2d(row_col, self.trunk.head_dim, self.config.theta)
+    zeros = np.zeros((self.condition_slots, *image.shape[1:]), np.float32)
+    return np.concatenate([zeros, image])
 
   def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3], the pictures of codes; pixels are rounded here."""
+    """Decodes image tokens to images, uint8 [B, H, W, 3]; rounds pixels."""
     x: Any = self.vq.apply({"params": vq_params}, tokens_BRC, method="decode")
     return jnp.clip(127.5 * x + 128.0, 0.0, 255.0).astype(jnp.uint8)
 
   def encode_prompts(
       self, prompts: Sequence[str | int], guided: bool
   ) -> tuple[Prompt, list[str]]:
-    """(prompts as the trunk takes them, what a user should know).
+    """Encodes prompts as inputs of the trunk.
 
     Args:
       prompts: Class numbers; or captions, or .npy files of their features.
-      guided: Whether there are unconditional rows, after the others.
+      guided: Whether to append unconditional rows.
+
+    Returns:
+      The encoded prompts, and notes for the user.
+
+    Raises:
+      UserError: A prompt is invalid.
     """
     if self.config.classes:
       return self._classes(prompts, guided), []
     texts = [str(prompt) for prompt in prompts]
     given = [text.endswith(".npy") for text in texts]
     if any(given) and not all(given):
-      raise UserError("Expected one kind, got files of features and "
-                      "captions. Draw them in two calls.")
+      raise UserError("Expected prompts of one kind, got files of features and "
+                      "captions. Generate them in two calls.")
     shape = (len(prompts), self.condition_slots, self.trunk.caption_dim)
     if all(given):
       features, mask, notes = captions.read_features(texts, shape)
@@ -149,8 +155,8 @@ class LlamaGen(Published):
     for prompt in prompts:
       text = str(prompt).strip()
       if not text.isdecimal() or int(text) >= none:
-        raise UserError(f"Expected a number from 0 to {none - 1}, got class "
-                        f"{prompt!r}. Correct the prompt.")
+        raise UserError(f"Expected a class from 0 to {none - 1}, got class "
+                        f"{prompt!r}.")
       rows.append(int(text))
     rows += [none] * len(rows) if guided else []
     tokens = np.array(rows, np.int32)[:, None]
@@ -164,15 +170,15 @@ class LlamaGen(Published):
   def from_features(
       self, features_BTE: np.ndarray, mask_BT: np.ndarray, guided: bool
   ) -> Prompt:
-    """Captions as the trunk takes them, from features of a text encoder.
+    """Encodes captions given by features of a text encoder.
 
-    Captions end at the last condition slot. The unconditional rows are hidden
-    where their conditional ones are.
+    Captions end at the last condition slot. Unconditional rows have the masks
+    of their conditional rows.
 
     Args:
-      features_BTE: float [B, T, E], T at most the condition slots.
-      mask_BT: bool [B, T], which of them exist: the first ones.
-      guided: Whether there are unconditional rows, after the others.
+      features_BTE: float [B, T, E], with T at most the condition slots.
+      mask_BT: bool [B, T], which features exist; these come first.
+      guided: Whether to append unconditional rows.
     """
     slots = self.condition_slots
     batch, length, width = features_BTE.shape
@@ -210,7 +216,7 @@ class LlamaGen(Published):
 
   @functools.cached_property
   def _encode_text(self):
-    """Jitted: (params, ids [B, T], mask [B, T]) -> features [B, T, E]."""
+    """Jitted (params, ids [B, T], mask [B, T]) -> features [B, T, E]."""
     encoder = T5Encoder(from_config_dict(T5Config, self.config.t5))
     return jax.jit(lambda params, ids, mask: encoder.apply(
         {"params": params}, ids, mask))
@@ -219,12 +225,13 @@ class LlamaGen(Published):
   def _text_params(self) -> Params:
     if self.folder is None or not (self.folder / "text").is_dir():
       raise UserError(
-          f"Expected one, got {self.folder} without a text encoder. Give "
-          "prompts FILE.npy with features, or convert with --text_encoder.")
+          "Expected a model folder with a text encoder, got "
+          f"{self.folder} without a text encoder. Pass prompts FILE.npy with "
+          "features, or convert with --text_encoder.")
     params = checkpoints.restore(self.folder / "text")
     return checkpoints.cast(params, self.generator.dtype)
 
 
 def from_settings(settings: dict, folder: pathlib.Path | None) -> LlamaGen:
-  """The family of a model.json."""
+  """Returns the family described by a model.json."""
   return LlamaGen(ml_collections.ConfigDict(settings["config"]), folder)

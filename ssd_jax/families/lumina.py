@@ -1,8 +1,8 @@
 """Lumina-mGPT-7B (Liu et al. 2024, arXiv:2408.02657), a Chameleon fine-tune.
 
-Rows end with a forced token. The size of the picture stands in the prompt, as
-words and as two tokens. The unconditional stream has no text at all: it starts
-at the begin-of-image token, and so do its positions.
+Rows end with a forced token. The prompt contains the size of the image, as text
+and as two tokens. The unconditional stream has no text: it starts at the
+begin-of-image token, and so do its positions.
 """
 
 import functools
@@ -18,14 +18,14 @@ from ssd_jax.families import published, training_defaults
 from ssd_jax.families.published import Ids, Published
 
 VARIANTS = ("512", "768", "1024")
-CHOICES = ("size", "target_size")  # at every drawing
-_LETTERS = str.maketrans("ABCDEFGHIJ", "0123456789")  # of codes' names
+CHOICES = ("size", "target_size")  # may be set in each call
+_LETTERS = str.maketrans("ABCDEFGHIJ", "0123456789")  # in image tokens' names
 _PATCH = 32  # pixels per unit of the size tokens
 _MAX_RATIO = 4.0
 
 
 def chameleon() -> ml_collections.ConfigDict:
-  """What all Chameleon-7B fine-tunes share."""
+  """Returns the settings that all Chameleon-7B fine-tunes share."""
   return ml_collections.ConfigDict(dict(
       trunk=dict(
           d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128,
@@ -42,14 +42,14 @@ def chameleon() -> ml_collections.ConfigDict:
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Settings of a variant: the side of its square; "" is 768."""
+  """Returns the settings of a variant, the side of its square; "" is 768."""
   variant = variant or "768"
   if variant not in VARIANTS:
     raise published.unknown_variant("lumina", variant, VARIANTS)
   config = chameleon()
   config.family = "lumina"
   config.workdir = f"runs/lumina_{variant}"
-  config.target_size = int(variant)  # pixels; its square is all sizes' area
+  config.target_size = int(variant)  # pixels; its square is the area of sizes
   config.size = f"{variant}x{variant}"  # width x height, one of sizes()
   config.tokenizer = "tokenizer.json"
   config.sampling = ml_collections.ConfigDict(dict(
@@ -59,7 +59,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def sizes(target: int) -> list[tuple[int, int]]:
-  """(width, height) in pixels of the pictures that the model knows."""
+  """Returns the image sizes that the model supports, (width, height) in pixels.
+
+  Args:
+    target: Side of the square whose area bounds all sizes.
+  """
   area = (target // _PATCH) ** 2
   found = []
   width, height = area, 1
@@ -74,11 +78,11 @@ def sizes(target: int) -> list[tuple[int, int]]:
 
 
 class Chameleon(Published):
-  """What reads Chameleon's words and writes its codes."""
+  """Base class of families with Chameleon's text tokenizer."""
 
   @functools.cached_property
   def text_tokenizer(self):
-    """The checkpoint's own, its ids looked at."""
+    """The checkpoint's text tokenizer, with its ids checked."""
     tokenizer = super().text_tokenizer
     vocabulary, ids = tokenizer.get_vocab(), self.config.ids
     codes = {ids.first_code + int(name[6:-1].translate(_LETTERS)): index
@@ -90,36 +94,37 @@ class Chameleon(Published):
     wrong = [name for name, i in names.items() if vocabulary.get(name) != i]
     if len(codes) != self.trunk.vocab_out or any(
         expected != index for expected, index in codes.items()):
-      wrong.append("image codes")
+      wrong.append("image tokens")
     if wrong:
       raise UserError(
-          f"Expected Chameleon's, got a tokenizer without {wrong[0]} in its "
-          "place. Convert again with the checkpoint's own tokenizer.")
+          f"Expected Chameleon's tokenizer, got a tokenizer without {wrong[0]} "
+          "at the expected ids. Convert again with the checkpoint's own "
+          "tokenizer.")
     return tokenizer
 
 
 class Lumina(Chameleon):
-  """The family as a pipeline holds it."""
+  """The Lumina-mGPT family."""
 
   @functools.cached_property
   def pixels(self) -> tuple[int, int]:
-    """(width, height)."""
+    """Width and height of the image in pixels."""
     return parse_size(self.config.size, self.config.target_size)
 
   @functools.cached_property
   def grid(self) -> Grid:
-    """Two cells per size unit; each row ends with a forced token."""
+    """The grid, with two tokens per size unit and end-of-row tokens."""
     width, height = self.pixels
-    cell = self.vq.cfg.downsample
-    return Grid(height // cell, width // cell, end_of_row=True)
+    step = self.vq.cfg.downsample
+    return Grid(height // step, width // step, end_of_row=True)
 
   @functools.cached_property
   def input_ids(self) -> np.ndarray:
-    """Codes, then end-of-row."""
+    """Rows of the image tokens, then of the end-of-row token."""
     return chameleon_input_ids(self.config)
 
   def streams(self, text: str) -> tuple[Ids, Ids]:
-    """The instruction with the text; and the opening of an image alone."""
+    """Returns the instruction with the text, and the start of an image."""
     ids = self.config.ids
     width, height = self.pixels
     words = (f"Generate an image of {width}x{height} according to the "
@@ -131,27 +136,31 @@ class Lumina(Chameleon):
 
 
 def parse_size(size: str, target: int) -> tuple[int, int]:
-  """(width, height) of a size such as "768x768".
+  """Parses a size such as "768x768" to (width, height).
+
+  Args:
+    size: The size.
+    target: Side of the square whose area bounds all sizes.
 
   Raises:
-    UserError: when the model of this target does not know the size.
+    UserError: The model does not support the size.
   """
   known = sizes(target)
   names = [f"{w}x{h}" for w, h in known]
   if size not in names:
     raise UserError(
-        f"Expected one of the {len(names)} WIDTHxHEIGHT of lumina:{target}, "
-        f"such as {target}x{target} or {names[0]}, got size {size!r}. Change "
-        "size.")
+        f"Expected size to be one of the {len(names)} WIDTHxHEIGHT of "
+        f"lumina:{target}, such as {target}x{target} or {names[0]}, got size "
+        f"{size!r}.")
   return known[names.index(size)]
 
 
 def chameleon_input_ids(config: ml_collections.ConfigDict) -> np.ndarray:
-  """int32 [V + 1]: the joint vocabulary's ids of codes and end-of-row."""
-  codes = config.ids.first_code + np.arange(config.trunk.vocab_out)
-  return np.append(codes, config.ids.end_of_row).astype(np.int32)
+  """Returns the joint vocabulary's ids of image tokens and end-of-row."""
+  image = config.ids.first_code + np.arange(config.trunk.vocab_out)
+  return np.append(image, config.ids.end_of_row).astype(np.int32)
 
 
 def from_settings(settings: dict, folder: pathlib.Path | None) -> Lumina:
-  """The family of a model.json."""
+  """Returns the family described by a model.json."""
   return Lumina(ml_collections.ConfigDict(settings["config"]), folder)

@@ -1,4 +1,4 @@
-"""What the published families share: prompts of token ids, files, sizes."""
+"""Base class of published families: prompts of token ids, files and sizes."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -21,24 +21,24 @@ from ssd_jax.models.generator import Generator
 from ssd_jax.models.transformer import Trunk, TrunkConfig
 from ssd_jax.models.vq import VQ, VQConfig, to_uint8
 
-_BUCKETS = (32, 64, 128, 256, 512, 1024)  # prompt slots; one compile each
+_BUCKETS = (32, 64, 128, 256, 512, 1024)  # prompt slots, compiled once each
 SAFETENSORS = ("model.safetensors.index.json", "*.safetensors")
 ANY_FORMAT = (*SAFETENSORS, "pytorch_model.bin.index.json", "*.bin")
 Ids = tuple[int, ...]
 BYTE_IDS_NOTE = (
-    "random weights come without a tokenizer: the prompt is spelled in bytes; "
-    "--checkpoint DIR of a converted model brings its own")
+    "random weights have no text tokenizer, so prompts are encoded as bytes; "
+    "pass --checkpoint DIR of a converted model to use its tokenizer")
 CHAMELEON_VQ = ("**/vqgan.ckpt", "**/vqgan.safetensors")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Published:
-  """A family of published checkpoints as a pipeline holds it.
+  """Base class of families of published checkpoints.
 
   Attributes:
-    config: What model.json holds.
-    folder: Of the model, for its tokenizer; None with random weights that no
-      folder belongs to: words are then spelled in bytes.
+    config: Settings stored in model.json.
+    folder: Model folder with the text tokenizer; None with random weights, for
+      which prompts are encoded as bytes.
   """
 
   config: ml_collections.ConfigDict
@@ -46,17 +46,17 @@ class Published:
 
   @property
   def name(self) -> str:
-    """In model.json."""
+    """Name of the family in model.json."""
     return self.config.family
 
   @functools.cached_property
   def vq(self) -> VQ:
-    """The tokenizer of images."""
+    """The image tokenizer."""
     return VQ(from_config_dict(VQConfig, self.config.vq))
 
   @functools.cached_property
   def trunk(self) -> TrunkConfig:
-    """Sizes of the trunk."""
+    """Sizes and options of the trunk."""
     return from_config_dict(TrunkConfig, self.config.trunk)
 
   @property
@@ -71,12 +71,12 @@ class Published:
 
   @functools.cached_property
   def input_ids(self) -> np.ndarray:
-    """int32 [V + forced kinds], rows of the input table."""
+    """Rows of the input table of image and forced tokens, int32 [V + kinds]."""
     raise NotImplementedError
 
   @functools.cached_property
   def rope(self) -> np.ndarray:
-    """The rotary table: one row per position."""
+    """The rotary table, with one row per position."""
     positions = _BUCKETS[-1] + self.grid.length
     return rope.table_1d(positions, self.trunk.head_dim, self.config.theta)
 
@@ -89,20 +89,23 @@ class Published:
         jnp.float32 if is_cpu else jnp.bfloat16)
 
   def streams(self, text: str) -> tuple[Ids, Ids]:
-    """(conditional, unconditional) prompts of a text.
+    """Returns the conditional and the unconditional prompt of a text.
 
-    Rows of the input table; the last one predicts the first cell.
+    Both are ids of the input table; the last id predicts the first image token.
     """
     raise NotImplementedError
 
   def encode_prompts(
       self, prompts: Sequence[str], guided: bool
   ) -> tuple[Prompt, list[str]]:
-    """(prompts as the trunk takes them, what a user should know).
+    """Encodes texts as inputs of the trunk.
 
     Args:
-      prompts: Texts.
-      guided: Whether there are unconditional rows, after the others.
+      prompts: One text per image.
+      guided: Whether to append unconditional rows.
+
+    Returns:
+      The encoded prompts, and notes for the user.
     """
     pairs = [self.streams(text) for text in prompts]
     rows = [pair[0] for pair in pairs]
@@ -112,52 +115,60 @@ class Published:
     return left_padded(rows, self.grid.length), notes
 
   def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3], the pictures of codes."""
+    """Decodes image tokens to images, uint8 [B, H, W, 3]."""
     x: Any = self.vq.apply({"params": vq_params}, tokens_BRC, method="decode")
     return to_uint8(x)
 
   @functools.cached_property
   def text_tokenizer(self):
-    """The checkpoint's own tokenizer of texts (`tokenizers.Tokenizer`)."""
+    """The checkpoint's text tokenizer (`tokenizers.Tokenizer`)."""
     file = self.tokenizer_file(self.config.tokenizer)
     tokenizer = need("tokenizers", "text").Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()  # files may hold what a trainer had set
+    tokenizer.no_truncation()  # files may contain settings of a trainer
     tokenizer.no_padding()
     return tokenizer
 
   def tokenizer_file(self, name: str) -> pathlib.Path:
-    """A file of the model's tokenizer."""
+    """Returns the path of a file of the model's text tokenizer.
+
+    Raises:
+      UserError: The file is missing.
+    """
     file = (self.folder or pathlib.Path()) / "tokenizer" / name
     if not file.is_file():
-      raise UserError("Expected the checkpoint's tokenizer, got a model "
-                      f"folder without {file}. Convert it again.")
+      raise UserError("Expected a model folder with the checkpoint's text "
+                      f"tokenizer, got a folder without {file}. Convert it "
+                      "again.")
     return file
 
   def text_ids(self, text: str) -> list[int]:
-    """Ids of a text, no special tokens added."""
+    """Returns the ids of a text, without special tokens."""
     if self.folder is None:
       return byte_ids(text)
     return self.text_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def byte_ids(text: str) -> list[int]:
-  """A text in bytes: what stands for its ids where there is no tokenizer."""
+  """Returns a text's bytes, used as ids if there is no tokenizer."""
   return list(text.encode())
 
 
 def left_padded(rows: Sequence[Sequence[int]], slots: int) -> Prompt:
-  """Prompts of any lengths, their last tokens side by side.
+  """Pads prompts on the left, so that their last tokens are aligned.
 
   Each row's positions start at 0 at its own first token.
 
   Args:
     rows: Ids of each row.
-    slots: Slots N of the image.
+    slots: Number of slots N of the image.
+
+  Raises:
+    UserError: A prompt is too long.
   """
   longest = max(map(len, rows))
   if longest > _BUCKETS[-1]:
-    raise UserError(f"Expected at most {_BUCKETS[-1]}, got a prompt of "
-                    f"{longest} tokens. Shorten it.")
+    raise UserError(f"Expected a prompt of at most {_BUCKETS[-1]} tokens, got "
+                    f"a prompt of {longest} tokens. Shorten it.")
   length = next(n for n in _BUCKETS if n >= longest)
   tokens = np.zeros((len(rows), length), np.int32)
   mask = np.zeros((len(rows), length), bool)
@@ -171,7 +182,7 @@ def left_padded(rows: Sequence[Sequence[int]], slots: int) -> Prompt:
 
 
 def trunk_shapes(cfg: TrunkConfig) -> dict[str, jax.ShapeDtypeStruct]:
-  """The arrays of a trunk by path."""
+  """Returns the shapes of a trunk's arrays by path."""
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
   init = lambda x, cos_sin: Trunk(cfg).init(
       jax.random.key(0), x, cos_sin, jnp.ones((1, 1, 1), bool),
@@ -184,13 +195,20 @@ def trunk_shapes(cfg: TrunkConfig) -> dict[str, jax.ShapeDtypeStruct]:
 def settings_of(
     config: ml_collections.ConfigDict, keep: Sequence[str]
 ) -> dict[str, Any]:
-  """What model.json keeps of a configuration."""
+  """Returns the settings of a configuration that model.json stores.
+
+  Args:
+    config: The configuration.
+    keep: Keys to store.
+  """
   values = config.to_dict()
   return {"config": {key: values[key] for key in ("family", *keep)}}
 
 
-def unknown_variant(name: str, variant: str, known: Sequence[str]) -> ValueError:
-  """The error of an unknown variant of a configuration."""
+def unknown_variant(
+    name: str, variant: str, known: Sequence[str]
+) -> ValueError:
+  """Returns the error for an unknown variant of a configuration."""
   return ValueError(
-      f"Expected one of {', '.join(known)}, got variant {variant!r} of "
-      f"configs/{name}.py. Write it after the colon.")
+      f"Expected a variant of configs/{name}.py, one of {', '.join(known)}, "
+      f"got variant {variant!r}. Write it after the colon.")

@@ -1,7 +1,8 @@
-"""Settings of train.mtp and train.drafter, every key of them spelled out.
+"""Default settings of train.mtp and train.drafter.
 
-What is spelled out can be changed on the command line. The defaults are the
-papers' (SSD, arXiv:2606.20543, table 8; LANTERN, arXiv:2410.03355).
+All keys are listed, so that each can be changed on the command line. The
+defaults are those of the papers (SSD, arXiv:2606.20543, table 8; LANTERN,
+arXiv:2410.03355).
 """
 
 import math
@@ -15,17 +16,17 @@ _DRAFTER_BATCH = 16
 def add(
     config: ml_collections.ConfigDict, prompts: int, batch: int
 ) -> None:
-  """Adds what trains heads and a drafter for a converted checkpoint.
+  """Adds settings that train heads and a drafter for a converted checkpoint.
 
   Args:
-    config: Settings of a published family, `workdir` among them.
-    prompts: Images drawn to learn from.
-    batch: Images per step of the heads, over all devices.
+    config: Settings of a published family, including `workdir`.
+    prompts: Number of images generated for training.
+    batch: Images per step when heads are trained, over all devices.
   """
   name = config.workdir.removeprefix("runs/")
-  config.checkpoint = f"models/{name}"  # the folder that infer.convert made
+  config.checkpoint = f"models/{name}"  # a folder made by infer.convert
   config.prompts_file = "prompts.txt"
-  config.num_prompts = prompts  # of the file, at most; 0 takes all
+  config.num_prompts = prompts  # largest number read; 0 reads all
   config.images_per_caption = 1
   config.mtp = mtp(_MTP_EPOCHS * prompts // batch, batch)
   config.drafter = drafter(
@@ -35,7 +36,13 @@ def add(
 def mtp(
     steps: int, batch: int, vertical: int = 5
 ) -> ml_collections.ConfigDict:
-  """Settings of train.mtp."""
+  """Returns the settings of train.mtp.
+
+  Args:
+    steps: Number of steps.
+    batch: Images per step.
+    vertical: Number of vertical heads.
+  """
   return ml_collections.ConfigDict(dict(
       # inputs: h+e, h, e; target: pre, post, embedding, token (table 3), or
       # distribution (ours).
@@ -51,12 +58,17 @@ def mtp(
 
 
 def drafter(steps: int, batch: int) -> ml_collections.ConfigDict:
-  """Settings of train.drafter: EAGLE's, with the plain loss."""
+  """Returns the settings of train.drafter: EAGLE's, with the plain loss.
+
+  Args:
+    steps: Number of steps.
+    batch: Images per step.
+  """
   return ml_collections.ConfigDict(dict(
       optimizer=_optimizer(
           learning_rate=1e-4, warmup_steps=100, weight_decay=0.0, clip=0.5),
       loop=_loop(steps, batch),
-      # EAGLE-3: taps=(2, 4) or so, state_weight=0, token_weight=1, unroll=3.
+      # EAGLE-3: e.g. taps=(2, 4), state_weight=0, token_weight=1, unroll=3.
       taps=(), state_weight=1.0, token_weight=0.1, noise=0.2, unroll=1,
       # CASCADE: redundancy above 0.
       redundancy=0.0, likeness=0.95, eval_images=64, depth=5,

@@ -21,7 +21,7 @@ from tests.support import testkit as kit
 @pytest.fixture(autouse=True)
 def tiny_is_large(monkeypatch):
   """Trunks of any size are copied."""
-  monkeypatch.setattr(layouts_lib, "_LEAST", 0)
+  monkeypatch.setattr(layouts_lib, "_MIN_BYTES", 0)
 
 
 @pytest.mark.quick(1)
@@ -104,7 +104,7 @@ def test_small_trunks_and_those_without_room_stay_stacked(monkeypatch):
   assert inference_layout(with_heads) is with_heads
   monkeypatch.setattr(memory, "free", lambda: None)  # nobody tells
   assert "layers_0" in inference_layout(params)["trunk"]
-  monkeypatch.setattr(layouts_lib, "_LEAST", 1e8)
+  monkeypatch.setattr(layouts_lib, "_MIN_BYTES", 1e8)
   assert inference_layout(params) is params
 
 
