@@ -103,8 +103,8 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
     lines += [item.prompt for item in prompt_files.read_prompts(file)]
   if not lines:
     raise UserError(
-        'got no prompt, expected at least one; add --prompt "red heart" or '
-        "--prompts_file FILE"
+        'Expected at least one prompt, got none. Add --prompt "red heart" or '
+        "--prompts_file FILE."
     )
   return [clean(line) for line in lines]
 

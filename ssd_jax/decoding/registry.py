@@ -48,9 +48,9 @@ def parse(text: str, known: Mapping[str, type] = DECODERS) -> Decoder:
   name, _, rest = text.partition(":")
   if name not in known:
     close = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
+    hint = f"Did you mean {close[0]!r}?" if close else "Choose one of them."
     raise UserError(
-        f"Expected one of {sorted(known)}, got decoder {name!r}. {hint}."
+        f"Expected one of {sorted(known)}, got decoder {name!r}. {hint}"
     )
   cls = known[name]
   fields = {f.name: f for f in dataclasses.fields(cls)}

@@ -276,11 +276,11 @@ def require(name: str | os.PathLike, family: str) -> None:
   if name == "emoji" or (pathlib.Path(name) / "model.json").is_file():
     return
   if family == "emoji":
-    how = ("train it with train.tokenizer and train.ar, or take the embedded "
+    how = ("Train it with train.tokenizer and train.ar, or take the embedded "
            "one with --config.checkpoint=emoji")
   else:
     file = f"configs/{_CONFIGS.get(family, family)}.py"
-    how = (f"convert one with python -m infer.convert --config {file} "
+    how = (f"Convert one with python -m infer.convert --config {file} "
            f"--source hf:ORG/NAME --out {name} (the names are in {file})")
   raise UserError(f"Expected a model folder, got no model in {name}. {how}.")
 
