@@ -46,12 +46,12 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
 
 def _trunk_rows(family: Janus) -> Iterable[Row]:
   cfg = family.trunk
-  d, codes, hidden = cfg.d_model, cfg.vocab_out, cfg.head_hidden
+  d, vocab, hidden = cfg.d_model, cfg.vocab_out, cfg.head_hidden
   yield table_rows("language_model.model.embed_tokens.weight",
                    family.text_rows, d)
   yield Row(
       "trunk/embedding",
-      (Source("gen_embed.weight", (codes, _CODE_DIM)),
+      (Source("gen_embed.weight", (vocab, _CODE_DIM)),
        Source("gen_aligner.layers.0.weight", (d, _CODE_DIM)),
        Source("gen_aligner.layers.0.bias", (d,)),
        Source("gen_aligner.layers.2.weight", (d, d)),
@@ -60,7 +60,7 @@ def _trunk_rows(family: Janus) -> Iterable[Row]:
   yield from llama_layers(cfg, "language_model.model.")
   for ours, name, shape in (
       ("head_in", "output_mlp_projector", (hidden, d)),
-      ("head", "vision_head", (codes, hidden))):
+      ("head", "vision_head", (vocab, hidden))):
     name = f"gen_head.{name}"
     yield Row(f"trunk/{ours}", (Source(f"{name}.weight", shape),), linear)
     yield Row(f"trunk/{ours}_bias", (Source(f"{name}.bias", shape[:1]),), copy)

@@ -49,8 +49,8 @@ def rows(cfg: T5Config) -> Iterable[Row]:
     for ours, name, shape in (("gate", "wi_0", (f, d)), ("up", "wi_1", (f, d)),
                               ("down", "wo", (d, f))):
       yield row(ours, f"1.DenseReluDense.{name}", shape, linear)
-    for ours, place in (("attn_norm", 0), ("mlp_norm", 1)):
-      yield row(f"{ours}/scale", f"{place}.layer_norm", (d,), copy)
+    for ours, index in (("attn_norm", 0), ("mlp_norm", 1)):
+      yield row(f"{ours}/scale", f"{index}.layer_norm", (d,), copy)
   yield Row("text/final_norm/scale", (
       Source("encoder.final_layer_norm.weight", (d,)),))
   name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"

@@ -221,9 +221,9 @@ def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
       unpickler = unpickle.Unpickler(archive.read(pickled[0]), file)
       tree = unpickler.load()
       with open(file, "rb") as f:
-        place = lambda storage: _data_offset(
+        offset_of = lambda storage: _data_offset(
             f, entries[f"{root}data/{storage.key}"], storage)
-        return _state_dict(tree, file, place)
+        return _state_dict(tree, file, offset_of)
   except zipfile.BadZipFile as error:
     raise UserError(
         f"Expected a complete file of torch.save, got {file}, which is no zip "
@@ -251,7 +251,7 @@ def _data_offset(
 
 
 def _state_dict(
-    tree: Any, file: pathlib.Path, place
+    tree: Any, file: pathlib.Path, offset_of
 ) -> dict[str, Tensor]:
   """Returns the tensors of an unpickled object, without its wrappers."""
   for _ in range(_DEEPEST):  # a wrapper may have tensors beside it
@@ -266,10 +266,10 @@ def _state_dict(
   if not views:
     raise UserError(f"Expected a state dict, got {file} without tensors. "
                     "Check the file.")
-  return {name: _tensor(view, file, place) for name, view in views.items()}
+  return {name: _tensor(view, file, offset_of) for name, view in views.items()}
 
 
-def _tensor(view: unpickle.View, file: pathlib.Path, place) -> Tensor:
+def _tensor(view: unpickle.View, file: pathlib.Path, offset_of) -> Tensor:
   dtype = view.storage.dtype
   dense: list[int] = []
   step = 1
@@ -283,5 +283,5 @@ def _tensor(view: unpickle.View, file: pathlib.Path, place) -> Tensor:
   ordered = all(n == 1 or a == b for n, a, b in zip(
       view.shape, view.strides, dense, strict=True))
   return Tensor(
-      file, place(view.storage) + view.offset * dtype.itemsize, view.shape,
+      file, offset_of(view.storage) + view.offset * dtype.itemsize, view.shape,
       dtype, None if ordered else view.strides)

@@ -1,8 +1,8 @@
-"""The two seams of the package: what a model family and a decoder provide.
+"""Protocols of model families and decoders.
 
-`Family` is all that the package asks of a family of checkpoints, `Decoder` all
-that it asks of a decoding method. `DecoderBase` holds the defaults of what most
-decoders leave alone; subclass it for a decoder of your own.
+`Family` is the interface of a family of checkpoints, `Decoder` that of a
+decoding method. `DecoderBase` holds defaults for the optional parts of a
+decoder; subclass it to write your own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class Family(Protocol):
 
   @property
   def config(self) -> ml_collections.ConfigDict:
-    """The settings that model.json keeps."""
+    """The settings stored in model.json."""
 
   @property
   def sampling(self) -> Mapping[str, float]:
@@ -47,7 +47,7 @@ class Family(Protocol):
   def encode_prompts(
       self, prompts: Sequence[str], guided: bool
   ) -> tuple[Prompt, list[str]]:
-    """Encodes texts as the trunk takes them.
+    """Encodes texts as inputs of the trunk.
 
     Args:
       prompts: One text per image.
@@ -153,7 +153,7 @@ class DecoderBase:
   """Defaults of a `Decoder`: lossy, no needs, no scratch slots, nothing moves.
 
   A subclass is a frozen dataclass with a `name` and adds `start`, `propose` and
-  `resolve`; a lossless one also says `lossless = True`.
+  `resolve`; a lossless one also sets `lossless = True`.
   """
 
   name: ClassVar[str]
@@ -174,7 +174,7 @@ class DecoderBase:
     return self.lossless
 
   def needs(self, model: Model) -> Needs:
-    """Returns that the trunk is enough."""
+    """Returns empty `Needs`: the trunk suffices."""
     del model
     return Needs()
 
@@ -186,6 +186,6 @@ class DecoderBase:
   def settle(
       self, ctx: "Context", state: Any
   ) -> tuple[jax.Array, jax.Array] | None:
-    """Returns None: all keys and values are written in their place."""
+    """Returns None: all keys and values are already in their slots."""
     del ctx, state
     return None

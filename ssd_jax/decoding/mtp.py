@@ -83,7 +83,7 @@ class MTP(DecoderBase):
 
   @property
   def lossless(self) -> bool:
-    """Unless drafts are corrected one by one."""
+    """Whether rejected drafts are not corrected independently."""
     return self.verify != "correct"
 
   def needs(self, model: Model) -> Needs:
@@ -234,12 +234,12 @@ class MTP(DecoderBase):
     The last entry is the token after the last draft.
     """
     size = self._num_drafts(ctx.model)
-    places = jnp.arange(size + 1)
-    slots = _slots(ctx.model.grid, state.last + 1 + places)
+    index = jnp.arange(size + 1)
+    slots = _slots(ctx.model.grid, state.last + 1 + index)
     tokens = state.tokens.at[slots].get(mode="fill", fill_value=0)
     q = jnp.concatenate([state.q, jnp.zeros_like(state.q[:1])])
     return (slots, Drafts(tokens, q, jnp.zeros(size + 1, bool)),
-            places < state.count)
+            index < state.count)
 
   def _resample(self, ctx, p_KV, drafts: Drafts, exists) -> jax.Array:
     """Samples from the residual, or from p without a draft, int32 [K + 1]."""

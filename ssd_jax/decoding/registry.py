@@ -62,7 +62,7 @@ def parse(text: str, known: Mapping[str, type] = DECODERS) -> Decoder:
           f"Expected key=value with a key of {sorted(fields)}, got setting "
           f"{part!r} of decoder {name!r}."
       )
-    check(key not in values, key, value, "it once")
+    check(key not in values, key, value, "given once")
     values[key] = _value(name, key, value, fields[key].type)
     is_small = not isinstance(values[key], int) or values[key] <= _LARGEST
     check(is_small, key, value, f"at most {_LARGEST}")

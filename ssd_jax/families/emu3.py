@@ -142,14 +142,14 @@ class Emu3(Published):
       names: Names of vision tokens; the first one has the id `image`.
     """
     ids = self.config.ids
-    codes = [f"<|visual token {code:06d}|>"
-             for code in (0, self.trunk.vocab_out - 1)]
+    first, last = (f"<|visual token {token:06d}|>"
+                   for token in (0, self.trunk.vocab_out - 1))
     expected = {"<|image token|>": ids.image,
-                "<|image start|>": ids.begin_of_image, codes[0]: ids.first_code,
-                codes[1]: ids.first_code + self.trunk.vocab_out - 1}
-    place = {name.strip(): line for line, name in enumerate(names)}
+                "<|image start|>": ids.begin_of_image, first: ids.first_code,
+                last: ids.first_code + self.trunk.vocab_out - 1}
+    line_of = {name.strip(): line for line, name in enumerate(names)}
     for name, index in expected.items():
-      if ids.image + place.get(name, -1) != index:
+      if ids.image + line_of.get(name, -1) != index:
         raise UserError(
             f"Expected {VISION} of Emu3-Gen, got {VISION} without {name!r} at "
             f"id {index}. Convert again with its own tokenizer files.")

@@ -85,15 +85,15 @@ class Chameleon(Published):
     """The checkpoint's text tokenizer, with its ids checked."""
     tokenizer = super().text_tokenizer
     vocabulary, ids = tokenizer.get_vocab(), self.config.ids
-    codes = {ids.first_code + int(name[6:-1].translate(_LETTERS)): index
+    image = {ids.first_code + int(name[6:-1].translate(_LETTERS)): index
              for name, index in vocabulary.items()
              if re.fullmatch(r"IMGIMG[A-J]+Z", name)}
     names = {"<s>": ids.start, "<racm3:break>": ids.image,
              "<reserved08706>": ids.end_of_turn,
              "<reserved08799>": ids.end_of_row, "<reserved08800>": ids.size}
     wrong = [name for name, i in names.items() if vocabulary.get(name) != i]
-    if len(codes) != self.trunk.vocab_out or any(
-        expected != index for expected, index in codes.items()):
+    if len(image) != self.trunk.vocab_out or any(
+        expected != index for expected, index in image.items()):
       wrong.append("image tokens")
     if wrong:
       raise UserError(

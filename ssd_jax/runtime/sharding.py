@@ -158,8 +158,8 @@ def spec(path: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
     return PartitionSpec()
   each = (None,) * (len(shape) - len(weight.axes)) + weight.axes
   axes = [tuple(a for a in _LOGICAL[n] if mesh.shape[a] > 1) for n in each]
-  for place, (size, shared) in enumerate(zip(shape, axes, strict=True)):
-    _check_even(f"dimension {place} of {path}", size, shared, mesh)
+  for dim, (size, shared) in enumerate(zip(shape, axes, strict=True)):
+    _check_even(f"dimension {dim} of {path}", size, shared, mesh)
   return PartitionSpec(*(shared or None for shared in axes))
 
 def _check_even(
@@ -212,8 +212,8 @@ def create(function: Callable[..., Any], *args: Any) -> Any:
   mesh = current()
   if mesh is None:
     return function(*args)
-  places = shardings(jax.eval_shape(function, *args), mesh)
-  return jax.jit(function, out_shardings=places)(*args)
+  out_shardings = shardings(jax.eval_shape(function, *args), mesh)
+  return jax.jit(function, out_shardings=out_shardings)(*args)
 
 
 def constrain(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON."""
+"""Atomic file writes, and JSON files."""
 
 from collections.abc import Iterator
 import contextlib
@@ -14,13 +14,13 @@ from ssd_jax.core.config import UserError
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Yields a name to write to; it replaces `path` once it is written.
+  """Yields a temporary path; it replaces `path` when the context exits.
 
-  The name lies beside `path`, so that the last step is one rename, and each
-  host has its own.
+  The temporary path is in the same folder, so the replacement is one rename;
+  each host has its own.
 
   Raises:
-    UserError: if the folder is full or cannot be written.
+    UserError: The disk is full, or the folder cannot be written.
   """
   path = pathlib.Path(path)
   partial = path.with_name(f".{path.name}.{jax.process_index()}.partial")
@@ -30,7 +30,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     os.replace(partial, path)
   except OSError as error:
     raise UserError(
-        "Expected a folder with room that can be written, got "
+        "Expected a writable folder with enough room, got "
         f"{error.strerror or error} while writing {path}. Choose another "
         "--out.") from error
   finally:
@@ -52,7 +52,7 @@ def read_json(path: str | os.PathLike) -> Any:
   """Returns the value of a JSON file.
 
   Raises:
-    UserError: if the file is missing or not JSON.
+    UserError: The file is missing or not JSON.
   """
   path = pathlib.Path(path)
   try:

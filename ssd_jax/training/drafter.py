@@ -105,7 +105,7 @@ class DrafterTraining:
           self.token_weight, "more than 0, or state_weight to be")
     check(-1 <= self.likeness <= 1, "likeness", self.likeness, "in [-1, 1]")
     check(len(set(self.taps)) == len(self.taps), "taps", self.taps,
-          "each layer once")
+          "distinct layers")
     check(0 <= self.redundancy <= 1, "redundancy", self.redundancy,
           "in [0, 1]")
     for name in ("unroll", "eval_images", "depth"):

@@ -42,7 +42,7 @@ class GSD(Jacobi):
 
   @property
   def lossless(self) -> bool:
-    """Whether clusters are single tokens."""
+    """Whether all clusters are single tokens."""
     return self.group == 1
 
   def accept(

@@ -61,7 +61,7 @@ class PJD(DecoderBase):
     check(self.window >= 1, "window", self.window, ">= 1")
 
   def is_lossless(self, grid: Grid) -> bool:
-    """Whether rows follow each other: then only the top row is drafted."""
+    """Returns whether rows wait for the whole row above, so one is active."""
     is_alone = grid.rows == 1 or self._context(grid) == grid.cols
     return is_alone and not self.keep
 

@@ -210,7 +210,7 @@ class _Staircase(DecoderBase):
         & (jnp.sum(state.final[above_C]) >= entry)
         & (needed < self._size(grid))
     )
-    q_CV = self._guess(ctx, state, fed, above_C, is_due)
+    q_CV = self._next_row_distributions(ctx, state, fed, above_C, is_due)
     slots_C = above_C + grid.row_slots
     drafts = row_drafts.sample_drafts(
       ctx, q_CV, slots_C, self._how(), _ROW_BELOW
@@ -219,13 +219,13 @@ class _Staircase(DecoderBase):
     moved = row_drafts.put_drafts(moved, slots_C, index_C, drafts, is_due)
     return moved.replace(entered=row + is_due)
 
-  def _guess(
+  def _next_row_distributions(
       self, ctx: Context, state: Rows, fed: Fed, above_C: jax.Array,
       is_due: jax.Array,
   ) -> jax.Array:
     """Returns the distributions to draft the next row from, float32 [C, V]."""
-    place = rows_lib.row_and_column(ctx.model.grid, above_C)
-    q_CV = state.q[rows_lib.window_index(state, *place)]
+    row_col = rows_lib.row_and_column(ctx.model.grid, above_C)
+    q_CV = state.q[rows_lib.window_index(state, *row_col)]
     if self.drafts == "copy":
       return jax.nn.one_hot(state.tokens[above_C], ctx.model.vocab)
     if self.drafts == "around":
@@ -286,7 +286,7 @@ class Stair(_Staircase):
           self.lenience, "1 with coupled=true, which tests no drafts")
 
   def is_lossless(self, grid: Grid) -> bool:
-    """Whether rows wait for the whole of the row above, and tests are AR's."""
+    """Returns whether rows wait for the whole row above and tests are exact."""
     return self._waits(grid) and self._lenience(grid) == 1
 
   def _waits(self, grid: Grid) -> bool:
@@ -350,12 +350,12 @@ def count_committed(
   col_C = jnp.arange(cols)
 
   def step(above, row):
-    fill, run, fed, ahead_C = row
+    fill, prefix, fed, ahead_C = row
     is_allowed_C = (
         (above >= jnp.minimum(col_C + ahead_C, cols)) | (col_C < fill)
     )
     allowed = jnp.sum(jnp.cumprod(is_allowed_C.astype(jnp.int32)))
-    return jnp.minimum(fed, allowed), jnp.minimum(run + 1, allowed)
+    return jnp.minimum(fed, allowed), jnp.minimum(prefix + 1, allowed)
 
   _, count_R = jax.lax.scan(
       step, jnp.int32(cols), (fill_R, prefix_R, fed_R, ahead_RC)

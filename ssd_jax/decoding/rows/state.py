@@ -283,17 +283,17 @@ def window_index(
 def at_most(
     value: int | None, default: int, most: int, field: str, what: str
 ) -> int:
-  """Returns a setting of which the model or the grid allows at most `most`.
+  """Returns a setting that the model or the grid limits to `most`.
 
   Args:
-    value: The setting; None is the default, or `most` where that is less.
-    default: What None stands for.
-    most: The largest value that is possible.
-    field: The setting's name.
-    what: What limits it.
+    value: The setting; None selects the default, limited to `most`.
+    default: Value used for None.
+    most: Largest possible value.
+    field: Name of the setting.
+    what: Description of the limit.
 
   Raises:
-    UserError: if the setting is larger than `most`.
+    UserError: The setting is larger than `most`.
   """
   if value is None:
     return min(default, most)

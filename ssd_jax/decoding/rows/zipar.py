@@ -53,7 +53,7 @@ class ZipAR(DecoderBase):
     check(self.window >= 1, "window", self.window, ">= 1")
 
   def is_lossless(self, grid: Grid) -> bool:
-    """Whether rows wait for the whole of the row above: AR, token for token."""
+    """Returns whether rows wait for the whole row above, which is AR."""
     return grid.rows == 1 or self._lag(grid) == grid.cols
 
   @property

@@ -118,7 +118,7 @@ class Eagle(DecoderBase):
     is_dynamic = isinstance(tree_shapes.parse(self.tree), tree_shapes.Dynamic)
     check(
         self.drafts != "sampled" or not is_dynamic, "drafts", "'sampled'",
-        "top, or tree a static one: a dynamic tree selects nodes by their "
+        "top, unless tree is static: a dynamic tree selects nodes by their "
         "tokens and would bias sampled ones",
     )
 
@@ -133,7 +133,7 @@ class Eagle(DecoderBase):
 
   @property
   def lossless(self) -> bool:
-    """Always."""
+    """Whether verification is exact; relaxed subclasses override this."""
     return True
 
   def transferred_mass(
@@ -190,14 +190,14 @@ class Eagle(DecoderBase):
     """Returns the root and the nodes of the tree."""
     length, draft = ctx.model.grid.length, state.draft
     nodes = len(draft.tokens)
-    root, places = state.next[None], state.next + draft.depth
+    root, positions = state.next[None], state.next + draft.depth
     own = jnp.where(draft.exists, length + jnp.arange(nodes), length + nodes)
     committed = jnp.broadcast_to(
         jnp.arange(length) <= state.next, (nodes + 1, length))
     below = jnp.pad(draft.visible, ((1, 0), (0, 0)))
     return Queries(
         jnp.concatenate([state.tokens[root], draft.tokens]),
-        jnp.concatenate([root, jnp.minimum(places, length - 1)]),
+        jnp.concatenate([root, jnp.minimum(positions, length - 1)]),
         jnp.concatenate([root, own]),
         jnp.concatenate([committed, below], axis=-1),
     )

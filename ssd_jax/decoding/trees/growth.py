@@ -234,9 +234,9 @@ def _feed(
   length = ctx.model.grid.length
   committed = jnp.broadcast_to(
       jnp.arange(length) <= root, (len(tokens_F), length))
-  place = jnp.minimum(root + level, length - 1)
+  position = jnp.minimum(root + level, length - 1)
   queries = Queries(
-      tokens_F, jnp.full_like(tokens_F, place), length + scratch_F,
+      tokens_F, jnp.full_like(tokens_F, position), length + scratch_F,
       jnp.concatenate([committed, seen_FU], axis=-1),
   )
   return ctx.model.drafter.forward(ctx.params, cache, hidden_GFD, queries)

@@ -131,7 +131,7 @@ class Lantern(_Neighbourly):
 
   @property
   def lossless(self) -> bool:
-    """Only where nothing can move."""
+    """Whether no mass can be transferred."""
     return self.neighbours == 0 or self.delta == 0
 
   def transferred_mass(
@@ -171,7 +171,7 @@ class LanternPP(_Neighbourly):
 
   @property
   def lossless(self) -> bool:
-    """Only where nothing can move."""
+    """Whether no mass can be transferred."""
     return self.neighbours == 0 or self.multiplier == 1
 
   def transferred_mass(
@@ -216,7 +216,7 @@ class Cascade(Eagle):
 
   @property
   def lossless(self) -> bool:
-    """Only where nothing can move."""
+    """Whether no mass can be transferred."""
     return self.tau_position > 1 and self.tau_sequence > 1
 
   def transferred_mass(
