@@ -126,7 +126,7 @@ def sample_images(
 
 
 def count(pipe: Pipeline, tokens: ArrayLike) -> np.ndarray:
-  """int [I]: how often each image was drawn, ordered as `enumerate_distribution`."""
+  """Returns each image's count, int [I], in `enumerate_distribution`'s order."""
   images = np.asarray(tokens)
   cells = images.reshape(len(images), -1)
   places = pipe.model.vocab ** np.arange(cells.shape[1])[::-1]

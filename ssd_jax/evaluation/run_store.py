@@ -25,8 +25,10 @@ import numpy as np
 
 from ssd_jax.core.config import UserError
 from ssd_jax.core.images import Images, OnDemand
+from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding import engine
 from ssd_jax.pipeline import likelihood
+from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import sharding
 from ssd_jax.storage.files import replacing
 
@@ -86,7 +88,9 @@ class Run(Figures):
   images: Images
 
 
-def key(weights: str, pipe: Any, decoder: Any, facts: dict[str, Any]) -> str:
+def key(
+  weights: str, pipe: Pipeline, decoder: Decoder, facts: dict[str, Any]
+) -> str:
   """Names all that a shard depends on beside its prompts, the machine too.
 
   Args:
@@ -96,7 +100,7 @@ def key(weights: str, pipe: Any, decoder: Any, facts: dict[str, Any]) -> str:
     facts: Seed, batch and resolved sampling.
   """
   device, mesh = jax.devices()[0], sharding.current()
-  config = dict(getattr(pipe.family, "config", {}))
+  config = dict(pipe.family.config)
   config.pop("sampling", None)  # resolved, it is among the facts
   return digest(dict(
       facts, version=_VERSION, code=_code(type(pipe.family), type(decoder)),
@@ -108,7 +112,7 @@ def key(weights: str, pipe: Any, decoder: Any, facts: dict[str, Any]) -> str:
       device=f"{device.platform} {device.device_kind}"))
 
 
-def _prompt_files(pipe: Any) -> str:
+def _prompt_files(pipe: Pipeline) -> str:
   """A checksum of what a model folder makes of prompts."""
   folder = pipe.folders.get("model", pathlib.Path()) / "tokenizer"
   files = sorted(folder.glob("*")) if "model" in pipe.folders else []

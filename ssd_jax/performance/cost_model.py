@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from ssd_jax.core.config import from_config_dict
-from ssd_jax.core.protocols import Decoder
+from ssd_jax.core.protocols import Decoder, Family
 from ssd_jax.core.types import KVCache, Model, Params, Prompt, Queries
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.sampling import Sampling, target
@@ -52,7 +52,7 @@ class Network:
     params: Shapes of all of them.
   """
 
-  family: Any
+  family: Family
   generator: Generator
   model: Model
   params: Params
@@ -249,7 +249,7 @@ class Plan:
     return count(trunk)
 
 
-def text_for(family: Any) -> str:
+def text_for(family: Family) -> str:
   """A prompt that the family can draw."""
   return "0" if family.config.get("classes") else _TEXT
 

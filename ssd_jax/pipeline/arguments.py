@@ -1,4 +1,4 @@
-"""What a call asks for, checked before anything is drawn."""
+"""Arguments of `Pipeline.generate` and `stream`, checked before any work."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import operator
@@ -12,22 +12,22 @@ from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding import registry
 
 _LARGEST = 10_000  # guidance or temperature
-_MOST = 1_000_000  # pictures of a prompt, or in a batch
-_INDICES = 2**31  # of pictures: they are int32
+_MOST = 1_000_000  # images per prompt, or in a batch
+_INDICES = 2**31  # of images: they are int32
 
 
 def check_call(
     prompts: Iterable[str], num_images: int, seed: int, batch: int,
     **listeners: Any,
 ) -> None:
-  """Raises UserError when a number is out of range or there is no prompt.
+  """Raises UserError if a number is out of range or there is no prompt.
 
   Args:
     prompts: Read only if they are a sequence.
-    num_images: Per prompt.
-    seed: Of the noise.
-    batch: Pictures drawn together.
-    **listeners: Functions, or None.
+    num_images: Images per prompt.
+    seed: Seed of the noise.
+    batch: Images decoded together.
+    **listeners: Callbacks, or None.
   """
   if isinstance(prompts, (str, bytes)):
     raise UserError(f"Expected a list of texts, got the text {prompts[:40]!r} "
@@ -49,10 +49,10 @@ def check_call(
 
 
 def text_of(prompt: str | int) -> str:
-  """A prompt as text; a class may be a number.
+  """Returns a prompt as text; a class may be given as a number.
 
   Raises:
-    UserError: when it is neither.
+    UserError: if it is neither.
   """
   if isinstance(prompt, str):
     return prompt
@@ -63,10 +63,10 @@ def text_of(prompt: str | int) -> str:
 
 
 def texts_of(prompts: Iterable[str | int], num_images: int) -> list[str]:
-  """The text of each picture.
+  """Returns the text of each image.
 
   Raises:
-    UserError: when there is none, or a prompt is no text.
+    UserError: if there is none, or a prompt is not a text.
   """
   texts = [text_of(prompt) for prompt in prompts for _ in range(num_images)]
   check(bool(texts), "prompts", "none", "at least one")
@@ -74,10 +74,10 @@ def texts_of(prompts: Iterable[str | int], num_images: int) -> list[str]:
 
 
 def decoder_of(given: Decoder | str) -> Decoder:
-  """With its settings, which a text names.
+  """Returns a decoder, parsed if it is given as text.
 
   Raises:
-    UserError: when it is no decoder.
+    UserError: if it is not a decoder.
   """
   if isinstance(given, str):
     return registry.parse(given)
@@ -100,10 +100,13 @@ def decoder_of(given: Decoder | str) -> Decoder:
 def indices_of(
     first: int | Sequence[int], count: int, batch: int
 ) -> np.ndarray:
-  """int32 [I]: index of each picture, then of what fills the last batch.
+  """Returns the index of each image, then of what pads the last batch.
+
+  Returns:
+    int32 [I], I a multiple of `batch`.
 
   Raises:
-    UserError: when it is neither a number nor a number for each.
+    UserError: if `first` is neither a number nor a number for each image.
   """
   padded = -(-count // batch) * batch
   given = np.asarray(first)
@@ -124,10 +127,10 @@ def grids_of(
     tokens: np.ndarray, grid: Grid, vocab: int,
     prompts: Sequence[str] | None = None,
 ) -> np.ndarray:
-  """int32 [B, R, C]: grids of codes, where given with a prompt for each.
+  """Returns token grids as int32 [B, R, C].
 
   Raises:
-    UserError: when their shape, a code or the number of prompts is wrong.
+    UserError: if their shape, a token or the number of prompts is wrong.
   """
   given = np.asarray(tokens)
   if given.shape[1:] != (grid.rows, grid.cols) or not np.issubdtype(
@@ -147,7 +150,7 @@ def grids_of(
 
 
 def check_sampling(values: Mapping[str, Any]) -> None:
-  """Raises UserError when a setting is no number, or out of range."""
+  """Raises UserError if a setting is not a number, or out of range."""
   for name, value in values.items():
     # Beyond these bounds logits or indices overflow.
     bound = _INDICES - 1 if name == "top_k" else _LARGEST
@@ -177,5 +180,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-  """A value as it is written, in at most 60 characters of one line."""
+  """Returns the repr of a value in at most 60 characters of one line."""
   return " ".join(repr(value).split())[:60]

@@ -1,4 +1,4 @@
-"""Model folders: what training and infer.convert write and a pipeline reads.
+"""Model folders: training and infer.convert write them, `load` reads them.
 
   DIR/model.json        the family and its settings
   DIR/trunk, DIR/vq     orbax checkpoints
@@ -21,6 +21,7 @@ import ml_collections
 import numpy as np
 
 from ssd_jax.core.config import UserError, check, from_config_dict
+from ssd_jax.core.protocols import Family
 from ssd_jax.core.types import Params
 from ssd_jax.core.weights import leaves_by_path
 from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
@@ -33,7 +34,7 @@ from ssd_jax.storage import checkpoints
 from ssd_jax.storage.files import read_json, write_json
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "assets" / "emoji"
-FAMILIES: dict[str, Callable[..., Any]] = {
+FAMILIES: dict[str, Callable[..., Family]] = {
     "anole": anole.from_settings,
     "emoji": lambda settings, folder: emoji.from_settings(settings),
     "emu3": emu3.from_settings,
@@ -53,24 +54,24 @@ def load(
     choices: Mapping[str, Any] | None = None, extras: bool = True,
     int8: bool = False,
 ) -> Pipeline:
-  """A pipeline from "emoji" (the embedded model) or a model folder.
+  """Loads a pipeline from "emoji" (the embedded model) or a model folder.
 
   Args:
     name: "emoji", or a folder written by training or infer.convert.
-    random_weights: Draw the trunk's parameters at random instead; the model's
-      own heads and drafter, which belong to its trunk, are left out.
+    random_weights: Use random parameters for the trunk; the model's own heads
+      and drafter, which belong to its trunk, are left out.
     heads: Folder of spatial heads, instead of the model's own.
     drafter: Folder of a drafter, instead of the model's own.
-    choices: What a family leaves open until it draws: the default sampling
+    choices: What a family leaves open until it generates: the default sampling
       ("sampling.guidance" ...), lumina's size, emu3's ratio, suffix, negative.
     extras: Whether the model's own heads and drafter are read.
     int8: Keep the matrices of trunk and heads in int8; see models/int8.py.
 
   Raises:
-    UserError: when the folder is no model, damaged, or its parts do not belong
-      together, memory is too small, or int8 is not possible here.
+    UserError: if the folder is not a model, is damaged, or its parts do not
+      belong together, if memory is too small, or if int8 is impossible here.
   """
-  _check_places(name=name, heads=heads, drafter=drafter)
+  _check_names(name=name, heads=heads, drafter=drafter)
   check(choices is None or isinstance(choices, Mapping), "choices", choices,
         "a dict of settings")
   folder = EMBEDDED if name == "emoji" else pathlib.Path(name)
@@ -88,8 +89,8 @@ def load(
     _check_memory(family, shapes, None if random_weights else folder)
   except (KeyError, AttributeError, TypeError) as error:
     raise UserError(
-        f"Expected it as it was written, got {folder / 'model.json'} that "
-        f"lacks a setting ({error}). Write the model again."
+        f"Expected all settings in {folder / 'model.json'}, got it without "
+        f"{error}. Write the model again."
     ) from error
   if random_weights:
     params = random_params(family)
@@ -108,7 +109,7 @@ def load(
   return _pipeline(family, params, vq_params, found, int8)
 
 
-def _check_places(**places: Any) -> None:
+def _check_names(**places: Any) -> None:
   for key, value in places.items():
     is_open = value is None and key != "name"
     check(is_open or isinstance(value, (str, os.PathLike)), key, repr(value),
@@ -120,16 +121,16 @@ def from_config(
     heads: str | os.PathLike | None = None,
     drafter: str | os.PathLike | None = None, int8: bool = False,
 ) -> Pipeline:
-  """A pipeline of a published family at random weights; it reads no model.
+  """Returns a pipeline of a published family with random weights.
 
   Args:
-    config: Of configs/NAME.py.
+    config: Settings of configs/NAME.py.
     heads: Folder of spatial heads, if any.
     drafter: Folder of a drafter, if any.
     int8: As for `load`.
 
   Raises:
-    UserError: when a setting is wrong or memory is too small.
+    UserError: if a setting is wrong or memory is too small.
   """
   family = FAMILIES[config.family]({"config": config.to_dict()}, None)
   _check_memory(family, _shapes(family), None)
@@ -139,33 +140,32 @@ def from_config(
 
 
 def _check_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-  """Raises UserError when the trunk was trained on another tokenizer's codes.
-  """
+  """Raises UserError if the trunk belongs to another image tokenizer."""
   known = settings.get("tokenizer")
   if known is not None and known != checkpoints.identity(folder / "vq"):
     raise UserError(
-        "Expected the one whose codes that learned, got a tokenizer in "
-        f"{folder / 'vq'} that was changed after the trunk beside it was "
-        "trained. Put it back, or train the trunk again.")
+        "Expected the image tokenizer that the trunk was trained with, got one "
+        f"in {folder / 'vq'} that was changed afterwards. Put it back, or train "
+        "the trunk again.")
 
 
-def _init_vq(family: Any) -> Params:
+def _init_vq(family: Family) -> Params:
   size = family.vq.cfg.downsample
   picture = jnp.zeros((1, size, size, 3))
   return family.vq.init(jax.random.key(1), picture)["params"]
 
 
-def _shapes(family: Any) -> Params:
-  """{"trunk": ..., "vq": ...}, nothing of it made."""
+def _shapes(family: Family) -> Params:
+  """Returns the shapes of {"trunk": ..., "vq": ...}."""
   trunk = jax.eval_shape(family.generator.init, jax.random.key(0))
   return trunk | {"vq": jax.eval_shape(lambda: _init_vq(family))}
 
 
-def random_params(family: Any) -> Params:
-  """{"trunk": random parameters}, in the dtype they are used in.
+def random_params(family: Family) -> Params:
+  """Returns {"trunk": random parameters} in the dtype of inference.
 
-  Arrays are made one by one, the largest first: drawing an array takes up to
-  four times its memory in float32, for a while.
+  Arrays are made one by one, the largest first: sampling an array briefly takes
+  up to four times its memory in float32.
   """
   init = lambda key: leaves_by_path(
     family.generator.init(key)["trunk"], "trunk"
@@ -182,10 +182,10 @@ def random_params(family: Any) -> Params:
 
 
 def _pipeline(
-    family: Any, params: Params, vq_params: Params, found: dict[str, Any],
+    family: Family, params: Params, vq_params: Params, found: dict[str, Any],
     int8: bool,
 ) -> Pipeline:
-  """The parts put together; `found` holds folders by kind, or None."""
+  """Assembles a pipeline; `found` holds folders by kind, or None."""
   generator, extras = family.generator, {}
   folders = {k: pathlib.Path(v) for k, v in found.items() if v is not None}
   for kind in folders.keys() & _KINDS:
@@ -196,7 +196,7 @@ def _pipeline(
     model = bind_heads(generator, extras["heads"], params)
   if "drafter" in extras:
     model = bind_drafter(generator, model, extras["drafter"], params)
-  if int8:  # after all that compares weights
+  if int8:  # last, since binding heads compares weights
     params |= quantize({k: params[k] for k in params.keys() - {"drafter"}})
   vq_params = checkpoints.cast(vq_params, jnp.float32)
   return Pipeline(family, params, vq_params, model, folders)
@@ -207,12 +207,12 @@ def _dtype() -> Any:
 
 
 def choose(settings: dict[str, Any], choices: Mapping[str, Any]) -> None:
-  """Puts choices into the settings of a model.json."""
+  """Writes choices into the settings of a model.json."""
   family, config = settings["family"], settings["config"]
   open_ = ("sampling", *CHOICES.get(family, ()))
   for key, value in choices.items():
     top, *rest = key.split(".")
-    if top not in open_ and top != "checkpoint":  # which says where it is
+    if top not in open_ and top != "checkpoint":  # the folder itself
       raise UserError(
           f"Expected only {', '.join(open_)}, got --config.{key} for a made "
           f"model of {family}. Leave it out, or make the model anew.")
@@ -229,37 +229,37 @@ def choose(settings: dict[str, Any], choices: Mapping[str, Any]) -> None:
 
 
 def _check_memory(
-    family: Any, shapes: Params, folder: pathlib.Path | None
+    family: Family, shapes: Params, folder: pathlib.Path | None
 ) -> None:
-  """Raises UserError when a model and one picture of it do not fit.
+  """Raises UserError if a model and the cache of one image do not fit.
 
   Args:
-    family: That is to draw.
-    shapes: Of its arrays.
-    folder: The model's; None for random weights.
+    family: The model's family.
+    shapes: Shapes of its arrays.
+    folder: The model's folder; None for random weights.
   """
   free, size = memory.free_bytes(), np.dtype(_dtype()).itemsize
   counts = [math.prod(x.shape) for x in jax.tree.leaves(shapes["trunk"])]
   trunk = sum(counts)
-  unstacked = sharding.num_param_shards()
-  needed = (trunk + _cached(family)) * size // unstacked + 4 * sum(
+  num_shards = sharding.num_param_shards()
+  needed = (trunk + _cached(family)) * size // num_shards + 4 * sum(
       math.prod(x.shape) for x in jax.tree.leaves(shapes["vq"]))  # float32
   if folder is None:  # the largest array while it is drawn
-    needed = max(needed, 4 * 4 * max(counts) // unstacked)
+    needed = max(needed, 4 * 4 * max(counts) // num_shards)
   elif jax.default_backend() == "cpu":  # what was read, until it is cast
     needed += sum(
         file.stat().st_size for file in (folder / "trunk").rglob("*"))
   if free is not None and needed > free:
     raise UserError(
         f"Expected at most the {free / 1e9:.1f} GB of free memory, got a "
-        f"trunk of {trunk / 1e9:.1f} billion parameters, with which one "
-        f"picture takes {needed / 1e9:.1f} GB here in {np.dtype(_dtype())}. "
+        f"trunk of {trunk / 1e9:.1f} billion parameters, which needs "
+        f"{needed / 1e9:.1f} GB for one image in {np.dtype(_dtype())}. "
         "Choose a smaller model or a larger machine, or share it by --mesh "
         "tensor=8.")
 
 
-def _cached(family: Any) -> int:
-  """Keys' and values' numbers of one picture, its prompt's left out."""
+def _cached(family: Family) -> int:
+  """Returns the cache elements of one image, its prompt's left out."""
   cfg, grid = family.generator.cfg, family.generator.grid
   streams = 1 + (family.sampling["guidance"] != 1.0)
   return (2 * cfg.n_layers * streams * cfg.n_kv_heads * grid.length
@@ -267,11 +267,11 @@ def _cached(family: Any) -> int:
 
 
 def require(name: str | os.PathLike, family: str) -> None:
-  """Raises UserError unless a model is there; says how to make one.
+  """Raises UserError, which says how to make a model, unless there is one.
 
   Args:
     name: As for `load`.
-    family: Of the model that is wanted.
+    family: The family of the model.
   """
   if name == "emoji" or (pathlib.Path(name) / "model.json").is_file():
     return
@@ -288,17 +288,17 @@ def require(name: str | os.PathLike, family: str) -> None:
 def write_extra(
     folder: str | os.PathLike, kind: str, cfg: Any, params: Params, dtype: Any
 ) -> None:
-  """Writes spatial "heads" or a "drafter": what they fit, and their weights."""
+  """Writes spatial "heads" or a "drafter": their configuration and weights."""
   folder = pathlib.Path(folder)
   checkpoints.save(folder / "weights", params, dtype)
   write_json(folder / f"{kind}.json", dataclasses.asdict(cfg))
 
 
 def read_extra(folder: str | os.PathLike, kind: str) -> tuple[Any, Params]:
-  """(what they fit, weights) of a folder written by `write_extra`.
+  """Returns (configuration, weights) of a folder written by `write_extra`.
 
   Raises:
-    UserError: when the folder holds none, or is damaged.
+    UserError: if the folder holds none, or is damaged.
   """
   folder = pathlib.Path(folder)
   values = read_json(folder / f"{kind}.json")

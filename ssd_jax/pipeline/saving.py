@@ -1,4 +1,4 @@
-"""A pipeline written as the model folder that `ssd_jax.load` reads."""
+"""Saving a pipeline as the model folder that `ssd_jax.load` reads."""
 
 import os
 import pathlib
@@ -20,18 +20,18 @@ _WEIGHTS = ("trunk", "vq", "heads", "drafter")
 
 
 def save(pipe: "Pipeline", folder: str | os.PathLike) -> None:
-  """Writes a pipeline with the parameters that it holds now, in their dtype.
+  """Writes a pipeline's parameters, in their dtype, as a model folder.
 
-  The family's settings and the tokenizer of its prompts are copied from where
-  the pipeline was loaded.
+  The family's settings and its text tokenizer are copied from the folder that
+  the pipeline was loaded from.
 
   Args:
     pipe: A `Pipeline` that was loaded from a folder.
-    folder: Becomes the model folder, by one rename; must not be there yet.
+    folder: The new model folder; must not exist. It appears by one rename.
 
   Raises:
-    UserError: when the pipeline came from no folder or is in int8, or `folder`
-      is there.
+    UserError: if the pipeline was not loaded from a folder or is in int8, or
+      `folder` exists.
   """
   check(isinstance(folder, (str, os.PathLike)), "folder", repr(folder),
         "the name of a new folder")

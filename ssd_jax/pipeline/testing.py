@@ -1,4 +1,4 @@
-"""Pipelines so small that every image they can draw may be enumerated."""
+"""Pipelines so small that all images they can generate can be enumerated."""
 
 import dataclasses
 import functools
@@ -30,11 +30,11 @@ _PROMPT_SLOTS = 8
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TinyFamily(emoji.Emoji):
-  """Any text, in bytes, on any grid, before a random trunk.
+  """A family for tests: texts as bytes, any grid, a random trunk.
 
   Attributes:
     grid: The image as a sequence.
-    vocab: Image codes V.
+    vocab: Image tokens V.
   """
 
   grid: Grid = Grid(2, 2)
@@ -44,7 +44,7 @@ class TinyFamily(emoji.Emoji):
 
   @functools.cached_property
   def vq(self) -> VQ:
-    """A tokenizer of 2 px cells."""
+    """An image tokenizer with 2 x 2 pixels per token."""
     return VQ(VQConfig(
         ch=4, ch_mult=(1,), num_res_blocks=1, z_channels=4,
         n_codes=self.vocab, code_dim=4, attn_levels=(), patch=2, groups=2,
@@ -52,7 +52,7 @@ class TinyFamily(emoji.Emoji):
 
   @functools.cached_property
   def generator(self) -> Generator:
-    """A trunk of two layers of width 16."""
+    """A trunk with two layers of width 16."""
     cfg = TrunkConfig(
         d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=32,
         vocab_in=self.words.size + self.vocab + 1, vocab_out=self.vocab,
@@ -69,16 +69,18 @@ def tiny(
     vocab: int = 3, rows: int = 2, cols: int = 2, end_of_row: bool = False,
     seed: int = 0, heads: tuple[int, int] = (5, 5), guidance: float = 1.0,
 ) -> Pipeline:
-  """A pipeline of random float32 trunk, heads and drafter, peaked predictions.
+  """Returns a random float32 pipeline, heads and drafter included.
+
+  Its predictions are peaked and depend on the context.
 
   Args:
-    vocab: Image codes V.
-    rows: Of the grid.
-    cols: Of the grid.
+    vocab: Image tokens V.
+    rows: Rows of the grid.
+    cols: Columns of the grid.
     end_of_row: Whether a forced token ends each row.
-    seed: Of the parameters.
-    heads: (horizontal, vertical) spatial heads; (0, 0) for none.
-    guidance: Default scale; 1 runs a single stream.
+    seed: Seed of the parameters.
+    heads: Numbers of (horizontal, vertical) spatial heads; (0, 0) for none.
+    guidance: Default guidance scale; 1 runs a single stream.
   """
   config = ml_collections.ConfigDict(dict(sampling=dict(
       guidance=guidance, temperature=1.0, top_k=0, top_p=1.0)))
@@ -105,7 +107,7 @@ def tiny(
 
 
 def every_image(pipe: Pipeline) -> np.ndarray:
-  """int32 [V^(R*C), R, C]: all images of a tiny grid."""
+  """Returns all token grids of a tiny pipeline, int32 [V^(R*C), R, C]."""
   grid = pipe.model.grid
-  codes = itertools.product(range(pipe.model.vocab), repeat=grid.num_tokens)
-  return np.array(list(codes), np.int32).reshape(-1, grid.rows, grid.cols)
+  grids = itertools.product(range(pipe.model.vocab), repeat=grid.num_tokens)
+  return np.array(list(grids), np.int32).reshape(-1, grid.rows, grid.cols)

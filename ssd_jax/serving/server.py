@@ -134,7 +134,7 @@ class _Service:
     if job is None:
       return self.refuse(
         404,
-        "Expected a recent request, got one that is not kept. Generate it again.",
+        "Expected a recent request, got one that is gone. Generate it again.",
       )
     return self.answer(self.studio.report(job))
 

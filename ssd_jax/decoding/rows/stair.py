@@ -189,7 +189,7 @@ class _Staircase(DecoderBase):
       ]
       # Positions beyond the last head reuse its distribution.
       q_KV = jnp.concatenate(heads)[jnp.minimum(cols_K, reach) - 1]
-    drafts = row_drafts.sample_drafts(ctx, q_KV, cols_K, self._how(), _ROW_0)
+    drafts = row_drafts.sample_drafts(ctx, q_KV, cols_K, self._draft_method(), _ROW_0)
     index_K = rows_lib.window_index(state, jnp.int32(0), cols_K)
     return row_drafts.put_drafts(
         state, cols_K, index_K, drafts, jnp.bool_(True)
@@ -213,7 +213,7 @@ class _Staircase(DecoderBase):
     q_CV = self._next_row_distributions(ctx, state, fed, above_C, is_due)
     slots_C = above_C + grid.row_slots
     drafts = row_drafts.sample_drafts(
-      ctx, q_CV, slots_C, self._how(), _ROW_BELOW
+      ctx, q_CV, slots_C, self._draft_method(), _ROW_BELOW
     )
     index_C = rows_lib.window_index(moved, row, cols_C)
     moved = row_drafts.put_drafts(moved, slots_C, index_C, drafts, is_due)
@@ -241,7 +241,7 @@ class _Staircase(DecoderBase):
       heads_CV = (heads_CV + q_CV) / 2
     return jnp.where(is_fed_C[:, None], heads_CV, q_CV)
 
-  def _how(self) -> str:
+  def _draft_method(self) -> str:
     return "coupled" if self.coupled else "sample"
 
 
