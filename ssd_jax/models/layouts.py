@@ -9,6 +9,7 @@ which for a handful of queries takes three times as long as reading the matrix
 contiguously. So there is a second copy, whose tiles of columns are contiguous.
 """
 
+from collections.abc import Mapping
 import functools
 import math
 from typing import Any
@@ -39,7 +40,7 @@ def inference_layout(params: Params) -> Params:
   `Generator`, which alone knows these layouts.
   """
   trunk = params.get("trunk", {})
-  if not (isinstance(trunk, dict) and "layers" in trunk):
+  if not (isinstance(trunk, Mapping) and "layers" in trunk):
     return params
   is_cpu = (
       jax.default_backend() == "cpu" and sharding.num_param_shards() == 1)

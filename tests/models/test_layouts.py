@@ -96,13 +96,13 @@ def test_taps_come_in_the_order_of_layers_from_both_forms():
 def test_small_trunks_and_those_without_room_stay_stacked(monkeypatch):
   """Layers are copied where that pays and a copy fits twice over."""
   params = kit.tiny().params
-  monkeypatch.setattr(memory, "free", lambda: 0)
+  monkeypatch.setattr(memory, "free_bytes", lambda: 0)
   assert inference_layout(params) is params
   layers = sum(x.nbytes for x in jax.tree.leaves(params["trunk"]["layers"]))
   with_heads = testing.tiny().params  # which take more than these layers
-  monkeypatch.setattr(memory, "free", lambda: 2 * layers)
+  monkeypatch.setattr(memory, "free_bytes", lambda: 2 * layers)
   assert inference_layout(with_heads) is with_heads
-  monkeypatch.setattr(memory, "free", lambda: None)  # nobody tells
+  monkeypatch.setattr(memory, "free_bytes", lambda: None)  # nobody tells
   assert "layers_0" in inference_layout(params)["trunk"]
   monkeypatch.setattr(layouts_lib, "_MIN_BYTES", 1e8)
   assert inference_layout(params) is params

@@ -36,10 +36,10 @@ def test_memory_is_looked_at_first(monkeypatch):
   # Two streams of 48 rows, of 49 tokens but for the last.
   cache = 2 * 32 * 2 * 32 * (48 * 49 - 1) * 128
   needed = 4 * (6_778_500_000 + cache + 68_700_000)
-  monkeypatch.setattr(memory, "free", lambda: int(0.998 * needed))
+  monkeypatch.setattr(memory, "free_bytes", lambda: int(0.998 * needed))
   with pytest.raises(UserError, match="got a trunk of 6.8 billion"):
     model_folder.from_config(family.config)
-  monkeypatch.setattr(memory, "free", lambda: int(1.002 * needed))
+  monkeypatch.setattr(memory, "free_bytes", lambda: int(1.002 * needed))
   model_folder._check_memory(family, model_folder._shapes(family), None)
 
 

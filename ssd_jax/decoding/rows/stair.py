@@ -189,7 +189,8 @@ class _Staircase(DecoderBase):
       ]
       # Positions beyond the last head reuse its distribution.
       q_KV = jnp.concatenate(heads)[jnp.minimum(cols_K, reach) - 1]
-    drafts = row_drafts.sample_drafts(ctx, q_KV, cols_K, self._draft_method(), _ROW_0)
+    drafts = row_drafts.sample_drafts(
+        ctx, q_KV, cols_K, self._draft_method(), _ROW_0)
     index_K = rows_lib.window_index(state, jnp.int32(0), cols_K)
     return row_drafts.put_drafts(
         state, cols_K, index_K, drafts, jnp.bool_(True)
