@@ -11,6 +11,7 @@ import pytest
 from ssd_jax.cli import common, generate, run
 from ssd_jax.core.outputs import Picture
 from ssd_jax.pipeline import testing
+from ssd_jax.visualization.album import Album
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +59,7 @@ def test_pictures_metadata_sheet_and_json(capsys, tmp_path):
 
 def test_thousands_of_images_are_written_as_they_come(tmp_path):
   """In any order, without staying in memory; the sheet holds the first."""
-  album = generate.Album(tmp_path, {"seed": 1})
+  album = Album(tmp_path, {"seed": 1})
   for index in reversed(range(70)):
     image = np.full((2, 3, 3), index, np.uint8)
     album.add(Picture(index, f"p{index}", image, None, index + 1, None))
@@ -68,7 +69,7 @@ def test_thousands_of_images_are_written_as_they_come(tmp_path):
   assert album.passes == list(range(1, 71)) and album.prompts[69] == "p69"
   assert [p.name for p in album.paths[:2]] == ["0000_p0.png", "0001_p1.png"]
   assert len(album.notes) == 1 and "first 64" in album.notes[0]
-  later = generate.Album(tmp_path, {"seed": 1})
+  later = Album(tmp_path, {"seed": 1})
   later.add(Picture(0, "p0", np.zeros((2, 3, 3), np.uint8), None, 1, None))
   later.close()
   assert "also holds 69 pictures" in later.notes[0]

@@ -79,6 +79,7 @@ def model(tmp_path_factory):
   return out
 
 
+@pytest.mark.slow
 def test_convert_train_generate(capsys, model, tmp_path, monkeypatch):
   """Both commands run on one set of images; their weights generate images."""
   config = write_config(tmp_path / "toy.py", checkpoint=str(model))

@@ -14,7 +14,7 @@ from ssd_jax.runtime import memory
 from tests.support.toy_families import CONFIGS
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["janus", "emu3", "llamagen_text"])
 def test_random_weights_need_no_files(name):
   """Settings alone make a pipeline, whose prompts are reported to be stand-

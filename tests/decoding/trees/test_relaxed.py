@@ -181,7 +181,7 @@ def test_an_excluded_draft_takes_nothing():
       [0.5, 0.5, 0.0, 0.0])
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [("dynamic", "top"), (WIDE, "sampled")])
 def test_thresholds_that_none_reaches_are_eagle(tree):
   """The relaxed code path gives EAGLE's tokens; above 1 claims to be it."""
