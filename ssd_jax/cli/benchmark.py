@@ -56,13 +56,13 @@ _DECODERS = flags.DEFINE_string(
     "NAME:key=value+key=value, where seed= is that run's. Default: "
     "ar,ar:seed=1,sjd,exact,stair; with --exactness all.")
 _NUM_PROMPTS = flags.DEFINE_integer(
-    "num_prompts", None, "Prompts taken at most; default: 64, with --export "
-    "all.")
+    "num_prompts", None, "Number of prompts at most; default: 64, with "
+    "--export all.")
 _SPLIT = flags.DEFINE_enum(
     "split", None, ["train", "validation"], "Take captions of these emoji "
     "only; default: the held-out ones first, then the others.")
 _REAL = flags.DEFINE_string(
-    "real_images", None, "Folder of real pictures for fd, kid and fid; "
+    "real_images", None, "Folder of real images for fd, kid and fid; "
     "default: the emoji that the prompts name.")
 _HUB = flags.DEFINE_bool(
     "hub_metrics", False, "Also FID, CLIPScore and Inception Score, which "
@@ -75,8 +75,8 @@ _EXPORT = flags.DEFINE_enum(
   "official scorer of this benchmark reads them.",
 )
 _EXACTNESS = flags.DEFINE_bool(
-    "exactness", False, "Instead test on a grid that can be enumerated "
-    "whether decoders keep AR's joint law.")
+    "exactness", False, "Instead test by enumeration of a tiny grid whether "
+    "decoders are lossless.")
 _PROFILE = flags.DEFINE_bool(
     "profile", False, "Instead measure where the time of a pass goes, over "
     "the queries of a pass; see ssd_jax/cli/profile.py.")
@@ -85,7 +85,7 @@ _RECORD = flags.DEFINE_string(
     "page.")
 _RENDER = flags.DEFINE_bool(
     "render", False, "Instead write docs/results.md from results/*.json.")
-_DRAWS = flags.DEFINE_integer("draws", 20_000, "Images drawn by --exactness.")
+_DRAWS = flags.DEFINE_integer("draws", 20_000, "Images sampled by --exactness.")
 
 _DEFAULT = "ar,ar:seed=1,sjd,exact,stair"
 _PROMPTS = 64
@@ -135,14 +135,14 @@ def body() -> None:
 
 
 def _entries(default: str) -> list[Entry]:
-  """The decoders of the flags."""
+  """Returns the decoders of the flags."""
   text = default if _DECODERS.value is None else _DECODERS.value
   known = registry.with_file(flags.FLAGS.decoder_file)
   return benchmark.parse_entries(text, flags.FLAGS.seed, known)
 
 
 def _items() -> list[Item]:
-  """The prompts of the flags."""
+  """Returns the prompts of the flags."""
   most = _NUM_PROMPTS.value
   if most is None and not _EXPORT.value:
     most = _PROMPTS
@@ -153,7 +153,7 @@ def _items() -> list[Item]:
     captions = quality.emoji_captions(_SPLIT.value)
     items = [Item(text, f"{i:05d}") for i, text in enumerate(captions)]
   if flags.FLAGS.prompts_file is not None and most and most < len(items):
-    print(f"taking {most} of {len(items)} prompts; --num_prompts takes more")
+    print(f"using {most} of {len(items)} prompts; --num_prompts uses more")
   items = items[:most]
   return [Item(clean(x.prompt), x.name, x.metadata) for x in items]
 
@@ -161,7 +161,7 @@ def _items() -> list[Item]:
 def _run(
     pipe: Pipeline, entries: Sequence[Entry], job: Job, out: pathlib.Path
 ) -> list[Run]:
-  """What the entries drew, with a progress bar."""
+  """Runs the entries, with a progress bar."""
   with Bar(total=len(job.texts) * len(entries), unit="image") as bar:
     def on_step(label, images):
       bar.set_description(label if images else f"compiling {label}")
@@ -171,7 +171,7 @@ def _run(
 
 
 def _index(entries: Sequence[Entry], other_than: int | None) -> int | None:
-  """The first AR run, or the first whose seed is not that of `other_than`."""
+  """Returns the first AR run; of another seed than `other_than`, if given."""
   seed = None if other_than is None else entries[other_than].seed
   places = [i for i, e in enumerate(entries)
             if e.decoder.name == "ar" and e.seed != seed]
@@ -182,7 +182,7 @@ def _assess(
     entries: Sequence[Entry], job: Job, runs: Sequence[Run],
     real: Images | None,
 ) -> list[quality.Quality]:
-  """Quality figures; without the weights of the features, likelihoods only."""
+  """Returns quality figures; without the feature network, likelihoods only."""
   ar = _index(entries, None)
   rerun = None if ar is None else _index(entries, ar)
   found = None
@@ -198,14 +198,14 @@ def _assess(
 
 
 def _hub_figures(run: Run, job: Job) -> hub_metrics.HubFigures:
-  """FID and the like; real pictures come as large as its network takes them."""
+  """Returns FID and the like; real images are as large as its network takes."""
   side = max(_INCEPTION, run.images[0].shape[0])
   real = FolderPictures(_REAL.value, side) if _REAL.value else None
   return hub_metrics.compute(run.images, job.texts, real)
 
 
 def _clear(out: pathlib.Path) -> None:
-  """Removes an older comparison's report, which may have had more pages."""
+  """Removes the report of an earlier comparison, which may have more pages."""
   names = ("results.json", "details.json", "table.md", "pareto.png")
   for path in [*(out / name for name in names), *out.glob("sheet_*.png")]:
     path.unlink(missing_ok=True)
@@ -228,7 +228,7 @@ def _write_pictures(
   folders = [out / _EXPORT.value / re.sub(r"[^\w=+.-]", "_", label)
              for label in labels]
   for old in set((out / _EXPORT.value).glob("*")) - set(folders):
-    shutil.rmtree(old)  # of decoders that are not compared any more
+    shutil.rmtree(old)  # decoders that this run does not compare
   for folder, run in zip(folders, runs, strict=True):
     prompt_files.export(_EXPORT.value, folder, items, run.images)
 
@@ -237,7 +237,7 @@ def _write_report(
     out: pathlib.Path, pipe: Pipeline, job: Job, rows: list[dict],
     details: list[dict],
 ) -> None:
-  """Writes and prints what was found."""
+  """Writes and prints the report."""
   device = jax.devices()[0]
   sampling, _ = pipe.sampling(**job.sampling)
   settings = dict(
@@ -294,8 +294,7 @@ def _profile() -> None:
 
 
 def _exactness() -> None:
-  """Prints and writes what the laboratory finds; status 1 if not as claimed.
-  """
+  """Tests the decoders for exactness; exits with 1 if a claim fails."""
   _refuse_flags("exactness", "draws", "decoders", "decoder_file", "seed", "out")
   check(_DRAWS.value >= 1000, "draws", _DRAWS.value, ">= 1000")
   entries = _entries(",".join(registry.DECODERS))
@@ -316,9 +315,9 @@ def _exactness() -> None:
   *found, control = findings
   wrong = [f.label for f in found if not f.is_sound]
   if wrong:
-    print(f"not what they claim: {', '.join(dict.fromkeys(wrong))}")
+    print(f"claim refuted: {', '.join(dict.fromkeys(wrong))}")
   if control.is_sound:
-    print("the control was not caught: take more --draws")
+    print("the biased control was not detected: take more --draws")
   if wrong or control.is_sound:
     sys.exit(_REFUTED)
 

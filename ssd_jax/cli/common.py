@@ -1,4 +1,4 @@
-"""Flags and first steps that the commands which draw pictures share."""
+"""Flags and first steps of the commands that generate images."""
 
 from collections.abc import Callable
 import os
@@ -69,7 +69,7 @@ def define_flags(*names: str) -> None:
 
 
 def load_pipeline() -> Pipeline:
-  """The pipeline of the flags: --checkpoint, else the config's, else emoji.
+  """Loads the pipeline of --checkpoint, else of the config, else emoji.
 
   With --random_weights a published family needs no --checkpoint.
 
@@ -94,7 +94,7 @@ def load_pipeline() -> Pipeline:
 
 
 def sampling() -> Overrides:
-  """The flags' settings of the target distribution, None for the model's."""
+  """Returns the flags of the target distribution, None for the model's own."""
   return {
       "guidance": flags.FLAGS.guidance, "temperature": flags.FLAGS.temperature,
       "top_k": flags.FLAGS.top_k, "top_p": flags.FLAGS.top_p,
@@ -102,7 +102,7 @@ def sampling() -> Overrides:
 
 
 def writable_folder(path: str) -> pathlib.Path:
-  """The output folder, made and seen to be writable before any work.
+  """Makes the output folder and checks that it can be written.
 
   Raises:
     UserError: when it is not.

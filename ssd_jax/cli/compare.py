@@ -40,14 +40,15 @@ _SIZES = {  # layers, width, head_dim, vocab, dtype
 _AR, _STATIC, _COMPILED = (
     "our ar", "transformers, static cache", "transformers, compiled")
 _WORDS = """
-All draw the same number of tokens with one stream, in turns, on one machine. \
-*per token*: all of a drawing, the prompt's pass included, over the tokens of \
-an image. *ratio*: theirs over our ar's, above 1 our ar is faster; quartiles \
-over rounds. *greedy tokens*: leading tokens of each image equal to our ar's.
+All generate the same number of tokens with one stream, in turns, on one
+machine. *per token*: the whole generation, the prompt's pass included, over the
+tokens of an image. *ratio*: theirs over our AR's, above 1 our AR is faster;
+quartiles over rounds. *greedy tokens*: leading tokens of each image equal to
+our AR's.
 """
 _LOOPS = """
-*per pass*: all of a drawing at temperature 1 over its passes, *ratio*: over \
-our ar's pass of the same round.
+*per pass*: a whole generation at temperature 1 over its passes, *ratio*: over
+our AR's pass of the same round.
 """
 
 
@@ -56,19 +57,19 @@ def define_flags() -> None:
   flags.DEFINE_enum("size", "100m", list(_SIZES), "Parameters of the trunk.")
   flags.DEFINE_integer("layers", None, "Instead of the size's.")
   flags.DEFINE_integer("width", None, "Instead of the size's.")
-  flags.DEFINE_integer("vocab", None, "Codes, instead of the size's.")
+  flags.DEFINE_integer("vocab", None, "Image tokens V, instead of the size's.")
   flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of weights and "
                     "activations, instead of the size's.")
   flags.DEFINE_integer("tokens", 256, "Of an image, a square.")
   flags.DEFINE_integer("prompt_tokens", 16, "Of a prompt.")
-  flags.DEFINE_integer("rounds", 5, "Drawings of each.")
+  flags.DEFINE_integer("rounds", 5, "Repetitions of each.")
   flags.DEFINE_string(
       "loops", "sjd,zipar,pjd", "Decoders whose pass is compared with ar's, "
       "separated by commas: NAME or NAME:key=value+key=value.")
 
 
 def body() -> None:
-  """Compares what the flags say."""
+  """Runs the comparison of the flags."""
   if flags.FLAGS["config"].present:
     raise UserError("Expected none: the trunk is that of --size, got "
                     "--config. Leave it out.")
@@ -101,7 +102,7 @@ def body() -> None:
 
 
 def _setting() -> Setting:
-  """What the flags ask for."""
+  """Returns the setting of the flags."""
   values = flags.FLAGS
   layers, width, head_dim, vocab, dtype = _SIZES[values.size]
   given = lambda value, default: default if value is None else value
@@ -121,7 +122,7 @@ def _rows(
     contenders: Sequence[Contender], found: Sequence[Sequence[Generation]],
     setting: Setting, missing: str | None,
 ) -> list[dict]:
-  """The rows of results.json."""
+  """Returns the rows of results.json."""
   ar, rows = found[0], []
   for who, drawn in zip(contenders, found, strict=True):
     is_loop = who.label not in (_AR, _STATIC, _COMPILED)
@@ -143,7 +144,7 @@ def _rows(
 
 
 def _equal(tokens: np.ndarray, others: np.ndarray) -> float:
-  """Share of leading tokens that are equal, over the images."""
+  """Returns the share of leading tokens that are equal, over the images."""
   return float(np.cumprod(tokens == others, axis=1).mean())
 
 
@@ -153,7 +154,7 @@ def _quartiles(x: np.ndarray) -> dict[str, float]:
 
 
 def table(rows: Sequence[dict], compares: str) -> str:
-  """Markdown of the rows that compare a "token" or a "pass"."""
+  """Returns Markdown of the rows that compare a "token" or a "pass"."""
   heads = f"| | queries | passes | ms per {compares} [quartiles] | ratio "
   heads += "[quartiles] |" + (" greedy tokens |" if compares == "token" else "")
   lines = [heads, "|---" * (heads.count("|") - 1) + "|"]
@@ -178,7 +179,7 @@ def _spread(x: dict[str, float], form: str) -> str:
 
 
 def _write(out: Any, setting: Setting, rows: list[dict]) -> None:
-  """Writes and prints what was found."""
+  """Writes and prints the report."""
   torch, transformers = need("torch", "parity"), need("transformers", "parity")
   device, cfg = jax.devices()[0], setting.trunk
   weights = cfg.n_layers * (4 * cfg.d_model**2 + 3 * cfg.d_model * cfg.d_ff)

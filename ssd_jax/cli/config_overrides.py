@@ -1,4 +1,4 @@
-"""What --config says of a model that was made before."""
+"""What --config may change of a model that exists."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from ssd_jax.pipeline.pipeline import Pipeline
 
 
 def choices(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """What the command line says of settings: a file's, and overrides."""
+  """Returns the settings that the command line overrides."""
   flag = flags.FLAGS["config"]
   chosen = {"sampling": config.sampling.to_dict()} if flag.present else {}
   if flag.present and ":" in config_flags.get_config_filename(flag):
@@ -22,7 +22,7 @@ def choices(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def check_family(pipe: Pipeline, config: ml_collections.ConfigDict) -> None:
-  """Raises UserError when --config is given and names another family."""
+  """Raises UserError if --config names another family than the model's."""
   if flags.FLAGS["config"].present and config.family != pipe.family.name:
     raise UserError(
         f"Expected one family, got --config of family {config.family!r} and a "

@@ -19,7 +19,7 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def define_flags() -> None:
   """Defines the command's own flags."""
-  flags.DEFINE_integer("port", 7860, "Where to listen; 0 takes a free one.")
+  flags.DEFINE_integer("port", 7860, "Port to listen on; 0 takes a free one.")
   flags.DEFINE_string(
       "host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets others in.")
   flags.DEFINE_string(
@@ -49,7 +49,7 @@ def body() -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-  """A socket that listens there, before the model is loaded.
+  """Returns a listening socket, opened before the model is loaded.
 
   Raises:
     UserError: when it cannot.

@@ -1,4 +1,4 @@
-"""Body of infer.evidence: is what a model draws as redundant as CASCADE says?
+"""Body of infer.evidence: are hidden states as redundant as CASCADE assumes?
 
   --out/evidence.json   every figure
   --out/evidence.png    the same as maps and curves
@@ -23,11 +23,11 @@ common.define_flags(
 
 def define_flags() -> None:
   """Defines the command's own flag."""
-  flags.DEFINE_integer("num_prompts", 64, "Prompts taken at most.")
+  flags.DEFINE_integer("num_prompts", 64, "Number of prompts at most.")
 
 
 def body() -> None:
-  """Draws the prompts of the flags, looks at states and predictions."""
+  """Generates the prompts of the flags and measures states and predictions."""
   number = flags.FLAGS.num_prompts
   check(number >= 1, "num_prompts", number, ">= 1")
   matplotlib = need("matplotlib.figure", "bench")
@@ -56,7 +56,7 @@ def _prompts() -> list[str]:
 
 
 def _numbers(found: Evidence, count: int) -> dict:
-  """JSON of all but the single entropies, of which the quantiles stay."""
+  """Returns JSON; of the entropies only the quantiles."""
   def rounded(x):
     return [None if np.isnan(v) else round(float(v), 4) for v in x] if (
         x.ndim == 1) else [rounded(row) for row in x]
@@ -69,7 +69,7 @@ def _numbers(found: Evidence, count: int) -> dict:
 
 
 def summary(found: Evidence) -> str:
-  """A table of the shares that each threshold of CASCADE would relax."""
+  """Returns a table of the shares that each threshold of CASCADE relaxes."""
   lines = ["| threshold | pairs of alternatives at or above | "
            "alternatives like the slot before |", "|---|---|---|"]
   rows = zip(THRESHOLDS, found.alike_T, found.converged_T, strict=True)
@@ -78,7 +78,7 @@ def summary(found: Evidence) -> str:
 
 
 def plot(found: Evidence, figure, path: pathlib.Path) -> None:
-  """Draws everything into a matplotlib figure and writes it."""
+  """Plots everything into one figure and writes it."""
   (equal, different, slots), (siblings, entropy, spread) = figure.subplots(2, 3)
   reach = found.equal_UW.shape[1] // 2
   extent = (-reach - 0.5, reach + 0.5, found.equal_UW.shape[0] - 0.5, -0.5)

@@ -1,19 +1,16 @@
 """Body of infer.generate: prompts in, PNG files out."""
 
 import json
-import pathlib
-import re
 from typing import Any
 
 from absl import flags
 import jax
 import numpy as np
-from PIL import Image, PngImagePlugin
 
 from ssd_jax import __version__
 from ssd_jax.cli import common, run as cli
 from ssd_jax.core.config import UserError, check
-from ssd_jax.core.outputs import Output, Picture
+from ssd_jax.core.outputs import Output
 from ssd_jax.core.prompts import clean
 from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding import registry
@@ -23,25 +20,22 @@ from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.visualization import animations
-from ssd_jax.visualization.contact_sheets import captioned, save_picture
+from ssd_jax.visualization.album import Album
 
 common.define_flags(
     "prompts_file", "num_images", "seed", "batch", "out", "decoder_file",
     *common.SAMPLING, *common.MODEL)
 
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; repeatable.")
 _DECODER = flags.DEFINE_string(
     "decoder", "exact", "NAME or NAME:key=value+key=value.")
 _TRACE = flags.DEFINE_bool(
-    "trace", False, "Also write how the grid was filled: animations, with AR "
+    "trace", False, "Also write animations of the grid being filled, with AR "
     "beside the decoder for the first prompt, and heat maps.")
 _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
-_SHEET_PICTURES = 64  # at most
-
-
 def body() -> None:
-  """Draws the prompts of the flags and says what it did."""
+  """Generates the prompts of the flags and reports."""
   prompts = read_prompts(_PROMPT.value, flags.FLAGS.prompts_file)
   known = registry.with_file(flags.FLAGS.decoder_file)
   decoder = registry.parse(_DECODER.value, known)
@@ -53,11 +47,11 @@ def body() -> None:
   cli.use_compilation_cache()
   pipe = common.load_pipeline()
   album = Album(out, _settings(pipe))
-  times, notes, output = _draw(pipe, prompts, decoder, album)
+  times, notes, output = _generate(pipe, prompts, decoder, album)
   album.close()
-  sharding.barrier("pictures are written")
+  sharding.barrier("images are written")
   if jax.process_index():
-    return  # the first host tells
+    return  # the first host reports
   for note in [*notes, *album.notes]:
     print(f"note: {note}")
   if output:
@@ -65,10 +59,10 @@ def body() -> None:
   _report(pipe, decoder, album, times)
 
 
-def _draw(
+def _generate(
     pipe: Pipeline, prompts: list[str], decoder: Decoder, album: "Album"
 ) -> tuple[tuple[float, float], list[str], Output | None]:
-  """((seconds of compiling, the rest), notes, all pictures for --trace)."""
+  """Returns ((seconds compiling, others), notes, output of --trace)."""
   number = flags.FLAGS.num_images
   args: dict[str, Any] = dict(
       num_images=number, seed=flags.FLAGS.seed,
@@ -76,11 +70,11 @@ def _draw(
       **common.sampling())
   with Bar(total=len(prompts) * number, unit="image",
            unit_scale=not _TRACE.value, desc="compiling") as bar:
-    def on_step(pictures):
-      bar.set_description("drawing", refresh=False)
-      bar.update(pictures)
+    def on_step(images):
+      bar.set_description("generating", refresh=False)
+      bar.update(images)
 
-    if _TRACE.value:  # needs all pictures together
+    if _TRACE.value:  # needs all images together
       output = pipe.generate(
           prompts, decoder, trace=True, on_batch=on_step, **args)
       for picture in output.pictures:
@@ -93,10 +87,10 @@ def _draw(
 
 
 def read_prompts(given: list[str], file: str | None) -> list[str]:
-  """The prompts of the flags, cleaned, in order.
+  """Returns the prompts of the flags, cleaned, in order.
 
   Raises:
-    UserError: when there is none, or one is empty or too long.
+    UserError: if there is none, or one is empty or too long.
   """
   lines = list(given)
   if file is not None:
@@ -109,86 +103,8 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
   return [clean(line) for line in lines]
 
 
-class Album:
-  """Pictures written as they finish; few of them stay in memory.
-
-  Several hosts, which all hold the pictures, each write their share.
-
-  Attributes:
-    sheet: Path of the contact sheet of several, once closed.
-  """
-
-  def __init__(self, folder: pathlib.Path, settings: dict):
-    self._folder, self._settings = folder, settings
-    self._written: dict[int, tuple[pathlib.Path, str, int]] = {}
-    self._first: dict[int, tuple[str, np.ndarray]] = {}
-    self.sheet: pathlib.Path | None = None
-
-  def add(self, picture: Picture) -> None:
-    """Writes a PNG with its prompt and settings."""
-    index, prompt = picture.index, picture.prompt
-    path = self._folder / f"{index:04d}_{file_name(prompt)}.png"
-    if index % jax.process_count() == jax.process_index():
-      metadata = PngImagePlugin.PngInfo()
-      facts = {"prompt": prompt, "index": index, "passes": picture.passes}
-      for key, value in {**facts, **self._settings}.items():
-        metadata.add_itxt(key, str(value))
-      save_picture(Image.fromarray(picture.image), path, pnginfo=metadata)
-    self._written[index] = (path, prompt, picture.passes)
-    if index < _SHEET_PICTURES:
-      self._first[index] = (prompt, picture.image)
-
-  def close(self) -> None:
-    """Writes the contact sheet of the first pictures, if there are several."""
-    sheet = self._folder / "contact_sheet.png"
-    if len(self._written) == 1:
-      sheet.unlink(missing_ok=True)  # of an earlier run
-      return
-    self.sheet = sheet
-    if jax.process_index() == 0:
-      prompts, images = zip(
-          *(self._first[i] for i in sorted(self._first)), strict=True)
-      save_picture(captioned(images, prompts), self.sheet)
-
-  @property
-  def paths(self) -> list[pathlib.Path]:
-    """Of the PNGs, by index."""
-    return [self._written[i][0] for i in sorted(self._written)]
-
-  @property
-  def prompts(self) -> list[str]:
-    """Of each picture, by index."""
-    return [self._written[i][1] for i in sorted(self._written)]
-
-  @property
-  def passes(self) -> list[int]:
-    """Of each picture, by index."""
-    return [self._written[i][2] for i in sorted(self._written)]
-
-  @property
-  def notes(self) -> list[str]:
-    """What the user should know about the folder."""
-    notes, count = [], len(self._first)
-    if len(self._written) > count:
-      notes.append(f"the contact sheet shows the first {count} pictures")
-    others = set(self._folder.glob("[0-9]" * 4 + "_*.png")) - set(self.paths)
-    if others:
-      notes.append(
-          f"{self._folder} also holds {len(others)} pictures of earlier runs")
-    return notes
-
-
-def file_name(prompt: str) -> str:
-  """A prompt as a part of a file name: letters and digits of any script.
-
-  >>> file_name("../a red/heart?")
-  'a_red_heart'
-  """
-  return re.sub(r"\W+", "_", prompt).strip("_")[:40] or "prompt"
-
-
 def _settings(pipe: Pipeline) -> dict:
-  """The settings that go into each picture's metadata."""
+  """Returns the settings that go into each image's metadata."""
   sampling, _ = pipe.sampling(**common.sampling())
   return {
       "seed": flags.FLAGS.seed, "decoder": _DECODER.value,
@@ -201,7 +117,7 @@ def _settings(pipe: Pipeline) -> dict:
 
 
 def _write_trace(pipe: Pipeline, output: Output, decoder, paths) -> None:
-  """Writes how the pictures came to be, and AR beside the decoder."""
+  """Writes the trace of each image, and AR beside the decoder."""
   stems = [path.with_suffix("") for path in paths]
   written = animations.write_trace(pipe, output, stems, _DECODER.value)
   if decoder != AR():
@@ -217,17 +133,16 @@ def _write_trace(pipe: Pipeline, output: Output, decoder, paths) -> None:
 def _report(
     pipe: Pipeline, decoder, album: Album, times: tuple[float, float]
 ) -> None:
-  """Prints what was drawn; `times` are (compiling, the rest)."""
-  cells, passes, paths = pipe.model.grid.num_tokens, album.passes, album.paths
-  mean = float(np.mean([cells / p for p in passes]))
+  """Reports what was generated; `times` are (compiling, other) seconds."""
+  passes, paths = album.passes, album.paths
+  num_tokens = pipe.model.grid.num_tokens
+  mean = float(np.mean([num_tokens / p for p in passes]))
   is_lossless = decoder.is_lossless(pipe.model.grid)
-  distribution = "the law of AR sampling" if is_lossless else "relaxed"
+  kind = "lossless" if is_lossless else "lossy"
   compiling, seconds = times
-  print(
-    f"{len(paths)} pictures by {_DECODER.value} ({distribution}): {cells} cells in "
-    f"{np.mean(passes):.1f} passes each, {seconds:.1f} s, after "
-    f"{compiling:.1f} s of compiling"
-  )
+  print(f"{len(paths)} images by {_DECODER.value} ({kind}): {num_tokens} "
+        f"tokens in {np.mean(passes):.1f} passes each, {seconds:.1f} s, after "
+        f"{compiling:.1f} s of compiling")
   for path in [*paths, *([album.sheet] if album.sheet else [])]:
     print(path)
   if _JSON.value:
@@ -236,7 +151,7 @@ def _report(
         "lossless": is_lossless, "prompts": album.prompts,
         "images": [str(p) for p in paths],
         "contact_sheet": str(album.sheet) if album.sheet else None,
-        "cells": cells, "passes": passes, "tokens_per_pass": mean,
+        "cells": num_tokens, "passes": passes, "tokens_per_pass": mean,
         "compile_seconds": round(compiling, 3), "seconds": round(seconds, 3),
     }))
 

@@ -1,4 +1,4 @@
-"""Body of infer.plan: what drawing or training costs, before any of it runs.
+"""Body of infer.plan: what generation or training costs, before it runs.
 
 Compiles for the devices of --topology, which need not be there, from shapes
 alone. Figures are totals over all devices unless they say "per device". With
@@ -37,7 +37,7 @@ from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage.files import replacing
 
-# That each decoder draws with --measure, and calls that are timed, at least.
+# Prompts per decoder of --measure, and timed calls at least.
 _PROMPTS, _CALLS = 8, 3
 
 
@@ -47,15 +47,15 @@ def define_flags() -> None:
       "topology", "", "Devices to plan for, such as v5e:2x4, v5p:2x2x1 or "
       "v6e:4x4; default: those of this machine.")
   flags.DEFINE_string("decoder", "ssd", "NAME or NAME:key=value+key=value.")
-  flags.DEFINE_integer("batch", None, "Images drawn together; default: 1. With "
-                       "--train images of a step; default: the config's.")
-  flags.DEFINE_bool("train", False, "Plan train.mtp instead of drawing.")
+  flags.DEFINE_integer("batch", None, "Images decoded together; default: 1. "
+                       "With --train images of a step; default: the config's.")
+  flags.DEFINE_bool("train", False, "Plan train.mtp instead of generation.")
   flags.DEFINE_integer(
-      "passes", None, "Of an image, measured, for a decoder whose count "
+      "passes", None, "Measured passes per image, for a decoder whose count "
       "depends on the image.")
   flags.DEFINE_bool(
-      "measure", False, "Instead draw with settings of decoders that may suit "
-      "the devices at hand, and say how long each takes. With the embedded "
+      "measure", False, "Instead try settings of decoders that may suit "
+      "the devices at hand, and report the time of each. With the embedded "
       "model, --config.checkpoint or, of a published family without it, "
       "random weights: these draft nothing that is accepted, so only decoders "
       "with a fixed number of passes are tried.")
@@ -64,7 +64,7 @@ def define_flags() -> None:
 
 
 def body() -> None:
-  """Plans what the flags say and reports it."""
+  """Reports the plan that the flags ask for."""
   args = flags.FLAGS
   decoder = registry.parse(args.decoder)
   for name in ("batch", "passes"):
@@ -96,7 +96,7 @@ def body() -> None:
 
 
 def _check_mode(args: flags.FlagValues) -> None:
-  """Raises UserError for what a mode does not read and plots without place."""
+  """Raises UserError for a flag that the mode does not read."""
   modes = {"train": ("decoder", "passes", "plot"),
            "measure": ("decoder", "passes", "plot", "topology", "train")}
   for mode, unread in modes.items():
@@ -113,7 +113,7 @@ def _check_mode(args: flags.FlagValues) -> None:
 
 
 def _fitting(devices: int) -> int:
-  """The most devices that can share the heads of the config's trunk."""
+  """Returns the most devices that can share the trunk's attention heads."""
   config = flags.FLAGS.config
   heads = config.trunk.n_kv_heads
   return max(n for n in range(1, devices + 1) if heads % n == 0)
@@ -146,7 +146,7 @@ def _measure(config: ml_collections.ConfigDict, batch: int, as_json: bool):
 def measure(
     pipe: Pipeline, is_trained: bool, batch: int, as_json: bool, same: str = ""
 ) -> None:
-  """Draws with each candidate on the devices at hand, and reports.
+  """Times each candidate on the devices at hand and reports.
 
   Args:
     pipe: The model.
@@ -173,7 +173,7 @@ def measure(
 
 
 def trials_table(found: Sequence[tuning.Measurement]) -> str:
-  """Markdown."""
+  """Returns the measurements as Markdown."""
   lines = ["| decoder | lossless | queries | passes | s/image | over ar |",
            "| --- | --- | ---: | ---: | ---: | ---: |"]
   return "\n".join(lines + [
@@ -184,7 +184,7 @@ def trials_table(found: Sequence[tuning.Measurement]) -> str:
 def draw_report(
     plan: planning.Plan, chip: chips.Chip, passes: int | None = None
 ) -> dict:
-  """Everything about drawing, as the JSON has it.
+  """Returns the plan of generation as JSON.
 
   Args:
     plan: Of the drawing.
@@ -217,7 +217,7 @@ def draw_report(
 
 
 def compiled_figures(plan, chip):
-  """(bytes on a device, whether they fit, collectives, XLA's counts)."""
+  """Returns (bytes per device, fits, collectives, XLA's counts)."""
   devices = plan.mesh.size
   try:
     memory = planning.memory_of(plan.compile_generation())
@@ -232,7 +232,7 @@ def compiled_figures(plan, chip):
 
 
 def best(network, decoder, time) -> dict:
-  """SSD's fastest schedule with the decoder's rounds, else the paper's 2."""
+  """Returns SSD's fastest schedule with the decoder's rounds, or with 2."""
   rounds = decoder.rounds if isinstance(decoder, SSD) else 2
   found = [(passes * time(queries), name, passes, queries)
            for name, passes, queries in pass_counts.of_rows(
@@ -243,7 +243,7 @@ def best(network, decoder, time) -> dict:
 
 
 def tell(found: dict) -> None:
-  """Prints a report that a person reads."""
+  """Prints the report."""
   for key, value in found.items():
     if isinstance(value, dict):
       value = ", ".join(f"{k} {v}" for k, v in value.items())
@@ -253,11 +253,11 @@ def tell(found: dict) -> None:
     print(f"{key:>22}  {value}")
   if found["fits"] is False:
     print("it does not fit: share the weights by a larger tensor or fsdp, or "
-          "draw fewer images together", file=sys.stderr)
+          "decode fewer images together", file=sys.stderr)
 
 
 def plot(found: dict, path: pathlib.Path) -> None:
-  """The time of a pass over its queries."""
+  """Plots the time of a pass over its queries."""
   matplotlib = need("matplotlib.figure", "bench")
   figure = matplotlib.Figure((6, 4), layout="tight")
   axes = figure.subplots()

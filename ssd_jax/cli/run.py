@@ -1,4 +1,4 @@
-"""What all command lines share: config, mesh, hosts, errors in one line."""
+"""What all commands share: config, mesh, hosts, errors in one line."""
 
 from collections.abc import Callable
 import contextlib
@@ -20,16 +20,16 @@ _DEFAULT = pathlib.Path(__file__).parent.parent / "families" / "emoji.py"
 
 MESH = flags.DEFINE_string(
     "mesh", "", "How devices share the work, such as data=2,fsdp=1,tensor=4; "
-    "on a CPU each core can be a device. Default: one device, of a CPU that "
-    "draws two, of several hosts all by data.")
+    "on a CPU each core can be a device. Default: one device; two of a CPU "
+    "that generates; data over all devices of several hosts.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, for several hosts outside "
     "Cloud TPU and Slurm.")
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Of the whole job; with --coordinator. 1: none is "
-    "joined.")
+    "num_processes", None, "Processes of the whole job; with --coordinator. 1 "
+    "joins none.")
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Of this process, from 0; with --coordinator.")
+    "process_id", None, "Number of this process, from 0; with --coordinator.")
 
 
 def define_config() -> None:
@@ -59,8 +59,8 @@ def main(
     return
   try:
     rest = flags.FLAGS(argv)
-    _ = flags.FLAGS.config.family  # a file that fails says so at first sight
-  except Exception as error:  # a config is a program, and may raise anything
+    _ = flags.FLAGS.config.family  # fails here if the file does
+  except Exception as error:  # a config is a program
     fail(_bad_flag(error, argv))
   if len(rest) > 1:
     fail(f"Expected flags only, got argument {rest[1]!r}. See --help.")
@@ -69,7 +69,7 @@ def main(
       body()
   except UserError as error:
     fail(str(error))
-  except OSError as error:  # a folder that is none, a disk that is full
+  except OSError as error:  # such as a full disk
     fail(f"Expected files that can be read and written, got {error}. Check "
          "the path and the disk.")
   except KeyboardInterrupt:
@@ -78,7 +78,7 @@ def main(
 
 
 def _help(body: Callable[[], None]) -> str:
-  """What the command does and its flags, its own before those of all."""
+  """Returns the text of --help: the command, its flags, the shared flags."""
   module = sys.modules[body.__module__]
   package = __package__ or ""
   names = sorted(
@@ -92,7 +92,7 @@ def _help(body: Callable[[], None]) -> str:
 
 @contextlib.contextmanager
 def devices(draws: bool):
-  """The hosts joined and the mesh set, as the flags say.
+  """Joins the hosts and sets the mesh that the flags ask for.
 
   Args:
     draws: As of `main`.
@@ -102,7 +102,7 @@ def devices(draws: bool):
   is_alone = not is_job or jax.process_count() == 1
   if is_alone and not MESH.value:
     if draws and not is_job:
-      _split_cpu(2)  # one for each guidance stream: see sharding.of_cores
+      _split_cpu(2)  # one for each guidance stream: see sharding.cpu_mesh
     yield
     return
   if not is_job:
@@ -117,14 +117,14 @@ def devices(draws: bool):
 
 
 def _split_cpu(count: int) -> None:
-  """Makes so many devices of the CPU's cores, unless the user has said."""
+  """Makes devices of the CPU's cores, unless their number is set already."""
   told = "xla_force_host_platform_device_count"
   if told in os.environ.get("XLA_FLAGS", "") or (
       getattr(jax.config, "jax_num_cpu_devices", 0) > 0):
     return
   cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
            else os.cpu_count() or 1)
-  with contextlib.suppress(RuntimeError):  # devices have been counted already
+  with contextlib.suppress(RuntimeError):  # JAX has started
     jax.config.update("jax_num_cpu_devices", min(count, cores))
 
 
@@ -137,7 +137,7 @@ def use_compilation_cache() -> None:
 
 
 def refuse_unused(*used: str) -> None:
-  """Raises UserError for a --config.key=value that nothing would read.
+  """Raises UserError for a --config.key=value that the command does not read.
 
   Args:
     *used: Keys that the command reads, with all that is below them.
@@ -157,7 +157,7 @@ def fail(message: str) -> NoReturn:
 
 
 def _bad_flag(error: BaseException, argv: list[str]) -> str:
-  """What is wrong with the flags; of a config that fails, why it fails."""
+  """Returns what is wrong with the flags or the config."""
   told = _first_line(error)
   key = told.strip("\"'")
   for name in (arg.partition("=")[0] for arg in argv):
@@ -172,7 +172,7 @@ def _bad_flag(error: BaseException, argv: list[str]) -> str:
     if "xpected" in told:
       return told
     told = f"--config, {type(error).__name__}: {told}"
-    if isinstance(error, OSError):  # kept by the flag until it is looked at
+    if isinstance(error, OSError):  # the flag raises it when it is read
       name = config_flags.get_config_filename(flags.FLAGS["config"])
       told = f"--config {name}, which cannot be read"
   return f"Expected the flags of --help, got a bad one: {told}."

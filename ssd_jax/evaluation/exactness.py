@@ -126,7 +126,7 @@ def sample_images(
 
 
 def count(pipe: Pipeline, tokens: ArrayLike) -> np.ndarray:
-  """Returns each image's count, int [I], in `enumerate_distribution`'s order."""
+  """Returns counts of images, int [I], as `enumerate_distribution` orders."""
   images = np.asarray(tokens)
   cells = images.reshape(len(images), -1)
   places = pipe.model.vocab ** np.arange(cells.shape[1])[::-1]

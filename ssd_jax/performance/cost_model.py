@@ -108,7 +108,7 @@ class Plan:
   def settings(self) -> tuple[Sampling, bool]:
     """(sampling, whether both streams are run), the family's own."""
     values = self.network.family.sampling
-    return Sampling.make(**values), values["guidance"] != 1.0
+    return Sampling.make(**dict[str, Any](values)), values["guidance"] != 1.0
 
   @property
   def streams(self) -> int:

@@ -145,8 +145,8 @@ def _check_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> None:
   if known is not None and known != checkpoints.identity(folder / "vq"):
     raise UserError(
         "Expected the image tokenizer that the trunk was trained with, got one "
-        f"in {folder / 'vq'} that was changed afterwards. Put it back, or train "
-        "the trunk again.")
+        f"in {folder / 'vq'} that was changed afterwards. Put it back, or "
+        "train the trunk again.")
 
 
 def _init_vq(family: Family) -> Params:
