@@ -1,9 +1,9 @@
-"""Runs of decoders over the same prompts, interleaved, measured and kept.
+"""Runs of decoders over the same prompts, interleaved, measured and stored.
 
-Every decoder draws a batch of prompts before the next batch begins, in an order
-that turns from batch to batch, so that a slow minute hits all alike. What a
-decoder drew of a batch is kept in a shard; an interrupted run goes on from its
-shards.
+Every decoder generates a batch of prompts before the next batch begins, in an
+order that rotates from batch to batch, so that a slow minute affects all alike.
+Each batch of a decoder is stored; an interrupted run continues from what is
+stored.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +28,9 @@ class Entry:
   """A decoder of a comparison.
 
   Attributes:
-    label: As it was asked for.
+    label: The decoder as it was asked for.
     decoder: Its settings.
-    seed: Of its runs.
+    seed: The seed of its run.
   """
 
   label: str
@@ -40,12 +40,12 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What every decoder of a comparison draws.
+  """What every decoder of a comparison generates.
 
   Attributes:
-    prompts: In order.
-    num_images: Per prompt.
-    batch: Pictures drawn together.
+    prompts: Texts, in order.
+    num_images: Images per prompt.
+    batch: Images decoded together.
     sampling: guidance, temperature, top_k, top_p; None for the model's.
   """
 
@@ -73,13 +73,15 @@ class Job:
 def parse_entries(
     text: str, seed: int, known: Mapping[str, type] = registry.DECODERS
 ) -> list[Entry]:
-  """The decoders of "ar,ssd:rounds=1+vertical=2,ar:seed=1".
+  """Parses decoders such as "ar,ssd:rounds=1+vertical=2,ar:seed=1".
 
-  `seed=` is the run's: a decoder without it has `seed`. `known` are classes by
-  name.
+  Args:
+    text: Decoders separated by commas; `seed=` is the run's.
+    seed: The seed of decoders without `seed=`.
+    known: Classes by name.
 
   Raises:
-    UserError: on a decoder that cannot be or is named twice.
+    UserError: on an invalid decoder, or one that is named twice.
   """
   check(0 <= seed < 2**32, "seed", seed, "in [0, 2^32)")
   entries: list[Entry] = []
@@ -95,7 +97,7 @@ def parse_entries(
     entry = Entry(label, decoder, own)
     if any((e.decoder, e.seed) == (decoder, own) for e in entries):
       raise UserError(
-          f"Expected each once, got decoder {label!r} twice. Remove one or "
+          f"Expected each decoder once, got {label!r} twice. Remove one or "
           "give it a seed of its own, such as ar:seed=1.")
     entries.append(entry)
   return entries
@@ -112,13 +114,13 @@ def run(
     pipe: Pipeline, entries: Sequence[Entry], job: Job, folder: pathlib.Path,
     on_step: Callable[[str, int], None] = lambda label, images: None,
 ) -> list[Run]:
-  """What each entry draws for the job; finished batches come from `folder`.
+  """Runs each entry over the job; finished batches are read from `folder`.
 
   Args:
-    pipe: Of all entries.
+    pipe: The model.
     entries: Decoders.
-    job: What they draw.
-    folder: Of the shards.
+    job: What they generate.
+    folder: The store of finished batches.
     on_step: Called with an entry's label and the number of images it has just
       finished; with 0 before it compiles.
   """
@@ -132,7 +134,7 @@ def run(
       if not run_store.is_whole(path):
         if entry.decoder not in is_warm:
           on_step(entry.label, 0)
-          _draw(pipe, entry, job, start)
+          _generate(pipe, entry, job, start)
           is_warm.add(entry.decoder)
         run_store.write(path, measure(pipe, entry, job, start))
       on_step(entry.label, size)
@@ -142,7 +144,7 @@ def run(
 def _paths(
     pipe: Pipeline, entries: Sequence[Entry], job: Job, folder: pathlib.Path
 ) -> list[list[pathlib.Path]]:
-  """The shard of each entry and batch."""
+  """Returns the file of each entry and batch."""
   weights = run_store.fingerprint((pipe.params, pipe.vq_params))
   settings, _ = pipe.sampling(**job.sampling)
   resolved = [float(x) for x in jax.tree.leaves(settings)]
@@ -155,22 +157,22 @@ def _paths(
       for name in names] for entry in entries]
 
 
-def _draw(pipe: Pipeline, entry: Entry, job: Job, start: int):
-  """(texts of the batch, its output); the last batch is filled up."""
+def _generate(pipe: Pipeline, entry: Entry, job: Job, start: int):
+  """Returns (texts, output) of a batch; the last batch is padded."""
   texts = job.texts[start:start + job.batch]
-  # Smaller last batches would compile anew and weigh otherwise.
+  # A smaller last batch would compile again and take another time.
   texts += [texts[-1]] * (job.batch - len(texts))
   return texts, pipe.generate(
       texts, entry.decoder, seed=entry.seed, batch=job.batch,
       first_image=start, **job.sampling)
 
 
-_SESSION = time.time_ns()  # of this process
+_SESSION = time.time_ns()  # identifies this process
 
 
 def measure(pipe: Pipeline, entry: Entry, job: Job, start: int) -> Run:
-  """What an entry draws of the batch that begins with image `start`."""
-  texts, out = _draw(pipe, entry, job, start)
+  """Runs an entry over the batch that begins with image `start`."""
+  texts, out = _generate(pipe, entry, job, start)
   size = min(job.batch, len(job.texts) - start)
   nll, entropy = pipe.nll(
       out.tokens, texts, batch=min(job.batch, 4), **job.sampling)
@@ -188,11 +190,11 @@ def measure(pipe: Pipeline, entry: Entry, job: Job, start: int) -> Run:
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-  """What is known of a decoder on a model before it draws.
+  """What is known of a decoder on a model before it runs.
 
   Attributes:
     queries: Slots that a pass feeds for one image, idle ones included.
-    is_lossless: Whether it claims AR's law on the model's grid.
+    is_lossless: Whether it claims to be lossless on the model's grid.
   """
 
   queries: int
@@ -200,11 +202,7 @@ class Traits:
 
 
 def traits(pipe: Pipeline, decoder: Decoder, job: Job) -> Traits:
-  """The traits of a decoder.
-
-  Found by tracing one image: nothing is computed, but what a decoder demands of
-  the model is checked.
-  """
+  """Returns the traits of a decoder; checks what it needs of the model."""
   queries = pipe.num_queries(decoder, job.prompts[:1], **job.sampling)
   return Traits(
       queries, decoder.is_lossless(pipe.model.grid))

@@ -1,12 +1,13 @@
-"""The laboratory for exactness: is a decoder's joint law AR's?
+"""Exactness by enumeration: is a decoder's joint distribution AR's?
 
-On a tiny grid every image can be enumerated and its exact probability computed.
-Many images are drawn with the decoder and counted; a chi-square test says how
-likely such counts are under the exact law, and the total variation distance how
-far off they are, beside what an exact sampler would show at that number.
+On a tiny grid all images can be enumerated and their exact probabilities
+computed. Many images are sampled with the decoder and counted. A chi-square
+test says how likely such counts are under the exact distribution; the total
+variation distance says how far off they are, beside what an exact sampler would
+show with as many samples.
 
-Images are drawn in groups, so that a decoder whose images disturb each other is
-caught as well.
+Images are sampled in groups, which also detects a decoder whose images
+influence each other.
 """
 
 import dataclasses
@@ -26,25 +27,25 @@ from ssd_jax.pipeline import testing
 from ssd_jax.pipeline.pipeline import Pipeline
 
 PROMPT = "ab"
-LEAST_EXPECTED = 5.0  # of a bin; rarer images are counted together
-P_VALUE = 1e-3  # below it a decoder's law is called another one
+LEAST_EXPECTED = 5.0  # counts per bin; rarer images share one
+P_VALUE = 1e-3  # below it a claim of exactness is refuted
 GROUPS = (1, 4)
-_TOGETHER = 5000  # images in one call of a program
+_TOGETHER = 5000  # images per call of a program
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What the draws of one decoder say.
+  """The test of one decoder.
 
   Attributes:
-    label: Of the decoder.
-    lossless: Whether it claims to be.
+    label: The decoder as it was asked for.
+    lossless: Whether it claims to be lossless.
     group: Images decoded together.
-    draws: In all.
-    tv: Total variation distance of the counts from the exact law.
-    floor: The same that an exact sampler shows on average.
-    p_value: Of the chi-square test.
-    passes: Mean per image.
+    draws: Images sampled in all.
+    tv: Total variation distance of the counts from the exact distribution.
+    floor: The distance that an exact sampler shows on average.
+    p_value: The p-value of the chi-square test.
+    passes: Mean forward passes per image.
   """
 
   label: str
@@ -58,23 +59,23 @@ class Finding:
 
   @property
   def verdict(self) -> str:
-    """In words, what a claim of exactness is worth."""
+    """The result in words."""
     if self.p_value >= P_VALUE:
       return "exact" if self.lossless else "not told from exact"
     return "BIASED" if self.lossless else "relaxed"
 
   @property
   def is_sound(self) -> bool:
-    """Whether it keeps what it claims."""
+    """Whether the claim holds."""
     return not self.lossless or self.p_value >= P_VALUE
 
 
 @dataclasses.dataclass(frozen=True)
 class Control(SJD):
-  """SJD that is biased on purpose, to see that the laboratory can tell.
+  """SJD that is biased on purpose, to show that the test detects it.
 
-  Every draft has to pass the same test twice, as happens in lock-step batches
-  to the drafts that an image had accepted and could not commit.
+  Every draft must be accepted twice, as happens in lock-step batches to drafts
+  that an image accepted but could not commit.
   """
 
   name = "control"
@@ -82,14 +83,14 @@ class Control(SJD):
   def accept(
       self, ctx: Context, p_QV: jax.Array, drafts: Drafts, u_Q: jax.Array
   ) -> jax.Array:
-    """bool [Q]: whether each draft passes both times."""
+    """Returns bool [Q]: which drafts are accepted both times."""
     return super().accept(ctx, p_QV, drafts, jnp.sqrt(u_Q))
 
 
 def enumerate_distribution(
     pipe: Pipeline, prompt: str = PROMPT
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(all images int32 [I, R, C], their probabilities float64 [I])."""
+  """Returns all images, int32 [I, R, C], and probabilities, float64 [I]."""
   images = testing.every_image(pipe)
   log_p_I = pipe.log_prob(images, [prompt] * len(images))
   p_I = np.exp(log_p_I.astype(np.float64))
@@ -102,10 +103,10 @@ def sample_images(
     pipe: Pipeline, decoder: Decoder, draws: int, group: int = 1,
     seed: int = 0, prompt: str = PROMPT,
 ) -> engine.Decoded:
-  """At least `draws` images of one prompt, decoded `group` at a time.
+  """Samples at least `draws` images of one prompt, decoded `group` at a time.
 
-  Thousands of groups go through one program beside each other, which takes
-  seconds. A group sees no other group.
+  Thousands of groups run side by side in one program. Groups do not see each
+  other.
   """
   settings, guided = pipe.sampling()
   rows, _ = pipe.family.encode_prompts([prompt] * group, guided)
@@ -128,16 +129,16 @@ def sample_images(
 def count(pipe: Pipeline, tokens: ArrayLike) -> np.ndarray:
   """Returns counts of images, int [I], as `enumerate_distribution` orders."""
   images = np.asarray(tokens)
-  cells = images.reshape(len(images), -1)
-  places = pipe.model.vocab ** np.arange(cells.shape[1])[::-1]
+  tokens_IT = images.reshape(len(images), -1)
+  powers_T = pipe.model.vocab ** np.arange(tokens_IT.shape[1])[::-1]
   return np.bincount(
-      cells @ places, minlength=pipe.model.vocab ** cells.shape[1])
+      tokens_IT @ powers_T, minlength=pipe.model.vocab ** tokens_IT.shape[1])
 
 
 def chi_square(found_I: np.ndarray, p_I: np.ndarray) -> float:
-  """The p-value of counts under a law; rare images are counted together.
+  """Returns the p-value of counts under a distribution, rare images pooled.
 
-  Zero where an image was drawn that has no probability at all.
+  It is zero if an image without any probability was sampled.
   """
   if found_I[p_I == 0].sum():
     return 0.0
@@ -148,9 +149,7 @@ def chi_square(found_I: np.ndarray, p_I: np.ndarray) -> float:
 def pool(
     found_I: np.ndarray, expected_I: np.ndarray, least: float = LEAST_EXPECTED
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Counts and expectations with bins merged until each expects `least`.
-
-  The rarest come first, in one bin or several.
+  """Merges bins, the rarest first, until each expects `least` counts.
   """
   order = np.argsort(expected_I, kind="stable")
   total = np.cumsum(expected_I[order])
@@ -159,22 +158,23 @@ def pool(
     if end - start >= least:
       bins.append(index + 1)
       start = end
-  # What is left beyond the last full bin belongs to it.
+  # The last full bin takes what is left.
   edges = np.array([0, *bins[:-1]])
   return (np.add.reduceat(found_I[order], edges),
           np.add.reduceat(expected_I[order], edges))
 
 
 def total_variation(found_I: np.ndarray, p_I: np.ndarray) -> float:
-  """Half the sum of |share - probability|."""
+  """Returns half the sum of |frequency - probability|."""
   return float(0.5 * np.abs(found_I / found_I.sum() - p_I).sum())
 
 
 def noise_floor(p_I: np.ndarray, draws: int) -> float:
-  """The total variation distance that an exact sampler shows on average.
+  """Returns the total variation distance that an exact sampler shows on
+  average.
 
-  Half the sum of the mean absolute deviations of binomials, by de Moivre's
-  closed form.
+  It is half the sum of the mean absolute deviations of binomials, by de
+  Moivre's closed form.
   """
   mode_I = np.floor(draws * p_I) + 1
   deviation_I = 2 * mode_I * (1 - p_I) * stats.binom.pmf(mode_I, draws, p_I)
@@ -182,11 +182,11 @@ def noise_floor(p_I: np.ndarray, draws: int) -> float:
 
 
 def detectable(p_I: np.ndarray, draws: int, power: float = 0.9) -> float:
-  """The total variation distance that the test finds with this power.
+  """Returns the total variation distance that the test detects with this power.
 
-  Of a bias that changes every image's probability by the same share, up or
-  down at random; one that falls on few images is found at less. Among images
-  that are counted together some of it cancels.
+  The bias assumed changes every image's probability by the same share, up or
+  down at random; a bias on few images is detected at a smaller distance. Among
+  pooled images part of it cancels.
   """
   squares, expected = pool(p_I**2, p_I * draws)
   left = float((squares / expected).sum() * draws)
@@ -202,7 +202,7 @@ def examine(
     pipe: Pipeline, decoder: Decoder, label: str, draws: int = 20_000,
     group: int = 1, seed: int = 0,
 ) -> Finding:
-  """What `draws` images of a decoder say about its law."""
+  """Tests a decoder with `draws` images."""
   _, p_I = enumerate_distribution(pipe)
   out = sample_images(pipe, decoder, draws, group, seed)
   found_I = count(pipe, out.tokens)
@@ -215,9 +215,9 @@ def examine(
 
 
 def table(findings: list[Finding]) -> str:
-  """A markdown table of findings."""
+  """Returns a Markdown table of findings."""
   lines = [
-      "| decoder | claims lossless | images together | passes | TV | noise "
+      "| decoder | claims lossless | group | passes | TV | noise "
       "floor | p-value | verdict |",
       "|---|---|---|---|---|---|---|---|",
   ]
@@ -230,15 +230,16 @@ def table(findings: list[Finding]) -> str:
 
 
 def sensitivity(pipe: Pipeline, draws: int) -> str:
-  """What the table can see, in words."""
+  """Returns a legend of the table, with what the test can detect."""
   _, p_I = enumerate_distribution(pipe)
   grid, seen = pipe.model.grid, detectable(p_I, draws)
   return (
-      f"\n{draws} draws each, of the {len(p_I)} images of a grid of "
-      f"{grid.rows} x {grid.cols} cells and {pipe.model.vocab} codes; settings "
-      "are clamped to it. *TV*: total variation distance of the draws from the "
-      "exact law; *noise floor*: what an exact sampler shows on average. "
-      f"*p-value*: of a chi-square test; below {P_VALUE:g} a claim of "
-      "exactness is refuted. *control*: sjd biased on purpose (each draft is "
-      "tested twice), to be found out. A bias spread evenly over all images "
-      f"is seen about 9 times in 10 at a distance of {seen:.3f}.\n")
+      f"\n{draws} samples each of the {len(p_I)} images of a grid of "
+      f"{grid.rows} x {grid.cols} tokens with {pipe.model.vocab} values; defaults are "
+      "limited to it. *group*: images decoded together. *TV*: total variation "
+      "distance from the exact distribution; *noise floor*: what an exact "
+      f"sampler shows on average. *p-value*: of a chi-square test; below "
+      f"{P_VALUE:g} a claim of exactness is refuted. *control*: sjd biased on "
+      "purpose (each draft is tested twice), which the test must refute. A "
+      "bias spread evenly over all images is detected 9 times in 10 at a "
+      f"distance of {seen:.3f}.\n")

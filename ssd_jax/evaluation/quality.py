@@ -1,4 +1,4 @@
-"""How good what decoders drew is, beside what AR drew for the same prompts.
+"""Quality of generated images, compared with AR's for the same prompts.
 
 N images, P prompts, F features.
 """
@@ -18,17 +18,17 @@ from ssd_jax.evaluation import efficientnet, metrics
 from ssd_jax.evaluation.metrics import Estimate, Gap
 from ssd_jax.evaluation.run_store import Run
 
-_Z = 1.96  # of a 95% interval
+_Z = 1.96  # standard errors of a 95% interval
 
 
 @dataclasses.dataclass(frozen=True)
 class References:
-  """What pictures are compared with beside AR's.
+  """What images are compared with besides AR's.
 
   Attributes:
-    real_MF: Features of real pictures, or None.
-    real_M: The emoji that each of these shows, None where nobody knows.
-    gallery_MF: Features of the emoji that may be meant, or None.
+    real_MF: Features of real images, or None.
+    real_M: The emoji that each of these shows, or None if unknown.
+    gallery_MF: Features of all emoji, or None.
     target_N: The emoji that each image's prompt names, -1 for none.
   """
 
@@ -40,20 +40,20 @@ class References:
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-  """Figures of one decoder; None where one could not be computed.
+  """Figures of one decoder; None for what could not be computed.
 
   Attributes:
-    nll: Mean surprisal of the model, in nats per cell.
+    nll: Mean negative log-likelihood under the model, in nats/token.
     gap: nll minus the first AR's, with its 95% interval.
-    excess: Mean of surprisal minus entropy, with its error.
+    excess: Mean of NLL minus entropy, in nats/token, with its error.
     extra: The same minus the first AR's, prompt by prompt.
-    fd_real: Frechet distance in EfficientNet-Lite0's features to real pictures.
-    kid_real: Kernel distance in those features to real pictures.
-    fd_ar: Frechet distance to the first AR's pictures.
+    fd_real: Frechet distance in EfficientNet-Lite0's features to real images.
+    kid_real: Kernel distance in those features to real images.
+    fd_ar: Frechet distance to the first AR's images.
     kid_ar: Kernel distance to them.
-    recall: Share of pictures that lie nearest to the emoji they were asked for.
+    recall: Share of images whose nearest emoji is the requested one.
     recall_10: Share for which it is among the ten nearest.
-    within_ar: Whether it lies within AR's own spread; see `judge`.
+    within_ar: Whether it is within AR's own spread; see `is_within_spread`.
   """
 
   nll: float
@@ -73,14 +73,14 @@ def assess(
     runs: Sequence[Run], ar: int | None, rerun: int | None, num_images: int,
     features_RNF: Sequence[np.ndarray] | None, references: References,
 ) -> list[Quality]:
-  """The quality of each run.
+  """Returns the quality of each run.
 
   Args:
-    runs: Of the same prompts.
+    runs: Runs of the same prompts.
     ar: Index of the first AR run, or None.
     rerun: Index of the first AR run with another seed, or None.
-    num_images: Per prompt.
-    features_RNF: Of each run's images, or None where there are no weights.
+    num_images: Images per prompt.
+    features_RNF: Features of each run's images, or None without a network.
     references: What else they are compared with.
   """
   found = []
@@ -95,27 +95,29 @@ def assess(
     found.append(quality)
   spread = None if rerun is None else found[rerun].gap
   if rerun is None or spread is None or spread.interval is None:
-    return found  # no spread is known
+    return found  # the spread is unknown
   return [
       q if index == ar else dataclasses.replace(
-          q, within_ar=judge(q, found[rerun], index == rerun))
+          q, within_ar=is_within_spread(q, found[rerun], index == rerun))
       for index, q in enumerate(found)]
 
 
-def judge(quality: Quality, rerun: Quality, is_rerun: bool = False) -> bool:
-  """Whether a decoder lies within AR's own spread.
+def is_within_spread(
+    quality: Quality, rerun: Quality, is_rerun: bool = False
+) -> bool:
+  """Returns whether a decoder is within AR's own spread.
 
   All of these must hold, with the AR run of another seed as the yardstick:
     its likelihood gap is no further from 0 than the farther end of the 95%
       interval of the yardstick's;
     so is its excess over AR's;
-    its kernel distance to AR's pictures exceeds the yardstick's by no more than
+    its kernel distance to AR's images exceeds the yardstick's by no more than
       1.96 standard errors of the difference, where both are known.
   The yardstick itself is held to its own intervals: 0 must lie in them.
   """
   if not (rerun.gap and rerun.gap.interval and rerun.extra
           and rerun.extra.error is not None and quality.gap and quality.extra):
-    raise ValueError("there is no spread to judge by")
+    raise ValueError("the spread of AR is unknown")
   gap_ends = rerun.gap.interval
   width = _Z * rerun.extra.error
   extra_ends = (rerun.extra.value - width, rerun.extra.value + width)
@@ -130,7 +132,7 @@ def judge(quality: Quality, rerun: Quality, is_rerun: bool = False) -> bool:
 
 
 def _likelihoods(run: Run, base: Run | None, num_images: int) -> Quality:
-  """What the model itself says, images of a prompt averaged."""
+  """Returns likelihood figures, images of a prompt averaged."""
   nll_P = _per_prompt(run.nll, num_images)
   entropy_P = _per_prompt(run.entropy, num_images)
   gap = extra = None
@@ -138,7 +140,7 @@ def _likelihoods(run: Run, base: Run | None, num_images: int) -> Quality:
     base_P = _per_prompt(base.nll, num_images)
     gap = metrics.likelihood_gap(nll_P, base_P, seed=0)
     base_excess_P = base_P - _per_prompt(base.entropy, num_images)
-    # The same mean and error, of one excess minus the other.
+    # Mean and error of one excess minus the other.
     extra = metrics.excess((nll_P - entropy_P)[:, None], base_excess_P[:, None])
   return Quality(
       float(run.nll.mean()), gap,
@@ -157,7 +159,7 @@ def _pictures(
   found: dict[str, float | Estimate] = {}
   real_MF, prompt_N = references.real_MF, np.arange(len(own_NF)) // num_images
   target_N = references.target_N
-  # A picture that names no emoji is of nothing that another shows.
+  # A prompt that names no emoji shares its subject with no other.
   shown_N = np.where(target_N < 0, -1 - prompt_N, target_N)
   if real_MF is not None and min(len(own_NF), len(real_MF)) >= 2:
     found["fd_real"] = metrics.frechet_distance(own_NF, real_MF)
@@ -179,7 +181,7 @@ def _pictures(
 
 
 def emoji_targets(texts: Sequence[str]) -> np.ndarray:
-  """int [N]: place of the emoji that each text names in the gallery, or -1."""
+  """Returns the gallery index of the emoji that each text names, or -1."""
   records = sources.EmojiSource("all").records
   places = {record.label: i for i, record in reversed([*enumerate(records)])}
   return np.array([places.get(" ".join(text.split()), -1)
@@ -187,13 +189,13 @@ def emoji_targets(texts: Sequence[str]) -> np.ndarray:
 
 
 def emoji_captions(split: str | None) -> list[str]:
-  """Captions of the vendored emoji, the held-out ones first.
+  """Returns captions of the vendored emoji, the held-out ones first.
 
-  Within a split they are in the order of a hash, so that the first few are a
-  fair sample: the emoji themselves begin with all flags.
+  Within a split they are ordered by a hash, so that the first few are a fair
+  sample: the emoji themselves begin with all flags.
 
   Args:
-    split: "train" or "validation" for one of them alone.
+    split: "train" or "validation" for one of them only.
   """
   splits = [split] if split else ["validation", "train"]
   labels = []
@@ -204,10 +206,10 @@ def emoji_captions(split: str | None) -> list[str]:
 
 
 class FolderPictures(OnDemand):
-  """The real pictures of a folder, square, read when asked for.
+  """The real images of a folder, cropped square, read on demand.
 
   Raises:
-    UserError: when there are fewer than two, or one cannot be read.
+    UserError: if there are fewer than two, or one cannot be read.
   """
 
   def __init__(self, folder: str, pixels: int = efficientnet.INPUT_SIZE):
@@ -218,12 +220,12 @@ class FolderPictures(OnDemand):
     if len(files) < 2:
       raise UserError(
           f"Expected two or more .png, .jpg or .webp, got {len(files)} "
-          f"pictures in --real_images {folder}. Check the folder.")
+          f"images in --real_images {folder}. Check the folder.")
     for file in files:
       try:
         with Image.open(file):
           pass
-      except Exception as error:  # a huge one raises no OSError
+      except Exception as error:  # an oversized one raises no OSError
         raise _unreadable(file) from error
 
 
@@ -237,18 +239,18 @@ def _read_square(file: pathlib.Path, pixels: int) -> np.ndarray:
 
 def _unreadable(file: pathlib.Path) -> UserError:
   return UserError(
-      f"Expected .png, .jpg or .webp, got an unreadable picture {file}. "
+      f"Expected .png, .jpg or .webp, got an unreadable image {file}. "
       "Remove or replace it.")
 
 
 def make_references(
     texts: Sequence[str], real: Images | None
 ) -> References:
-  """What pictures are compared with: real ones, and the gallery of emoji.
+  """Returns what images are compared with: real ones and the emoji gallery.
 
   Args:
     texts: The prompt of each image.
-    real: Pictures of the world; None for the emoji that prompts name.
+    real: Real images; None for the emoji that prompts name.
   """
   target_N = emoji_targets(texts)
   gallery_MF = places = None

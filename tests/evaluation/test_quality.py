@@ -42,7 +42,8 @@ def quality_of(gap, extra, kid=None):
 ])
 def test_within_ars_own_spread(decoder, rerun, is_rerun, expected):
   """Gap, excess and KID are held against the second AR run's, both ways."""
-  got = quality.judge(quality_of(*decoder), quality_of(*rerun), is_rerun)
+  got = quality.is_within_spread(
+      quality_of(*decoder), quality_of(*rerun), is_rerun)
   assert got is expected
 
 
