@@ -71,7 +71,7 @@ _EXPORT = flags.DEFINE_enum(
   "export",
   None,
   list(prompt_files.LAYOUTS),
-  "Also write the pictures as the "
+  "Also write the images as the "
   "official scorer of this benchmark reads them.",
 )
 _EXACTNESS = flags.DEFINE_bool(

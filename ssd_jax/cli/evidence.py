@@ -86,7 +86,7 @@ def plot(found: Evidence, figure, path: pathlib.Path) -> None:
   maps = (
       (equal, found.equal_UW, "equal code", extent, unstacked),
       (different, found.different_UW, "different codes", extent, unstacked),
-      (slots, found.slots_MM, "the first picture", None, ("slot", "slot")),
+      (slots, found.slots_MM, "the first image", None, ("slot", "slot")),
   )
   for axes, values, title, place, names in maps:
     image = axes.imshow(values, extent=place)

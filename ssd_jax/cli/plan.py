@@ -2,7 +2,8 @@
 
 Compiles for the devices of --topology, which need not be there, from shapes
 alone. Figures are totals over all devices unless they say "per device". With
---measure the devices are those at hand, and what they do is seen by drawing.
+--measure the devices are those at hand, and what they do is measured by
+generating.
 """
 
 from collections.abc import Sequence
@@ -151,7 +152,7 @@ def measure(
   Args:
     pipe: The model.
     is_trained: Whether its drafts say anything.
-    batch: Images drawn together.
+    batch: Images generated together.
     as_json: Whether to end with a line of JSON.
     same: Flags that name the model to other commands.
   """
@@ -187,7 +188,7 @@ def draw_report(
   """Returns the plan of generation as JSON.
 
   Args:
-    plan: Of the drawing.
+    plan: Of the generation.
     chip: Each of the devices.
     passes: Of an image, measured.
   """

@@ -27,20 +27,20 @@ from ssd_jax.storage.files import replacing, write_json, write_text
 _WORDS = """
 A pass feeds Q slots of each image. *trunk* (*attention*, its products with \
 the cache, is within it), *head*, *sampling* (target distribution, noise and \
-draw), *acceptance* (the test of drafts and the residual) and *drafting* (one \
-cell for each query by a spatial head; not part of the pass measured here) are \
-the engine's functions timed by themselves, several calls in one program. \
-*pass*: of the loop, drawing whole images with sjd:window=Q; *loop*: what it \
-has beyond its parts. *least*: the larger of the bytes that must move (keys \
-and values once, weights once by each device) at the measured bandwidth and of \
-the pass's operations at the measured rate. Each time is the best of several. \
-On a CPU arrays that fit its caches are read faster than memory; bandwidth is \
-that of as many bytes as a pass reads.
+generate), *acceptance* (the test of drafts and the residual) and *drafting*
+(one \ token for each query by a spatial head; not part of the pass measured
+here) are \ the engine's functions timed by themselves, several calls in one
+program. \ *pass*: of the loop, generating whole images with sjd:window=Q;
+*loop*: what it \ has beyond its parts. *least*: the larger of the bytes that
+must move (keys \ and values once, weights once by each device) at the measured
+bandwidth and of \ the pass's operations at the measured rate. Each time is the
+best of several. \ On a CPU arrays that fit its caches are read faster than
+memory; bandwidth is \ that of as many bytes as a pass reads.
 
 {machines}
 
 The host, for {images} image(s) of {passes} passes in {whole:.0f} ms: prompt \
-{prompt:.1f} ms, drawing {drawing:.0f} ms, pixels {pixels:.0f} ms, all else \
+{prompt:.1f} ms, generation {drawing:.0f} ms, pixels {pixels:.0f} ms, all else \
 {rest:.1f} ms ({each:.3f} ms per pass).
 """
 
@@ -132,7 +132,7 @@ def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
   axes.plot(places, ms(r.least for r in rows), "r--", label="roofline")
   if rows[0].parts["drafting"] is not None:
     axes.plot(places, ms(r.parts["drafting"] for r in rows), "b:",
-              label="drafting Q cells (apart)")
+              label="drafting Q tokens (apart)")
   axes.set_xticks(places, [str(r.queries) for r in rows])
   axes.set_xlabel("queries of a pass, for each image")
   axes.set_ylabel("milliseconds")

@@ -51,7 +51,7 @@ def main(
     body: Of the command.
     argv: Instead of the program's.
     runs_here: Whether --mesh is of this machine's devices.
-    draws: Whether two cores of a CPU may share what is drawn.
+    draws: Whether two cores of a CPU may share what is generated.
   """
   argv = sys.argv if argv is None else argv
   if {"-h", "-help", "--help", "--helpfull"} & set(argv[1:]):

@@ -117,7 +117,7 @@ def drafter() -> None:
   captions = _captions(config)
   teacher = _teacher(config, workdir)
   _begin(workdir / "drafter", config, *_DRAWN, "drafter")
-  # The images that heads are trained on, whoever draws them first.
+  # The images that heads are trained on, whoever generates them first.
   splits = mtp_training.generate_splits(
       teacher, captions, generation_cfg, workdir / "mtp")
   state, drafter_cfg = drafter_training.run(
@@ -140,7 +140,7 @@ def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
 
 
 def _choices(config) -> tuple[str, ...]:
-  """Settings that the family leaves open until it draws."""
+  """Settings that the family leaves open until it generates."""
   return model_folder.CHOICES.get(config.family, ())
 
 
@@ -166,18 +166,18 @@ def _export(workdir: pathlib.Path, kind: str, cfg, state) -> None:
 
 
 def _tell(config, workdir, kind: str, decoder: str, table) -> None:
-  """Prints the figures, and how to draw with what was trained."""
+  """Prints the figures, and how to generate with what was trained."""
   print(table.read_text())
   model = _model_folder(config, workdir)
   out = workdir / "model" / kind
   own = "" if pathlib.Path(model) / kind == out else f" --{kind} {out}"
-  print(f"wrote {out}; the table is {table}. To draw with it:\n"
+  print(f"wrote {out}; the table is {table}. To generate with it:\n"
         f"python -m infer.generate --checkpoint {model}{own} "
         f"--decoder {decoder} --prompt ...")
 
 
 def _captions(config) -> dict[str, list[str]]:
-  """Captions to draw, by split; of the training split num_prompts at most."""
+  """Captions to generate, by split; of the training split num_prompts at most."""
   check(config.num_prompts >= 0, "num_prompts", config.num_prompts, ">= 0")
   if config.prompts_file:
     lines = _lines(config)
@@ -213,7 +213,7 @@ def _lines(config) -> list[str]:
   file = pathlib.Path(config.prompts_file)
   if not file.exists():
     raise UserError(
-        "Expected the prompts to draw, one per line (the papers take "
+        "Expected the prompts to generate, one per line (the papers take "
         f"Midjourney's), got no file {file}. Write it or name another with "
         "--config.prompts_file=FILE.")
   texts = (item.prompt.strip() for item in prompt_files.read_prompts(file))

@@ -1,1 +1,1 @@
-"""Captioned pictures: where they come from and how they are fed."""
+"""Captioned images: where they come from and how they are fed."""

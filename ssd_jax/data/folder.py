@@ -1,9 +1,9 @@
-"""A user's folder of pictures with captions.
+"""A user's folder of images with captions.
 
 Captions come from a table (`captions.json`, `captions.csv`, `captions.tsv` or
 `metadata.jsonl`, in any folder, naming files from there) or from a text file of
-the same name beside each picture. A table needs a file name and a caption per
-picture, and may give tags; the JSON may also map file names to captions.
+the same name beside each image. A table needs a file name and a caption per
+image, and may give tags; the JSON may also map file names to captions.
 """
 
 import csv
@@ -26,11 +26,11 @@ _CAPTION_COLUMNS = ("caption", "text")
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-  """What is said of one picture.
+  """What is said of one image.
 
   Attributes:
     text: The caption, one line.
-    tags: Words that describe the picture.
+    tags: Words that describe the image.
     source: The file that says so.
   """
 
@@ -40,9 +40,9 @@ class Caption:
 
 
 class FolderSource(Source):
-  """Every picture below a folder, with its caption.
+  """Every image below a folder, with its caption.
 
-  Everything but the pixels is checked here: that each picture has one caption,
+  Everything but the pixels is checked here: that each image has one caption,
   and that its header reads. Hidden files and folders are left out.
 
   Raises:
@@ -76,7 +76,7 @@ class FolderSource(Source):
         return to_square(picture, self.pixels)
     except Exception as error:  # a decoder may raise anything on bad bytes
       raise UserError(
-          f"Expected one of {', '.join(SUFFIXES)}, got a picture that cannot "
+          f"Expected one of {', '.join(SUFFIXES)}, got an image that cannot "
           f"be read, {path} ({one_line(error)}). Replace or remove it."
       ) from error
 
@@ -87,16 +87,16 @@ def one_line(error: Exception) -> str:
 
 
 def find_pictures(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
-  """The pictures below `folder`, in an order that is the same everywhere."""
+  """The images below `folder`, in an order that is the same everywhere."""
   if not folder.is_dir():
     raise UserError(
-        f"Expected a folder of pictures, got {folder}. Check the path."
+        f"Expected a folder of images, got {folder}. Check the path."
     )
   found = [p for p in _visible_files(folder) if p.suffix.lower() in SUFFIXES]
   if not found:
     raise UserError(
         f"Expected files that end in {', '.join(SUFFIXES)}, got {folder} "
-        "without pictures. Put pictures there or check the path."
+        "without images. Put images there or check the path."
     )
   return tuple(sorted(found, key=lambda p: p.relative_to(folder).as_posix()))
 
@@ -112,10 +112,10 @@ def _visible_files(folder: pathlib.Path) -> list[pathlib.Path]:
 def find_captions(
     folder: pathlib.Path, pictures: tuple[pathlib.Path, ...]
 ) -> tuple[Caption, ...]:
-  """The caption of each picture; a table goes before a text file.
+  """The caption of each image; a table goes before a text file.
 
   Raises:
-    UserError: names the first picture without a caption, or with two.
+    UserError: names the first image without a caption, or with two.
   """
   told: dict[pathlib.Path, Caption] = {}
   for table in sorted(p for p in _visible_files(folder) if p.name in TABLES):
@@ -134,7 +134,7 @@ def find_captions(
   if missing:
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise UserError(
-        "Expected one for every picture, got no caption for "
+        "Expected one for every image, got no caption for "
         f"{missing[0]}{more}. Add it to one of {', '.join(TABLES)} or to "
         f"{missing[0].with_suffix('.txt').name} beside it."
     )
@@ -142,7 +142,7 @@ def find_captions(
 
 
 def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
-  """(picture, caption) for every row of a table of captions.
+  """(image, caption) for every row of a table of captions.
 
   Raises:
     UserError: names the table, and the row where one is at fault.
@@ -159,7 +159,7 @@ def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
   if not rows:
     raise UserError(
         f"Expected the fields {_NAME_COLUMNS[0]} and {_CAPTION_COLUMNS[0]} "
-        f"and an entry per picture, got {table} without entries. Fill or "
+        f"and an entry per image, got {table} without entries. Fill or "
         "remove it."
     )
   found = []
@@ -174,7 +174,7 @@ def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
     path = table.parent / pathlib.PurePosixPath(name.replace("\\", "/"))
     if not path.is_file():
       raise UserError(
-          f"Expected a picture, got {table} with entry {number} for {path}, "
+          f"Expected an image, got {table} with entry {number} for {path}, "
           "which is not there. Remove the entry or mend its name.")
     caption = Caption(" ".join(text.split()), _tags(row, table), table)
     found.append((path, caption))

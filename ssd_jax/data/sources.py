@@ -1,7 +1,7 @@
 """The vendored emoji, and any source by its name.
 
 `open_source` turns "emoji", "folder:PATH" or "tfds:NAME" into a source of
-captioned pictures with a fixed split into training and validation.
+captioned images with a fixed split into training and validation.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,10 @@ _TFDS_OPTIONS = ("split", "image_key", "caption_key", "data_dir")
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-  """What is known of one vendored emoji picture.
+  """What is known of one vendored emoji image.
 
   Attributes:
-    code: Code points, joined by dashes; the picture's name.
+    code: Code points, joined by dashes; the image's name.
     label: Name, such as "waving hand: dark skin tone".
     tags: Words that describe it.
     base: Code of the same emoji without skin tone.
@@ -52,7 +52,7 @@ class Emoji:
 
   @property
   def is_base(self) -> bool:
-    """Whether the picture carries no skin tone."""
+    """Whether the image carries no skin tone."""
     return self.code == self.base
 
   @property
@@ -85,7 +85,7 @@ def _emoji_files() -> dict[str, bytes]:
 class EmojiSource(Source):
   """The vendored Fluent emoji, one item per base emoji.
 
-  The pictures in other skin tones are variants of an item, so that the many of
+  The images in other skin tones are variants of an item, so that the many of
   them weigh no more than other emoji.
   """
 
@@ -114,7 +114,7 @@ class EmojiSource(Source):
     return self.load(variants[rng.integers(len(variants))])
 
   def load(self, emoji: Emoji) -> dict:
-    """The picture of one emoji with its caption."""
+    """The image of one emoji with its caption."""
     blob = _emoji_files()[f"{emoji.code}.webp"]
     image = to_square(Image.open(io.BytesIO(blob)), self.pixels)
     return {"image": image, "caption": emoji.label, "tags": emoji.tags}
@@ -136,7 +136,7 @@ class Subset(Source):
     return self.source.variants(self.indices[index])
 
   def variant(self, index: int, rng: np.random.Generator) -> dict:
-    """As the source draws it."""
+    """As the source generates it."""
     return self.source.variant(self.indices[index], rng)
 
 
@@ -160,23 +160,23 @@ def hold_out(source: Source, split: str) -> Source:
   if not len(chosen):
     raise UserError(
         f"Expected two or more, of which one is held out, got {len(source)} "
-        "picture(s) of one name. Add pictures."
+        "image(s) of one name. Add images."
     )
   return Subset(source, chosen.tolist())
 
 
 def open_source(spec: str, split: str, pixels: int) -> Source:
-  """The source that `spec` names, with pictures of `pixels` by `pixels`.
+  """The source that `spec` names, with images of `pixels` by `pixels`.
 
   Args:
     spec: "emoji", "folder:PATH" or "tfds:NAME". Options of the last follow a
       question mark: "tfds:NAME?caption_key=label&split=train".
     split: "train", "validation" or "all". Emoji go by their group, other
-      pictures by the hash of their file name or place.
-    pixels: Side of the pictures.
+      images by the hash of their file name or place.
+    pixels: Side of the images.
 
   Raises:
-    UserError: on any other spec, and on pictures or captions at fault.
+    UserError: on any other spec, and on images or captions at fault.
   """
   check(pixels >= 1, "pixels", pixels, ">= 1")
   kind, _, rest = spec.partition(":")
@@ -193,5 +193,5 @@ def open_source(spec: str, split: str, pixels: int) -> Source:
     return hold_out(TFDSSource(name, pixels=pixels, **options), split)
   raise UserError(
       f"Expected emoji, folder:PATH or tfds:NAME, got {spec!r}. Name the "
-      "pictures so."
+      "images so."
   )

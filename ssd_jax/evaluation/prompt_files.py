@@ -1,6 +1,6 @@
 """The files that official benchmarks give to generators and take from them.
 
-Nothing is downloaded: prompt files are read from disk, pictures are laid out in
+Nothing is downloaded: prompt files are read from disk, images are laid out in
 folders as the official scorers read them.
 """
 
@@ -44,7 +44,7 @@ def read_prompts(path: str | os.PathLike) -> list[Item]:
   """The prompts of a file or folder, in its order.
 
   Text files hold one prompt per line. A folder of .txt files is DPG-Bench's,
-  .jsonl GenEval's, .json COCO's captions (the first of each picture), .tsv
+  .jsonl GenEval's, .json COCO's captions (the first of each image), .tsv
   PartiPrompts'.
 
   Raises:
@@ -104,7 +104,7 @@ def _dpg(path: pathlib.Path) -> list[Item]:
 
 
 def _coco(path: pathlib.Path) -> list[Item]:
-  """`captions_val2014.json`: the first caption of each picture."""
+  """`captions_val2014.json`: the first caption of each image."""
   first: dict[int, str] = {}
   for row in sorted(json.loads(path.read_text("utf-8-sig"))["annotations"],
                     key=lambda row: row["id"]):
@@ -124,20 +124,20 @@ def export(
     layout: str, folder: pathlib.Path, items: Sequence[Item],
     images: Images,
 ) -> None:
-  """Writes pictures as an official scorer reads them.
+  """Writes images as an official scorer reads them.
 
   What an earlier export left for other prompts is removed: the scorers take all
   that they find.
 
   Args:
     layout: "geneval": 00000/metadata.jsonl, 00000/samples/0000.png and so on;
-      "dpg": one PNG per prompt, named by its id, of four pictures in a grid.
+      "dpg": one PNG per prompt, named by its id, of four images in a grid.
     folder: Made where it is missing.
     items: Prompts with what the benchmark says of them.
     images: uint8 [H, W, 3] each, equally many for each prompt, in its order.
 
   Raises:
-    UserError: when the prompts are not that benchmark's, or pictures are
+    UserError: when the prompts are not that benchmark's, or images are
       missing.
   """
   check(layout in LAYOUTS, "export", layout, f"one of {', '.join(LAYOUTS)}")
@@ -177,7 +177,7 @@ def check_exportable(layout: str, items: Sequence[Item], pictures: int) -> None:
           "--prompts_file.")
   elif pictures != _DPG_PICTURES:
     raise UserError(
-        f"Expected {_DPG_PICTURES}, got {pictures} pictures per prompt for "
+        f"Expected {_DPG_PICTURES}, got {pictures} images per prompt for "
         f"--export dpg. Add --num_images {_DPG_PICTURES}.")
 
 
@@ -189,6 +189,6 @@ def _export_geneval(folder: pathlib.Path, item: Item, pictures) -> None:
 
 
 def _grid(pictures: Images) -> Image.Image:
-  """Four pictures, row by row, without a margin: the scorer cuts them apart."""
+  """Four images, row by row, without a margin: the scorer cuts them apart."""
   rows = [np.concatenate(pictures[i:i + 2], axis=1) for i in (0, 2)]
   return Image.fromarray(np.concatenate(rows))

@@ -21,8 +21,8 @@ from ssd_jax.pipeline.pipeline import Pipeline
 
 ALTERNATIVES = 8
 THRESHOLDS = tuple(np.round(np.arange(0.5, 1.0, 0.05), 2)) + (0.98, 0.99)
-_REACH = 8  # cells to each side
-_SIDE = 256  # slots of the map of one picture
+_REACH = 8  # tokens to each side
+_SIDE = 256  # slots of the map of one image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Evidence:
   """Cosines of hidden states, and entropies in nats.
 
   Attributes:
-    equal_UW: Mean cosine of two cells that hold the same code, U rows and
+    equal_UW: Mean cosine of two tokens that hold the same code, U rows and
       W - reach columns apart; nan where there is no such pair.
-    different_UW: The same of cells that hold different codes.
-    slots_MM: Between the first slots of the first picture.
+    different_UW: The same of tokens that hold different codes.
+    slots_MM: Between the first slots of the first image.
     siblings_E: Mean cosine of each alternative at a slot with the likeliest.
     parents_E: Mean cosine of each alternative with the slot before it.
     alike_T: Share of the pairs of alternatives at each threshold or above.
     converged_T: Share of the alternatives whose cosine with the slot before
       is at each threshold or above.
-    entropy_RC: Mean of the predictions for each cell.
-    entropies: Of every cell of every picture.
+    entropy_RC: Mean of the predictions for each token.
+    entropies: Of every token of every image.
   """
 
   equal_UW: np.ndarray
@@ -59,14 +59,14 @@ def collect(
     batch: int = 4, on_batch: Callable[[int], None] = lambda count: None,
     **sampling: Unpack[Overrides],
 ) -> Evidence:
-  """What pictures that the model drew say.
+  """What images that the model generated say.
 
   Args:
     pipe: The model.
-    tokens_BRC: Codes of the pictures.
-    prompts: One per picture.
-    batch: Pictures looked at together.
-    on_batch: Called with the number of pictures finished.
+    tokens_BRC: Codes of the images.
+    prompts: One per image.
+    batch: Images looked at together.
+    on_batch: Called with the number of images finished.
     **sampling: As for `Pipeline.generate`.
   """
   settings, guided = pipe.sampling(**sampling)
@@ -101,7 +101,7 @@ def make_look(model: Model):
   """Jitted (params, prompt, sequence [B, N], sampling) -> what is at hand.
 
   (states [B, N, D] of length one; cosines [B, M, E, E] between the states of
-  alternatives at each of M cells; cosines [B, M, E] with the slot before.)
+  alternatives at each of M tokens; cosines [B, M, E] with the slot before.)
   Alternatives are fed as decoding feeds the children of a tree's node.
   """
   grid, width = model.grid, min(ALTERNATIVES, model.vocab)
@@ -109,7 +109,7 @@ def make_look(model: Model):
   rows = np.array_split(cells, -(-len(cells) // max(grid.cols, 1)))
   most = max(map(len, rows))
   chunks_XM = np.stack([np.resize(row, most) for row in rows])
-  # A chunk that is filled up repeats its first cells; they are left out again.
+  # A chunk that is padded repeats its first tokens; they are left out again.
   kept = np.concatenate([np.arange(most) < len(row) for row in rows])
 
   @jax.jit
@@ -158,7 +158,7 @@ def _read(
 def _alternatives(
     length: int, slots_M: jax.Array, tokens_BME: jax.Array
 ) -> Queries:
-  """Queries [B, M * E] that see what is before their cell, and themselves."""
+  """Queries [B, M * E] that see what is before their token, and themselves."""
   batch, _, width = tokens_BME.shape
   places_Q = jnp.repeat(slots_M, width)
   own_Q = length + jnp.arange(len(places_Q))
@@ -172,7 +172,7 @@ def _alternatives(
 def by_offset(
     states_BRCD: np.ndarray, tokens_BRC: np.ndarray, reach: int = _REACH
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Mean cosines [U, W] of cells with equal codes, and with different ones.
+  """Mean cosines [U, W] of tokens with equal codes, and with different ones.
 
   Args:
     states_BRCD: Of length one.

@@ -1,9 +1,9 @@
-"""What decoders drew, kept on disk batch by batch.
+"""What decoders generated, kept on disk batch by batch.
 
-A shard holds what one decoder drew of one batch of prompts. It is written by
-one rename with a checksum before it, and its name tells all that it depends on:
-an interrupted comparison goes on from its shards, and one with other settings,
-weights or code finds none.
+A shard holds what one decoder generated of one batch of prompts. It is written
+by one rename with a checksum before it, and its name tells all that it depends
+on: an interrupted comparison goes on from its shards, and one with other
+settings, weights or code finds none.
 
 N images; R rows and C columns of the grid; H, W pixels.
 """
@@ -37,7 +37,7 @@ _VERSION = 3  # raise it when shards hold something else
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-  """What drawing N images took and what came of it, the pictures left out.
+  """What generating N images took and what came of it, the images left out.
 
   Attributes:
     tokens: int32 [N, R, C].
@@ -45,11 +45,11 @@ class Figures:
     commit_pass: int32 [N, R, C].
     seconds: float64 [N], of the image's batch over its size, compiling not
       counted.
-    nll: float64 [N], mean surprisal of the model, in nats per cell.
+    nll: float64 [N], mean NLL of the model, in nats per token.
     entropy: float64 [N], mean entropy of the model's predictions.
     memory: int64 [N], bytes of the program at its peak; -1 if not known.
-    session: int64 [N], which start of the command drew it: seconds of one are
-      comparable.
+    session: int64 [N], which start of the command generated it: seconds of one
+      are comparable.
   """
 
   tokens: np.ndarray
@@ -63,10 +63,10 @@ class Figures:
 
 
 class Pictures(OnDemand):
-  """Pictures, uint8 [H, W, 3] each, read from their shards when asked for.
+  """Images, uint8 [H, W, 3] each, read from their shards when asked for.
 
   A slice is an array [n, H, W, 3]. Only the last shard read stays in memory, so
-  that thousands of large pictures may be compared.
+  that thousands of large images may be compared.
   """
 
   def __init__(self, paths: Sequence[pathlib.Path], sizes: Sequence[int]):
@@ -79,10 +79,10 @@ class Pictures(OnDemand):
 
 @dataclasses.dataclass(frozen=True)
 class Run(Figures):
-  """What a decoder drew.
+  """What a decoder generated.
 
   Attributes:
-    images: N pictures whose slices are uint8 [n, H, W, 3].
+    images: N images whose slices are uint8 [n, H, W, 3].
   """
 
   images: Images
@@ -166,7 +166,7 @@ def digest(value: Any) -> str:
 
 
 def write(path: pathlib.Path, run: Run) -> None:
-  """Writes what was drawn of one batch, by one rename.
+  """Writes what was generated of one batch, by one rename.
 
   Raises:
     UserError: when the folder is full or cannot be written.

@@ -1,4 +1,5 @@
-"""What drawing will cost on devices that need not be there, before any weight.
+"""What generation will cost on devices that need not be there, before any
+weight.
 
 Everything is abstract: parameters are shapes with places on a mesh, compiled
 ahead of time for the devices. One pass is counted twice, by hand and by XLA;
@@ -90,13 +91,13 @@ class Network:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-  """Drawing with one decoder on one mesh.
+  """Generation with one decoder on one mesh.
 
   Attributes:
-    network: What draws.
+    network: What generates.
     decoder: How.
     mesh: On which devices.
-    batch: Images drawn together.
+    batch: Images generated together.
   """
 
   network: Network
@@ -250,7 +251,7 @@ class Plan:
 
 
 def text_for(family: Family) -> str:
-  """A prompt that the family can draw."""
+  """A prompt that the family can generate."""
   return "0" if family.config.get("classes") else _TEXT
 
 
@@ -331,7 +332,7 @@ def parts(
   """Seconds that the parts of a pass of so many queries take at least.
 
   Args:
-    plan: Of the drawing.
+    plan: Of the generation.
     queries: Q.
     chip: Each of the devices.
     sent: Collectives of a pass of `plan.queries`; their bytes grow with Q.

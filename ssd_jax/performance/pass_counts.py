@@ -38,7 +38,7 @@ def of_rows(
 def fixed_passes(decoder: Decoder, model: Model) -> int | None:
   """Passes of an image where they do not depend on it, else None.
 
-  They are counted by drawing one with a network that is next to nothing.
+  They are counted by generating one with a network that is next to nothing.
   """
   if not decoder.has_fixed_passes:
     return None

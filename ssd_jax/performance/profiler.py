@@ -4,8 +4,8 @@ The parts of a pass are the engine's own functions, each compiled by itself and
 timed on the arrays of a pass in the middle of an image; the whole pass is that
 of the real loop. What it has beyond its parts is the loop's own. The roofline's
 bandwidth and arithmetic are measured in the same run. All of it runs on the
-devices that a picture of so many queries is drawn on: the cores of a CPU share
-the rows of a pass from some queries on (`sharding.cpu_mesh`).
+devices that an image of so many queries is generated on: the cores of a CPU
+share the rows of a pass from some queries on (`sharding.cpu_mesh`).
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Row:
       the model has not.
     attention: All layers' products with the cache.
     whole: A pass of the loop.
-    passes: Of the image that was drawn for `whole`.
+    passes: Of the image that was generated for `whole`.
     bytes: That must move: keys and values once, weights once by each device.
     flops: Of it.
     least: Seconds by the roofline.
@@ -75,7 +75,7 @@ class Host:
 
   Attributes:
     prompt: Words to ids.
-    drawing: The loop.
+    generation: The loop.
     pixels: Codes to pixels.
     rest: All else: Python, calls and copies.
     passes: Of it.
@@ -131,7 +131,7 @@ class Profiler:
 
   Attributes:
     pipe: The model.
-    batch: Images drawn together.
+    batch: Images generated together.
     mesh: Of the cores that share their rows; None for the mesh that is set.
   """
 
@@ -257,7 +257,7 @@ class Profiler:
     return generator.cfg.d_model * (1 + len(generator.taps))
 
   def _sample(self, logits, key, slots):
-    """The target of stacked streams' logits, and a draw of each slot."""
+    """The target of stacked streams' logits, and a sample for each slot."""
     p_BQV = sampling_lib.target(logits, self._settings)
 
     def draw(p_QV, image):
@@ -287,7 +287,7 @@ class Profiler:
     return run, (p, drafts, jnp.full((self.batch, count), 0.5)), 0
 
   def _drafting(self, count: int):
-    """One cell drafted by a spatial head for each query."""
+    """One token drafted by a spatial head for each query."""
     model = self.pipe.model
     if not any(model.heads):
       return None
@@ -316,7 +316,7 @@ class Profiler:
     return lambda: self._programs[queries](*args)
 
   def whole(self, queries: int) -> tuple[float, int]:
-    """(seconds of a pass of the loop, passes of what it drew)."""
+    """(seconds of a pass of the loop, passes of what it generated)."""
     run = self._decoded(queries)
     seconds, passes = seconds_of(run, least=0.0), int(run().passes.max())
     return seconds / passes, passes

@@ -1,9 +1,9 @@
 """Our decoders and `transformers` side by side, on one trunk of one weight.
 
 The trunk is transformers' Llama with random weights; ours is made of its
-tensors. All draw greedily where tokens are compared, and each draws once before
-the next round begins, in an order that turns, so that a slow minute hits all
-alike.
+tensors. All generate greedily where tokens are compared, and each generates
+once before the next round begins, in an order that turns, so that a slow minute
+hits all alike.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ _EXTRA = "parity"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """A trunk and what is drawn with it.
+  """A trunk and what is generated with it.
 
   Attributes:
     layers: L.
@@ -46,9 +46,9 @@ class Setting:
     vocab: V, codes and rows of the input table.
     tokens: Of an image, a square.
     prompt: Tokens of the prompt.
-    batch: Images drawn together.
+    batch: Images generated together.
     dtype: "float32" or "bfloat16".
-    seed: Of weights, prompts and draws.
+    seed: Of weights, prompts and samples.
   """
 
   layers: int
@@ -94,7 +94,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """One drawing of a batch.
+  """One generation of a batch.
 
   Attributes:
     seconds: Of all of it, the prompt's pass included.
@@ -136,7 +136,7 @@ class TransformersBaseline:
     self._ids = self._torch.tensor(setting.prompts, device=device)
 
   def compile(self) -> str | None:
-    """Draws with the compiled forward; why it cannot be compiled, or None."""
+    """Generates with the compiled forward; why it cannot be compiled, or None."""
     try:
       self.generate(True)
     except RuntimeError as error:  # what all of torch.compile's errors are
@@ -239,11 +239,11 @@ def _numpy(tensor: Any) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-  """Who draws.
+  """Who generates.
 
   Attributes:
     label: In the table.
-    draw: A batch.
+    generate: A batch.
     queries: Slots of a pass.
   """
 
@@ -256,7 +256,7 @@ def race(
     contenders: Sequence[Contender], rounds: int,
     on_step: Callable[[str], None] = lambda label: None,
 ) -> list[list[Generation]]:
-  """What each drew in each round; a drawing before them is not counted."""
+  """What each generated in each round; a generation before them is not counted."""
   check(rounds >= 1, "rounds", rounds, ">= 1")
   found: list[list[Generation]] = [[] for _ in contenders]
   for turn in range(-1, rounds):

@@ -1,8 +1,8 @@
-"""Which settings of decoders suit the devices at hand, found by drawing.
+"""Which settings of decoders suit the devices at hand, found by running them.
 
 How many queries a pass should feed, on how many rows it should work and how
 wide a window should be depends on what a pass of so many queries costs here and
-on how many drafts the model accepts. Drawing measures both.
+on how many drafts the model accepts. A run measures both.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ class Measurement:
 
   Attributes:
     decoder: NAME or NAME:key=value+key=value.
-    lossless: Whether it draws by AR's law on this grid.
+    lossless: Whether it generates by AR's distribution on this grid.
     queries: Of a pass.
     passes: Of an image, mean.
     seconds: Of an image, median over the calls.
@@ -43,7 +43,7 @@ def candidates(model: Model, is_trained: bool = True) -> list[str]:
   """AR and the decoders that are worth a trial, by their texts.
 
   Args:
-    model: That draws.
+    model: That generates.
     is_trained: Else only those whose passes do not depend on the drafts.
   """
   grid, heads = model.grid, all(model.heads)
@@ -66,13 +66,13 @@ def run(
     pipe: Pipeline, names: Sequence[str], texts: Sequence[str], batch: int,
     on_ready: Callable[[str], None] = lambda name: None,
 ) -> list[Measurement]:
-  """Draws the texts with each decoder in turn; the fastest comes first.
+  """Generates the texts with each decoder in turn; the fastest comes first.
 
   Args:
     pipe: The model.
     names: Texts of decoders; the first is AR.
     texts: Prompts; whole batches of them.
-    batch: Images drawn together.
+    batch: Images generated together.
     on_ready: Called with each decoder once it is compiled.
   """
   for name in names:

@@ -16,7 +16,7 @@ from ssd_jax.decoding import registry
 from ssd_jax.decoding.ar import AR
 
 _KEYS = ("prompt", "decoder", "seed", "guidance", "images", "race")
-_LARGEST_SEED = 2**31 - 1_000  # indices of pictures are int32
+_LARGEST_SEED = 2**31 - 1_000  # indices of images are int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Limits:
     prompt: Characters.
     images: Of a request.
     waiting: Requests that wait; more are turned away.
-    kept: Requests whose pictures stay at hand.
+    kept: Requests whose images are kept.
     decoders: Different settings whose programs stay compiled.
     guidance: Largest scale.
   """
@@ -42,16 +42,16 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Pictures to be drawn.
+  """Images to be generated.
 
   Attributes:
     prompt: Cleaned.
     label: Of the decoder, as it was asked for.
     decoder: Its settings.
-    seed: The index of the first picture in a call of seed 0; the next follow.
+    seed: The index of the first image in a call of seed 0; the next follow.
     guidance: Scale, None for the model's.
     images: How many.
-    race: Whether AR draws the same beside it.
+    race: Whether AR generates the same beside it.
   """
 
   prompt: str
@@ -64,7 +64,7 @@ class Request:
 
   @property
   def group(self) -> tuple:
-    """Requests that agree in this are drawn together."""
+    """Requests that agree in this are generated together."""
     return self.decoder, self.guidance, self.race
 
 
@@ -77,7 +77,7 @@ def parse(
   Args:
     values: Parsed JSON, of any kind.
     limits: Of what may be asked.
-    cells: Of a picture: no number of a decoder's settings is larger.
+    tokens: Of an image: no number of a decoder's settings is larger.
     known: Decoders by name.
 
   Raises:
@@ -94,7 +94,7 @@ def parse(
   for key, value in vars(decoder).items():
     for number in value if isinstance(value, (list, tuple)) else [value]:
       if isinstance(number, (int, float)):
-        check(abs(number) <= cells, key, number, f"at most the {cells} cells")
+        check(abs(number) <= cells, key, number, f"at most the {cells} tokens")
   seed = _of(values, "seed", int, 0)
   check(0 <= seed <= _LARGEST_SEED, "seed", seed, f"in [0, {_LARGEST_SEED}]")
   images = _of(values, "images", int, 1)
@@ -120,11 +120,11 @@ def _of(values: dict, key: str, kind: Any, default: Any) -> Any:
 
 @dataclasses.dataclass
 class Picture:
-  """One picture of a lane, as far as it is.
+  """One image of a lane, as far as it is.
 
   Attributes:
-    commit: int [R, C], the pass at which a cell became final, 0 for not yet.
-    png: Of the picture so far, or of the whole one; None before that.
+    commit: int [R, C], the pass at which a token became final, 0 for not yet.
+    png: Of the image so far, or of the whole one; None before that.
     version: Rises with every new PNG.
   """
 
@@ -133,7 +133,7 @@ class Picture:
   version: int = 0
 
   def paint(self, image: np.ndarray) -> None:
-    """Takes uint8 [H, W, 3] as its picture."""
+    """Takes uint8 [H, W, 3] as its image."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png", compress_level=3)
     self.png, self.version = file.getvalue(), self.version + 1
@@ -141,16 +141,16 @@ class Picture:
 
 @dataclasses.dataclass
 class Lane:
-  """What one decoder draws for a request.
+  """What one decoder generates for a request.
 
   Attributes:
     label: Of the decoder.
-    lossless: Whether it keeps AR's law.
-    pictures: One per image.
+    lossless: Whether it keeps AR's distribution.
+    images: One per image.
     state: waiting, compiling, drawing or done.
-    passes: Of the first picture, so far.
+    passes: Of the first image, so far.
     seconds: From the first pass to the last of the batch; None before.
-    together: Pictures in the batch.
+    together: Images in the batch.
   """
 
   label: str
@@ -183,7 +183,7 @@ class Job:
   notes: tuple[str, ...] = ()
 
   def report(self, ahead: int) -> dict[str, Any]:
-    """JSON for the page; `ahead` requests are drawn before it."""
+    """JSON for the page; `ahead` requests are generated before it."""
     lanes = [
         dict(label=lane.label, lossless=lane.lossless, state=lane.state,
              passes=lane.passes, seconds=lane.seconds, together=lane.together,

@@ -43,7 +43,7 @@ def make_app(studio: Worker, hosts: list[str], bench: str | None = None) -> Any:
   """The ASGI application.
 
   Args:
-    studio: Draws.
+    studio: Generates.
     hosts: Names by which it may be called, which keeps other sites' scripts
       from reaching it by a name of theirs; ["*"] for any.
     bench: Folder of infer.benchmark to be shown, or None.
@@ -144,7 +144,7 @@ class _Service:
     return self.answer({"jobs": [self.studio.report(job) for job in done]})
 
   async def picture(self, request) -> Any:
-    """A picture, finished or not."""
+    """An image, finished or not."""
     job = self.studio.find(request.path_params["name"])
     try:
       lanes = job.lanes if job else []

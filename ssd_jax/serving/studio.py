@@ -1,4 +1,4 @@
-"""One worker that draws what waits, like with like, and tells how it goes."""
+"""One worker that generates what waits, like with like, and tells how it goes."""
 
 import collections
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime.progress import Progress
 from ssd_jax.serving.jobs import Job, Lane, Limits, Picture, Request, parse
 
-_SHARE = 0.1  # of the time that may go into pictures of unfinished grids
+_SHARE = 0.1  # of the time that may go into images of unfinished grids
 _LEAST = 0.25  # seconds between them
 
 
@@ -28,7 +28,7 @@ class Busy(Exception):
 
 
 class Worker:
-  """Draws requests in the order they come, those that are alike together."""
+  """Generates requests in the order they come, those that are alike together."""
 
   def __init__(
       self, pipe: Pipeline, batch: int = 4, limits: Limits = Limits()
@@ -50,7 +50,7 @@ class Worker:
     """The job of a visitor's JSON, which now waits.
 
     Raises:
-      UserError: on what cannot be drawn, before it waits.
+      UserError: on what cannot be generated, before it waits.
       Busy: when too many wait.
     """
     request = parse(values, self.limits, self.pipe.model.grid.num_tokens)
@@ -87,7 +87,7 @@ class Worker:
     return done[-count:][::-1]
 
   def close(self) -> None:
-    """Ends the worker after what it is drawing."""
+    """Ends the worker after what it is generating."""
     with self._change:
       self._is_open = False
       self._change.notify_all()
@@ -130,7 +130,8 @@ class Worker:
         state, error = "failed", str(mistake)
       except Exception:  # the next request must find a worker
         logging.exception("a request failed")
-        state, error = "failed", "this could not be drawn; try other settings"
+        state = "failed"
+        error = "this could not be generated; try other settings"
       with self._change:
         for job in jobs:
           job.state, job.error = state, error
@@ -150,7 +151,7 @@ class Worker:
     return taken
 
   def _draw(self, jobs: Sequence[Job]) -> None:
-    """Draws the lanes of jobs that agree in their settings."""
+    """Generates the lanes of jobs that agree in their settings."""
     decoders = [jobs[0].request.decoder]
     if jobs[0].request.race:
       decoders.append(AR())
@@ -171,7 +172,7 @@ class Worker:
   def _draw_lane(
       self, jobs: Sequence[Job], lanes: Sequence[Lane], decoder: Decoder
   ) -> Output:
-    """What one decoder draws for all jobs, told to their lanes as it goes."""
+    """What one decoder generates for all jobs, told to their lanes as it goes."""
     texts = [j.request.prompt for j in jobs for _ in range(j.request.images)]
     index = [j.request.seed + i for j in jobs for i in range(j.request.images)]
     pictures = [p for lane in lanes for p in lane.pictures]

@@ -43,10 +43,10 @@ class ARConfig:
     add_tags: Share of captions that carry some of the tags beside the label.
     only_tags: Share of captions made of tags alone.
     spell: Share of words that are spelled in bytes.
-    corrupt: Largest share of a picture's input codes that are replaced by
-      another picture's codes at the same cells; the share is drawn anew for
-      each picture. Without it a small model knows a training picture by the
-      codes that went before, not by its caption, and is lost once a draw
+    corrupt: Largest share of an image's input codes that are replaced by
+      another image's codes at the same tokens; the share is generated anew for
+      each image. Without it a small model knows a training image by the
+      codes that went before, not by its caption, and is lost once a sample
       leaves that path.
     start_from: Folder of a trunk to start from; "" starts at random.
     compute: Type of activations, "float32" or "bfloat16"; weights and the
@@ -73,13 +73,13 @@ class ARConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenSource:
-  """Every picture of a split as codes, grouped by the item it varies.
+  """Every image of a split as tokens, grouped by the item it varies.
 
   Attributes:
-    tokens: int32 [pictures, N].
-    captions: Label of each picture.
-    tags: Tags of each picture.
-    items: For each item, the pictures that show it; the first is the plain one.
+    tokens: int32 [images, N].
+    captions: Label of each image.
+    tags: Tags of each image.
+    items: For each item, the images that show it; the first is the plain one.
   """
 
   tokens: np.ndarray
@@ -96,9 +96,9 @@ class TokenSource:
 
 
 def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
-  """The codes of a source's pictures, kept beside `cache` for the next run.
+  """The codes of a source's images, kept beside `cache` for the next run.
 
-  The file's name holds a checksum of the pictures and the tokenizer: other ones
+  The file's name holds a checksum of the images and the tokenizer: other ones
   are encoded anew, and so is what a damaged file held.
   """
   captions: list[str] = []
@@ -119,7 +119,7 @@ def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
   cache = cache.with_name(f"{cache.stem}-{digest.hexdigest()[:16]}.npz")
   tokens = _read_codes(cache)
   if tokens is None:
-    with Bar(total=len(images), desc="pictures to codes", unit="picture",
+    with Bar(total=len(images), desc="images to codes", unit="picture",
              disable=jax.process_index() > 0) as bar:
       _, ids = reconstruct(vq, params, images, on_batch=bar.update)
     tokens = ids.reshape(len(images), -1)
@@ -146,7 +146,7 @@ def load_example(
     source: TokenSource, index: int, rng: np.random.Generator,
     words: Vocabulary, cfg: ARConfig,
 ) -> dict[str, np.ndarray]:
-  """One picture's codes with a caption drawn from its label and tags."""
+  """One image's codes with a caption generated from its label and tags."""
   pictures = source.items[index]
   plain = len(pictures) == 1 or rng.random() < 0.5
   picture = pictures[0] if plain else pictures[rng.integers(len(pictures))]

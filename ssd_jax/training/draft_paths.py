@@ -14,7 +14,7 @@ NODES = 59  # of the tree that is built from them
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Acceptance:
-  """How a drafter fares on images that the trunk drew.
+  """How a drafter fares on images that the trunk generated.
 
   Attributes:
     ranks_IRD: int [images, roots, depth]: with slot r as the root and d right
@@ -46,8 +46,9 @@ class Acceptance:
   def length(self, tree: tree_shapes.Static) -> float:
     """Mean accepted length: slots made final per verifying pass.
 
-    Given drafts are accepted exactly where they are what AR draws, so walking
-    over AR's images from root to root tells what `eagle` does with this tree.
+    Given drafts are accepted exactly where they are what AR generates, so
+    walking over AR's images from root to root tells what `eagle` does with this
+    tree.
     """
     slots = passes = 0
     paths = set(tree.paths)

@@ -1,6 +1,6 @@
-"""Trains an EAGLE-style drafter by self-distillation on drawn images.
+"""Trains an EAGLE-style drafter by self-distillation on generated images.
 
-Stage one draws an image for every caption with the frozen trunk. Stage two
+Stage one generates an image for every caption with the frozen trunk. Stage two
 recomputes both streams' hidden states on them and fits the drafter: smooth L1
 on the state, and the soft cross-entropy of the guided distribution that its
 drafts are tested against.

@@ -1,6 +1,7 @@
-"""Trains spatial heads by self-distillation: draw images, match their states.
+"""Trains spatial heads by self-distillation: generate images, match their
+states.
 
-Stage one draws an image for every caption with the frozen trunk. Stage two
+Stage one generates an image for every caption with the frozen trunk. Stage two
 recomputes the trunk's hidden states on them and fits all heads in one step.
 
 Source: SSD, arXiv:2606.20543, section 3.2, equation 3 and table 8.
@@ -56,7 +57,7 @@ class MTPConfig:
 
   Attributes:
     heads: Which heads.
-    draw: How the images are drawn.
+    draw: How the images are generated.
     optimizer: Of the heads. No clipping: it would tie the heads together.
     loop: Steps, batch, logging.
     drop_caption: Share of examples shown to the unconditional stream.

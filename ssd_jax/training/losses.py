@@ -21,13 +21,13 @@ def smooth_l1(predicted: jax.Array, goal: jax.Array) -> jax.Array:
 def pairs(
     grid: Grid, direction: str, count: int, wrap: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(int32 [n, M], bool [n, M]): the cell each cell predicts, if it exists.
+  """(int32 [n, M], bool [n, M]): the token each token predicts, if it exists.
 
-  M cells in raster order; end-of-row slots are no cells, hence neither sources
-  nor targets.
+  M tokens in raster order; end-of-row slots are no tokens, hence neither
+  sources nor targets.
 
   Args:
-    grid: Of the cells.
+    grid: Of the tokens.
     direction: "horizontal" or "vertical".
     count: Offsets n.
     wrap: Whether horizontal pairs run on into the next row.
@@ -98,9 +98,9 @@ def head_acceptance(
 ) -> dict[str, dict[str, jax.Array]]:
   """{direction: {"accept", "top1": float32 [n]}}: how often drafts would pass.
 
-  "accept" is the mean of sum_v min(p, q), the chance that a draft drawn from
+  "accept" is the mean of sum_v min(p, q), the chance that a draft generated from
   the head's q passes the test against the trunk's p; "top1" is the mean of p at
-  the likeliest token of q, the chance that this one is what would be drawn.
+  the likeliest token of q, the chance that this one is what would be generated.
 
   Args:
     heads: The heads.

@@ -14,7 +14,7 @@ class Preemption:
   """Whether this job was told to stop; a context manager around its steps.
 
   Where there are several hosts, JAX's own service hears the signal and agrees
-  with all of them on the question at which all are told.
+  with all of them on the question at which all are reported.
   """
 
   def __init__(self):

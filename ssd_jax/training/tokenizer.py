@@ -5,12 +5,12 @@ The codebook follows the encoder's outputs by exponential moving averages
 `continuous_steps` train a plain autoencoder; then the codes are set to random
 encoder outputs, and codes that fall out of use are set to others again. That
 keeps the whole codebook in use. Outputs are picked in proportion to the pixel
-error of their cells: drawn evenly, a third of the codes would settle on blank
-background. And a code has a price, `rate` times its negative log frequency, so
-that of two codes which serve a cell about equally the common one is taken
-(entropy-constrained quantisation: Chou, Lookabaugh and Gray 1989). Otherwise
-blank cells get tokens that no caption predicts but that give away the picture,
-and a trunk learns to read those instead of the caption.
+error of their tokens: sampled evenly, a third of the codes would settle on
+blank background. And a code has a price, `rate` times its negative log
+frequency, so that of two codes which serve a token about equally the common one
+is taken (entropy-constrained quantisation: Chou, Lookabaugh and Gray 1989).
+Otherwise blank tokens get tokens that no caption predicts but that give away
+the image, and a trunk learns to read those instead of the caption.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class TokenizerConfig:
     rate: Price of a code per nat of its negative log frequency, in units of
       squared distance; needs a tokenizer with prices.
     continuous_steps: Steps before anything is quantised.
-    max_shift: Pixels by which a picture is moved at random.
+    max_shift: Pixels by which an image is moved at random.
     start_from: Folder of a tokenizer to start from; "" starts at random. A
       codebook of another size is not taken over: then `continuous_steps` must
       be 1 or more, so that a new one is set.
@@ -90,7 +90,7 @@ def load_augmented(
     source, index: int, rng: np.random.Generator,
     max_shift: int,
 ) -> dict[str, np.ndarray]:
-  """A picture in a random skin tone, mirrored and moved at random."""
+  """An image in a random skin tone, mirrored and moved at random."""
   image = source.variant(index, rng)["image"]
   if rng.random() < 0.5:
     image = image[:, ::-1]
@@ -163,7 +163,7 @@ def update_codebook(codes_VZ, stats: CodebookStats, batch, key, starts, cfg):
   """The codebook and its averages after one batch.
 
   Codes out of use, and all codes where `starts`, become latents of the batch,
-  picked by their cells' pixel error and jittered so that no two are equal.
+  picked by their tokens' pixel error and jittered so that no two are equal.
 
   Args:
     codes_VZ: The codebook.
@@ -236,7 +236,7 @@ def run(
 ) -> TrainState:
   """Trains a tokenizer on `splits["train"]` into `workdir`.
 
-  Evaluates on at most 256 pictures of `splits["validation"]`.
+  Evaluates on at most 256 images of `splits["validation"]`.
   """
   vq = VQ(vq_cfg)
   held_out = splits["validation"]

@@ -1,6 +1,6 @@
-"""Pictures of decoding: when each cell became final, and the grid filling.
+"""Images of decoding: when each token became final, and the grid filling.
 
-Everything is drawn with Pillow; only the Pareto plot needs matplotlib.
+Everything is generated with Pillow; only the Pareto plot needs matplotlib.
 
 T frames; R rows and C columns of the grid; H, W pixels.
 """
@@ -21,7 +21,7 @@ from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.storage.files import replacing
 from ssd_jax.visualization import contact_sheets
 
-_BLANK = 236  # grey of cells that hold nothing yet
+_BLANK = 236  # grey of tokens that hold nothing yet
 _DIM = 0.5  # share of that grey in drafts
 _MOST_FRAMES = 96
 _SECONDS = 6.0  # of an animation
@@ -37,8 +37,8 @@ class Filling:
 
   Attributes:
     label: Of the decoder.
-    frames: uint8 [T, H, W, 3]: final cells as in the finished image, drafts
-      dimmed, cells that hold nothing grey.
+    frames: uint8 [T, H, W, 3]: final tokens as in the finished image, drafts
+      dimmed, tokens that hold nothing grey.
     shown: int [T], the pass after which each frame was taken, rising.
     passes: Of the image.
     seconds: It took, or None where only passes count.
@@ -70,7 +70,7 @@ def filling(
     raise ValueError("the output was not traced")
   history = output.history[index]
   moments = np.minimum(shown, len(history)) - 1
-  # Code 0 is what a cell holds before anything was written there.
+  # Code 0 is what a token holds before anything was written there.
   is_written = np.maximum.accumulate(history != 0, axis=0)[moments]
   is_final = commit_RC <= shown[:, None, None]
   is_draft = is_written & ~is_final
@@ -89,7 +89,7 @@ def compose(
     image: np.ndarray, draft: np.ndarray, is_final_RC: np.ndarray,
     is_draft_RC: np.ndarray,
 ) -> np.ndarray:
-  """uint8 [H, W, 3]: final cells of one picture, dimmed cells of another."""
+  """uint8 [H, W, 3]: final tokens of one image, dimmed tokens of another."""
   final_HW1, draft_HW1 = (
       _enlarge(x_RC, image.shape[:2])[..., None]
       for x_RC in (is_final_RC, is_draft_RC))
@@ -99,17 +99,17 @@ def compose(
 
 
 def _enlarge(x_RC: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-  """[H, W]: each cell as a block of pixels."""
+  """[H, W]: each token as a block of pixels."""
   rows, cols = x_RC.shape
   return x_RC.repeat(shape[0] // rows, 0).repeat(shape[1] // cols, 1)
 
 
 def heat_map(commit_RC: np.ndarray, shape: tuple[int, int]) -> Image.Image:
-  """The pass at which each cell became final, as colours over a scale.
+  """The pass at which each token became final, as colours over a scale.
 
   Args:
     commit_RC: int, 1 for the first pass.
-    shape: Height and width of the picture that the cells are of.
+    shape: Height and width of the image that the tokens are of.
   """
   last = int(commit_RC.max())
   place = (commit_RC - 1) / max(last - 1, 1)
@@ -197,11 +197,11 @@ def write_race(
     pipe: Pipeline, prompt: str, decoder: Decoder, label: str,
     path: pathlib.Path, **settings: Any,
 ) -> None:
-  """Draws one prompt with AR and a decoder, writes them in the same time.
+  """Generates one prompt with AR and a decoder, writes them in the same time.
 
   Args:
     pipe: Of both.
-    prompt: What to draw.
+    prompt: What to generate.
     decoder: Beside AR.
     label: Of the decoder.
     path: Of the GIF.
@@ -220,7 +220,7 @@ class Point:
 
   Attributes:
     label: Of the decoder.
-    is_lossless: Whether it claims AR's law.
+    is_lossless: Whether it claims AR's distribution.
     speed: AR's passes or time over the decoder's.
     speeds: Quartiles of it.
     quality: What is lost.
@@ -281,7 +281,7 @@ def pareto(rows: Sequence[Sequence[Panel]], path: pathlib.Path) -> None:
 
 
 def _plot(axes: Any, panel: Panel, styles: dict[str, dict]) -> None:
-  """Draws the points of a panel, exact ones filled, and AR's own spread."""
+  """Generates the points of a panel, exact ones filled, and AR's own spread."""
   for p in panel.points:
     lo, hi = p.qualities or (p.quality, p.quality)
     axes.errorbar(

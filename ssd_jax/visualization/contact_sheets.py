@@ -1,4 +1,4 @@
-"""Pictures and words laid out beside and below each other, and written."""
+"""Images and words laid out beside and below each other, and written."""
 
 from collections.abc import Sequence
 import math
@@ -20,13 +20,13 @@ def contact_sheet(
     images: Sequence[Sequence[np.ndarray]], rows: Sequence[str],
     columns: Sequence[str], most: int = 192,
 ) -> Image.Image:
-  """Pictures in a table with a caption for each row and column.
+  """Images in a table with a caption for each row and column.
 
   Args:
     images: images[row][column], uint8 [H, W, 3] of one size.
     rows: Captions.
     columns: Captions.
-    most: Pixels of a picture's longer side, beyond which it is shrunk.
+    most: Pixels of an image's longer side, beyond which it is shrunk.
   """
   height, width = images[0][0].shape[:2]
   scale = min(1.0, most / max(height, width))
@@ -46,11 +46,11 @@ def contact_sheet(
 def captioned(
     images: Sequence[np.ndarray], captions: Sequence[str],
 ) -> Image.Image:
-  """Pictures row by row, at most eight beside each other, over their captions.
+  """Images row by row, at most eight beside each other, over their captions.
 
   Args:
     images: uint8 [H, W, 3] of one size.
-    captions: One per picture.
+    captions: One per image.
   """
   columns = min(8, math.ceil(math.sqrt(len(images))))
   cells = [
@@ -105,7 +105,7 @@ def caption(width: int, words: Sequence[str]) -> Image.Image:
 
 
 def stack(parts: Sequence[Image.Image], gap: int = 0) -> Image.Image:
-  """Pictures below each other."""
+  """Images below each other."""
   size = (max(p.width for p in parts), sum(p.height + gap for p in parts))
   whole, top = Image.new("RGB", size, "white"), 0
   for part in parts:
@@ -115,7 +115,7 @@ def stack(parts: Sequence[Image.Image], gap: int = 0) -> Image.Image:
 
 
 def abreast(parts: Sequence[Image.Image]) -> Image.Image:
-  """Pictures beside each other."""
+  """Images beside each other."""
   width = sum(p.width for p in parts) + _GAP * (len(parts) - 1)
   whole = Image.new("RGB", (width, max(p.height for p in parts)), "white")
   left = 0
@@ -126,7 +126,7 @@ def abreast(parts: Sequence[Image.Image]) -> Image.Image:
 
 
 def padded(part: Image.Image, width: int) -> Image.Image:
-  """A picture in the middle of a white strip."""
+  """An image in the middle of a white strip."""
   whole = Image.new("RGB", (width, part.height), "white")
   whole.paste(part, ((width - part.width) // 2, 0))
   return whole
@@ -135,7 +135,7 @@ def padded(part: Image.Image, width: int) -> Image.Image:
 def save_picture(
     image: Image.Image, path: pathlib.Path, kind: str = "png", **kwargs: Any
 ) -> None:
-  """Writes a picture by one rename.
+  """Writes an image by one rename.
 
   Raises:
     UserError: when the folder is full or cannot be written.
