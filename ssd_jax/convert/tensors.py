@@ -1,10 +1,11 @@
 """Reads tensors of published checkpoints from disk, in pieces.
 
-It supports two file formats without their frameworks: safetensors, and the zip
-archives of `torch.save`, whose pickle `unpickle` parses.
+safetensors files are read by their library. The zip archives of `torch.save` are
+read without torch: a conversion then needs neither torch nor its memory, and the
+unpickler runs nothing that a file names (docs/models.md has figures).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import io
 import json
@@ -18,6 +19,7 @@ import zlib
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from ssd_jax.convert import unpickle
 from ssd_jax.core.config import UserError
@@ -83,10 +85,34 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class SafeTensor:
+  """A tensor in a safetensors file, not loaded into memory.
+
+  Attributes:
+    file: The file.
+    name: Name of the tensor.
+    shape: Shape of the tensor.
+    dtype: Its numpy type.
+  """
+
+  file: pathlib.Path
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Reads the tensor, or its rows `start` to `stop` (exclusive)."""
+    with safetensors.safe_open(self.file, "numpy") as opened:
+      if not self.shape:
+        return opened.get_tensor(self.name)
+      return opened.get_slice(self.name)[start:stop]
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
   """All tensors of a checkpoint by name, and the files they are in."""
 
-  tensors: dict[str, Tensor]
+  tensors: dict[str, Tensor | SafeTensor]
   files: tuple[pathlib.Path, ...]
 
 
@@ -109,7 +135,7 @@ def open_checkpoint(
     raise UserError("Expected the files of the index beside it, got an index "
                     f"in {folder} that names the missing {', '.join(missing)}. "
                     "Download them.")
-  tensors: dict[str, Tensor] = {}
+  tensors: dict[str, Tensor | SafeTensor] = {}
   for file in files:
     for name, tensor in read_file(file).items():
       if name in tensors:
@@ -155,54 +181,34 @@ def index_files(index: pathlib.Path) -> list[pathlib.Path]:
   return files
 
 
-def read_file(file: pathlib.Path) -> dict[str, Tensor]:
+def read_file(file: pathlib.Path) -> Mapping[str, Tensor | SafeTensor]:
   """Returns the tensors of one file by name."""
   if file.suffix == ".safetensors":
     return _read_safetensors(file)
   return _read_torch(file)
 
 
-def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
-  size = file.stat().st_size
+def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor | SafeTensor]:
   try:
-    with open(file, "rb") as f:
-      (length,) = struct.unpack("<Q", f.read(8))
-      if length > size:
-        raise ValueError("header longer than the file")
-      header = json.loads(f.read(length), object_pairs_hook=_once)
-    header.pop("__metadata__", None)
-    tensors, end = {}, 0
-    for name, entry in header.items():
-      dtype = np.dtype(_SAFE_DTYPES[entry["dtype"]])
-      shape = tuple(entry["shape"])
-      start, stop = entry["data_offsets"]
-      unpickle.check_counts(name, start, stop, *shape)
-      if stop - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"wrong size of {name}")
-      end = max(end, stop)
-      tensors[name] = Tensor(file, 8 + length + start, shape, dtype)
-  except _DAMAGE as error:
+    with safetensors.safe_open(file, "numpy") as opened:
+      slices = {name: opened.get_slice(name) for name in opened.keys()}
+      kinds = {name: x.get_dtype() for name, x in slices.items()}
+      shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
+  except (safetensors.SafetensorError, OSError) as error:
     raise UserError(f"Expected a safetensors file, got a damaged {file} "
                     f"({_short(error)}). {_AGAIN}.") from error
-  if 8 + length + end > size:
-    raise UserError(f"Expected a file of {8 + length + end} bytes, got a "
-                    f"truncated {file} of {size} bytes. {_AGAIN}.")
-  return tensors
+  for name, kind in kinds.items():
+    if kind not in _SAFE_DTYPES:
+      raise UserError(f"Expected tensors of {', '.join(_SAFE_DTYPES)}, got "
+                      f"{name} of {kind} in {file}.")
+  return {name: SafeTensor(file, name, shapes[name],
+                           np.dtype(_SAFE_DTYPES[kinds[name]]))
+          for name in slices}
 
 
 def _short(error: BaseException) -> str:
   """Returns an error's message, shortened to one line."""
   return " ".join(str(error).split())[:120] or type(error).__name__
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Makes a dictionary of pairs; raises ValueError if a key occurs twice."""
-  found = dict(pairs)
-  if len(found) < len(pairs):
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    raise ValueError(f"{', '.join(twice)} twice")
-  return found
 
 
 def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
@@ -218,7 +224,8 @@ def _read_torch(file: pathlib.Path) -> dict[str, Tensor]:
       if order in entries and archive.read(order).strip() != b"little":
         raise UserError("Expected little-endian numbers, got a big-endian "
                         f"{file}. Save it again on another machine.")
-      unpickler = unpickle.Unpickler(archive.read(pickled[0]), file)
+      unpickler = unpickle.Unpickler(
+          io.BytesIO(archive.read(pickled[0])), file)
       tree = unpickler.load()
       with open(file, "rb") as f:
         offset_of = lambda storage: _data_offset(

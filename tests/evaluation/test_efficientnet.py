@@ -63,7 +63,7 @@ def test_unpickler_executes_nothing(tmp_path):
     def __reduce__(self):
       return os.mkdir, (str(tmp_path / "made"),)
 
-  with pytest.raises(pickle.UnpicklingError, match="mkdir is not allowed"):
+  with pytest.raises(UserError, match="asks for .*mkdir"):
     efficientnet.read_legacy_checkpoint(_legacy_file({"x": Attack()}))
   assert not (tmp_path / "made").exists()
 
@@ -100,5 +100,5 @@ def test_other_weights_are_refused(monkeypatch, tmp_path):
   path.write_bytes(b"other")
   monkeypatch.setattr(efficientnet, "_weights_path", lambda: path)
   efficientnet.load_params.cache_clear()
-  with pytest.raises(UserError, match="reinstall"):
+  with pytest.raises(UserError, match="Reinstall"):
     efficientnet.load_params()
