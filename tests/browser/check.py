@@ -46,7 +46,7 @@ def painted(page, lane=0):
 def draw_with_mouse(page, out):
   """A race: live, then its replay, the commit order, the gallery."""
   page.get_by_role("button", name="red heart").click()
-  page.get_by_role("button", name="Draw", exact=True).click()
+  page.get_by_role("button", name="Generate", exact=True).click()
   expect(page.locator(".lane").first.locator(".passes")).not_to_have_text(
       "0", timeout=DONE)
   page.screenshot(path=out / "live.png")
@@ -66,7 +66,7 @@ def draw_with_mouse(page, out):
 def mistakes_are_told(page, out):
   """A wrong setting is one line beside the form, and nothing is generated."""
   page.locator("#settings").fill("lookahead=many")
-  page.get_by_role("button", name="Draw", exact=True).click()
+  page.get_by_role("button", name="Generate", exact=True).click()
   expect(page.locator("#error")).to_contain_text("lookahead=many")
   page.screenshot(path=out / "error.png")
   print("mistake:", page.locator("#error").inner_text())
@@ -91,7 +91,7 @@ def hostile_prompts_stay_text(page, address):
   """Markup in a prompt is shown as it was typed and runs nowhere."""
   page.locator("#prompt").fill(HOSTILE)
   page.locator("#race").uncheck()
-  page.get_by_role("button", name="Draw", exact=True).click()
+  page.get_by_role("button", name="Generate", exact=True).click()
   wait_until_done(page)
   page.reload()
   expect(page.locator("#gallery b").first).to_have_text(HOSTILE)
@@ -126,18 +126,18 @@ def draw_with_keyboard(page, out):
       "document.activeElement.closest('#gallery') !== null")
   page.keyboard.press("Enter")
   expect(page.locator("#status")).to_contain_text("Done")
-  print("keyboard: drawn, order shown, gallery opened")
+  print("keyboard: generated, order shown, gallery opened")
 
 
 def fits_a_phone(page, out):
   """Nothing is wider than the window, and what is tapped is large enough."""
   assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
   page.locator("#images").fill("2")
-  page.get_by_role("button", name="Draw", exact=True).tap()
+  page.get_by_role("button", name="Generate", exact=True).tap()
   wait_until_done(page)
   assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
   page.screenshot(path=out / "phone.png", full_page=True)
-  box = page.get_by_role("button", name="Draw", exact=True).bounding_box()
+  box = page.get_by_role("button", name="Generate", exact=True).bounding_box()
   assert box["height"] >= 44, box
   print("phone: no sideways scrolling, draw button", box["height"], "px high")
 

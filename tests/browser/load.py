@@ -55,7 +55,7 @@ def main():
     drawn = studio.drawn
   seconds, states, looks = zip(*visits, strict=True)
   print(f"{args.requests} requests of {args.clients} clients: "
-        f"{dict(collections.Counter(states))}, {drawn} pictures drawn, "
+        f"{dict(collections.Counter(states))}, {drawn} images generated, "
         f"median {sorted(seconds)[len(seconds) // 2]:.2f} s, "
         f"longest {max(seconds):.2f} s, a look at the page takes "
         f"{1000 * sum(looks) / len(looks):.0f} ms")

@@ -63,11 +63,11 @@ function showKeys() {
 
 function fillForm() {
   $("about").textContent = `Model ${info.model}, ${info.rows} × ${info.cols} ` +
-      `cells, on ${info.device}.`;
+      `tokens, on ${info.device}.`;
   for (const d of info.decoders) {
-    const law = d.lossless ? "AR's law" : "relaxed";
+    const kind = d.lossless ? "lossless" : "lossy";
     const why = d.missing && `, needs a trained ${d.missing}`;
-    const option = make("option", `${d.name} (${law}${why})`);
+    const option = make("option", `${d.name} (${kind}${why})`);
     option.value = d.name;
     option.disabled = Boolean(d.missing);
     $("name").append(option);
@@ -94,7 +94,7 @@ function number(id) {
 
 async function draw(event) {
   event.preventDefault();
-  if ($("draw").disabled) return;  // Enter, while another is drawn
+  if ($("draw").disabled) return;  // Enter, while another request runs
   $("error").textContent = "";
   $("draw").disabled = true;
   try {
@@ -148,7 +148,7 @@ function open(next) {
   render();
 }
 
-// Empty grids, before anything was drawn.
+// Empty grids, before anything was generated.
 function blank() {
   const empty = Array.from({ length: info.rows },
                            () => new Array(info.cols).fill(0));
@@ -177,13 +177,13 @@ function renderLane(lane, node) {
   const final = countFinal(picture.commit, pass);
   const passes = final ? pass : 0;
   at(".label").textContent = lane.label;
-  at(".law").textContent = lane.lossless ? "AR's law" : "relaxed";
+  at(".law").textContent = lane.lossless ? "lossless" : "lossy";
   at(".law").className = "law " + (lane.lossless ? "exact" : "relaxed");
   const canvas = at("canvas");
   paint(canvas, picture.commit, load(picture.url), pass, asHeat);
   canvas.setAttribute("aria-label",
       `${asHeat ? "Commit order of" : "Picture of"} ${job.prompt} by ` +
-      `${lane.label}: ${final} of ${cells} cells after ${passes} passes`);
+      `${lane.label}: ${final} of ${cells} tokens after ${passes} passes`);
   at(".heat").hidden = !asHeat;
   at(".last").textContent = String(last(picture.commit));
   at("progress").value = final / cells;
@@ -199,7 +199,7 @@ function renderLane(lane, node) {
     lane.pictures.forEach((p, i) => {
       const button = make("button");
       button.type = "button";
-      button.setAttribute("aria-label", `Show picture ${i + 1}`);
+      button.setAttribute("aria-label", `Show image ${i + 1}`);
       button.onclick = () => { shown = i; render(); };
       const image = make("img");
       image.alt = "";
@@ -211,13 +211,13 @@ function renderLane(lane, node) {
 }
 
 function status() {
-  if (job.state === "idle") return "Nothing drawn yet. Press Draw.";
+  if (job.state === "idle") return "Nothing generated yet. Press Generate.";
   const compiling = job.lanes.some((lane) => lane.state === "compiling");
   if (job.state === "queued") return `Waiting: ${job.ahead} before you.`;
   if (job.state === "drawing") {
-    return compiling ? "Compiling this decoder, once …" : "Drawing …";
+    return compiling ? "Compiling this decoder, once …" : "Generating …";
   }
-  if (job.state === "failed") return "Not drawn.";
+  if (job.state === "failed") return "Not generated.";
   const most = Math.max(...job.lanes.map((lane) => lane.together));
   const shared = most > 1 ? `, in a batch of ${most}` : "";
   // Isolated: a prompt may turn the direction of what follows it.
@@ -303,7 +303,7 @@ function bench() {
     const line = make("tr");
     line.append(
         make("td", [row.decoder, ...settings].join(" ")),
-        make("td", row.lossless ? "AR's" : "relaxed"),
+        make("td", row.lossless ? "AR (lossless)" : "lossy"),
         make("td", number(row.pass_ratio, 2) + "×"),
         make("td", number(row.latency_ratio, 2) + "×"),
         make("td", number(row.nll_gap, 3)));

@@ -1,4 +1,4 @@
-// Grids on a canvas: final cells of a picture, or the pass they were final at.
+// Grids on a canvas: final tokens of an image, or the pass they were final at.
 
 const STEPS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98],
                [253, 231, 37]];
@@ -14,7 +14,7 @@ export function last(commit) {
   return Math.max(1, ...commit.flat());
 }
 
-// How many cells are final after `pass` passes.
+// How many tokens are final after `pass` passes.
 export function countFinal(commit, pass) {
   return commit.flat().filter((p) => p > 0 && p <= pass).length;
 }
