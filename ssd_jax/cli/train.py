@@ -1,13 +1,13 @@
-"""Bodies of train.tokenizer, train.ar, train.mtp and train.drafter.
+"""The commands train.tokenizer, train.ar, train.mtp and train.drafter.
 
 All parts of a model are trained in one working directory:
 
   DIR/tokenizer, ar, mtp, drafter  checkpoints and TensorBoard logs of each run
-  DIR/mtp/tokens                   images that heads and drafter learn from
-  DIR/model                        what inference loads, written when a run ends
+  DIR/mtp/tokens                   training images of heads and drafter
+  DIR/model                        inference model, written when a run ends
 
-Heads and drafter are trained for a model that is already whole:
-config.checkpoint, else DIR/model.
+Heads and drafter are trained for a complete model: config.checkpoint, or
+DIR/model by default.
 """
 
 import pathlib
@@ -128,7 +128,7 @@ def drafter() -> None:
 
 
 def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
-  """(config, working directory) of what learns from a whole model."""
+  """Returns (config, working directory) of training for a complete model."""
   config = flags.FLAGS.config
   cli.refuse_unused(
       "workdir", "checkpoint", "prompts_file", "num_prompts",
@@ -140,17 +140,17 @@ def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
 
 
 def _choices(config) -> tuple[str, ...]:
-  """Settings that the family leaves open until it generates."""
+  """Returns the settings that the family reads at generation time."""
   return model_folder.CHOICES.get(config.family, ())
 
 
 def _model_folder(config, workdir: pathlib.Path) -> str | pathlib.Path:
-  """Where the model is that heads or a drafter are trained for."""
+  """Returns the folder of the model that heads or a drafter are trained for."""
   return config.checkpoint or workdir / "model"
 
 
 def _teacher(config, workdir: pathlib.Path) -> Teacher:
-  """The frozen trunk, sampled as the config says."""
+  """Returns the frozen trunk with the config's sampling settings."""
   pipe = model_folder.load(_model_folder(config, workdir), extras=False,
                       choices={key: config[key] for key in _choices(config)})
   settings, guided = pipe.sampling(**config.sampling)
@@ -166,7 +166,7 @@ def _export(workdir: pathlib.Path, kind: str, cfg, state) -> None:
 
 
 def _tell(config, workdir, kind: str, decoder: str, table) -> None:
-  """Prints the figures, and how to generate with what was trained."""
+  """Prints the acceptance table and a command that uses the trained part."""
   print(table.read_text())
   model = _model_folder(config, workdir)
   out = workdir / "model" / kind
@@ -177,7 +177,7 @@ def _tell(config, workdir, kind: str, decoder: str, table) -> None:
 
 
 def _captions(config) -> dict[str, list[str]]:
-  """Captions to generate, by split; of the training split num_prompts at most."""
+  """Returns captions per split, at most num_prompts of the training split."""
   check(config.num_prompts >= 0, "num_prompts", config.num_prompts, ">= 0")
   if config.prompts_file:
     lines = _lines(config)
@@ -200,7 +200,7 @@ def _captions(config) -> dict[str, list[str]]:
 
 
 def _data_captions(config, split: str) -> list[str]:
-  """The captions that the model was trained with."""
+  """Returns the captions of the model's training data."""
   if config.data == "emoji":
     return [e.label for e in sources.emoji_records(split, tones=False)]
   source = sources.open_source(config.data, split, config.pixels)
@@ -209,7 +209,7 @@ def _data_captions(config, split: str) -> list[str]:
 
 
 def _lines(config) -> list[str]:
-  """The different prompts of the config's file, as many as it asks for."""
+  """Returns distinct prompts of the config's file, at most num_prompts."""
   file = pathlib.Path(config.prompts_file)
   if not file.exists():
     raise UserError(
@@ -245,16 +245,16 @@ def _workdir(config) -> pathlib.Path:
 
 
 def _begin(folder: pathlib.Path, config, *keys: str, **more: str) -> None:
-  """Keeps the settings of a run beside it; what continues it has the same.
+  """Records the settings of a run, or checks them when the run continues.
 
   Args:
-    folder: Of the run.
-    config: Of the command.
-    *keys: Parts of it that the run depends on.
-    **more: What else it depends on.
+    folder: Folder of the run.
+    config: Config of the command.
+    *keys: Parts of the config that the run depends on.
+    **more: Anything else that the run depends on.
 
   Raises:
-    UserError: when the run in `folder` began with other settings.
+    UserError: if the run in `folder` began with other settings.
   """
   file = folder / "settings.json"
   now = _flat({key: config.to_dict()[key] for key in keys} | more)
@@ -270,8 +270,10 @@ def _begin(folder: pathlib.Path, config, *keys: str, **more: str) -> None:
 
 
 def _flat(values: Any, name: str = "") -> dict[str, Any]:
-  """Settings by their full name, as JSON has them; those that may change
-  between the starts of a run are left out."""
+  """Returns settings by full name, as JSON stores them.
+
+  Settings that may change between the starts of a run are left out.
+  """
   if not isinstance(values, dict):
     value = list(values) if isinstance(values, tuple) else values
     return {} if _MAY_CHANGE.search(name) else {name: value}

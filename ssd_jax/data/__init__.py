@@ -1,1 +1,1 @@
-"""Captioned images: where they come from and how they are fed."""
+"""Captioned images: sources and batch streams."""

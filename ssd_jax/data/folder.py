@@ -1,9 +1,9 @@
 """A user's folder of images with captions.
 
 Captions come from a table (`captions.json`, `captions.csv`, `captions.tsv` or
-`metadata.jsonl`, in any folder, naming files from there) or from a text file of
-the same name beside each image. A table needs a file name and a caption per
-image, and may give tags; the JSON may also map file names to captions.
+`metadata.jsonl`, in any folder, with paths relative to it) or from a text file
+beside each image that shares its name. A table needs a file name and a caption
+per image and may add tags; the JSON may also map file names to captions.
 """
 
 import csv
@@ -26,12 +26,12 @@ _CAPTION_COLUMNS = ("caption", "text")
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-  """What is said of one image.
+  """The caption of one image.
 
   Attributes:
     text: The caption, one line.
     tags: Words that describe the image.
-    source: The file that says so.
+    source: File that the caption comes from.
   """
 
   text: str
@@ -40,13 +40,13 @@ class Caption:
 
 
 class FolderSource(Source):
-  """Every image below a folder, with its caption.
+  """All images below a folder, with captions.
 
-  Everything but the pixels is checked here: that each image has one caption,
-  and that its header reads. Hidden files and folders are left out.
+  The constructor checks everything but the pixels: each image needs exactly
+  one caption and a readable header. Hidden files and folders are left out.
 
   Raises:
-    UserError: names the file or folder that is at fault.
+    UserError: if a file or folder is invalid; the message names it.
   """
 
   def __init__(self, path: str, pixels: int):
@@ -54,7 +54,7 @@ class FolderSource(Source):
     self.pixels = pixels
     self.paths = find_pictures(folder)
     self.captions = find_captions(folder, self.paths)
-    # Without the suffix: a.png and a.jpg share a.txt, so they share a side.
+    # Without the suffix, because a.png and a.jpg share a.txt and so a split.
     self.keys = tuple(
         p.relative_to(folder).with_suffix("").as_posix() for p in self.paths
     )
@@ -71,7 +71,7 @@ class FolderSource(Source):
       with Image.open(path) as picture:
         if header_only:
           return None
-        # A JPEG far too large is decoded at a fraction of its size.
+        # Decodes a JPEG that is far too large at a fraction of its size.
         picture.draft("RGB", (2 * self.pixels, 2 * self.pixels))
         return to_square(picture, self.pixels)
     except Exception as error:  # a decoder may raise anything on bad bytes
@@ -82,12 +82,16 @@ class FolderSource(Source):
 
 
 def one_line(error: Exception) -> str:
-  """The message of an error without line breaks."""
+  """Returns the message of an error without line breaks."""
   return " ".join(str(error).split()) or type(error).__name__
 
 
 def find_pictures(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
-  """The images below `folder`, in an order that is the same everywhere."""
+  """Returns the images below `folder`, in the same order on every machine.
+
+  Raises:
+    UserError: if there is no such folder or no image in it.
+  """
   if not folder.is_dir():
     raise UserError(
         f"Expected a folder of images, got {folder}. Check the path."
@@ -112,40 +116,42 @@ def _visible_files(folder: pathlib.Path) -> list[pathlib.Path]:
 def find_captions(
     folder: pathlib.Path, pictures: tuple[pathlib.Path, ...]
 ) -> tuple[Caption, ...]:
-  """The caption of each image; a table goes before a text file.
+  """Returns the caption of each image; a table takes precedence over text.
 
   Raises:
-    UserError: names the first image without a caption, or with two.
+    UserError: if an image has no caption or two; the message names the first.
   """
-  told: dict[pathlib.Path, Caption] = {}
+  captions: dict[pathlib.Path, Caption] = {}
   for table in sorted(p for p in _visible_files(folder) if p.name in TABLES):
     for path, caption in read_table(table):
-      if path in told:
+      if path in captions:
         raise UserError(
-            f"Expected one, got two captions for {path}, in "
-            f"{told[path].source} and {table}. Remove the other."
+            f"Expected one caption per image, got two captions for {path}, in "
+            f"{captions[path].source} and {table}. Remove one."
         )
-      told[path] = caption
+      captions[path] = caption
   for path in pictures:
     beside = path.with_suffix(".txt")
-    if path not in told and beside.is_file():
-      told[path] = Caption(" ".join(_read_text(beside).split()), (), beside)
-  missing = [p for p in pictures if p not in told or not told[p].text]
+    if path not in captions and beside.is_file():
+      captions[path] = Caption(
+          " ".join(_read_text(beside).split()), (), beside)
+  missing = [
+      p for p in pictures if p not in captions or not captions[p].text]
   if missing:
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise UserError(
-        "Expected one for every image, got no caption for "
+        "Expected a caption for every image, got no caption for "
         f"{missing[0]}{more}. Add it to one of {', '.join(TABLES)} or to "
         f"{missing[0].with_suffix('.txt').name} beside it."
     )
-  return tuple(told[p] for p in pictures)
+  return tuple(captions[p] for p in pictures)
 
 
 def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
-  """(image, caption) for every row of a table of captions.
+  """Returns (image, caption) of every row of a table of captions.
 
   Raises:
-    UserError: names the table, and the row where one is at fault.
+    UserError: if the table or a row is invalid; the message names both.
   """
   try:
     rows = _rows(table, _read_text(table))
@@ -154,7 +160,7 @@ def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
       raise
     raise UserError(
         f"Expected a table of captions, got {table}, which is not "
-        f"{table.suffix[1:]} ({one_line(error)}). Mend it."
+        f"{table.suffix[1:]} ({one_line(error)}). Correct it."
     ) from error
   if not rows:
     raise UserError(
@@ -175,7 +181,7 @@ def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
     if not path.is_file():
       raise UserError(
           f"Expected an image, got {table} with entry {number} for {path}, "
-          "which is not there. Remove the entry or mend its name.")
+          "which does not exist. Remove the entry or correct its name.")
     caption = Caption(" ".join(text.split()), _tags(row, table), table)
     found.append((path, caption))
   return found
@@ -183,11 +189,11 @@ def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
 
 def _read_text(path: pathlib.Path) -> str:
   try:
-    return path.read_text("utf-8-sig")  # spreadsheets add a mark at the start
+    return path.read_text("utf-8-sig")  # spreadsheets add a byte-order mark
   except UnicodeDecodeError as error:
     raise UserError(
         f"Expected UTF-8 text, got {path}, which is not UTF-8 "
-        f"({error.reason}). Save it as that."
+        f"({error.reason}). Save it as UTF-8."
     ) from error
 
 
@@ -208,14 +214,14 @@ def _rows(table: pathlib.Path, text: str) -> list[Any]:
 
 
 def _parse(text: str) -> Any:
-  """JSON in which no name is given twice."""
+  """Parses JSON and raises ValueError if a name occurs twice."""
 
   def once(pairs):
     found = dict(pairs)
     if len(found) < len(pairs):
       names = [name for name, _ in pairs]
       twice = next(n for n in names if names.count(n) > 1)
-      raise ValueError(f"{twice!r} is there twice")
+      raise ValueError(f"{twice!r} occurs twice")
     return found
 
   return json.loads(text, object_pairs_hook=once)
@@ -232,6 +238,6 @@ def _tags(row: dict, table: pathlib.Path) -> tuple[str, ...]:
   if not isinstance(tags, (list, tuple)) or not all(
       isinstance(tag, str) for tag in tags):
     raise UserError(
-        "Expected a list of words, or words with commas between, got "
-        f"tags={tags!r} in {table}. Mend them.")
+        "Expected a list of words, or words separated by commas, got "
+        f"tags={tags!r} in {table}. Correct them.")
   return tuple(t for t in (tag.strip() for tag in tags) if t)

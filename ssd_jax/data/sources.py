@@ -1,4 +1,4 @@
-"""The vendored emoji, and any source by its name.
+"""The vendored emoji, and a lookup of sources by name.
 
 `open_source` turns "emoji", "folder:PATH" or "tfds:NAME" into a source of
 captioned images with a fixed split into training and validation.
@@ -34,12 +34,12 @@ _TFDS_OPTIONS = ("split", "image_key", "caption_key", "data_dir")
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-  """What is known of one vendored emoji image.
+  """Metadata of one vendored emoji image.
 
   Attributes:
-    code: Code points, joined by dashes; the image's name.
+    code: Code points joined by dashes; the image's name.
     label: Name, such as "waving hand: dark skin tone".
-    tags: Words that describe it.
+    tags: Words that describe the emoji.
     base: Code of the same emoji without skin tone.
     group: Code without skin tone and gender; the unit of the split.
   """
@@ -57,13 +57,18 @@ class Emoji:
 
   @property
   def is_validation(self) -> bool:
-    """Whether the group was held out from all training."""
+    """Whether the group is held out from all training."""
     return hash_fraction(self.group) < VALIDATION_SHARE
 
 
 @functools.cache
 def emoji_records(split: str = "all", tones: bool = True) -> tuple[Emoji, ...]:
-  """The vendored emoji of a split ("train", "validation" or "all")."""
+  """Returns the vendored emoji of a split.
+
+  Args:
+    split: "train", "validation" or "all".
+    tones: Whether emoji with skin tones are included.
+  """
   check(split in SPLITS, "split", split, f"one of {SPLITS}")
   rows = json.loads((EMOJI_DIR / "captions.json").read_text("utf-8"))
   emoji = (Emoji(**{**row, "tags": tuple(row["tags"])}) for row in rows)
@@ -77,7 +82,7 @@ def emoji_records(split: str = "all", tones: bool = True) -> tuple[Emoji, ...]:
 
 @functools.cache
 def _emoji_files() -> dict[str, bytes]:
-  """The vendored files in memory, 8 MB: threads need not share a handle."""
+  """Returns the vendored files, 8 MB, so that threads share no file handle."""
   with zipfile.ZipFile(EMOJI_DIR / "images.zip") as archive:
     return {name: archive.read(name) for name in archive.namelist()}
 
@@ -85,8 +90,8 @@ def _emoji_files() -> dict[str, bytes]:
 class EmojiSource(Source):
   """The vendored Fluent emoji, one item per base emoji.
 
-  The images in other skin tones are variants of an item, so that the many of
-  them weigh no more than other emoji.
+  Images in other skin tones are variants of an item, so that emoji with many
+  skin tones do not outweigh the others.
   """
 
   def __init__(self, split: str, pixels: int = EMOJI_PIXELS):
@@ -102,19 +107,19 @@ class EmojiSource(Source):
     return self.load(self.records[index])
 
   def variants(self, index: int) -> list[dict]:
-    """Item `index` in every skin tone, first in none."""
+    """Returns item `index` without skin tone, then in every skin tone."""
     base = self.records[index].base
     return [self.load(emoji) for emoji in self._variants[base]]
 
   def variant(self, index: int, rng: np.random.Generator) -> dict:
-    """Item `index` in a random skin tone, half of the time in none."""
+    """Returns item `index` in a random skin tone, half of the time in none."""
     variants = self._variants[self.records[index].base]
     if len(variants) == 1 or rng.random() < 0.5:
       return self[index]
     return self.load(variants[rng.integers(len(variants))])
 
   def load(self, emoji: Emoji) -> dict:
-    """The image of one emoji with its caption."""
+    """Returns the image of one emoji with its caption."""
     blob = _emoji_files()[f"{emoji.code}.webp"]
     image = to_square(Image.open(io.BytesIO(blob)), self.pixels)
     return {"image": image, "caption": emoji.label, "tags": emoji.tags}
@@ -132,22 +137,22 @@ class Subset(Source):
     return self.source[self.indices[index]]
 
   def variants(self, index: int) -> list[dict]:
-    """As the source has them."""
+    """Returns the variants of the source."""
     return self.source.variants(self.indices[index])
 
   def variant(self, index: int, rng: np.random.Generator) -> dict:
-    """As the source generates it."""
+    """Returns a random variant of the source."""
     return self.source.variant(self.indices[index], rng)
 
 
 def hold_out(source: Source, split: str) -> Source:
-  """The items of a split, which each item's key decides by itself.
+  """Returns the items of a split; an item's split depends on its key alone.
 
-  An item stays on its side when others are added. Where that rule would leave a
-  side empty, the item with the least hash alone is held out.
+  An item keeps its split when others are added. If a split would be empty, only
+  the item with the smallest hash is held out.
 
   Raises:
-    UserError: where one item cannot be split in two.
+    UserError: if the source has a single key, which cannot be split.
   """
   check(split in SPLITS, "split", split, f"one of {SPLITS}")
   if split == "all":
@@ -159,24 +164,24 @@ def hold_out(source: Source, split: str) -> Source:
   chosen = np.flatnonzero(is_held == (split == "validation"))
   if not len(chosen):
     raise UserError(
-        f"Expected two or more, of which one is held out, got {len(source)} "
-        "image(s) of one name. Add images."
+        "Expected two or more images, of which one is held out, got "
+        f"{len(source)} image(s) of one name. Add images."
     )
   return Subset(source, chosen.tolist())
 
 
 def open_source(spec: str, split: str, pixels: int) -> Source:
-  """The source that `spec` names, with images of `pixels` by `pixels`.
+  """Returns the source that `spec` names, with images of `pixels` by `pixels`.
 
   Args:
-    spec: "emoji", "folder:PATH" or "tfds:NAME". Options of the last follow a
+    spec: "emoji", "folder:PATH" or "tfds:NAME". Options of TFDS follow a
       question mark: "tfds:NAME?caption_key=label&split=train".
-    split: "train", "validation" or "all". Emoji go by their group, other
-      images by the hash of their file name or place.
+    split: "train", "validation" or "all". Emoji are split by group, other
+      images by the hash of their file name or index.
     pixels: Side of the images.
 
   Raises:
-    UserError: on any other spec, and on images or captions at fault.
+    UserError: if the spec, an image or a caption is invalid.
   """
   check(pixels >= 1, "pixels", pixels, ">= 1")
   kind, _, rest = spec.partition(":")
@@ -186,12 +191,12 @@ def open_source(spec: str, split: str, pixels: int) -> Source:
     return hold_out(FolderSource(rest, pixels), split)
   if kind == "tfds" and rest:
     name, _, query = rest.partition("?")
-    query = query.replace("+", "%2B")  # TFDS joins splits by it
+    query = query.replace("+", "%2B")  # TFDS joins splits with a plus
     options = {"split": "train", **dict(parse.parse_qsl(query))}
     for option in options:
       check(option in _TFDS_OPTIONS, "option", option, f"in {_TFDS_OPTIONS}")
     return hold_out(TFDSSource(name, pixels=pixels, **options), split)
   raise UserError(
-      f"Expected emoji, folder:PATH or tfds:NAME, got {spec!r}. Name the "
-      "images so."
+      f"Expected emoji, folder:PATH or tfds:NAME, got {spec!r}. Choose one of "
+      "these."
   )

@@ -1,4 +1,4 @@
-"""Streams of batches by grain: shuffled, endless, resumable, deterministic."""
+"""Shuffled, endless, resumable and deterministic streams of batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,29 +17,30 @@ def stream(
     seed: int,
     shard: tuple[int, int] | None = None,
 ) -> grain.IterDataset:
-  """An endless stream of this host's share of batches of examples.
+  """Returns an endless stream of this host's share of the batches.
 
-  Every epoch is a fresh shuffle. The stream of examples depends on the seed
-  alone: n hosts take every n-th of it, so that together they see the batches
-  that one host would. The iterator's state is a checkpoint: restoring it
-  continues with the next batch.
+  Every epoch is shuffled anew. The stream of examples depends on the seed
+  alone: each of n hosts takes every n-th example, so that together they see the
+  batches that one host would see. The iterator's state is a checkpoint; a
+  restored iterator continues with the next batch.
 
   Args:
-    source: Anything with `__len__`; handed to `load`.
+    source: Anything with `__len__`; passed to `load`.
     load: Returns one example, `load(source, index, rng)`, as a dict of arrays
-      of fixed shapes. `rng` depends on (seed, place in the stream) alone.
+      of fixed shapes. `rng` depends on the seed and the position in the stream
+      alone.
     batch: Examples per step over all hosts.
-    seed: Of the order and of `rng`, in [0, 2**32).
-    shard: (index, count) of this host; by default what the mesh says.
+    seed: Seed of the order and of `rng`, in [0, 2**32).
+    shard: (index, count) of this host; the mesh decides by default.
 
   Raises:
-    UserError: where the source is empty, or hosts cannot share a batch.
+    UserError: if the source is empty or hosts cannot share a batch.
   """
   index, count = shard or sharding.host_share()
   if not len(source):
     raise UserError(
-        "Expected one or more, got a source without images. Check its path "
-        "and split."
+        "Expected one or more images, got a source without images. Check its "
+        "path and split."
     )
   check(
       batch >= 1 and batch % count == 0, "batch", batch,
@@ -54,7 +55,7 @@ def stream(
       .repeat()
       .random_map(lambda item, rng: load(source, int(item), rng))
   )
-  # Sliced last: the hosts' random numbers differ as their examples do.
+  # Sliced last, so that random numbers belong to examples, not to hosts.
   share = examples[index::count].to_iter_dataset(
       grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)
   )

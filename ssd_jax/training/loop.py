@@ -1,9 +1,9 @@
-"""The loop that every training command shares: steps, logs, checkpoints.
+"""The loop of all training commands: steps, logs and checkpoints.
 
-A checkpoint holds the train state and the position of the data stream, is
-written asynchronously and becomes visible by one rename, so a run killed at any
-moment continues from the last whole one as if nothing had happened. With a mesh
-set, state and batches lie on it; see `sharding`.
+A checkpoint holds the train state and the position in the data stream. It is
+written asynchronously and appears with one rename, so a run that is killed at
+any moment continues from the last complete checkpoint without a difference.
+Where a mesh is set, it holds the state and batches; see `sharding`.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,10 +31,10 @@ from ssd_jax.training.state import TrainState, checksum_tree
 Metrics = Mapping[str, jax.Array]
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
-# What orbax and tensorstore raise for files that are lost, torn or altered.
+# Errors of orbax and tensorstore for lost, truncated or altered files.
 _DAMAGED = (ValueError, KeyError, TypeError, EOFError, FileNotFoundError,
             NotADirectoryError, IsADirectoryError)
-# What they raise too, but for files that may be whole.
+# Words of errors of these types for files that may be intact.
 _NOT_DAMAGED = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE",
                 "DEADLINE_EXCEEDED", "Too many open files")
 
@@ -47,18 +47,22 @@ def train(
     cfg: LoopConfig,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
 ) -> TrainState:
-  """The state after `cfg.steps` steps, continuing from what `workdir` holds.
+  """Trains to `cfg.steps` steps, continuing from the checkpoints in `workdir`.
 
   Args:
-    workdir: Folder of the checkpoints and TensorBoard files.
-    state: The state before the first step; gives shapes when resuming.
-    step_fn: Jitted; takes the state (donated) and a batch.
-    data: The infinite stream of batches, of this host's share.
+    workdir: Folder of checkpoints and TensorBoard files.
+    state: State before the first step; gives the shapes when resuming.
+    step_fn: Jitted step; takes the state, which it donates, and a batch.
+    data: Endless stream of this host's share of the batches.
     cfg: Numbers of steps.
-    evaluate: Returns figures to log, called every `cfg.eval_every` steps.
+    evaluate: Returns figures to log; called every `cfg.eval_every` steps.
+
+  Returns:
+    The state after the last step.
 
   Raises:
-    UserError: when a loss is not finite; says which checkpoint is good.
+    UserError: if a loss is not finite; the message names the last good
+      checkpoint.
     SystemExit: with 0 after SIGTERM, once the state is saved.
   """
   folder = pathlib.Path(workdir).absolute()
@@ -74,17 +78,17 @@ def train(
       state, metrics = step_fn(state, batch)
       done = step + 1
       is_due = lambda every, done=done: done % every == 0 or done == cfg.steps
-      is_reported = preemption.is_due()
-      if is_due(cfg.log_every) or is_due(cfg.save_every) or is_reported:
+      is_preempted = preemption.is_due()
+      if is_due(cfg.log_every) or is_due(cfg.save_every) or is_preempted:
         values = {k: float(v) for k, v in metrics.items()}
         _check_finite(values, done, manager)
         log.write(values, done)
-      if is_due(cfg.save_every) or is_reported:
+      if is_due(cfg.save_every) or is_preempted:
         _save(manager, done, state, iterator)
-      if is_reported and done < cfg.steps:
+      if is_preempted and done < cfg.steps:
         _stop(manager, done)
       if evaluate and is_due(cfg.eval_every):
-        log.tell(evaluate(state), done)
+        log.print(evaluate(state), done)
     _wait(manager)
     log.close()
   return state
@@ -93,11 +97,11 @@ def train(
 def _make_folder(folder: pathlib.Path) -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:  # orbax would wait for it
+  except OSError as error:  # orbax would wait for the folder
     raise UserError(
-        f"Expected one to write to, got {folder}, which is no folder and "
-        f"cannot become one ({error.strerror}). Remove it or choose another "
-        "workdir.") from error
+        f"Expected a folder to write to, got {folder}, which is not a folder "
+        f"and cannot be created ({error.strerror}). Remove it or choose "
+        "another workdir.") from error
 
 
 def _manager(folder: pathlib.Path, cfg: LoopConfig) -> ocp.CheckpointManager:
@@ -130,20 +134,20 @@ def _wait(manager) -> None:
 def _cannot_write(manager, step, error) -> UserError:
   reason = (str(error).splitlines() or [type(error).__name__])[0]
   return UserError(
-      "Expected room and permission to write, got no checkpoint written in "
-      f"{manager.directory} up to step {step} ({reason[:160]}). Make some and "
-      "start again, it continues from the last whole one.")
+      "Expected space and permission to write, got no checkpoint written in "
+      f"{manager.directory} up to step {step} ({reason[:160]}). Provide both "
+      "and start again to continue from the last complete checkpoint.")
 
 
 def _stop(manager, step: int) -> None:
   _wait(manager)
-  print(f"told to stop: saved step {step}; start again to continue",
+  print(f"stopped by SIGTERM: saved step {step}; start again to continue",
         file=sys.stderr)
   raise SystemExit(0)
 
 
 def _restore(manager, state: TrainState, data: grain.IterDataset):
-  """(state, iterator) of the newest whole checkpoint, else of the start."""
+  """Returns (state, iterator) of the newest intact checkpoint or the start."""
   shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
   damaged: dict[int, Exception] = {}
   for step in sorted(manager.all_steps(), reverse=True):
@@ -158,7 +162,7 @@ def _restore(manager, state: TrainState, data: grain.IterDataset):
         raise
       damaged[step] = error
       if jax.process_count() > 1:
-        break  # the hosts must agree; a person removes the folder
+        break  # hosts cannot agree on another; the user removes the folder
       continue
     for newer in damaged:
       _set_aside(manager, newer)
@@ -167,7 +171,7 @@ def _restore(manager, state: TrainState, data: grain.IterDataset):
     newest = damaged[max(damaged)]
     reason = (str(newest).splitlines() or [type(newest).__name__])[0]
     raise UserError(
-        "Expected a whole one of this run, got damaged checkpoints in "
+        "Expected an intact checkpoint of this run, got damaged checkpoints in "
         f"{manager.directory} ({reason[:120]}). Remove that folder to start "
         "anew."
     ) from newest
@@ -175,25 +179,25 @@ def _restore(manager, state: TrainState, data: grain.IterDataset):
 
 
 def _is_damage(error: Exception) -> bool:
-  """Whether an error is the fault of the files, not of the disk or a user."""
+  """Returns whether an error means damaged files, not a disk or user error."""
   return not isinstance(error, UserError) and not any(
       word in str(error) for word in _NOT_DAMAGED)
 
 
 def _sums(state: TrainState, iterator: Any) -> dict[str, int]:
-  """A number of each array, and of the place in the stream on one host."""
+  """Returns a checksum per array and, on a single host, of the data stream."""
   names, leaves = zip(
       *jax.tree_util.tree_flatten_with_path(state)[0], strict=True)
   sums = map(int, jax.device_get(checksum_tree(leaves)))
   found = dict(zip(map(jax.tree_util.keystr, names), sums, strict=True))
   if jax.process_count() == 1:
-    place = json.dumps(iterator.get_state(), sort_keys=True, default=str)
-    found["data"] = zlib.crc32(place.encode())
+    position = json.dumps(iterator.get_state(), sort_keys=True, default=str)
+    found["data"] = zlib.crc32(position.encode())
   return found
 
 
 def _check_sums(manager, step: int, found: Mapping[str, int]) -> None:
-  """Raises ValueError where what was restored is not what was saved."""
+  """Raises ValueError if a restored array differs from its saved checksum."""
   if not (pathlib.Path(manager.directory) / str(step) / "sums").is_dir():
     return
   saved = manager.restore(
@@ -204,12 +208,12 @@ def _check_sums(manager, step: int, found: Mapping[str, int]) -> None:
 
 
 def _check_same_run(manager, step: int, state: TrainState) -> None:
-  """Raises UserError when a readable checkpoint has other arrays."""
+  """Raises UserError if a readable checkpoint has other arrays."""
   folder = pathlib.Path(manager.directory) / str(step) / "state"
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       saved = checkpointer.metadata(folder).item_metadata.tree
-  except (*_DAMAGED, AttributeError):  # restoring it will say so
+  except (*_DAMAGED, AttributeError):  # restoring it reports the damage
     return
   checkpoints.check_shapes(
       folder, saved, state,
@@ -217,7 +221,7 @@ def _check_same_run(manager, step: int, state: TrainState) -> None:
 
 
 def _set_aside(manager, step: int) -> None:
-  """Moves a damaged checkpoint out of the way and says where to."""
+  """Moves a damaged checkpoint out of the way and prints its new path."""
   folder = pathlib.Path(manager.directory)
   aside = folder.with_name("damaged") / f"{step}-{time.time_ns()}"
   _make_folder(aside.parent)
@@ -228,14 +232,14 @@ def _set_aside(manager, step: int) -> None:
 
 
 def _resume(manager, step: int, data: grain.IterDataset):
-  """The iterator after `step` batches."""
+  """Returns the iterator after `step` batches."""
   iterator, index = iter(data), jax.process_index()
   name = f"process_{index}-of-{jax.process_count()}.json"
   if (pathlib.Path(manager.directory) / str(step) / "data" / name).exists():
     manager.restore(step, args=ocp.args.Composite(
         data=grain.checkpoint.CheckpointRestore(iterator)))
     return iterator
-  for _ in range(step):  # other hosts saved it: their places are not this one's
+  for _ in range(step):  # saved by other hosts, whose positions differ
     next(iterator)
   return iterator
 
@@ -246,13 +250,13 @@ def _check_finite(values: Mapping[str, float], step: int, manager) -> None:
     _wait(manager)
     raise UserError(
         f"Expected a finite number, got {bad[0]}={values[bad[0]]} at step "
-        f"{step}. The last good checkpoint is step {manager.latest_step()}, "
-        "lower the learning rate and start again."
+        f"{step}. Lower the learning rate and start again from the last good "
+        f"checkpoint, step {manager.latest_step()}."
     )
 
 
 class _Log:
-  """The progress bar and TensorBoard's file; the first host's alone."""
+  """Progress bar and TensorBoard log of the first host."""
 
   def __init__(self, folder: pathlib.Path, start: int, steps: int):
     is_first = jax.process_index() == 0
@@ -265,19 +269,19 @@ class _Log:
         mininterval=1.0, disable=not is_first)
 
   def write(self, values: Mapping[str, float], step: int) -> None:
-    """Shows figures beside the bar and records them."""
+    """Shows figures beside the bar and logs them."""
     self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
     self._record(values, step)
 
-  def tell(self, values: Mapping[str, float], step: int) -> None:
-    """Prints figures as a line of their own and records them."""
+  def print(self, values: Mapping[str, float], step: int) -> None:
+    """Prints figures on a line of their own and logs them."""
     self._record(values, step)
     if self._writer:
       self.bar.write(f"step {step}: " + ", ".join(
           f"{k} {v:.4g}" for k, v in values.items()))
 
   def close(self) -> None:
-    """Ends the file."""
+    """Closes the TensorBoard log."""
     if self._writer:
       self._writer.close()
 

@@ -1,4 +1,4 @@
-"""Losses and figures of spatial heads against the frozen trunk."""
+"""Losses and acceptance of spatial heads against the frozen trunk."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from ssd_jax.models.spatial_heads import DIRECTIONS, SpatialHeads
 
 
 def smooth_l1(predicted: jax.Array, goal: jax.Array) -> jax.Array:
-  """float32 [...]: Huber loss with beta 1, mean over the last axis."""
+  """Returns the Huber loss, beta 1, averaged over the last axis, float32."""
   error = predicted.astype(jnp.float32) - goal.astype(jnp.float32)
   return jnp.mean(optax.losses.huber_loss(error, delta=1.0), axis=-1)
 
@@ -21,35 +21,44 @@ def smooth_l1(predicted: jax.Array, goal: jax.Array) -> jax.Array:
 def pairs(
     grid: Grid, direction: str, count: int, wrap: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(int32 [n, M], bool [n, M]): the token each token predicts, if it exists.
+  """Returns the grid position that each position predicts.
 
-  M tokens in raster order; end-of-row slots are no tokens, hence neither
-  sources nor targets.
+  The M positions are in raster order. End-of-row slots are no grid positions,
+  hence neither sources nor targets.
 
   Args:
-    grid: Of the tokens.
+    grid: Grid of the tokens.
     direction: "horizontal" or "vertical".
-    count: Offsets n.
-    wrap: Whether horizontal pairs run on into the next row.
+    count: Number of offsets n.
+    wrap: Whether horizontal pairs continue in the next row.
+
+  Returns:
+    (target of each offset and source, int32 [n, M]; whether it exists, bool
+    [n, M]).
   """
   offsets = np.arange(1, count + 1)[:, None]
-  cells = np.arange(grid.num_tokens)
+  positions = np.arange(grid.num_tokens)
   step = offsets if direction == "horizontal" else offsets * grid.cols
-  exists = cells + step < grid.num_tokens
+  exists = positions + step < grid.num_tokens
   if direction == "horizontal" and not wrap:
-    exists &= cells % grid.cols + offsets < grid.cols
-  return np.where(exists, cells + step, 0).astype(np.int32), exists
+    exists &= positions % grid.cols + offsets < grid.cols
+  return np.where(exists, positions + step, 0).astype(np.int32), exists
 
 
 def mean_where(values: jax.Array, valid_nM: np.ndarray) -> jax.Array:
-  """[n]: mean of [n, ..., M] over all but its first axis, where valid."""
+  """Returns the mean of the valid entries per offset, [n].
+
+  Args:
+    values: [n, ..., M].
+    valid_nM: bool [n, M].
+  """
   weight = valid_nM / np.maximum(valid_nM.sum(-1, keepdims=True), 1)
   weighted = jnp.einsum("n...m,nm->n...", values, weight)
   return jnp.mean(weighted.reshape(len(valid_nM), -1), axis=-1)
 
 
 def _aim(x: jax.Array, target_nM: np.ndarray) -> jax.Array:
-  """[n, S, M, ...]: of [S, M, ...], what each offset aims at."""
+  """Returns the entries of x, [S, M, ...], at the targets, [n, S, M, ...]."""
   return jnp.moveaxis(x[:, target_nM], 1, 0)
 
 
@@ -57,13 +66,13 @@ def head_losses(
     heads: SpatialHeads, params: Params, hidden_SND: jax.Array,
     tokens_SN: jax.Array,
 ) -> dict[str, jax.Array]:
-  """{direction: float32 [n]}: each head's loss over its valid sources.
+  """Returns each head's mean loss, {direction: float32 [n]}.
 
   Args:
     heads: The heads.
-    params: Of the frozen trunk and the heads.
-    hidden_SND: States that predict each slot.
-    tokens_SN: Tokens of each slot.
+    params: Parameters of the frozen trunk and the heads.
+    hidden_SND: [S, N, D], states that predict each slot.
+    tokens_SN: [S, N], token of each slot.
 
   Source: SSD, arXiv:2606.20543, equation 3.
   """
@@ -96,18 +105,19 @@ def head_acceptance(
     heads: SpatialHeads, params: Params, hidden_GSND: jax.Array,
     tokens_SN: jax.Array, sampling: Sampling,
 ) -> dict[str, dict[str, jax.Array]]:
-  """{direction: {"accept", "top1": float32 [n]}}: how often drafts would pass.
+  """Returns each head's acceptance, {direction: {figure: float32 [n]}}.
 
-  "accept" is the mean of sum_v min(p, q), the chance that a draft generated from
-  the head's q passes the test against the trunk's p; "top1" is the mean of p at
-  the likeliest token of q, the chance that this one is what would be generated.
+  "accept" is the mean of sum_v min(p, q), the probability that a draft sampled
+  from the head's q is accepted against the trunk's p. "top1" is the mean of p
+  at the likeliest token of q, the probability that the trunk samples it.
 
   Args:
     heads: The heads.
-    params: Of the trunk and the heads.
-    hidden_GSND: States that predict each slot, per guidance stream.
-    tokens_SN: Tokens of each slot.
-    sampling: Of p and q.
+    params: Parameters of the trunk and the heads.
+    hidden_GSND: [G, S, N, D], states that predict each slot, per guidance
+      stream.
+    tokens_SN: [S, N], token of each slot.
+    sampling: Settings of p and q.
   """
   slots = heads.generator.grid.slot_of.ravel()
   hidden, tokens_SM = hidden_GSND[:, :, slots], tokens_SN[:, slots]
@@ -132,7 +142,7 @@ def head_acceptance(
       }
 
     predicted = heads.predict(params, name, hidden, tokens)
-    # One offset at a time: distributions are the largest arrays here.
+    # One offset at a time, because distributions are the largest arrays here.
     by_offset = jax.lax.map(passes, (predicted, jnp.asarray(target_nM)))
     figures[name] = {k: mean_where(v, valid_nM) for k, v in by_offset.items()}
   return figures

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM lets the step end, saves, and exits with 0."""
+"""Preemption: after SIGTERM, a run ends its step, saves and exits with 0."""
 
 import itertools
 import signal
@@ -7,25 +7,25 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-_asked = itertools.count(1)  # over the whole job: every host asks as often
+_queries = itertools.count(1)  # over the job; equal on all hosts
 
 
 class Preemption:
-  """Whether this job was told to stop; a context manager around its steps.
+  """Context manager around a job's steps that notices a request to stop.
 
-  Where there are several hosts, JAX's own service hears the signal and agrees
-  with all of them on the question at which all are reported.
+  With several hosts, JAX's preemption service receives the signal and
+  synchronises the hosts, so that `is_due` is true in the same step on all.
   """
 
   def __init__(self):
-    self._told = threading.Event()
+    self._signalled = threading.Event()
     self._before = None
 
   def __enter__(self) -> "Preemption":
     is_main = threading.current_thread() is threading.main_thread()
     if jax.process_count() == 1 and is_main:
       self._before = signal.signal(
-          signal.SIGTERM, lambda number, frame: self._told.set())
+          signal.SIGTERM, lambda number, frame: self._signalled.set())
     return self
 
   def __exit__(self, *error) -> None:
@@ -33,7 +33,7 @@ class Preemption:
       signal.signal(signal.SIGTERM, self._before)
 
   def is_due(self) -> bool:
-    """Whether to save and stop now; asked once in every step, by all hosts."""
+    """Returns whether to save and stop now; all hosts call it once per step."""
     if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(next(_asked))
-    return self._told.is_set()
+      return multihost_utils.reached_preemption_sync_point(next(_queries))
+    return self._signalled.is_set()

@@ -1,4 +1,4 @@
-"""What a training run carries, and how it is updated."""
+"""The state of a training run and its update."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,14 +17,14 @@ Params = Any
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """The whole state of a run; what a checkpoint holds beside the data stream.
+  """The state of a run; checkpoints hold it and the data stream's position.
 
   Attributes:
-    step: int32 [], optimiser steps taken.
-    params: What is trained.
-    opt_state: Of the optimiser.
-    ema: Averaged params, or None.
-    extra: Anything else that a step updates (codebook statistics).
+    step: int32 [], optimizer steps so far.
+    params: Trained parameters.
+    opt_state: State of the optimizer.
+    ema: Moving average of the parameters, or None.
+    extra: Anything else that a step updates, such as codebook statistics.
   """
 
   step: jax.Array
@@ -38,20 +38,23 @@ class TrainState(flax.struct.PyTreeNode):
       cls, params: Params, optimizer: optax.GradientTransformation,
       cfg: OptimizerConfig, extra: Any = None,
   ) -> "TrainState":
-    """State before the first step."""
+    """Returns the state before the first step."""
     ema = jax.tree.map(jnp.copy, params) if cfg.ema else None
     return cls(jnp.int32(0), params, optimizer.init(params), ema, extra)
 
   @property
   def eval_params(self) -> Params:
-    """The params to evaluate and export."""
+    """The parameters to evaluate and export."""
     return self.params if self.ema is None else self.ema
 
 
 def make_optimizer(
     cfg: OptimizerConfig, loop: LoopConfig
 ) -> optax.GradientTransformation:
-  """Clipping and the chosen optimiser; weight decay touches matrices only."""
+  """Returns the configured optimizer with clipping.
+
+  Weight decay applies to matrices only.
+  """
   schedule = optax.warmup_cosine_decay_schedule(
       init_value=0.0,
       peak_value=cfg.learning_rate,
@@ -74,7 +77,7 @@ def make_optimizer(
 
 
 def _layer_matrices(params: Params) -> Any:
-  """Which axes of a trunk's stacked leaves span a matrix; None is AdamW's."""
+  """Returns the matrix axes of a trunk's stacked leaves; AdamW's have None."""
   def numbers(path, leaf):
     weight = weight_of(path_of(path), leaf.ndim)
     if weight is None or not weight.tiled or leaf.ndim == len(weight.axes):
@@ -91,13 +94,13 @@ def apply_gradients(
     state: TrainState, grads: Params,
     optimizer: optax.GradientTransformation, cfg: OptimizerConfig,
 ) -> TrainState:
-  """The state after one optimiser step."""
+  """Returns the state after one optimizer step."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   step = state.step + 1
   ema = state.ema
   if cfg.ema:
-    # The usual ramp: early averages forget the initialisation quickly.
+    # The usual ramp, so that early averages forget the initialisation quickly.
     decay = jnp.minimum(cfg.ema, (1.0 + step) / (10.0 + step))
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
   state = state.replace(
@@ -108,20 +111,21 @@ def apply_gradients(
 def mean_gradients(
     gradients: Callable[[Any], Any], batch: Any, parts: int
 ) -> Any:
-  """What `gradients(batch)` returns, averaged over parts of the batch, of which
-  only one is worked on at a time.
+  """Returns the mean of `gradients` over parts of the batch.
+
+  Only one part is in memory at a time.
 
   Args:
-    gradients: Of a batch, with figures that are means too.
-    batch: Arrays that lead with rows, or with all rows of several streams.
-    parts: That are run one after the other.
+    gradients: Returns gradients, and figures that are means too, of a batch.
+    batch: Arrays whose first axis holds rows, or the rows of several streams.
+    parts: Number of parts, run one after the other.
   """
   if parts == 1:
     return gradients(batch)
   rows = min(x.shape[0] for x in jax.tree.leaves(batch))
 
   def cut(x):
-    # Every parts-th row: devices keep theirs.
+    # A part takes every parts-th row, so that rows stay on their devices.
     x = x.reshape(-1, rows // parts, parts, *x.shape[1:])
     return jnp.moveaxis(x, 2, 0).reshape(parts, -1, *x.shape[3:])
 
@@ -136,10 +140,11 @@ def mean_gradients(
 
 @jax.jit
 def checksum_tree(leaves: Sequence[jax.Array]) -> list[jax.Array]:
-  """uint32 [] of each array, another one when a bit of it is.
+  """Returns a checksum of each array, uint32 [], which any changed bit changes.
 
-  Its words, each times an odd number of its place, modulo 2^32: exact in any
-  order, so that the same comes of any mesh.
+  The checksum is the sum modulo 2^32 of the array's words, each multiplied by
+  an odd number of its index. The sum is exact in any order, hence equal on any
+  mesh.
   """
   return [_checksum_leaf(x) for x in leaves]
 
@@ -150,9 +155,9 @@ def _checksum_leaf(x: jax.Array) -> jax.Array:
   if x.dtype == bool:
     x = x.astype(jnp.uint8)
   words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-  place = jnp.zeros(x.shape, jnp.uint32)
+  index = jnp.zeros(x.shape, jnp.uint32)
   for axis, size in enumerate(x.shape):
     at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    place = place * jnp.uint32(size) + at
+    index = index * jnp.uint32(size) + at
   return jnp.sum(
-      words.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+      words.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)

@@ -1,16 +1,18 @@
-"""Trains a VQ tokenizer: reconstruction, commitment, an averaged codebook.
+"""Trains a VQ tokenizer with a moving-average codebook.
 
 The codebook follows the encoder's outputs by exponential moving averages
 (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1). The first
-`continuous_steps` train a plain autoencoder; then the codes are set to random
-encoder outputs, and codes that fall out of use are set to others again. That
-keeps the whole codebook in use. Outputs are picked in proportion to the pixel
-error of their tokens: sampled evenly, a third of the codes would settle on
-blank background. And a code has a price, `rate` times its negative log
-frequency, so that of two codes which serve a token about equally the common one
-is taken (entropy-constrained quantisation: Chou, Lookabaugh and Gray 1989).
-Otherwise blank tokens get tokens that no caption predicts but that give away
-the image, and a trunk learns to read those instead of the caption.
+`continuous_steps` train a plain autoencoder. Then the codebook's entries are
+set to random encoder outputs, and entries that fall out of use are reset in the
+same way, which keeps the whole codebook in use. Outputs are sampled in
+proportion to the pixel error at their grid positions: sampled evenly, a third
+of the entries would settle on blank background.
+
+An entry has a price, `rate` times its negative log frequency, so that of two
+entries that fit a grid position about equally well the more frequent one is
+taken (entropy-constrained quantisation: Chou, Lookabaugh and Gray 1989).
+Otherwise blank positions get tokens that no caption predicts but that identify
+the image, and a trunk learns to read these tokens instead of the caption.
 """
 
 from collections.abc import Callable
@@ -33,23 +35,23 @@ from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-  """How the tokenizer is trained.
+  """Settings of tokenizer training.
 
   Attributes:
-    optimizer: Of encoder and decoder.
-    loop: Steps, batch, logging.
+    optimizer: Optimizer of the encoder and decoder.
+    loop: Steps, batch and logging.
     commitment: Weight of the commitment loss.
-    l1: Weight of the mean absolute error, beside the mean squared error.
-    decay: Of the codebook's moving averages.
-    restart_below: A code whose average count per step falls below this is set
+    l1: Weight of the mean absolute error, added to the mean squared error.
+    decay: Decay of the codebook's moving averages.
+    restart_below: Average count per step below which a codebook entry is set
       to a random encoder output.
-    rate: Price of a code per nat of its negative log frequency, in units of
-      squared distance; needs a tokenizer with prices.
-    continuous_steps: Steps before anything is quantised.
-    max_shift: Pixels by which an image is moved at random.
-    start_from: Folder of a tokenizer to start from; "" starts at random. A
-      codebook of another size is not taken over: then `continuous_steps` must
-      be 1 or more, so that a new one is set.
+    rate: Price of a codebook entry per nat of its negative log frequency, in
+      units of squared distance; needs a tokenizer with prices.
+    continuous_steps: Steps before quantisation starts.
+    max_shift: Most pixels by which an image is shifted at random.
+    start_from: Folder of a tokenizer to start from; "" starts from random
+      weights. A codebook of another size is not reused; `continuous_steps`
+      must then be 1 or more, so that a new one is set.
   """
 
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -70,7 +72,7 @@ class TokenizerConfig:
     check(self.restart_below > 0, "restart_below", self.restart_below, "> 0")
     check(0 <= self.decay < 1, "decay", self.decay, "in [0, 1)")
     check(self.loop.accumulate == 1, "accumulate", self.loop.accumulate,
-          "1: the codebook follows whole batches")
+          "1, because the codebook follows whole batches")
 
 
 @flax.struct.dataclass
@@ -78,8 +80,8 @@ class CodebookStats:
   """Moving averages behind the codebook.
 
   Attributes:
-    count: float32 [V], latents per step that chose the code.
-    total: float32 [V, Z], their sum.
+    count: float32 [V], latents per step quantised to each entry.
+    total: float32 [V, Z], sum of these latents.
   """
 
   count: jax.Array
@@ -90,7 +92,7 @@ def load_augmented(
     source, index: int, rng: np.random.Generator,
     max_shift: int,
 ) -> dict[str, np.ndarray]:
-  """An image in a random skin tone, mirrored and moved at random."""
+  """Returns a random variant of an image, mirrored and shifted at random."""
   image = source.variant(index, rng)["image"]
   if rng.random() < 0.5:
     image = image[:, ::-1]
@@ -103,12 +105,12 @@ def load_augmented(
 
 
 def to_float(image_BHWC: jax.Array) -> jax.Array:
-  """uint8 pixels -> [-1, 1]."""
+  """Returns uint8 pixels as float32 in [-1, 1]."""
   return image_BHWC.astype(jnp.float32) / 127.5 - 1.0
 
 
 def make_step(vq: VQ, cfg: TokenizerConfig, optimizer):
-  """The jitted training step."""
+  """Returns the jitted training step."""
 
   def loss_fn(params, image, continuous):
     z = vq.apply({"params": params}, image, method="encode")
@@ -160,16 +162,17 @@ def make_step(vq: VQ, cfg: TokenizerConfig, optimizer):
 
 
 def update_codebook(codes_VZ, stats: CodebookStats, batch, key, starts, cfg):
-  """The codebook and its averages after one batch.
+  """Returns the codebook and its averages after one batch.
 
-  Codes out of use, and all codes where `starts`, become latents of the batch,
-  picked by their tokens' pixel error and jittered so that no two are equal.
+  Unused entries, or all entries where `starts`, are set to latents of the
+  batch, sampled by the pixel error at their grid positions and jittered so that
+  no two are equal.
 
   Args:
-    codes_VZ: The codebook.
-    stats: Its averages.
+    codes_VZ: [V, Z], the codebook.
+    stats: Moving averages of the codebook.
     batch: (latents [B, R, C, Z], ids [B, R, C], pixel errors [B, R, C]).
-    key: Of the picks.
+    key: Random key of the samples.
     starts: bool [], whether this is the first quantised step.
     cfg: Decay and threshold.
   """
@@ -196,7 +199,11 @@ def reconstruct(
     vq: VQ, params, images: np.ndarray, batch: int = 16,
     on_batch: Callable[[int], None] = lambda count: None,
 ):
-  """(pixels [N, H, W, 3] in [-1, 1], ids [N, R, C]) of uint8 images."""
+  """Encodes and decodes uint8 images [N, H, W, 3].
+
+  Returns:
+    (pixels [N, H, W, 3] in [-1, 1], token ids [N, R, C]).
+  """
 
   @jax.jit
   def run(params, image):
@@ -215,14 +222,14 @@ def reconstruct(
 
 
 def psnr(pixels: np.ndarray, images: np.ndarray) -> np.ndarray:
-  """Per-image peak signal-to-noise ratio in dB of pixels rounded to uint8."""
+  """Returns the PSNR in dB per image, with pixels rounded to uint8."""
   shown = np.clip(np.round((pixels + 1) * 127.5), 0, 255)
   mse = np.mean((shown - images.astype(np.float32)) ** 2, axis=(1, 2, 3))
   return 10 * np.log10(255.0**2 / np.maximum(mse, 1e-10))
 
 
 def _start_from(cfg: TokenizerConfig, params):
-  """Parameters of another tokenizer, where they fit."""
+  """Returns `params` with those of `cfg.start_from` that fit."""
   known = checkpoints.cast(checkpoints.restore(cfg.start_from), jnp.float32)
   if known["codebook"].shape != params["codebook"].shape:
     check(cfg.continuous_steps > 0, "continuous_steps", cfg.continuous_steps,

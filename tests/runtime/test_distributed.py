@@ -80,7 +80,7 @@ def test_a_job_survives_the_death_of_a_host(tmp_path, alone, count):
 def test_all_hosts_stop_when_one_gets_sigterm_while_generating(tmp_path, alone):
   """Status 0 on both, whole files kept; the end is that of one process."""
   for status, said in finish(start(tmp_path, 2, "--draws", "--is_reported")):
-    assert status == 0 and "told to stop: files" in said, said
+    assert status == 0 and "stopped by SIGTERM: complete files" in said, said
   kept = len(list((tmp_path / "tokens").glob("*.npy")))
   assert kept < 3 and not (tmp_path / "drawn.npy").exists()
   for status, said in finish(start(tmp_path, 2, "--draws")):

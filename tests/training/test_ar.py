@@ -38,7 +38,7 @@ def test_codes_of_other_images_are_not_reused(
       codes = encode([1, 2], {"w": np.zeros(1)})
       assert codes.tokens[:, 0].tolist() == [1, 2]
       assert path.read_bytes() == whole and flipped != whole
-      assert capsys.readouterr().err.count("made again\n") == 1
+      assert capsys.readouterr().err.count("encoding it again\n") == 1
 
 
 def test_few_held_out_pictures_are_a_batch():

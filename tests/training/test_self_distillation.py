@@ -107,9 +107,9 @@ def test_a_killed_generation_loses_and_repeats_nothing(
   assert child.returncode == -signal.SIGKILL, child.stderr
   assert [f.name for f in tmp_path.glob("*.npy")] == [
       "tokens-00000-of-00003.npy"]
-  real, calls = self_distillation._draw_images, []
+  real, calls = self_distillation._generate_shard, []
   monkeypatch.setattr(
-      self_distillation, "_draw_images",
+      self_distillation, "_generate_shard",
       lambda *args: (calls.append(args[2][0]), real(*args))[1])
   again = self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
   np.testing.assert_array_equal(again.tokens, drawn.tokens)
