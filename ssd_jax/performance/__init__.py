@@ -1,1 +1,1 @@
-"""What decoding and training cost: estimated, compiled, measured."""
+"""Cost of decoding and training: estimated, compiled and measured."""

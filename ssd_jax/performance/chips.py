@@ -1,8 +1,8 @@
-"""What accelerators can do, and slices of them that need not be there.
+"""Figures of accelerators, and descriptions of slices that may be absent.
 
 Peak figures of TPUs are Google's; `link` is both directions of one axis of the
-torus, as rings use it. Prices are Google Cloud's lists for on-demand use in the
-US in 2025. What is not in the table is measured for a second.
+torus, as rings use it. Prices are Google Cloud's list prices for on-demand use
+in the US in 2025. Devices that are not in the table are measured for a second.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ class Chip:
   """One device.
 
   Attributes:
-    flops: bfloat16 operations a second.
-    bandwidth: Of its memory, bytes a second.
-    memory: Bytes.
-    link: To a neighbour, bytes a second.
-    dollars: An hour, or None.
+    flops: bfloat16 operations per second.
+    bandwidth: Memory bandwidth, bytes per second.
+    memory: Bytes of memory.
+    link: Bandwidth to a neighbour, bytes per second.
+    dollars: Price per hour, or None.
   """
 
   flops: float
@@ -37,7 +37,7 @@ class Chip:
   dollars: float | None = None
 
 
-# By the start of JAX's device_kind; the longest that fits counts.
+# Keyed by prefixes of JAX's device_kind; the longest match counts.
 _CHIPS = {
     "TPU v5 lite": Chip(197e12, 819e9, 15.75 * 2**30, 90e9, 1.20),
     "TPU v5": Chip(459e12, 2765e9, 95.74 * 2**30, 180e9, 4.20),
@@ -46,38 +46,38 @@ _CHIPS = {
     "NVIDIA H100": Chip(989e12, 3350e9, 80e9, 900e9),
     "NVIDIA H200": Chip(989e12, 4800e9, 141e9, 900e9),
 }
-HOP_SECONDS = 1e-6  # of a collective's step from device to device
+HOP_SECONDS = 1e-6  # latency of a collective's step from device to device
 
 
 def chip_of(device: Any) -> Chip:
-  """The figures of a device, of another kind measured."""
+  """Returns the figures of a device; measures kinds that are not listed."""
   fits = [kind for kind in _CHIPS if device.device_kind.startswith(kind)]
   return _CHIPS[max(fits, key=len)] if fits else _measured(device)
 
 
 def devices_of(topology: str) -> list[Any]:
-  """Devices of a slice such as "v5e:2x4"; "" is what is here.
+  """Returns the devices of a slice such as "v5e:2x4"; "" means local devices.
 
   Raises:
-    UserError: when the compiler for TPUs is missing or knows no such slice.
+    UserError: if the TPU compiler is missing or knows no such slice.
   """
   if not topology:
     return jax.devices()
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
-        f"Expected the compiler for TPUs, got --topology {topology} without "
+        f"Expected the TPU compiler, got --topology {topology} without "
         "libtpu. Run pip install 'ssd-jax[plan]'.")
-  # Shapes alone are handled here; libtpu only compiles, and would otherwise
-  # look for chips and ask Google Cloud what it runs on.
+  # Only shapes are handled here. libtpu only compiles; without these settings
+  # it would look for chips and query Google Cloud's metadata.
   jax.config.update("jax_platforms", "cpu")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.replace(":", "-"))
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used
   try:
     found = topologies.get_topology_desc(
         platform="tpu", topology_name=topology)
-  except Exception as error:  # jaxlib raises several kinds
+  except Exception as error:  # jaxlib raises several types
     reason = (str(error).splitlines() or [""])[0]
     raise UserError(
         "Expected KIND:SHAPE such as v5e:2x4, v5p:2x2x1 or v6e:4x4, got "
@@ -86,7 +86,7 @@ def devices_of(topology: str) -> list[Any]:
 
 
 def _measured(device: Any) -> Chip:
-  """A matrix product and a copy, each the best of a few."""
+  """Measures a matrix product and a copy, each as the best of a few runs."""
   side = 1024
   x = jax.device_put(jnp.ones((side, side)), device)
   long = jax.device_put(jnp.ones(2**25), device)

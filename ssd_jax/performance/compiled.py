@@ -1,5 +1,4 @@
-"""What a compiled program sends between devices, and what it moves about in
-memory, read from its text."""
+"""Collectives and memory moves of a compiled program, read from its text."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -33,10 +32,10 @@ class Collective:
   """Collectives of one kind in one run of a program.
 
   Attributes:
-    kind: Such as "all-reduce".
-    count: How often one is run.
-    bytes: Of the results on one device, together.
-    group: Devices that take part, at most.
+    kind: HLO operation, such as "all-reduce".
+    count: Number of executions.
+    bytes: Total bytes of the results on one device.
+    group: Largest number of participating devices.
   """
 
   kind: str
@@ -45,27 +44,27 @@ class Collective:
   group: int
 
   def seconds(self, link: float, hop: float) -> float:
-    """Of rings over one axis, one after the other.
+    """Returns the seconds of consecutive rings over one axis.
 
     Args:
-      link: Bytes a second.
-      hop: Seconds of a step.
+      link: Bandwidth to a neighbour, bytes per second.
+      hop: Seconds per step.
     """
     others = self.group - 1
     ways = {"all-reduce": 2 * others / self.group,
             "all-gather": others / self.group,
             "reduce-scatter": others}.get(self.kind, 1.0)
-    # Small ones go around both ways at once.
+    # Small collectives go around the ring in both directions at once.
     hops = math.ceil(others / 2) * (2 if self.kind == "all-reduce" else 1)
     return self.bytes * ways / link + self.count * hops * hop
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-  """The collectives of a compiled module, loops counted as often as they run.
+  """Returns the collectives of a compiled module, loop iterations included.
 
   Args:
     text: `compiled.as_text()`.
-    devices: That it was compiled for.
+    devices: Number of devices that the module was compiled for.
   """
   lines = _computations(text)
   runs = _runs(lines)
@@ -75,8 +74,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
       found, times = _OP.search(line), runs.get(name)
       if not found or not times:
         continue
-      # One that runs beside other work stands in every step of that work, under
-      # its channel; it is run as often as its rarest step.
+      # A collective that overlaps other work appears in every step of that work
+      # under one channel; it runs as often as its rarest step.
       channel = _CHANNEL.search(line)
       key = channel[1] if channel else line
       size = _bytes(found[1], is_start=bool(found[3]))
@@ -92,12 +91,12 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-  """An array that a loop writes again, in another place, order or type.
+  """An array that a loop rewrites to another location, layout or type.
 
   Attributes:
     kind: One of MOVES.
-    bytes: Of the result.
-    name: Of the instruction.
+    bytes: Size of the result.
+    name: Name of the instruction.
   """
 
   kind: str
@@ -106,11 +105,11 @@ class Move:
 
 
 def moves_in_loops(text: str, at_least: int) -> list[Move]:
-  """What is moved in each turn of any loop and has so many bytes.
+  """Returns the moves in each iteration of any loop that are large enough.
 
   Args:
     text: `compiled.as_text()`.
-    at_least: Bytes of a result that counts.
+    at_least: Smallest result that counts, in bytes.
   """
   lines, found = _computations(text), []
   for name in sorted(_inside_loops(lines)):
@@ -122,7 +121,7 @@ def moves_in_loops(text: str, at_least: int) -> list[Move]:
 
 
 def _inside_loops(lines: dict[str, list[str]]) -> set[str]:
-  """Computations that some loop runs; of fusions only what calls them."""
+  """Returns the computations that loops run; bodies of fusions are left out."""
   every = [line for body in lines.values() for line in body]
   open_ = [name for line in every for name in _BODY.findall(line)]
   inside: set[str] = set()
@@ -132,7 +131,7 @@ def _inside_loops(lines: dict[str, list[str]]) -> set[str]:
       continue
     inside.add(name)
     for line in lines[name]:
-      if " fusion(" in line:  # nothing in a fusion but its root is written
+      if " fusion(" in line:  # a fusion writes nothing but its root
         continue
       for several, one in _CALL.findall(line):
         open_ += (several or one).replace("%", "").replace(" ", "").split(",")
@@ -140,7 +139,7 @@ def _inside_loops(lines: dict[str, list[str]]) -> set[str]:
 
 
 def _move(lines: dict[str, list[str]], line: str) -> Move | None:
-  """The move that an instruction, or the root of its fusion, is."""
+  """Returns the move of an instruction or of its fusion's root, or None."""
   found = _INSTRUCTION.match(line)
   if found is None:
     return None
@@ -152,7 +151,7 @@ def _move(lines: dict[str, list[str]], line: str) -> Move | None:
 
 
 def _root_kind(body: Sequence[str]) -> str:
-  """The operation that a computation returns the result of."""
+  """Returns the operation whose result a computation returns."""
   known = {found[2]: found for found in map(_INSTRUCTION.match, body) if found}
   at = next((x for x in known.values() if x[1]), None)
   while at is not None and at[4] in ("bitcast", "reshape"):
@@ -177,7 +176,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _runs(lines: dict[str, list[str]]) -> dict[str, int]:
-  """How often each computation runs."""
+  """Returns how often each computation runs."""
   runs, open_ = {"ENTRY": 1}, ["ENTRY"]
   while open_:
     name = open_.pop()
@@ -193,10 +192,10 @@ def _runs(lines: dict[str, list[str]]) -> dict[str, int]:
 
 
 def _turns(line: str, lines: dict[str, list[str]]) -> int:
-  """How often what an instruction calls runs; 1 where only data tell.
+  """Returns how often an instruction's callee runs; 1 if it depends on data.
 
-  Programs for TPUs do not say it: there the condition of a loop is one counter
-  from 0 compared with one constant.
+  Programs for TPUs do not state trip counts; there the condition of a loop
+  compares one counter, which starts at 0, with one constant.
   """
   trips = _TRIPS.search(line)
   if trips or " while(" not in line:
@@ -213,7 +212,7 @@ def _bytes(shapes: str, is_start: bool) -> int:
       math.prod(int(n) for n in dims.split(",") if n) * _SIZES.get(
           kind, np.dtype("int8").itemsize if kind.endswith("8") else 4)
       for kind, dims in _SHAPE.findall(shapes)]
-  # An asynchronous one names operand and result.
+  # An asynchronous collective lists its operand and its result.
   return max(sizes, default=0) if is_start else sum(sizes)
 
 

@@ -1,10 +1,9 @@
-"""What generation will cost on devices that need not be there, before any
-weight.
+"""Cost of generation on devices that may be absent, without weights.
 
-Everything is abstract: parameters are shapes with places on a mesh, compiled
-ahead of time for the devices. One pass is counted twice, by hand and by XLA;
-the time per pass is the larger of its operations and its bytes over what the
-chip can do, and what its collectives take on top.
+Everything is abstract: parameters are shapes with shardings, compiled ahead of
+time for the devices. The operations and bytes of a pass are counted by hand and
+by XLA. The time per pass is the roofline's, the larger of compute and memory
+time, plus the time of the collectives.
 """
 
 from collections.abc import Sequence
@@ -44,13 +43,13 @@ _TEXT = "a watercolour of a lighthouse on a cliff at sunset, gulls in the wind"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-  """A family without weights.
+  """A network without weights.
 
   Attributes:
-    family: Its prompts, grid and sampling.
-    generator: The trunk, in the dtype it is used in.
-    model: With heads and drafter.
-    params: Shapes of all of them.
+    family: Prompts, grid and sampling settings.
+    generator: The trunk, in its inference dtype.
+    model: The network's functions, heads and drafter included.
+    params: Shapes of all parameters.
   """
 
   family: Family
@@ -60,9 +59,9 @@ class Network:
 
   @classmethod
   def of(cls, config: ml_collections.ConfigDict, dtype: Any) -> "Network":
-    """The network of a config of configs/NAME.py."""
+    """Returns the network of a config of configs/NAME.py."""
     settings, folder = {"config": config.to_dict()}, None
-    if config.family == "emoji":  # its words are the embedded model's
+    if config.family == "emoji":  # the embedded model has its vocabulary
       settings = read_json(model_folder.EMBEDDED / "model.json")
       folder = model_folder.EMBEDDED
     family = model_folder.FAMILIES[config.family](settings, folder)
@@ -77,7 +76,7 @@ class Network:
     return cls(family, generator, model, params)
 
   def prompt(self, batch: int, guided: bool) -> Prompt:
-    """The shapes of prompts of a sentence."""
+    """Returns the shapes of `batch` prompts of one sentence."""
     trunk = self.generator.cfg
     if not trunk.caption_dim:
       texts = [text_for(self.family)] * batch
@@ -94,9 +93,9 @@ class Plan:
   """Generation with one decoder on one mesh.
 
   Attributes:
-    network: What generates.
-    decoder: How.
-    mesh: On which devices.
+    network: The network.
+    decoder: Settings of the decoder.
+    mesh: Mesh of the devices.
     batch: Images generated together.
   """
 
@@ -107,18 +106,18 @@ class Plan:
 
   @functools.cached_property
   def settings(self) -> tuple[Sampling, bool]:
-    """(sampling, whether both streams are run), the family's own."""
+    """(sampling, whether two guidance streams run) of the family."""
     values = self.network.family.sampling
     return Sampling.make(**dict[str, Any](values)), values["guidance"] != 1.0
 
   @property
   def streams(self) -> int:
-    """Guidance streams G."""
+    """Number of guidance streams G."""
     return 1 + self.settings[1]
 
   @functools.cached_property
   def params(self) -> Params:
-    """Shapes with places; only the parts that the decoder reads."""
+    """Shapes and shardings of the parameters that the decoder reads."""
     kinds = {"trunk"} | {"ssd": {"heads"}, "stair": {"heads"},
                          "exact": {"heads"}, "mtp": {"heads"},
                          "eagle": {"drafter"}, "lantern": {"drafter"},
@@ -132,20 +131,20 @@ class Plan:
 
   @functools.cached_property
   def prompt(self) -> Prompt:
-    """Shapes of the prompts with places."""
+    """Shapes and shardings of the prompts."""
     prompt = self.network.prompt(self.batch, self.streams > 1)
     return abstract(prompt, rows_of(prompt, self.mesh))
 
   @functools.cached_property
   def slots(self) -> int:
-    """Slots of the cache."""
+    """Number of slots of the cache."""
     model = self.network.model
     return (self.prompt.tokens.shape[1] + model.grid.length
             + self.decoder.scratch(model))
 
   @functools.cached_property
   def queries(self) -> int:
-    """Q of the decoder's passes."""
+    """Number of queries Q in a pass of the decoder."""
     model, generator = self.network.model, self.network.generator
 
     def look(params, key):
@@ -160,21 +159,22 @@ class Plan:
     return found.tokens.shape[0]
 
   def compile_generation(self) -> Any:
-    """The whole program of a batch, compiled."""
+    """Returns the compiled program of a batch."""
     key = jax.eval_shape(jax.random.key, 0)
     index = jax.ShapeDtypeStruct((self.batch,), np.int32)
     sampling, key, index = everywhere(
         (self.settings[0], key, index), self.mesh)
     shapes = (self.params, self.prompt, sampling, key, index)
-    with jax.set_mesh(self.mesh):  # from here nothing may run
+    with jax.set_mesh(self.mesh):  # nothing may run here
       return engine.decode.lower(
           self.network.model, self.decoder, *shapes).compile()
 
   def compile_pass(self) -> tuple[Any, Any]:
-    """(a pass with a single layer, with none), compiled.
+    """Returns (pass with a single layer, pass without layers), compiled.
 
-    All layers are alike, and a loop over them would hide what one costs: XLA
-    counts its body once, and the whole cache for each slot that is written.
+    All layers are equal, and a loop over them would hide the cost of one: XLA
+    counts the loop body once, and the whole cache for each slot that is
+    written.
     """
     rows, generator = self.streams * self.batch, self.network.generator
     cfg = dataclasses.replace(generator.cfg, n_layers=1)
@@ -185,10 +185,10 @@ class Plan:
         trunk["layers"])}}
     params = abstract(params, sharding.shardings(params, self.mesh))
     shape = (1, rows, cfg.n_kv_heads, self.slots, cfg.head_dim)
-    place = NamedSharding(self.mesh, sharding.cache_spec(shape, self.mesh))
+    layout = NamedSharding(self.mesh, sharding.cache_spec(shape, self.mesh))
     cache = jax.eval_shape(
         lambda: KVCache(*[jnp.zeros(shape, generator.dtype)] * 2))
-    cache = abstract(cache, jax.tree.map(lambda _: place, cache))
+    cache = abstract(cache, jax.tree.map(lambda _: layout, cache))
     queries = self._queries(rows)
     sampling = everywhere(self.settings[0], self.mesh)
 
@@ -205,12 +205,12 @@ class Plan:
       return finish(params, model.embed(params, queries.tokens), sampling)
 
     shapes = (params, cache, self.prompt, queries, sampling)
-    with jax.set_mesh(self.mesh):  # from here nothing may run
+    with jax.set_mesh(self.mesh):  # nothing may run here
       return (jax.jit(one, donate_argnums=1).lower(*shapes).compile(),
               jax.jit(ends).lower(params, queries, sampling).compile())
 
   def _queries(self, rows: int) -> Queries:
-    """Shapes of a pass's queries with places."""
+    """Returns shapes and shardings of a pass's queries."""
     each = (rows, self.queries)
     length = self.slots - self.prompt.tokens.shape[1]
     ids = lambda: jnp.zeros(each, np.int32)
@@ -219,10 +219,10 @@ class Plan:
     return abstract(queries, rows_of(queries, self.mesh))
 
   def counts(self, queries: int) -> tuple[float, float]:
-    """(FLOPs, bytes) of a pass by hand, over all devices.
+    """Returns (FLOPs, bytes) of a pass over all devices, counted by hand.
 
-    Every weight and every slot of the cache is read once by each row of the
-    mesh that holds it; scores of attention are written and read once.
+    Each row shard of the mesh reads every weight once; every slot of the cache
+    is read once; attention scores are written and read once.
     """
     cfg = self.network.generator.cfg
     rows, size = self.streams * self.batch, self._size
@@ -235,7 +235,7 @@ class Plan:
       weights * size * sharding.num_row_shards(self.mesh) + 2 * kept * size
     )
     moved += 2 * 4 * attended * cfg.n_layers * cfg.n_heads
-    # Activations: in and out of attention and of the feed-forward part.
+    # Activations in and out of attention and of the feed-forward part.
     moved += fed * cfg.n_layers * size * (12 * cfg.d_model + 3 * cfg.d_ff)
     return flops, moved + 3 * 4 * fed * cfg.vocab_out
 
@@ -244,38 +244,38 @@ class Plan:
     return np.dtype(self.network.generator.dtype).itemsize
 
   def matrix_weights(self) -> int:
-    """Parameters that every query is multiplied with."""
+    """Returns the number of weights that multiply every query."""
     trunk = {k: v for k, v in self.params["trunk"].items()
              if k != "embedding" and not k.startswith("caption")}
     return count(trunk)
 
 
 def text_for(family: Family) -> str:
-  """A prompt that the family can generate."""
+  """Returns a prompt that the family can generate."""
   return "0" if family.config.get("classes") else _TEXT
 
 
 def abstract(tree: Any, places: Any) -> Any:
-  """Shapes of a tree, with their places."""
+  """Returns the shapes of a tree with the shardings `places`."""
   return jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(
           jnp.shape(x), x.dtype, sharding=place), tree, places)
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:
-  """Shapes of a tree that lies whole on every device."""
+  """Returns the shapes of a tree that is replicated on every device."""
   return abstract(tree, jax.tree.map(
       lambda x: NamedSharding(mesh, PartitionSpec()), tree))
 
 
 def rows_of(tree: Any, mesh: Mesh) -> Any:
-  """Places of arrays that lead with rows."""
+  """Returns the shardings of arrays whose first axis holds rows."""
   return jax.tree.map(lambda x: NamedSharding(
       mesh, sharding.rows_spec(x.shape[0], x.ndim, mesh)), tree)
 
 
 def count(tree: Any) -> int:
-  """Numbers in a tree of arrays."""
+  """Returns the number of elements in a tree of arrays."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
@@ -284,7 +284,7 @@ def _as_type(tree: Any, dtype: Any) -> Any:
 
 
 def memory_of(program: Any) -> int:
-  """Bytes that a program needs on one device, its arguments among them."""
+  """Returns the bytes that a program and its arguments need on one device."""
   plan = program.memory_analysis()
   return (plan.argument_size_in_bytes + plan.output_size_in_bytes
           + plan.temp_size_in_bytes - plan.alias_size_in_bytes)
@@ -293,13 +293,13 @@ def memory_of(program: Any) -> int:
 def xla_counts(
     one: Any, ends: Any, layers: int, devices: int
 ) -> tuple[float, float]:
-  """(FLOPs, bytes) of a pass by XLA, over all devices.
+  """Returns (FLOPs, bytes) of a pass over all devices, counted by XLA.
 
   Args:
-    one: A pass with one layer, compiled.
-    ends: With none.
-    layers: Of the trunk.
-    devices: That share the pass.
+    one: Compiled pass with one layer.
+    ends: Compiled pass without layers.
+    layers: Number of layers of the trunk.
+    devices: Number of devices that share the pass.
   """
   one, ends = (
       np.array([x.cost_analysis()[k] for k in ("flops", "bytes accessed")])
@@ -311,7 +311,7 @@ def xla_counts(
 def sent_by(
     one: Any, ends: Any, layers: int, devices: int
 ) -> list[compiled.Collective]:
-  """Collectives of a pass; the arguments are those of `xla_counts`."""
+  """Returns the collectives of a pass; takes the arguments of `xla_counts`."""
   read = lambda program: compiled.collectives(program.as_text(), devices)
   base = {x.kind: x for x in read(ends)}
   found = []
@@ -329,12 +329,12 @@ def parts(
   chip: chips.Chip,
   sent: Sequence[compiled.Collective],
 ) -> dict[str, float]:
-  """Seconds that the parts of a pass of so many queries take at least.
+  """Returns the least seconds of the parts of a pass.
 
   Args:
-    plan: Of the generation.
-    queries: Q.
-    chip: Each of the devices.
+    plan: The generation.
+    queries: Number of queries Q of the pass.
+    chip: Figures of each device.
     sent: Collectives of a pass of `plan.queries`; their bytes grow with Q.
   """
   devices = plan.mesh.size
@@ -353,13 +353,13 @@ def seconds(
   chip: chips.Chip,
   sent: Sequence[compiled.Collective],
 ) -> float:
-  """The least time of a pass; the arguments are those of `parts`."""
+  """Returns the least seconds of a pass; takes the arguments of `parts`."""
   took = parts(plan, queries, chip, sent)
   return max(took["compute"], took["memory"]) + took["collectives"]
 
 
 def out_of_memory(error: BaseException) -> int | None:
-  """Bytes that a program would have needed, of the compiler's complaint."""
+  """Returns the bytes that a program needs, read from the compiler's error."""
   units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
   found = re.search(
       r"(?:[Uu]sed |required for [\w ]*\()([\d.]+)([KMGT])", str(error))

@@ -1,4 +1,4 @@
-"""How many passes an image takes, where that does not depend on the image."""
+"""Pass counts of decoders whose passes do not depend on the image."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from ssd_jax.decoding.sampling import Sampling
 def of_rows(
     rounds: int, model: Model
 ) -> list[tuple[str, int, int]]:
-  """(decoder, passes, queries) of SSD's schedules with so many rounds.
+  """Returns (decoder, passes, queries) of SSD's schedules with `rounds`.
 
   Rows enter every `lag` passes, or in blocks that are corrected together.
   Source: SSD, arXiv:2606.20543, section 3.3.
@@ -36,14 +36,14 @@ def of_rows(
 
 
 def fixed_passes(decoder: Decoder, model: Model) -> int | None:
-  """Passes of an image where they do not depend on it, else None.
+  """Returns the passes of an image, or None if they depend on the image.
 
-  They are counted by generating one with a network that is next to nothing.
+  The passes are counted by generating an image with a tiny network.
   """
   if not decoder.has_fixed_passes:
     return None
   logits = lambda params, hidden: jnp.concatenate([hidden, -hidden], -1)
-  empty: Any = None  # of keys and values
+  empty: Any = None  # no keys and values
   feed = lambda tokens: jnp.sin(1.7 * tokens)[..., None]
   small = Model(
       model.grid, 2, lambda params, prompt, scratch: (

@@ -1,11 +1,12 @@
-"""Where the time of a pass goes, beside what the machine could do at best.
+"""Time of a pass by parts, compared with the machine's roofline.
 
 The parts of a pass are the engine's own functions, each compiled by itself and
-timed on the arrays of a pass in the middle of an image; the whole pass is that
-of the real loop. What it has beyond its parts is the loop's own. The roofline's
-bandwidth and arithmetic are measured in the same run. All of it runs on the
-devices that an image of so many queries is generated on: the cores of a CPU
-share the rows of a pass from some queries on (`sharding.cpu_mesh`).
+timed on the arrays of a pass in the middle of an image. The whole pass is
+measured in the real loop; its time beyond the parts is the loop's own. The
+roofline's bandwidth and arithmetic are measured in the same run. Everything
+runs on the devices that generation with the same number of queries uses: from
+some number of queries on, a CPU's cores share the rows of a pass
+(`sharding.cpu_mesh`).
 """
 
 from collections.abc import Callable
@@ -31,25 +32,25 @@ from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import sharding
 
 QUERIES = (1, 2, 4, 8, 16, 32, 64)
-_CALLS = 8  # of a part in the program that is timed
+_CALLS = 8  # calls of a part in the timed program
 PARTS = ("trunk", "head", "sampling", "acceptance", "drafting")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A pass of so many queries; seconds.
+  """Figures of a pass; times are in seconds.
 
   Attributes:
-    queries: Q.
-    devices: That share its rows.
-    parts: By the names of PARTS; attention is within the trunk. None for what
-      the model has not.
-    attention: All layers' products with the cache.
-    whole: A pass of the loop.
-    passes: Of the image that was generated for `whole`.
-    bytes: That must move: keys and values once, weights once by each device.
-    flops: Of it.
-    least: Seconds by the roofline.
+    queries: Number of queries Q.
+    devices: Number of devices that share the rows.
+    parts: Time of each of PARTS; the trunk includes attention. None for parts
+      that the model lacks.
+    attention: Time of all layers' products with the cache.
+    whole: Time of a pass of the loop.
+    passes: Passes of the image that was generated to measure `whole`.
+    bytes: Bytes that must move: keys and values once, weights once per device.
+    flops: Operations of the pass.
+    least: Time by the roofline.
   """
 
   queries: int
@@ -64,21 +65,21 @@ class Row:
 
   @property
   def rest(self) -> float:
-    """Of the loop, beyond the parts that a pass of SJD has."""
+    """Time of the loop beyond the parts that a pass of SJD has."""
     return self.whole - sum(
         self.parts[k] or 0.0 for k in PARTS if k != "drafting")
 
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-  """An image of the last row's decoder from text to pixels; seconds.
+  """Time of an image from text to pixels with the last row's decoder; seconds.
 
   Attributes:
-    prompt: Words to ids.
-    generation: The loop.
-    pixels: Codes to pixels.
-    rest: All else: Python, calls and copies.
-    passes: Of it.
+    prompt: Encoding of the prompt.
+    drawing: The decoding loop.
+    pixels: Decoding of tokens to pixels.
+    rest: Everything else: Python, calls and copies.
+    passes: Passes of the image.
   """
 
   prompt: float
@@ -89,28 +90,27 @@ class Host:
 
 
 def _timed(
-    function: Callable, args: tuple, place: int | None = None, carry: Any = None
+    function: Callable, args: tuple, index: int | None = None, carry: Any = None
 ) -> float:
-  """Seconds of one of several calls in a program.
+  """Returns the seconds of one of several dependent calls in a program.
 
-  Each waits for the one before it, so that what a call itself takes, of all the
-  arrays of a model, is not counted.
+  Each call waits for the previous one within one program, so that the overhead
+  of calling a program with all arrays of a model is not counted.
 
   Args:
-    function: Of what is carried and the arguments; returns (a result, what is
-      carried).
-    args: The same in every call.
-    place: Of a float argument that waits for the results of the call before;
-      None where what is carried does.
-    carry: Arrays that are given away and come back.
+    function: (carry, *args) -> (result, carry).
+    args: Arguments of every call.
+    index: Index of the float argument that depends on the previous call's
+      results; None if the carry does.
+    carry: Arrays that each call donates and returns.
   """
 
   def several(carry, *args):
     def once(_, before):
       carry, waited = before
       given = list(args)
-      if place is not None:
-        given[place] += (1e-30 * waited).astype(given[place].dtype)
+      if index is not None:
+        given[index] += (1e-30 * waited).astype(given[index].dtype)
       result, carry = function(carry, *given)
       every = [jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(result)]
       return carry, jnp.clip(sum(every), -1.0, 1.0)
@@ -127,12 +127,12 @@ def _timed(
 
 
 class Profiler:
-  """A model's passes on some devices.
+  """Measures a model's passes on some devices.
 
   Attributes:
     pipe: The model.
     batch: Images generated together.
-    mesh: Of the cores that share their rows; None for the mesh that is set.
+    mesh: Mesh of the cores that share rows; None uses the current mesh.
   """
 
   def __init__(
@@ -157,13 +157,15 @@ class Profiler:
 
   @property
   def devices(self) -> int:
-    """That share the rows of a pass."""
+    """Number of devices that share the rows of a pass."""
     return sharding.num_row_shards(self.mesh or sharding.current())
 
   @functools.cached_property
   def counts(self) -> tuple[int, int]:
-    """(bytes of weights by each device, and of keys and values; weights that
-    multiply queries)."""
+    """(bytes that a pass reads, weights that multiply queries).
+
+    The bytes are those of the weights, once per device, and of the cache.
+    """
     trunk = {k: v for k, v in self._params["trunk"].items()
              if k != "embedding" and not k.startswith("caption")}
     leaves = jax.tree.leaves(trunk)
@@ -173,13 +175,13 @@ class Profiler:
 
   @functools.cached_property
   def machine(self) -> Machine:
-    """What its devices can do together."""
+    """Measured figures of the devices together."""
     with self._on_devices():
       return roofline.measure_machine(
           self.counts[0], self.pipe.family.generator.dtype)
 
   def row(self, queries: int) -> Row:
-    """A pass of so many queries."""
+    """Measures a pass with the given number of queries."""
     makers = dict(
         trunk=self._trunk, head=self._head, sampling=self._sampling,
         acceptance=self._acceptance, drafting=self._drafting)
@@ -205,7 +207,7 @@ class Profiler:
     return self.pipe.family.generator.dtype
 
   def _queries(self, count: int) -> Queries:
-    """Slots in the middle of the image."""
+    """Returns queries at slots in the middle of the image."""
     grid = self.pipe.model.grid
     slots = jnp.arange(count) + max(0, (grid.length - count) // 2)
     one = Queries(
@@ -214,10 +216,10 @@ class Profiler:
     return sharding.shard_rows(
         jax.tree.map(lambda x: jnp.stack([x] * self._rows), one))
 
-  # What follows makes the arguments of `_timed`.
+  # The following functions return the arguments of `_timed`.
 
   def _trunk(self, count: int):
-    """The forward; the cache is given away as in the loop."""
+    """The forward pass; the cache is donated as in the loop."""
     def run(cache, params, prompt, queries):
       return self.pipe.model.forward(params, cache, prompt, queries)
 
@@ -225,7 +227,7 @@ class Profiler:
     return run, args, None, jax.tree.map(jnp.copy, self._cache)
 
   def _attention(self, count: int):
-    """Every layer's products with the cache, one after the other."""
+    """All layers' products with the cache, one after the other."""
     cfg, cache = self.pipe.family.generator.cfg, self._cache
     q = self._normal(self._rows, count, cfg.n_heads, cfg.head_dim)
     visible = jnp.ones((self._rows, count, cache.shape[3]), bool)
@@ -245,8 +247,7 @@ class Profiler:
     return run, (self._params, self._hidden(count)), 1
 
   def _hidden(self, count: int) -> jax.Array:
-    """[G, B, Q, D], with streams on devices of their own where these share
-    them."""
+    """Returns random states [G, B, Q, D], sharded like those of the loop."""
     return sharding.shard_rows(self._normal(
         self._streams, self.batch, count, self._hidden_width
     ).astype(self._dtype))
@@ -257,14 +258,14 @@ class Profiler:
     return generator.cfg.d_model * (1 + len(generator.taps))
 
   def _sample(self, logits, key, slots):
-    """The target of stacked streams' logits, and a sample for each slot."""
+    """Returns the target of the streams' logits and a sample for each slot."""
     p_BQV = sampling_lib.target(logits, self._settings)
 
-    def draw(p_QV, image):
+    def sample(p_QV, image):
       noise_QV = sampling_lib.token_noise(key, image, slots, p_QV.shape[-1])
       return sampling_lib.sample(p_QV, noise_QV)
 
-    return p_BQV, jax.vmap(draw)(p_BQV, jnp.arange(self.batch))
+    return p_BQV, jax.vmap(sample)(p_BQV, jnp.arange(self.batch))
 
   def _sampling(self, count: int):
     logits = sharding.shard_rows(self._normal(
@@ -273,21 +274,22 @@ class Profiler:
     return run, (logits, jax.random.key(0), jnp.arange(count)), 0
 
   def _acceptance(self, count: int):
-    """The test of each draft and the residual of the rejected ones."""
+    """The verification of each draft and the residual of rejected drafts."""
     shape = (self.batch, count, self.pipe.model.vocab)
     p, q = (jax.nn.softmax(self._normal(*shape, seed=i)) for i in (1, 2))
     tokens = jnp.zeros((self.batch, count), jnp.int32)
     drafts = Drafts(tokens, q, tokens > 0)
 
-    def test(p_QV, drafts, u_Q):
-      passed = acceptance.accept_exact(p_QV, drafts, u_Q)
-      return acceptance.count_prefix(passed), acceptance.residual(p_QV, drafts)
+    def verify(p_QV, drafts, u_Q):
+      accepted = acceptance.accept_exact(p_QV, drafts, u_Q)
+      return (acceptance.count_prefix(accepted),
+              acceptance.residual(p_QV, drafts))
 
-    run = lambda _, *args: (jax.vmap(test)(*args), None)
+    run = lambda _, *args: (jax.vmap(verify)(*args), None)
     return run, (p, drafts, jnp.full((self.batch, count), 0.5)), 0
 
   def _drafting(self, count: int):
-    """One token drafted by a spatial head for each query."""
+    """Drafting of one token per query with a spatial head."""
     model = self.pipe.model
     if not any(model.heads):
       return None
@@ -306,7 +308,7 @@ class Profiler:
     return jax.random.normal(jax.random.key(seed), shape)
 
   def _decoded(self, queries: int) -> Callable[[], engine.Decoded]:
-    """Draws a batch with a window of so many queries."""
+    """Returns a function that generates a batch with a window of `queries`."""
     args = (self._params, self._prompt, self._settings, jax.random.key(0),
             jnp.arange(self.batch))
     with self._on_devices():
@@ -316,31 +318,31 @@ class Profiler:
     return lambda: self._programs[queries](*args)
 
   def whole(self, queries: int) -> tuple[float, int]:
-    """(seconds of a pass of the loop, passes of what it generated)."""
+    """Returns (seconds per pass of the loop, passes of the generated batch)."""
     run = self._decoded(queries)
     seconds, passes = seconds_of(run, least=0.0), int(run().passes.max())
     return seconds / passes, passes
 
   def host(self, queries: int) -> Host:
-    """An image of a window of so many queries, part by part."""
+    """Measures the parts of an image with a window of `queries`."""
     pipe, decoder = self.pipe, SJD(window=queries)
     generate = lambda: pipe.generate(
         [self._text] * self.batch, decoder, batch=self.batch, **self._choices)
     passes = int(generate().passes.max())
     whole = min(generate().seconds for _ in range(5))
-    drawing = seconds_of(self._decoded(queries), least=0.0)
-    codes = jnp.zeros(
+    decoding = seconds_of(self._decoded(queries), least=0.0)
+    tokens = jnp.zeros(
         (self.batch, pipe.model.grid.rows, pipe.model.grid.cols), jnp.int32)
-    paint = jax.jit(pipe.family.decode)
-    pixels = seconds_of(lambda: paint(pipe.vq_params, codes))
+    decode_images = jax.jit(pipe.family.decode)
+    pixels = seconds_of(lambda: decode_images(pipe.vq_params, tokens))
     start = time.perf_counter()
     pipe.family.encode_prompts([self._text] * self.batch, self._streams > 1)
     prompt = time.perf_counter() - start
     return Host(
-        prompt, drawing, pixels, whole - drawing - pixels - prompt, passes)
+        prompt, decoding, pixels, whole - decoding - pixels - prompt, passes)
 
   def trace(self, folder: Any, queries: int) -> None:
-    """Writes what jax.profiler sees of one batch."""
+    """Writes jax.profiler's trace of one batch."""
     run = self._decoded(queries)
     jax.block_until_ready(run())
     with jax.profiler.trace(str(folder)):

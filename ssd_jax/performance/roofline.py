@@ -1,4 +1,4 @@
-"""What a machine reads and multiplies in a second, measured."""
+"""Measured memory bandwidth and arithmetic of a machine."""
 
 from collections.abc import Callable
 import dataclasses
@@ -10,17 +10,17 @@ import jax.numpy as jnp
 
 from ssd_jax.runtime import sharding
 
-_SIDE = 1024  # of the matrices whose product is timed
+_SIDE = 1024  # side of the matrices whose product is timed
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """What was measured beside the passes.
+  """Measured figures of a machine.
 
   Attributes:
-    bandwidth: Bytes a second of reading as many bytes as a pass must.
-    flops: Operations a second of a matrix product.
-    dispatch: Seconds of calling a program that does nothing.
+    bandwidth: Bytes per second when reading as many bytes as a pass does.
+    flops: Operations per second of a matrix product.
+    dispatch: Seconds of calling a trivial program.
   """
 
   bandwidth: float
@@ -31,7 +31,13 @@ class Machine:
 def seconds_of(
     function: Callable[[], Any], least: float = 0.2, most: int = 50
 ) -> float:
-  """The best of calls after the first, of which there are at least five."""
+  """Returns the least seconds of a call, of five or more after the first.
+
+  Args:
+    function: Function to call.
+    least: Total seconds of calls to reach.
+    most: Largest number of calls.
+  """
   jax.block_until_ready(function())
   times: list[float] = []
   while len(times) < 5 or (sum(times) < least and len(times) < most):
@@ -42,12 +48,12 @@ def seconds_of(
 
 
 def measure_machine(size: float, dtype: Any) -> Machine:
-  """Figures of the default device, or of all that share rows together.
+  """Measures the default device, or all devices that share rows together.
 
   Args:
-    size: Bytes that are read again and again, as a pass reads its weights:
-      small ones stay in a CPU's caches.
-    dtype: Of the matrices.
+    size: Bytes that are read repeatedly, as passes read weights; a small array
+      stays in a CPU's caches.
+    dtype: Type of the matrices.
   """
   rows = max(int(size) // (_SIDE * jnp.dtype(dtype).itemsize), 8)
   matrix, vector = jnp.ones((rows, _SIDE), dtype), jnp.ones(_SIDE, dtype)
@@ -58,7 +64,7 @@ def measure_machine(size: float, dtype: Any) -> Machine:
   total = jax.jit(lambda a: jnp.sum(a, axis=1, dtype=jnp.float32))
   nothing = jax.jit(lambda a: a + 1)
   dispatch = seconds_of(lambda: nothing(short))
-  # The best of two ways to read: neither is best on every device.
+  # The better of two ways to read, because neither is best on every device.
   reading = min(seconds_of(lambda: product(matrix, vector)),
                 seconds_of(lambda: total(matrix)))
   return Machine(

@@ -1,4 +1,4 @@
-"""What a step of train.mtp costs on devices that need not be there."""
+"""Cost of a step of train.mtp on devices that may be absent."""
 
 from collections.abc import Callable
 import dataclasses
@@ -22,13 +22,13 @@ from ssd_jax.runtime import sharding
 from ssd_jax.training import heads as heads_lib
 from ssd_jax.training.state import TrainState, make_optimizer
 
-_RESERVE = 0.95  # of memory that is planned with
+_RESERVE = 0.95  # share of the memory that may be used
 
 
 def compile_step(
     network: planning.Network, cfg: heads_lib.MTPConfig, mesh: Mesh
 ) -> Any:
-  """The step of `cfg.loop.batch` images, compiled."""
+  """Returns the compiled step of `cfg.loop.batch` images."""
   heads = SpatialHeads(
       network.generator, HeadsConfig.make(network.generator, cfg.heads))
   optimizer = make_optimizer(cfg.optimizer, cfg.loop)
@@ -49,7 +49,10 @@ def compile_step(
 
 
 def counts(network: planning.Network, cfg: heads_lib.MTPConfig) -> float:
-  """FLOPs of a step by hand: the frozen trunk forward, heads both ways."""
+  """Returns the FLOPs of a step, counted by hand.
+
+  The frozen trunk runs forward only, the heads forward and backward.
+  """
   trunk, grid = network.generator.cfg, network.model.grid
   slots = network.prompt(1, False).tokens.shape[1] + grid.length
   weights = planning.count({
@@ -64,7 +67,18 @@ def report(
     network: planning.Network, config: ml_collections.ConfigDict, mesh: Mesh,
     chip: chips.Chip, batch: int | None,
 ) -> dict:
-  """Everything about training, as the JSON has it."""
+  """Returns the training plan as JSON values.
+
+  Args:
+    network: The network.
+    config: Config of the command.
+    mesh: Mesh of the devices.
+    chip: Figures of each device.
+    batch: Images per step; None for the config's.
+
+  Raises:
+    UserError: if the batch does not divide over the mesh.
+  """
   cfg = from_config_dict(heads_lib.MTPConfig, config.mtp)
   batch = cfg.loop.batch if batch is None else batch
   check(batch >= 1, "batch", batch, ">= 1")
@@ -75,7 +89,7 @@ def report(
       network, with_batch(cfg, images), mesh))
   memory, most = largest(
       lambda images: compiled(images)[1], parts, _RESERVE * chip.memory)
-  # What does not fit at once is accumulated in parts that do.
+  # A batch that does not fit at once is accumulated over parts that fit.
   each = max((n for n in range(parts, batch + 1, parts)
               if batch % n == 0 and n <= most), default=0)
   fits = each > 0
@@ -105,13 +119,13 @@ def report(
 
 
 def with_batch(cfg: heads_lib.MTPConfig, batch: int) -> heads_lib.MTPConfig:
-  """The settings with another batch, run at once."""
+  """Returns the settings with another batch and without accumulation."""
   return dataclasses.replace(cfg, loop=dataclasses.replace(
       cfg.loop, batch=batch, accumulate=1))
 
 
 def _compiled(network, cfg, mesh: Mesh) -> tuple[Any, int]:
-  """(the step or None, bytes that it needs on a device)."""
+  """Returns (step, bytes per device); the step is None if it does not fit."""
   try:
     program = compile_step(network, cfg, mesh)
     return program, planning.memory_of(program)
@@ -125,16 +139,16 @@ def _compiled(network, cfg, mesh: Mesh) -> tuple[Any, int]:
 def largest(
     needed: Callable[[int], int], parts: int, room: float
 ) -> tuple[int, int]:
-  """(bytes on a device for the smallest batch, the largest batch that fits).
+  """Returns (bytes of the smallest batch, largest batch that fits).
 
-  Memory is nearly a line over the batch: two programs give it. Where its guess
-  is too much, the batches below are halved, and every other time the line
-  between the ends is followed, until they are within an eighth.
+  Memory is nearly linear in the batch, so two programs give a first guess. If
+  it does not fit, bisection and interpolation alternate below it until the
+  bounds are within an eighth of each other.
 
   Args:
-    needed: Bytes on a device for a batch, compiled once for each.
-    parts: Of which batches are multiples.
-    room: Bytes on a device.
+    needed: Returns the bytes per device of a batch; compiles once per batch.
+    parts: Batches are multiples of this number.
+    room: Bytes available per device.
   """
   one, two = needed(parts), needed(2 * parts)
   if one > room:

@@ -1,9 +1,9 @@
-"""Our decoders and `transformers` side by side, on one trunk of one weight.
+"""Comparison of our decoders with `transformers` on one trunk.
 
-The trunk is transformers' Llama with random weights; ours is made of its
-tensors. All generate greedily where tokens are compared, and each generates
-once before the next round begins, in an order that turns, so that a slow minute
-hits all alike.
+The trunk is transformers' Llama with random weights; ours is built from its
+tensors. All generate greedily where tokens are compared. In each round every
+contender generates once, in a rotating order, so that a slow minute affects all
+of them equally.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,18 +37,18 @@ _EXTRA = "parity"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """A trunk and what is generated with it.
+  """A trunk and the images that it generates.
 
   Attributes:
-    layers: L.
-    width: D; the feed-forward part is 8/3 as wide, as Llama's.
-    head_dim: H.
-    vocab: V, codes and rows of the input table.
-    tokens: Of an image, a square.
+    layers: Number of layers L.
+    width: Width D; the feed-forward part is 8/3 as wide, as Llama's.
+    head_dim: Width of a head H.
+    vocab: Size V of the token vocabulary and of the input table.
+    tokens: Tokens of an image, a square number.
     prompt: Tokens of the prompt.
     batch: Images generated together.
     dtype: "float32" or "bfloat16".
-    seed: Of weights, prompts and samples.
+    seed: Seed of weights, prompts and samples.
   """
 
   layers: int
@@ -72,7 +72,7 @@ class Setting:
 
   @property
   def trunk(self) -> TrunkConfig:
-    """Llama: no biases, as many key/value heads as heads, a head of its own."""
+    """Llama's shape: no biases, no grouped queries, a separate output head."""
     heads = self.width // self.head_dim
     hidden = -(-8 * self.width // 3 // 256) * 256
     return TrunkConfig(
@@ -81,25 +81,25 @@ class Setting:
 
   @functools.cached_property
   def grid(self) -> Grid:
-    """Its side squared is the number of tokens."""
+    """The square grid of the tokens."""
     side = math.isqrt(self.tokens)
     return Grid(side, side)
 
   @functools.cached_property
   def prompts(self) -> np.ndarray:
-    """int64 [B, P], random ids."""
+    """Random prompt ids, int64 [B, P]."""
     rng = np.random.default_rng(self.seed)
     return rng.integers(0, self.vocab, (self.batch, self.prompt))
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """One generation of a batch.
+  """One generated batch.
 
   Attributes:
-    seconds: Of all of it, the prompt's pass included.
-    passes: Forwards of the trunk.
-    tokens: int [B, N].
+    seconds: Total time, the prompt's pass included.
+    passes: Forward passes of the trunk.
+    tokens: int [B, N], generated tokens.
   """
 
   seconds: float
@@ -108,10 +108,10 @@ class Generation:
 
 
 class TransformersBaseline:
-  """transformers' Llama.
+  """Generation with transformers' Llama.
 
   Attributes:
-    model: It.
+    model: The Llama model.
   """
 
   def __init__(self, setting: Setting):
@@ -136,16 +136,16 @@ class TransformersBaseline:
     self._ids = self._torch.tensor(setting.prompts, device=device)
 
   def compile(self) -> str | None:
-    """Generates with the compiled forward; why it cannot be compiled, or None."""
+    """Generates with the compiled forward pass; returns the error, or None."""
     try:
       self.generate(True)
-    except RuntimeError as error:  # what all of torch.compile's errors are
+    except RuntimeError as error:  # the base of all torch.compile errors
       lines = str(error).strip().splitlines() or [type(error).__name__]
-      return lines[0][:100].replace("|", "/")  # it stands in a table
+      return lines[0][:100].replace("|", "/")  # shown in a table
     return None
 
   def generate(self, is_compiled: bool) -> Generation:
-    """A batch, greedily, with a static cache."""
+    """Generates a batch greedily, with a static cache."""
     self.model.forward = self._compiled if is_compiled else self._forward
     start = time.perf_counter()
     found = self.model.generate(
@@ -162,11 +162,11 @@ class TransformersBaseline:
 
 
 class OurDecoders:
-  """The same trunk here.
+  """Generation with our decoders on the same trunk.
 
   Attributes:
-    model: Its functions.
-    params: Theirs.
+    model: Functions of the trunk.
+    params: Parameters of the trunk.
   """
 
   def __init__(self, setting: Setting, theirs: TransformersBaseline):
@@ -183,7 +183,7 @@ class OurDecoders:
         jnp.broadcast_to(jnp.arange(slots), (setting.batch, slots)))
 
   def generate(self, decoder: Decoder, temperature: float) -> Generation:
-    """A batch; greedily at temperature 0."""
+    """Generates a batch; greedily at temperature 0."""
     start = time.perf_counter()
     found = engine.decode(
         self.model, decoder, self.params, self._prompt,
@@ -194,7 +194,7 @@ class OurDecoders:
     return Generation(seconds, int(found.passes.max()), tokens)
 
   def queries(self, decoder: Decoder) -> int:
-    """Slots that a pass of the decoder feeds."""
+    """Returns the number of slots that a pass of the decoder feeds."""
     counts = []
 
     def forward(params, cache, prompt, queries):
@@ -210,7 +210,7 @@ class OurDecoders:
 
 
 def read_llama(cfg: TrunkConfig, tensors: dict[str, Any]) -> Params:
-  """{"trunk": ...} of a Llama's torch tensors, in their dtype."""
+  """Returns {"trunk": ...} from a Llama's torch tensors, in their dtype."""
   size = (cfg.vocab_in, cfg.d_model)
   rows = [recipes.table_rows("model.embed_tokens.weight", *size),
           *recipes.llama_layers(cfg, "model."),
@@ -223,8 +223,8 @@ def read_llama(cfg: TrunkConfig, tensors: dict[str, Any]) -> Params:
   params: Params = {}
   for target, arrays in parts.items():
     *folders, name = target.split("/")
-    place = functools.reduce(lambda d, k: d.setdefault(k, {}), folders, params)
-    place[name] = jnp.asarray(
+    parent = functools.reduce(lambda d, k: d.setdefault(k, {}), folders, params)
+    parent[name] = jnp.asarray(
         np.stack(arrays) if target in stacked else arrays[0])
   return params
 
@@ -239,12 +239,12 @@ def _numpy(tensor: Any) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-  """Who generates.
+  """A decoder or baseline in the comparison.
 
   Attributes:
-    label: In the table.
-    generate: A batch.
-    queries: Slots of a pass.
+    label: Label in the table.
+    generate: Generates a batch.
+    queries: Slots that a pass feeds.
   """
 
   label: str
@@ -256,14 +256,22 @@ def race(
     contenders: Sequence[Contender], rounds: int,
     on_step: Callable[[str], None] = lambda label: None,
 ) -> list[list[Generation]]:
-  """What each generated in each round; a generation before them is not counted."""
+  """Returns the generations of each contender, one per round.
+
+  Each contender generates once before the first round, which is not counted.
+
+  Args:
+    contenders: Decoders and baselines.
+    rounds: Number of rounds.
+    on_step: Called with a contender's label before it generates.
+  """
   check(rounds >= 1, "rounds", rounds, ">= 1")
   found: list[list[Generation]] = [[] for _ in contenders]
   for turn in range(-1, rounds):
-    for place in range(len(contenders)):
-      index = (place + turn) % len(contenders)
+    for offset in range(len(contenders)):
+      index = (offset + turn) % len(contenders)
       on_step(contenders[index].label)
-      drawn = contenders[index].generate()
+      generation = contenders[index].generate()
       if turn >= 0:
-        found[index].append(drawn)
+        found[index].append(generation)
   return found

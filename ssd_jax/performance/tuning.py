@@ -1,8 +1,8 @@
-"""Which settings of decoders suit the devices at hand, found by running them.
+"""Search for the decoder settings that are fastest on the available devices.
 
-How many queries a pass should feed, on how many rows it should work and how
-wide a window should be depends on what a pass of so many queries costs here and
-on how many drafts the model accepts. A run measures both.
+The best number of queries per pass, of rows and of window tokens depends on the
+cost of a pass on these devices and on how many drafts the model accepts. A run
+measures both.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ _ROUNDS = (1, 2)
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """What a decoder took.
+  """Passes and time of a decoder.
 
   Attributes:
     decoder: NAME or NAME:key=value+key=value.
-    lossless: Whether it generates by AR's distribution on this grid.
-    queries: Of a pass.
-    passes: Of an image, mean.
-    seconds: Of an image, median over the calls.
-    ratio: AR's seconds over these, median over the calls.
+    lossless: Whether the decoder is lossless on this grid.
+    queries: Queries of a pass.
+    passes: Mean passes of an image.
+    seconds: Seconds per image, median over the calls.
+    ratio: AR's seconds over the decoder's, median over the calls.
   """
 
   decoder: str
@@ -40,11 +40,12 @@ class Measurement:
 
 
 def candidates(model: Model, is_trained: bool = True) -> list[str]:
-  """AR and the decoders that are worth a trial, by their texts.
+  """Returns the specs of AR and the decoders that are worth a trial.
 
   Args:
-    model: That generates.
-    is_trained: Else only those whose passes do not depend on the drafts.
+    model: The model.
+    is_trained: Whether drafts are meaningful; otherwise only decoders whose
+      passes do not depend on the drafts are returned.
   """
   grid, heads = model.grid, all(model.heads)
   windows = [w for w in _WINDOWS if w < grid.cols]
@@ -66,14 +67,17 @@ def run(
     pipe: Pipeline, names: Sequence[str], texts: Sequence[str], batch: int,
     on_ready: Callable[[str], None] = lambda name: None,
 ) -> list[Measurement]:
-  """Generates the texts with each decoder in turn; the fastest comes first.
+  """Generates the prompts with each decoder in turn.
 
   Args:
     pipe: The model.
-    names: Texts of decoders; the first is AR.
-    texts: Prompts; whole batches of them.
+    names: Specs of the decoders; the first is AR.
+    texts: Prompts; a multiple of `batch`.
     batch: Images generated together.
     on_ready: Called with each decoder once it is compiled.
+
+  Returns:
+    Measurements, the fastest decoder first.
   """
   for name in names:
     pipe.generate(texts[:batch], name, batch=batch)
