@@ -233,7 +233,7 @@ def test_a_write_that_fails_is_one_line(source, tmp_path):
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
   try:
-    with pytest.raises(UserError, match="free space") as error:
+    with pytest.raises(UserError, match="Expected a disk") as error:
       run(source, tmp_path / "out")
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

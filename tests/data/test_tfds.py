@@ -88,8 +88,8 @@ def test_tfds_items(tmp_path):
 @pytest.mark.parametrize("options, match", [
     ({"name": "cats"}, "got cats.*tfds build cats --file_format=array_record"),
     ({"split": "test"}, "'test'.*train"),
-    ({"image_key": "picture"}, "image_key=picture.*'captions', 'image'"),
-    ({"caption_key": "text"}, "caption_key=text.*'captions', 'image'"),
+    ({"image_key": "picture"}, "'captions', 'image'.*image_key=picture"),
+    ({"caption_key": "text"}, "'captions', 'image'.*caption_key=text"),
 ])
 def test_tfds_errors(tmp_path, options, match):
   """What a dataset lacks is one line that says what it has."""

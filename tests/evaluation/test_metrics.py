@@ -121,7 +121,7 @@ def _computed(monkeypatch):
     return images.astype(np.float32)
 
   monkeypatch.setattr(metrics, "emoji_images", lambda: np.eye(3, dtype="u1"))
-  monkeypatch.setattr(metrics.features, "image_features", image_features)
+  monkeypatch.setattr(metrics.efficientnet, "image_features", image_features)
   return calls
 
 

@@ -67,11 +67,11 @@ def test_choices_of_a_made_model():
 
 
 @pytest.mark.parametrize("given,said", [
-    (dict(name=3), "Expected the name of a folder.*, got name=3"),
-    (dict(name=None), "Expected the name.*, got name=None"),
-    (dict(heads=3), "Expected the name.*, got heads=3"),
-    (dict(choices=3), "Expected a dict.*, got choices=3"),
-    (dict(choices={"colour": 3}), "Expected only sampling.* colour"),
+    (dict(name=3), "Expected name to be the name of a folder.*, got name=3"),
+    (dict(name=None), "Expected name to be the name.*, got name=None"),
+    (dict(heads=3), "Expected heads to be the name.*, got heads=3"),
+    (dict(choices=3), "Expected choices to be a dict.*, got choices=3"),
+    (dict(choices={"colour": 3}), "Expected only sampling.*colour"),
     (dict(choices={"sampling.colour": 3}), "top_p, got 'colour' in sampling"),
     (dict(choices={"sampling": 3}), "top_p, got 3 in sampling"),
 ])

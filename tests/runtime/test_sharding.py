@@ -91,13 +91,13 @@ def test_optimiser_states_lie_with_their_parameters(found):
 def test_a_shape_that_does_not_divide_says_what_would(found):
   """One line: which dimension, and the next smaller size that fits."""
   assert "to divide 4" in found["error"] and "attn/" in found["error"]
-  assert "use tensor=4" in found["error"]
+  assert "Use tensor=4" in found["error"]
 
 
 @pytest.mark.parametrize("text", ["batch=2", "tensor", "data=0", "tensor=9999"])
 def test_bad_meshes_end_in_one_line(text):
   """Unknown axes, sizes that are none, more devices than there are."""
-  with pytest.raises(UserError, match="got .*mesh.*expected"):
+  with pytest.raises(UserError, match="Expected .*got .*mesh"):
     sharding.make_mesh(text)
 
 
