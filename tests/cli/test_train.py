@@ -111,6 +111,7 @@ def test_convert_train_generate(capsys, model, tmp_path, monkeypatch):
     assert json.loads(out.splitlines()[-1])["passes"][0] <= 16
 
 
+@pytest.mark.slow
 def test_a_configs_sampling_reaches_the_images(capsys, model, tmp_path):
   """The file's settings and model are used; flags go before them."""
   config = write_config(

@@ -105,6 +105,7 @@ def test_one_trace_per_configuration(pipe):
                   jax.random.key(seed), jnp.arange(1))
 
 
+@pytest.mark.slow
 def test_ar_follows_the_exact_joint_distribution():
   """Chi-square of 20,000 generates against all 81 images of a 2x2 grid.
 

@@ -68,6 +68,7 @@ def test_traits_are_known_without_running():
   assert traits(ZipAR(2)).is_lossless is False
 
 
+@pytest.mark.slow
 def test_runs_are_what_generate_returns(tmp_path):
   """Batches, the last one not full, join to one call's images."""
   pipe, job = tiny(), Job(PROMPTS, num_images=1, batch=2)

@@ -41,6 +41,7 @@ def test_layers_apart_generate_what_stacked_layers_do(guidance, decoder):
   np.testing.assert_array_equal(*drawn)
 
 
+@pytest.mark.slow
 def test_a_stream_takes_caches_apart():
   """Images take places, and prompts grow, in each layer's cache."""
   pipe = testing.tiny(7, 3, 3, guidance=3.0)

@@ -11,7 +11,6 @@ from ssd_jax.decoding import engine, registry
 from ssd_jax.performance import compiled
 from tests.support import testkit as kit
 
-pytestmark = pytest.mark.as_users_compile
 _TURNS = ("copy", "transpose", "convert")
 TEXT = """HloModule m
 %turn (p.1: f32[2,8]) -> f32[8,2] {
@@ -74,7 +73,8 @@ def _moves(pipe, model, decoder):
   return compiled.moves_in_loops(text, layer), layer, whole
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize("decoder", ["ar", "exact"])
 def test_no_pass_copies_the_cache(decoder):
   """No layer's keys are copied, turned or converted; never all are sliced."""
@@ -84,6 +84,7 @@ def test_no_pass_copies_the_cache(decoder):
 
 
 @pytest.mark.slow
+@pytest.mark.as_users_compile
 def test_a_cache_turned_around_in_each_pass_is_found():
   """The test above would fail if slots stood last in the cache."""
   pipe = kit.tiny(8, 8, heads=(0, 0), guidance=2.0)

@@ -18,6 +18,7 @@ def pipe():
   return testing.tiny(vocab=3, rows=3, cols=3, guidance=2.0)
 
 
+@pytest.mark.slow
 def test_everything_is_written(pipe, tmp_path, capsys):
   """Figures, a table with a line per number of queries, a plot, a trace."""
   profile.profile(pipe, "ab", 1, tmp_path, queries=(4,))

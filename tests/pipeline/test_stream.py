@@ -24,7 +24,7 @@ def assert_same(pictures, output):
     np.testing.assert_array_equal([getattr(p, name) for p in pictures], of_all)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("decoder, end_of_row", [
     ("ar", False), ("ar", True), ("sjd:window=3", True), ("exact", False),
     ("stair", True)])

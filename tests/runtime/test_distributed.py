@@ -61,6 +61,7 @@ def alone(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_job_survives_the_death_of_a_host(tmp_path, alone, count):

@@ -32,6 +32,7 @@ def found():
   return on_eight_devices()
 
 
+@pytest.mark.slow
 def test_any_mesh_generates_the_same_tokens(found):
   """AR and a decoder of many queries, float32, token for token."""
   for same in found["tokens"].values():
@@ -45,6 +46,7 @@ def test_any_mesh_generates_the_same_tokens_as_users_compile():
     assert same == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_pass_sends_what_it_must(found):
   """Two sums a layer, however rows are shared; embeddings and logits once."""
   totals, _ = found["sent"]["tensor=4"]
@@ -55,6 +57,7 @@ def test_a_pass_sends_what_it_must(found):
     assert within == ["all-reduce"] * 2 * programs
 
 
+@pytest.mark.slow
 def test_cores_share_the_streams_of_an_image(found):
   """Unasked, two devices of a CPU generate what one generates, where a pass has
   enough
@@ -65,6 +68,7 @@ def test_cores_share_the_streams_of_an_image(found):
   assert found["cores"]["places"] == 1
 
 
+@pytest.mark.slow
 def test_streams_apart_send_their_logits_alone(found):
   """One gathering of logits in the prefill, one in a pass, one where heads
   draft: what the streams share is computed by both."""
@@ -72,6 +76,7 @@ def test_streams_apart_send_their_logits_alone(found):
   assert kinds == {"all-gather"}
 
 
+@pytest.mark.slow
 def test_a_training_step_is_that_of_one_device(found):
   """Two steps of Muon and AdamW on every mesh, and in accumulated parts; two
   of heads and of a drafter."""
@@ -79,6 +84,7 @@ def test_a_training_step_is_that_of_one_device(found):
   assert found["accumulated"] < 2e-5
 
 
+@pytest.mark.slow
 def test_optimiser_states_lie_with_their_parameters(found):
   """Moments and averages are cut as the weights are, and both are cut."""
   places = found["places"]
@@ -88,6 +94,7 @@ def test_optimiser_states_lie_with_their_parameters(found):
   assert sum(name.endswith("attn/q") for name in places) >= 3
 
 
+@pytest.mark.slow
 def test_a_shape_that_does_not_divide_says_what_would(found):
   """One line: which dimension, and the next smaller size that fits."""
   assert "to divide 4" in found["error"] and "attn/" in found["error"]

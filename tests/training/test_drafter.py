@@ -32,6 +32,7 @@ def test_softening_spreads_over_alike_slots_alone():
       [[[0.75, 0.25, 0], [0.25, 0.75, 0], [0, 0, 1.0]]], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_learns_to_draft_and_resumes(tmp_path):
   """Better drafts after a few steps; a second run continues the first."""
   pipe = testing.tiny(2, 2, 2, heads=(0, 0), guidance=2.0)

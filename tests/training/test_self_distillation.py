@@ -94,6 +94,7 @@ def draw_until_killed(folder):
   )
 
 
+@pytest.mark.slow
 def test_a_killed_generation_loses_and_repeats_nothing(
     teacher, drawn, tmp_path, monkeypatch
 ):

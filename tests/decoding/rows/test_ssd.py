@@ -66,6 +66,7 @@ def check_count(grid, decoder, published):
   kit.assert_well_recorded(out)
 
 
+@pytest.mark.slow
 def test_a_trunk_changes_no_count():
   """The same count with attention, guidance and forced tokens."""
   pipe = kit.tiny(rows=6, cols=7, end_of_row=True, guidance=2.0)
@@ -92,7 +93,7 @@ def test_heads_run_only_when_they_are_due():
   assert collections.Counter(asked) == {k: 2 * n for k, n in groups.items()}
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("end_of_row, vertical", [(False, 1), (True, 2)])
 def test_heads_read_the_state_and_the_token_they_start_from(
     end_of_row, vertical
@@ -153,7 +154,7 @@ def test_images_do_not_depend_on_the_batch(decoder):
   kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), decoder)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("grid, decoder", [
     (dict(rows=1, cols=4), SSD(horizontal=1)),
     (dict(rows=4, cols=1, end_of_row=True), SSD(rounds=1)),
