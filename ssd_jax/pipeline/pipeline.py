@@ -113,14 +113,11 @@ class Pipeline:
         mesh = clock.compile(
             self.programs.mesh_for, decoder, prompt, settings, batch)
       listener = self.programs.listener if on_pass else None
-      with sharding.use_mesh(mesh):
-        args = (self.programs.params_for(decoder, mesh),
-                sharding.shard_rows(prompt), settings, jax.random.key(seed),
-                index_I[start:start + batch])
-        run = clock.compile(self.programs.compile, engine.decode, decoder,
-                            *args, trace=trace, on_pass=listener)
-        with self.programs.listener.forward_to(on_pass, len(part)):
-          decoded = sharding.fetch(jax.block_until_ready(run(*args)))
+      with self.programs.listener.forward_to(on_pass, len(part)):
+        decoded = self._decode(
+            mesh, clock, decoder, sharding.shard_rows(prompt, mesh), settings,
+            jax.random.key(seed), index_I[start:start + batch], trace=trace,
+            on_pass=listener)
       images = self._decode_images(decoded.tokens, clock)
       chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,
                decoded.history)
@@ -134,6 +131,20 @@ class Pipeline:
     return Output(
         images, tokens, passes, commit_pass, tuple(texts), history,
         tuple(notes), clock.compiling, clock.rest(), index_I[:len(texts)])
+
+  def _decode(
+      self, mesh: jax.sharding.Mesh | None, clock: Clock, decoder: Decoder,
+      *args: Any, **static: Any,
+  ) -> Any:
+    """Returns what `engine.decode` does, as numpy arrays.
+
+    `mesh` is of CPU devices; with None, the mesh that the user has set is used.
+    """
+    with sharding.use_mesh(mesh):
+      args = (self.programs.params_for(decoder, mesh), *args)
+      run = clock.compile(
+          self.programs.compile, engine.decode, decoder, *args, **static)
+      return sharding.fetch(jax.block_until_ready(run(*args)))
 
   def stream(
       self,
