@@ -10,7 +10,7 @@ from PIL import Image, PngImagePlugin
 from ssd_jax.core.outputs import Picture
 from ssd_jax.visualization.contact_sheets import captioned, save_picture
 
-_SHEET_IMAGES = 64  # at most
+_SHEET_IMAGES = 64  # most images of the contact sheet
 
 
 class Album:
@@ -46,7 +46,7 @@ class Album:
     """Writes the contact sheet of the first images, if there are several."""
     sheet = self._folder / "contact_sheet.png"
     if len(self._written) == 1:
-      sheet.unlink(missing_ok=True)  # of an earlier run
+      sheet.unlink(missing_ok=True)  # from an earlier run
       return
     self.sheet = sheet
     if jax.process_index() == 0:

@@ -1,6 +1,6 @@
-"""Images of decoding: when each token became final, and the grid filling.
+"""Pictures of decoding: animations, heat maps of passes, and the Pareto plot.
 
-Everything is generated with Pillow; only the Pareto plot needs matplotlib.
+Pillow draws everything but the Pareto plot, which needs matplotlib.
 
 T frames; R rows and C columns of the grid; H, W pixels.
 """
@@ -21,27 +21,27 @@ from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.storage.files import replacing
 from ssd_jax.visualization import contact_sheets
 
-_BLANK = 236  # grey of tokens that hold nothing yet
+_BLANK = 236  # grey of grid positions without a token
 _DIM = 0.5  # share of that grey in drafts
 _MOST_FRAMES = 96
-_SECONDS = 6.0  # of an animation
+_SECONDS = 6.0  # length of an animation
 _MARKERS = "os^Dv*P"
-# Dark blue through green to yellow, evenly bright steps (after viridis).
+# Dark blue through green to yellow in steps of even brightness (after viridis).
 _HEAT = np.array([
     (68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Filling:
-  """An image being decoded.
+  """Frames of an image that is being decoded.
 
   Attributes:
-    label: Of the decoder.
-    frames: uint8 [T, H, W, 3]: final tokens as in the finished image, drafts
-      dimmed, tokens that hold nothing grey.
-    shown: int [T], the pass after which each frame was taken, rising.
-    passes: Of the image.
-    seconds: It took, or None where only passes count.
+    label: Label of the decoder.
+    frames: uint8 [T, H, W, 3], final tokens as in the finished image, drafts
+      dimmed, empty grid positions grey.
+    shown: int [T], the pass after which each frame was taken, increasing.
+    passes: Passes of the image.
+    seconds: Seconds of the image, or None if only passes count.
   """
 
   label: str
@@ -51,7 +51,7 @@ class Filling:
   seconds: float | None = None
 
   def at(self, passes: float) -> np.ndarray:
-    """uint8 [H, W, 3], as it was after that many passes, 0 for none."""
+    """Returns the image after `passes` passes, uint8 [H, W, 3]."""
     index = np.searchsorted(self.shown, passes, side="right") - 1
     if index < 0:
       return np.full_like(self.frames[0], _BLANK)
@@ -62,7 +62,11 @@ def filling(
     pipe: Pipeline, output: Output, index: int, label: str,
     seconds: float | None = None,
 ) -> Filling:
-  """How image `index` of a traced output came to be."""
+  """Returns the frames of image `index` of a traced output.
+
+  Raises:
+    ValueError: if the output was not traced.
+  """
   passes, commit_RC = int(output.passes[index]), output.commit_pass[index]
   count = min(passes, _MOST_FRAMES)
   shown = np.unique(np.linspace(1, passes, count).round().astype(int))
@@ -70,7 +74,7 @@ def filling(
     raise ValueError("the output was not traced")
   history = output.history[index]
   moments = np.minimum(shown, len(history)) - 1
-  # Code 0 is what a token holds before anything was written there.
+  # A grid position holds token 0 until something is written there.
   is_written = np.maximum.accumulate(history != 0, axis=0)[moments]
   is_final = commit_RC <= shown[:, None, None]
   is_draft = is_written & ~is_final
@@ -89,7 +93,14 @@ def compose(
     image: np.ndarray, draft: np.ndarray, is_final_RC: np.ndarray,
     is_draft_RC: np.ndarray,
 ) -> np.ndarray:
-  """uint8 [H, W, 3]: final tokens of one image, dimmed tokens of another."""
+  """Returns final tokens of an image over dimmed drafts, uint8 [H, W, 3].
+
+  Args:
+    image: uint8 [H, W, 3], the finished image.
+    draft: uint8 [H, W, 3], the image of tokens and drafts.
+    is_final_RC: bool [R, C], whether a token is final.
+    is_draft_RC: bool [R, C], whether a grid position holds a draft.
+  """
   final_HW1, draft_HW1 = (
       _enlarge(x_RC, image.shape[:2])[..., None]
       for x_RC in (is_final_RC, is_draft_RC))
@@ -99,31 +110,31 @@ def compose(
 
 
 def _enlarge(x_RC: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-  """[H, W]: each token as a block of pixels."""
+  """Returns x with a block of pixels per grid position, [H, W]."""
   rows, cols = x_RC.shape
   return x_RC.repeat(shape[0] // rows, 0).repeat(shape[1] // cols, 1)
 
 
 def heat_map(commit_RC: np.ndarray, shape: tuple[int, int]) -> Image.Image:
-  """The pass at which each token became final, as colours over a scale.
+  """Returns a heat map of the pass in which each token became final.
 
   Args:
-    commit_RC: int, 1 for the first pass.
-    shape: Height and width of the image that the tokens are of.
+    commit_RC: int [R, C], 1 for the first pass.
+    shape: Height and width of the image.
   """
   last = int(commit_RC.max())
-  place = (commit_RC - 1) / max(last - 1, 1)
-  cells = Image.fromarray(_enlarge_colours(_heat(place), shape))
-  scale = np.linspace(0, 1, cells.width)[None].repeat(8, axis=0)
+  share = (commit_RC - 1) / max(last - 1, 1)
+  heat = Image.fromarray(_enlarge_colours(_heat(share), shape))
+  scale = np.linspace(0, 1, heat.width)[None].repeat(8, axis=0)
   bar = Image.fromarray(_heat(scale))
-  foot = contact_sheets.caption(cells.width, ["pass 1", str(last)])
-  return contact_sheets.stack([cells, bar, foot])
+  foot = contact_sheets.caption(heat.width, ["pass 1", str(last)])
+  return contact_sheets.stack([heat, bar, foot])
 
 
-def _heat(place: np.ndarray) -> np.ndarray:
-  """uint8 [..., 3]: the colour of each place in [0, 1]."""
+def _heat(share: np.ndarray) -> np.ndarray:
+  """Returns the colours of values in [0, 1], uint8 [..., 3]."""
   steps = np.linspace(0, 1, len(_HEAT))
-  channels = [np.interp(place, steps, _HEAT[:, i]) for i in range(3)]
+  channels = [np.interp(share, steps, _HEAT[:, i]) for i in range(3)]
   return np.stack(channels, -1).round().astype(np.uint8)
 
 
@@ -132,9 +143,9 @@ def _enlarge_colours(x_RC3: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def animation(fillings: Sequence[Filling]) -> list[Image.Image]:
-  """Frames of images being filled beside each other, in the same time.
+  """Returns frames of images that are decoded side by side.
 
-  Where all of them know their seconds that is the time, else the passes.
+  The common clock is seconds if all images have them, otherwise passes.
   """
   timed = all(f.seconds is not None for f in fillings)
   spans = [f.seconds if timed and f.seconds else float(f.passes)
@@ -144,7 +155,7 @@ def animation(fillings: Sequence[Filling]) -> list[Image.Image]:
   for time in np.linspace(0, max(spans), count + 1):
     panels = []
     for f, span in zip(fillings, spans, strict=True):
-      # A pass is seen when it has ended; rounding must not lose the last one.
+      # A pass is shown once it has ended; rounding must not lose the last one.
       done = min(np.floor(time / span * f.passes + 1e-6), f.passes)
       panel = Image.fromarray(f.at(done))
       words = [f"pass {done:.0f}", f"of {f.passes}"]
@@ -159,7 +170,7 @@ def animation(fillings: Sequence[Filling]) -> list[Image.Image]:
 
 
 def save_animation(frames: Sequence[Image.Image], path: pathlib.Path) -> None:
-  """Writes a GIF that repeats and rests on its last frame."""
+  """Writes a GIF that repeats and pauses on its last frame."""
   step = max(int(1000 * _SECONDS / len(frames)), 20)
   contact_sheets.save_picture(
       frames[0], path, "gif", save_all=True, append_images=list(frames[1:]),
@@ -169,10 +180,13 @@ def save_animation(frames: Sequence[Image.Image], path: pathlib.Path) -> None:
 def write_trace(
     pipe: Pipeline, output: Output, stems: Sequence[pathlib.Path], label: str
 ) -> list[pathlib.Path]:
-  """Writes how each image of a traced output came to be; returns the paths.
+  """Writes an animation and a heat map of each image of a traced output.
 
-  Per image STEM_filling.gif, its frames as PNG in STEM_filling/, and the heat
-  map STEM_passes.png.
+  Per image, these are STEM_filling.gif, its frames as PNG in STEM_filling/, and
+  the heat map STEM_passes.png.
+
+  Returns:
+    Paths of the written files and folders.
   """
   paths = []
   for index, stem in enumerate(stems):
@@ -180,7 +194,7 @@ def write_trace(
     gif = stem.with_name(f"{stem.name}_filling.gif")
     save_animation(frames, gif)
     folder = gif.with_suffix("")
-    for old in folder.glob("*.png"):  # of a longer animation
+    for old in folder.glob("*.png"):  # from a longer animation
       old.unlink()
     for number, frame in enumerate(frames):
       contact_sheets.save_picture(frame, folder / f"{number:03d}.png")
@@ -197,15 +211,15 @@ def write_race(
     pipe: Pipeline, prompt: str, decoder: Decoder, label: str,
     path: pathlib.Path, **settings: Any,
 ) -> None:
-  """Generates one prompt with AR and a decoder, writes them in the same time.
+  """Generates one prompt with AR and a decoder and animates both side by side.
 
   Args:
-    pipe: Of both.
-    prompt: What to generate.
-    decoder: Beside AR.
-    label: Of the decoder.
-    path: Of the GIF.
-    **settings: As for `Pipeline.generate`.
+    pipe: The model.
+    prompt: Prompt of the image.
+    decoder: Decoder to compare with AR.
+    label: Label of the decoder.
+    path: Path of the GIF.
+    **settings: Settings of `Pipeline.generate`.
   """
   fillings = []
   for name, each in (("ar", AR()), (label, decoder)):
@@ -216,15 +230,15 @@ def write_race(
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """A decoder in the plot of speed against quality; pairs are intervals.
+  """A decoder in the plot of speed against quality.
 
   Attributes:
-    label: Of the decoder.
-    is_lossless: Whether it claims AR's distribution.
+    label: Label of the decoder.
+    is_lossless: Whether the decoder is lossless.
     speed: AR's passes or time over the decoder's.
-    speeds: Quartiles of it.
-    quality: What is lost.
-    qualities: Its 95% interval, or None.
+    speeds: Quartiles of the speed.
+    quality: Loss of quality.
+    qualities: 95% interval of the quality, or None.
   """
 
   label: str
@@ -243,7 +257,7 @@ class Panel:
     speed: Name of the speed.
     quality: Name of the quality.
     points: One per decoder.
-    spread: What AR's own spread allows, from and to; or None.
+    spread: Bounds of AR's own spread, or None.
   """
 
   speed: str
@@ -253,14 +267,15 @@ class Panel:
 
 
 def pareto(rows: Sequence[Sequence[Panel]], path: pathlib.Path) -> None:
-  """Writes speed against what is lost, with error bars.
+  """Writes a plot of speed against loss of quality, with error bars.
 
   Args:
-    rows: Of panels, the first with all decoders; no file where none.
-    path: Of the PNG.
+    rows: Rows of panels; the first panel holds all decoders. Without rows, no
+      file is written.
+    path: Path of the PNG.
 
   Raises:
-    MissingExtra: when matplotlib is not installed.
+    MissingExtra: if matplotlib is not installed.
   """
   if not rows:
     return
@@ -272,8 +287,8 @@ def pareto(rows: Sequence[Sequence[Panel]], path: pathlib.Path) -> None:
       for i, p in enumerate(rows[0][0].points)}
   for y, row in enumerate(rows):
     for x, panel in enumerate(row):
-      place = y * columns + x + 1
-      _plot(figure.add_subplot(len(rows), columns, place), panel, styles)
+      number = y * columns + x + 1
+      _plot(figure.add_subplot(len(rows), columns, number), panel, styles)
   handles, labels = figure.axes[0].get_legend_handles_labels()
   figure.legend(handles, labels, loc="outside right upper", fontsize=8)
   with replacing(path) as partial:
@@ -281,7 +296,7 @@ def pareto(rows: Sequence[Sequence[Panel]], path: pathlib.Path) -> None:
 
 
 def _plot(axes: Any, panel: Panel, styles: dict[str, dict]) -> None:
-  """Generates the points of a panel, exact ones filled, and AR's own spread."""
+  """Plots a panel's points, filled if lossless, and AR's own spread."""
   for p in panel.points:
     lo, hi = p.qualities or (p.quality, p.quality)
     axes.errorbar(
@@ -293,7 +308,7 @@ def _plot(axes: Any, panel: Panel, styles: dict[str, dict]) -> None:
   axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
   if panel.spread:
     low, high = panel.spread
-    if low == -high < 0:  # nats span decades; within the spread they are linear
+    if low == -high < 0:  # nats span decades; the scale is linear in the spread
       axes.set_yscale("symlog", linthresh=high)
     bottom, top = axes.get_ylim()
     axes.axhspan(max(low, bottom), min(high, top), color="grey", alpha=0.15,
@@ -304,5 +319,5 @@ def _plot(axes: Any, panel: Panel, styles: dict[str, dict]) -> None:
 
 
 def _bar(value: float, low: float, high: float) -> list[list[float]]:
-  """Lengths of an error bar, never negative."""
+  """Returns the lengths of an error bar, never negative."""
   return [[max(value - low, 0.0)], [max(high - value, 0.0)]]

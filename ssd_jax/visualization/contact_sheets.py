@@ -1,4 +1,4 @@
-"""Images and words laid out beside and below each other, and written."""
+"""Layout of images and captions, and writing of images."""
 
 from collections.abc import Sequence
 import math
@@ -11,22 +11,22 @@ from PIL import Image, ImageDraw, ImageFont
 from ssd_jax.storage.files import replacing
 
 _GAP = 6
-_TEXT = 12  # pixels
-_LINE = 16
-_LEAST = 64  # pixels of a caption's width
+_TEXT = 12  # font size in pixels
+_LINE = 16  # height of a line in pixels
+_LEAST = 64  # least width of a caption in pixels
 
 
 def contact_sheet(
     images: Sequence[Sequence[np.ndarray]], rows: Sequence[str],
     columns: Sequence[str], most: int = 192,
 ) -> Image.Image:
-  """Images in a table with a caption for each row and column.
+  """Returns a table of images with a caption for each row and column.
 
   Args:
-    images: images[row][column], uint8 [H, W, 3] of one size.
-    rows: Captions.
-    columns: Captions.
-    most: Pixels of an image's longer side, beyond which it is shrunk.
+    images: images[row][column], uint8 [H, W, 3], all of one size.
+    rows: Captions of the rows.
+    columns: Captions of the columns.
+    most: Largest longer side of an image in pixels; larger images are shrunk.
   """
   height, width = images[0][0].shape[:2]
   scale = min(1.0, most / max(height, width))
@@ -36,34 +36,34 @@ def contact_sheet(
       text_box(text, max(size[0], _LEAST), 2) for text in columns]
   lines = [abreast(head)]
   for caption, row in zip(rows, images, strict=True):
-    cells = [padded(Image.fromarray(x).resize(size, Image.Resampling.LANCZOS),
-                     max(size[0], _LEAST)) for x in row]
+    boxes = [padded(Image.fromarray(x).resize(size, Image.Resampling.LANCZOS),
+                    max(size[0], _LEAST)) for x in row]
     fit = max(size[1] // _LINE, 1)
-    lines.append(abreast([text_box(caption, side, fit)] + cells))
+    lines.append(abreast([text_box(caption, side, fit)] + boxes))
   return padded(stack(lines, _GAP), lines[0].width + 2 * _GAP)
 
 
 def captioned(
     images: Sequence[np.ndarray], captions: Sequence[str],
 ) -> Image.Image:
-  """Images row by row, at most eight beside each other, over their captions.
+  """Returns images above their captions, in rows of at most eight.
 
   Args:
-    images: uint8 [H, W, 3] of one size.
-    captions: One per image.
+    images: uint8 [H, W, 3] each, all of one size.
+    captions: One caption per image.
   """
   columns = min(8, math.ceil(math.sqrt(len(images))))
-  cells = [
+  boxes = [
       stack([Image.fromarray(image),
              text_box(text, max(image.shape[1], _LEAST), 2)])
       for image, text in zip(images, captions, strict=True)]
-  rows = [abreast(cells[i:i + columns]) for i in range(0, len(cells), columns)]
+  rows = [abreast(boxes[i:i + columns]) for i in range(0, len(boxes), columns)]
   sheet = stack(rows, _GAP)
   return padded(sheet, sheet.width + 2 * _GAP)
 
 
 def text_box(text: str, width: int, lines: int) -> Image.Image:
-  """Words wrapped into a box; what does not fit ends in an ellipsis."""
+  """Returns text wrapped into a box, cut with an ellipsis if too long."""
   font = ImageFont.load_default(_TEXT)
   fitted: list[str] = []
   words = text.replace("+", " +").split()
@@ -83,7 +83,7 @@ def text_box(text: str, width: int, lines: int) -> Image.Image:
 
 
 def _cut(line: str, width: int, font: Any) -> str:
-  """A line, or as much of it as fits with an ellipsis."""
+  """Returns a line, cut with an ellipsis if it does not fit."""
   if font.getlength(line) <= width:
     return line
   while line and font.getlength(f"{line}...") > width:
@@ -92,7 +92,12 @@ def _cut(line: str, width: int, font: Any) -> str:
 
 
 def caption(width: int, words: Sequence[str]) -> Image.Image:
-  """A line with its first words on the left and the others on the right."""
+  """Returns a line with the first text on the left and the others on the right.
+
+  Args:
+    width: Width in pixels.
+    words: Texts of the line.
+  """
   font = ImageFont.load_default(_TEXT)
   right = "  ".join(words[1:])
   room = width - int(font.getlength(right)) - 4
@@ -105,40 +110,40 @@ def caption(width: int, words: Sequence[str]) -> Image.Image:
 
 
 def stack(parts: Sequence[Image.Image], gap: int = 0) -> Image.Image:
-  """Images below each other."""
+  """Returns images stacked vertically."""
   size = (max(p.width for p in parts), sum(p.height + gap for p in parts))
-  whole, top = Image.new("RGB", size, "white"), 0
+  canvas, top = Image.new("RGB", size, "white"), 0
   for part in parts:
-    whole.paste(part, (0, top))
+    canvas.paste(part, (0, top))
     top += part.height + gap
-  return whole
+  return canvas
 
 
 def abreast(parts: Sequence[Image.Image]) -> Image.Image:
-  """Images beside each other."""
+  """Returns images side by side."""
   width = sum(p.width for p in parts) + _GAP * (len(parts) - 1)
-  whole = Image.new("RGB", (width, max(p.height for p in parts)), "white")
+  canvas = Image.new("RGB", (width, max(p.height for p in parts)), "white")
   left = 0
   for part in parts:
-    whole.paste(part, (left, 0))
+    canvas.paste(part, (left, 0))
     left += part.width + _GAP
-  return whole
+  return canvas
 
 
 def padded(part: Image.Image, width: int) -> Image.Image:
-  """An image in the middle of a white strip."""
-  whole = Image.new("RGB", (width, part.height), "white")
-  whole.paste(part, ((width - part.width) // 2, 0))
-  return whole
+  """Returns an image centred on a white strip of the given width."""
+  canvas = Image.new("RGB", (width, part.height), "white")
+  canvas.paste(part, ((width - part.width) // 2, 0))
+  return canvas
 
 
 def save_picture(
     image: Image.Image, path: pathlib.Path, kind: str = "png", **kwargs: Any
 ) -> None:
-  """Writes an image by one rename.
+  """Writes an image atomically.
 
   Raises:
-    UserError: when the folder is full or cannot be written.
+    UserError: if the disk is full or the folder is not writable.
   """
   with replacing(path) as partial:
     image.save(partial, kind, **kwargs)
