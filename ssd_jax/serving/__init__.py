@@ -1,1 +1,1 @@
-"""The live page and the server behind it."""
+"""The demo page and its server."""

@@ -1,4 +1,4 @@
-"""What a visitor asks for, checked, and what came of it so far."""
+"""Validated requests of visitors, and the progress of their jobs."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -16,20 +16,20 @@ from ssd_jax.decoding import registry
 from ssd_jax.decoding.ar import AR
 
 _KEYS = ("prompt", "decoder", "seed", "guidance", "images", "race")
-_LARGEST_SEED = 2**31 - 1_000  # indices of images are int32
+_LARGEST_SEED = 2**31 - 1_000  # image indices are int32
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one visitor may ask of a machine that several share.
+  """Limits of requests to a machine that several visitors share.
 
   Attributes:
-    prompt: Characters.
-    images: Of a request.
-    waiting: Requests that wait; more are turned away.
-    kept: Requests whose images are kept.
-    decoders: Different settings whose programs stay compiled.
-    guidance: Largest scale.
+    prompt: Most characters of a prompt.
+    images: Most images of a request.
+    waiting: Most waiting requests; further requests are refused.
+    kept: Most requests whose images are kept.
+    decoders: Most decoder settings whose programs stay compiled.
+    guidance: Largest guidance scale.
   """
 
   prompt: int = 300
@@ -42,16 +42,16 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Images to be generated.
+  """A request for images.
 
   Attributes:
-    prompt: Cleaned.
-    label: Of the decoder, as it was asked for.
-    decoder: Its settings.
-    seed: The index of the first image in a call of seed 0; the next follow.
-    guidance: Scale, None for the model's.
-    images: How many.
-    race: Whether AR generates the same beside it.
+    prompt: The cleaned prompt.
+    label: Decoder spec as the visitor wrote it.
+    decoder: Settings of the decoder.
+    seed: Index of the first image in a call with seed 0; the others follow.
+    guidance: Guidance scale; None for the model's.
+    images: Number of images.
+    race: Whether AR generates the same images for comparison.
   """
 
   prompt: str
@@ -64,28 +64,28 @@ class Request:
 
   @property
   def group(self) -> tuple:
-    """Requests that agree in this are generated together."""
+    """Key of the requests that may be generated together."""
     return self.decoder, self.guidance, self.race
 
 
 def parse(
-    values: Any, limits: Limits, cells: int,
+    values: Any, limits: Limits, tokens: int,
     known: Mapping[str, type] = registry.DECODERS,
 ) -> Request:
-  """The request that a visitor's JSON makes.
+  """Returns the request in a visitor's JSON.
 
   Args:
-    values: Parsed JSON, of any kind.
-    limits: Of what may be asked.
-    tokens: Of an image: no number of a decoder's settings is larger.
+    values: Parsed JSON of any type.
+    limits: Limits of requests.
+    tokens: Tokens of an image, the largest number in a decoder's settings.
     known: Decoders by name.
 
   Raises:
-    UserError: on anything else than a request.
+    UserError: if the JSON is not a valid request.
   """
   if not isinstance(values, dict) or set(values) - set(_KEYS):
-    raise UserError(f"Expected {_KEYS}, got another kind of request. Reload "
-                    "the page.")
+    raise UserError(f"Expected a request with the keys {_KEYS}, got another "
+                    "kind of request. Reload the page.")
   prompt = clean(_of(values, "prompt", str, ""), limits.prompt)
   label = _of(values, "decoder", str, "ar").strip()
   check(len(label) <= 120, "decoder", f"{len(label)} characters",
@@ -94,7 +94,8 @@ def parse(
   for key, value in vars(decoder).items():
     for number in value if isinstance(value, (list, tuple)) else [value]:
       if isinstance(number, (int, float)):
-        check(abs(number) <= cells, key, number, f"at most the {cells} tokens")
+        check(abs(number) <= tokens, key, number,
+              f"at most the {tokens} tokens")
   seed = _of(values, "seed", int, 0)
   check(0 <= seed <= _LARGEST_SEED, "seed", seed, f"in [0, {_LARGEST_SEED}]")
   images = _of(values, "images", int, 1)
@@ -120,12 +121,12 @@ def _of(values: dict, key: str, kind: Any, default: Any) -> Any:
 
 @dataclasses.dataclass
 class Picture:
-  """One image of a lane, as far as it is.
+  """One image of a lane, finished or in progress.
 
   Attributes:
-    commit: int [R, C], the pass at which a token became final, 0 for not yet.
-    png: Of the image so far, or of the whole one; None before that.
-    version: Rises with every new PNG.
+    commit: int [R, C], pass in which a token became final; 0 if it is not.
+    png: PNG of the image so far; None before the first.
+    version: Number of PNGs so far.
   """
 
   commit: np.ndarray
@@ -133,7 +134,7 @@ class Picture:
   version: int = 0
 
   def paint(self, image: np.ndarray) -> None:
-    """Takes uint8 [H, W, 3] as its image."""
+    """Encodes `image`, uint8 [H, W, 3], as the new PNG."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png", compress_level=3)
     self.png, self.version = file.getvalue(), self.version + 1
@@ -141,15 +142,15 @@ class Picture:
 
 @dataclasses.dataclass
 class Lane:
-  """What one decoder generates for a request.
+  """The images of one decoder for a request.
 
   Attributes:
-    label: Of the decoder.
-    lossless: Whether it keeps AR's distribution.
-    images: One per image.
+    label: Label of the decoder.
+    lossless: Whether the decoder is lossless.
+    pictures: One entry per image.
     state: waiting, compiling, drawing or done.
-    passes: Of the first image, so far.
-    seconds: From the first pass to the last of the batch; None before.
+    passes: Passes of the first image so far.
+    seconds: Seconds from the first to the last pass of the batch; None before.
     together: Images in the batch.
   """
 
@@ -164,15 +165,15 @@ class Lane:
 
 @dataclasses.dataclass
 class Job:
-  """A request on its way.
+  """A submitted request.
 
   Attributes:
-    request: What was asked.
-    lanes: The decoder's, then AR's where they race.
-    id: Cannot be guessed.
+    request: The request.
+    lanes: Lane of the decoder, then of AR if they race.
+    id: Random id that cannot be guessed.
     state: queued, drawing, done or failed.
-    error: One line, where it failed.
-    notes: What the visitor should know of the prompt.
+    error: One line if the job failed.
+    notes: What the visitor should know about the prompt.
   """
 
   request: Request
@@ -183,7 +184,11 @@ class Job:
   notes: tuple[str, ...] = ()
 
   def report(self, ahead: int) -> dict[str, Any]:
-    """JSON for the page; `ahead` requests are generated before it."""
+    """Returns JSON for the page.
+
+    Args:
+      ahead: Number of requests that are generated before this one.
+    """
     lanes = [
         dict(label=lane.label, lossless=lane.lossless, state=lane.state,
              passes=lane.passes, seconds=lane.seconds, together=lane.together,

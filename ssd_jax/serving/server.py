@@ -1,7 +1,8 @@
-"""The page's HTTP side: a few routes, nothing from the disk by name.
+"""HTTP routes of the demo page.
 
-What a visitor may fetch is in memory under names that we made. The page sets
-text as text, and its policy forbids any script but its own.
+No route maps names to files on disk: everything that a visitor may fetch is in
+memory under names that the server chooses. The page inserts text as text, and
+its policy forbids any script but its own.
 """
 
 import dataclasses
@@ -40,16 +41,16 @@ EXAMPLES = ("red heart", "smiling cat face", "pizza", "peach", "money bag",
 
 
 def make_app(studio: Worker, hosts: list[str], bench: str | None = None) -> Any:
-  """The ASGI application.
+  """Returns the ASGI application.
 
   Args:
-    studio: Generates.
-    hosts: Names by which it may be called, which keeps other sites' scripts
-      from reaching it by a name of theirs; ["*"] for any.
-    bench: Folder of infer.benchmark to be shown, or None.
+    studio: Worker that generates images.
+    hosts: Allowed host names, which prevents scripts of other sites from
+      reaching the server by a name of their own; ["*"] allows any.
+    bench: Output folder of infer.benchmark to show, or None.
 
   Raises:
-    UserError: when the folder holds no results, or packages are missing.
+    UserError: if the folder holds no results or packages are missing.
   """
   applications = need("starlette.applications", "demo")
   routing = need("starlette.routing", "demo")
@@ -72,7 +73,7 @@ def make_app(studio: Worker, hosts: list[str], bench: str | None = None) -> Any:
 
 
 class _Service:
-  """The routes; those without `async` run beside the event loop."""
+  """Handlers of the routes."""
 
   def __init__(self, studio: Worker, bench: str | None):
     self.studio = studio
@@ -87,26 +88,26 @@ class _Service:
       self, body: bytes | dict, kind: str = "application/json",
       status: int = 200,
   ) -> Any:
-    """A response with the headers that all have."""
+    """Returns a response with the common headers."""
     if isinstance(body, dict):
       body = json.dumps(body).encode()
     return self.responses.Response(
         body, status, headers=_HEADERS, media_type=kind)
 
   def refuse(self, status: int, error: str) -> Any:
-    """One line for the page to show."""
+    """Returns an error of one line that the page shows."""
     return self.answer({"error": error}, status=status)
 
   async def page(self, request) -> Any:
-    """The page and its parts."""
+    """Returns the page or one of its files."""
     return self.answer(*self.files[request.url.path])
 
   async def info(self, request) -> Any:
-    """What the page is about: model, device, decoders, limits."""
+    """Returns the model, device, decoders and limits."""
     return self.answer(_info(self.studio) | {"bench": self.bench["rows"]})
 
   async def submit(self, request) -> Any:
-    """Takes a request in, or says in one line why not."""
+    """Queues a request, or returns an error of one line."""
     if request.headers.get("content-type", "").split(";")[0] != (
         "application/json"):
       return self.refuse(415, "Expected JSON, got another type. Use the page.")
@@ -114,22 +115,24 @@ class _Service:
     async for part in request.stream():
       body += part
       if len(body) > _LARGEST_BODY:
-        return self.refuse(413, "Expected a short one, got a long request.")
+        return self.refuse(
+            413, "Expected a short request, got one that is too long.")
     to_thread = need("anyio.to_thread", "demo")
     try:
       job = await to_thread.run_sync(self.studio.submit, json.loads(body))
     except UserError as error:
       return self.refuse(400, str(error))
     except (ValueError, RecursionError):
-      return self.refuse(400, "Expected a request, got no JSON. Use the page.")
+      return self.refuse(
+          400, "Expected JSON, got another body. Use the page.")
     except Busy:
       return self.refuse(
-        503, "Expected fewer requests, got more than can wait. Try later."
+        503, "Expected fewer requests, got more than can wait. Try again later."
       )
     return self.answer(self.studio.report(job), status=202)
 
   async def job(self, request) -> Any:
-    """How a job is getting on."""
+    """Returns the progress of a job."""
     job = self.studio.find(request.path_params["name"])
     if job is None:
       return self.refuse(
@@ -139,12 +142,12 @@ class _Service:
     return self.answer(self.studio.report(job))
 
   async def gallery(self, request) -> Any:
-    """The latest jobs that are done."""
+    """Returns the latest finished jobs."""
     done = self.studio.finished(_GALLERY)
     return self.answer({"jobs": [self.studio.report(job) for job in done]})
 
   async def picture(self, request) -> Any:
-    """An image, finished or not."""
+    """Returns an image, finished or in progress."""
     job = self.studio.find(request.path_params["name"])
     try:
       lanes = job.lanes if job else []
@@ -153,11 +156,11 @@ class _Service:
     except (AttributeError, IndexError):
       png = None
     if png is None:
-      return self.refuse(404, "Expected an image, got none here.")
+      return self.refuse(404, "Expected an image, got no image at this URL.")
     return self.answer(png, "image/png")
 
   async def pareto(self, request) -> Any:
-    """The plot of the benchmark, if one was given."""
+    """Returns the plot of the benchmark."""
     if self.bench["plot"] is None:
       return self.refuse(
         404, "Expected a benchmark, got none. Start with --bench DIR."
@@ -182,7 +185,7 @@ def _info(studio: Worker) -> dict[str, Any]:
 
 
 def _read_bench(folder: str | None) -> dict[str, Any]:
-  """{"rows": results, "plot": PNG or None}; empty without a folder."""
+  """Returns {"rows": results, "plot": PNG or None}; empty without a folder."""
   if folder is None:
     return {"rows": [], "plot": None}
   file = pathlib.Path(folder) / "results.json"
@@ -194,6 +197,6 @@ def _read_bench(folder: str | None) -> dict[str, Any]:
     rows = [{key: row[key] for key in keys} for row in found]
   except (KeyError, TypeError) as error:
     raise UserError(
-        f"Expected what infer.benchmark writes, got {file} without results. "
-        "Name its folder with --bench.") from error
+        f"Expected results of infer.benchmark, got {file} without results. "
+        "Name its output folder with --bench.") from error
   return {"rows": rows, "plot": plot.read_bytes() if plot.is_file() else None}

@@ -1,4 +1,4 @@
-"""One worker that generates what waits, like with like, and tells how it goes."""
+"""Worker thread that batches equal requests, generates and reports progress."""
 
 import collections
 from collections.abc import Sequence
@@ -19,16 +19,23 @@ from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime.progress import Progress
 from ssd_jax.serving.jobs import Job, Lane, Limits, Picture, Request, parse
 
-_SHARE = 0.1  # of the time that may go into images of unfinished grids
-_LEAST = 0.25  # seconds between them
+_SHARE = 0.1  # largest share of time spent on previews
+_LEAST = 0.25  # least seconds between previews
 
 
 class Busy(Exception):
-  """More requests wait than are let in."""
+  """Raised if too many requests wait."""
 
 
 class Worker:
-  """Generates requests in the order they come, those that are alike together."""
+  """Generates requests in order of arrival, batching those of equal settings.
+
+  Attributes:
+    pipe: The model.
+    limits: Limits of requests.
+    batch: Images generated together.
+    drawn: Images generated so far.
+  """
 
   def __init__(
       self, pipe: Pipeline, batch: int = 4, limits: Limits = Limits()
@@ -47,19 +54,19 @@ class Worker:
     self._worker.start()
 
   def submit(self, values: Any) -> Job:
-    """The job of a visitor's JSON, which now waits.
+    """Queues the request in a visitor's JSON and returns its job.
 
     Raises:
-      UserError: on what cannot be generated, before it waits.
-      Busy: when too many wait.
+      UserError: if the request is invalid or cannot be generated.
+      Busy: if too many requests wait.
     """
     request = parse(values, self.limits, self.pipe.model.grid.num_tokens)
     lossless = self._check(request)
-    made = lambda label, distribution: Lane(label, distribution, [
+    make_lane = lambda label, is_lossless: Lane(label, is_lossless, [
         Picture(np.zeros(self._shape, int)) for _ in range(request.images)])
-    lanes = [made(request.label, lossless)]
+    lanes = [make_lane(request.label, lossless)]
     if request.race:
-      lanes.append(made("ar", True))
+      lanes.append(make_lane("ar", True))
     job = Job(request, lanes)
     with self._change:
       if len(self._waiting) >= self.limits.waiting:
@@ -71,33 +78,33 @@ class Worker:
     return job
 
   def find(self, name: str) -> Job | None:
-    """The job of that id, if it is still kept."""
+    """Returns the job with the id `name`, or None if it is not kept."""
     return self._jobs.get(name)
 
   def report(self, job: Job) -> dict[str, Any]:
-    """How a job is getting on, as JSON."""
+    """Returns the progress of a job as JSON."""
     with self._change:
       ahead = self._waiting.index(job) if job in self._waiting else 0
       return job.report(ahead)
 
   def finished(self, count: int) -> list[Job]:
-    """The latest jobs that are done, latest first."""
+    """Returns up to `count` finished jobs, latest first."""
     with self._change:
       done = [job for job in self._jobs.values() if job.state == "done"]
     return done[-count:][::-1]
 
   def close(self) -> None:
-    """Ends the worker after what it is generating."""
+    """Stops the worker after its current batch."""
     with self._change:
       self._is_open = False
       self._change.notify_all()
     self._worker.join()
 
   def _check(self, request: Request) -> bool:
-    """Whether the decoder is lossless; traced once, so that mistakes show.
+    """Returns whether the decoder is lossless; traces it to find errors early.
 
     Raises:
-      UserError: when this model or grid cannot run it.
+      UserError: if this model or grid cannot run the decoder.
     """
     key = request.decoder, request.guidance == 1.0
     with self._tracing:
@@ -111,7 +118,7 @@ class Worker:
       return self._lossless[key]
 
   def _forget(self) -> None:
-    """Drops the oldest finished jobs beyond what is kept."""
+    """Drops the oldest ended jobs beyond the limit."""
     ended = [k for k, j in self._jobs.items() if j.state in ("done", "failed")]
     for name in ended[:max(len(self._jobs) - self.limits.kept, 0)]:
       del self._jobs[name]
@@ -124,20 +131,20 @@ class Worker:
           return
         jobs = self._take()
       try:
-        self._draw(jobs)
+        self._generate(jobs)
         state, error = "done", ""
       except UserError as mistake:
         state, error = "failed", str(mistake)
-      except Exception:  # the next request must find a worker
+      except Exception:  # the worker must survive for the next request
         logging.exception("a request failed")
         state = "failed"
-        error = "this could not be generated; try other settings"
+        error = "This request could not be generated. Try other settings."
       with self._change:
         for job in jobs:
           job.state, job.error = state, error
 
   def _take(self) -> list[Job]:
-    """The request that waited longest, and others like it, as many as fit."""
+    """Returns the oldest waiting job and others of its group that fit."""
     first = self._waiting[0]
     taken, room = [], max(self.batch, first.request.images)
     for job in list(self._waiting):
@@ -150,40 +157,40 @@ class Worker:
       job.state = "drawing"
     return taken
 
-  def _draw(self, jobs: Sequence[Job]) -> None:
-    """Generates the lanes of jobs that agree in their settings."""
+  def _generate(self, jobs: Sequence[Job]) -> None:
+    """Generates the lanes of jobs of one group."""
     decoders = [jobs[0].request.decoder]
     if jobs[0].request.race:
       decoders.append(AR())
     for number, decoder in enumerate(decoders):
       self._make_room(decoder)
       lanes = [job.lanes[number] for job in jobs]
-      out = self._draw_lane(jobs, lanes, decoder)
+      out = self._generate_lanes(jobs, lanes, decoder)
       for job in jobs:
         job.notes = tuple(n for n in out.notes if job.request.prompt[:40] in n)
 
   def _make_room(self, decoder: Decoder) -> None:
-    """Forgets all compiled programs when too many are at hand."""
+    """Drops all compiled programs if there are too many."""
     if len(self._programs | {decoder}) > self.limits.decoders:
       self.pipe = dataclasses.replace(self.pipe)
       self._programs.clear()
     self._programs.add(decoder)
 
-  def _draw_lane(
+  def _generate_lanes(
       self, jobs: Sequence[Job], lanes: Sequence[Lane], decoder: Decoder
   ) -> Output:
-    """What one decoder generates for all jobs, told to their lanes as it goes."""
+    """Generates all jobs with one decoder and updates their lanes."""
     texts = [j.request.prompt for j in jobs for _ in range(j.request.images)]
     index = [j.request.seed + i for j in jobs for i in range(j.request.images)]
     pictures = [p for lane in lanes for p in lane.pictures]
-    # Two sizes of batch, so that few programs are compiled.
+    # Only two batch sizes, so that few programs are compiled.
     size = 1 if len(texts) == 1 else max(self.batch, len(texts))
     fill = size - len(texts)
     for lane in lanes:
       lane.state, lane.together = "compiling", len(texts)
-    # Compiled before the clock runs.
+    # Compiled here, before the clock starts.
     self.pipe.decode_images(np.zeros((size, *self._shape), int), size)
-    painter = _Painter(self.pipe, pictures, size)
+    previews = _Previews(self.pipe, pictures, size)
 
     def on_pass(progress: Progress) -> None:
       new = progress.is_final[:len(pictures)]
@@ -192,9 +199,9 @@ class Worker:
         picture.commit = np.where(is_new, progress.passes, picture.commit)
       for lane in lanes:
         lane.state, lane.passes = "drawing", int(lane.pictures[0].commit.max())
-      painter.show(progress.tokens)
+      previews.show(progress.tokens)
 
-    with painter:
+    with previews:
       out = self.pipe.generate(
           texts + texts[-1:] * fill, decoder, batch=size, on_pass=on_pass,
           first_image=index + index[-1:] * fill,
@@ -210,8 +217,8 @@ class Worker:
     return out
 
 
-class _Painter:
-  """Paints unfinished grids beside the loop, with little of its time."""
+class _Previews:
+  """Thread that decodes unfinished grids, in a small share of the time."""
 
   def __init__(self, pipe: Pipeline, pictures: Sequence[Picture], size: int):
     self._pipe, self._pictures, self._size = pipe, pictures, size
@@ -220,12 +227,12 @@ class _Painter:
     self._thread = threading.Thread(target=self._work, daemon=True)
 
   def show(self, tokens_BRC: np.ndarray) -> None:
-    """Takes the latest grids."""
+    """Sets the latest grids, which are decoded next."""
     with self._change:
       self._tokens = tokens_BRC
       self._change.notify_all()
 
-  def __enter__(self) -> "_Painter":
+  def __enter__(self) -> "_Previews":
     self._thread.start()
     return self
 

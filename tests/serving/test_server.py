@@ -168,8 +168,8 @@ def test_a_full_queue_turns_away():
   """More than may wait are reported so at once; those that wait are
   generated."""
   studio = Worker(chains.pipeline(), limits=Limits(waiting=2))
-  gate, draw = threading.Event(), studio._draw
-  studio._draw = lambda taken: gate.wait() and draw(taken)
+  gate, draw = threading.Event(), studio._generate
+  studio._generate = lambda taken: gate.wait() and draw(taken)
   first = studio.submit(dict(prompt="a"))
   while first.state == "queued":
     time.sleep(0.01)
@@ -186,7 +186,7 @@ def test_a_full_queue_turns_away():
 def test_a_failure_is_reported_and_the_next_job_runs(monkeypatch):
   """What fails inside says so to its visitor; the worker goes on."""
   studio = Worker(chains.pipeline())
-  draw = studio._draw
+  draw = studio._generate
 
   def fail(taken):
     raise RuntimeError("secret of the machine")
