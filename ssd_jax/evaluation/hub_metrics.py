@@ -1,7 +1,8 @@
 """FID, Inception Score and CLIPScore, for machines that reach a model hub.
 
-By torchmetrics, whose networks and weights are those of the literature; the
-extra "metrics" installs it. Elsewhere `ssd_jax.evaluation.metrics` has to do.
+torchmetrics computes them with the networks and weights of the literature; the
+extra "metrics" installs it. On other machines, use
+`ssd_jax.evaluation.metrics`.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ class HubFigures:
   """Figures of one decoder's images.
 
   Attributes:
-    fid: Frechet distance in Inception's features, or None without real ones.
-    clip: CLIPScore of images and prompts: 100 times the mean cosine.
+    fid: Frechet distance in Inception's features; None without real images.
+    clip: CLIPScore of images and prompts, 100 times the mean cosine.
     inception: Inception Score.
   """
 
@@ -37,16 +38,16 @@ def compute(
     images: Images, texts: Sequence[str],
     real: Images | None,
 ) -> HubFigures:
-  """The figures of images.
+  """Returns the figures of generated images.
 
   Args:
     images: N images whose slices are uint8 [n, H, W, 3].
-    texts: The prompt of each.
-    real: Images of the world, or None. FID depends on how many there are: the
-      literature takes 30,000 of each.
+    texts: The prompt of each image.
+    real: Real images, or None. FID depends on the number of images: the
+      literature uses 30,000 generated and 30,000 real images.
 
   Raises:
-    UserError: when the extra is not installed.
+    UserError: if the extra is not installed or the hub is unreachable.
   """
   clip = _make("torchmetrics.multimodal.clip_score", "CLIPScore", CLIP)
   inception = _make("torchmetrics.image.inception", "InceptionScore")
@@ -65,27 +66,26 @@ def compute(
 
 
 def check_installed() -> None:
-  """Raises UserError unless the extra is installed."""
+  """Raises UserError if the extra is not installed."""
   for module in ("torch", "torch_fidelity", "torchmetrics", "transformers"):
     need(module, _EXTRA)
 
 
 def _make(module: str, name: str, *args):
-  """A metric with its network, on the device.
+  """Returns a metric with its network on the device.
 
   Raises:
-    UserError: when the extra is not installed or the hub is out of reach.
+    UserError: if the extra is not installed or the hub is unreachable.
   """
   torch = need("torch", _EXTRA)
   try:
     metric = getattr(need(module, _EXTRA), name)(*args)
-  except OSError as error:  # of the hub's and of urllib's downloads alike
+  except OSError as error:  # raised by downloads of the hub and of urllib
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise UserError(
         "Expected a machine that reaches the model hub, got no network for "
-        f"{name} ({reason[:160]}). What was generated is kept: start again "
-        f"where "
-        "it does, or without --hub_metrics.") from error
+        f"{name} ({reason[:160]}). Start again on such a machine or without "
+        "--hub_metrics, generated images are kept.") from error
   return metric.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -96,6 +96,6 @@ def _update(metric, images: Images, **kwargs) -> None:
 
 
 def _tensor(images_NHWC: np.ndarray, device):
-  """uint8 [N, 3, H, W] of torch."""
+  """Returns images as a torch tensor, uint8 [N, 3, H, W]."""
   channels_first = np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
   return need("torch", _EXTRA).from_numpy(channels_first).to(device)

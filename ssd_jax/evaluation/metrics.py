@@ -1,11 +1,11 @@
-"""How good generated images are, without a model hub.
+"""Quality metrics of generated images that need no model hub.
 
-Three views: the model's own likelihood of what a decoder generated, the
-distance of two sets of images in EfficientNet-Lite0's features, and whether the
-image generated for a caption lies nearest to the real emoji of that caption.
-The distance is not the FID of the literature, which needs Inception features:
-call it FD-EffNetLite0 and compare it with itself only, at equal numbers of
-images.
+There are three metrics: the likelihood of generated tokens under the model
+itself, the distance of two sets of images in EfficientNet-Lite0's features, and
+whether the image generated for a caption is nearest to the real emoji of that
+caption. The distance is not the FID of the literature, which needs Inception
+features: it is called FD-EffNetLite0 and can be compared only with itself, at
+equal numbers of images.
 
 N, M images, F features, P positions.
 """
@@ -25,18 +25,18 @@ from ssd_jax.core.config import check
 from ssd_jax.data import sources
 from ssd_jax.evaluation import efficientnet
 
-TIE = 1e-6  # cosines this close are equal but for rounding
+TIE = 1e-6  # cosines this close differ by rounding only
 
 
 class Estimate(NamedTuple):
-  """A mean and its standard error, None where one sample tells nothing."""
+  """A mean and its standard error, which is None for a single sample."""
 
   value: float
   error: float | None
 
 
 class Gap(NamedTuple):
-  """A mean difference and its 95% interval, None for a single prompt."""
+  """A mean difference and its 95% interval, which is None for one prompt."""
 
   value: float
   interval: tuple[float, float] | None
@@ -48,16 +48,19 @@ def likelihood_gap(
     seed: int,
     resamples: int = 10_000,
 ) -> Gap:
-  """How much less likely a decoder's images are than AR's, in nats per token.
+  """Returns the mean NLL of a decoder's images minus AR's, in nats per token.
 
-  Above zero: damaged. Below zero: collapsed towards the likely.
+  A positive gap means damaged images; a negative gap means collapse towards
+  likely images.
 
   Args:
-    nll_decoder_N: Per prompt, the mean negative log-likelihood of an output's
-      tokens under the model's target distribution.
-    nll_ar_N: The same of AR samples for the same prompts, in the same order.
-    seed: Of the bootstrap, which resamples prompts and keeps pairs together.
-    resamples: Of the bootstrap.
+    nll_decoder_N: [N], per prompt the mean NLL of an output's tokens under the
+      model's target distribution.
+    nll_ar_N: [N], the same for AR samples of the same prompts, in the same
+      order.
+    seed: Seed of the bootstrap, which resamples prompts and keeps pairs
+      together.
+    resamples: Resamples of the bootstrap.
   """
   chex.assert_equal_shape([nll_decoder_N, nll_ar_N])
   difference_N = np.subtract(nll_decoder_N, nll_ar_N, dtype=np.float64)
@@ -66,7 +69,7 @@ def likelihood_gap(
     return Gap(value, None)
   rng = np.random.default_rng(seed)
   share_N = np.full(count, 1 / count)
-  # Only the count of each prompt matters: one multinomial per resample.
+  # Only the count of each prompt matters, so a resample is one multinomial.
   means_K = [
       rng.multinomial(count, share_N) @ difference_N / count
       for _ in range(resamples)
@@ -76,16 +79,16 @@ def likelihood_gap(
 
 
 def excess(nll_NP: np.ndarray, entropy_NP: np.ndarray) -> Estimate:
-  """Mean over positions of NLL minus entropy, with its error over images.
+  """Returns the mean of NLL minus entropy, with its error over images.
 
-  Zero in expectation for every exact sampler: unlike the gap it needs no AR
-  samples and is free of the noise of what happened to be generated. It is blind
-  to lost diversity.
+  The expectation is zero for every exact sampler. Unlike the gap, this metric
+  needs no AR samples and is free of their sampling noise. It does not notice
+  lost diversity.
 
   Args:
-    nll_NP: Negative log-probability of each generated token under the target
-      distribution at its position, in nats.
-    entropy_NP: Entropy of that same distribution.
+    nll_NP: [N, P], NLL of each generated token under the target distribution at
+      its position, in nats.
+    entropy_NP: [N, P], entropy of the same distribution.
   """
   chex.assert_equal_shape([nll_NP, entropy_NP])
   excess_N = np.subtract(nll_NP, entropy_NP, dtype=np.float64).mean(1)
@@ -96,17 +99,22 @@ def excess(nll_NP: np.ndarray, entropy_NP: np.ndarray) -> Estimate:
 
 
 def frechet_distance(a_NF: np.ndarray, b_MF: np.ndarray) -> float:
-  """The Frechet distance of two Gaussians fitted to two sets of features.
+  """Returns the Frechet distance of Gaussians fitted to two sets of features.
 
-  |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). With C = X^T X, the
-  eigenvalues of C_a C_b that are not zero are the squared singular values of
-  X_a X_b^T; their sum of roots needs no root of a matrix and holds for fewer
-  images than features too.
+  The distance is |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). With
+  C = X^T X, the nonzero eigenvalues of C_a C_b are the squared singular values
+  of X_a X_b^T. The sum of the singular values therefore replaces the matrix
+  root, for fewer images than features too.
 
-  It is biased upwards at small N: compare it at equal numbers of images.
+  The distance is biased upwards at small N: compare it at equal numbers of
+  images.
+
+  Args:
+    a_NF: [N, F], features of one set.
+    b_MF: [M, F], features of the other set.
 
   Raises:
-    UserError: with fewer than two images on a side.
+    UserError: if a set holds fewer than two images.
 
   Source: Dowson and Landau 1982, The Frechet distance between multivariate
   normal distributions, eq. 4; Heusel et al. 2017, arXiv:1706.08500, eq. 6.
@@ -119,7 +127,7 @@ def frechet_distance(a_NF: np.ndarray, b_MF: np.ndarray) -> float:
 
 
 def _centred_root(x_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and a root X of the covariance X^T X, at most F rows of it."""
+  """Returns the mean and a root X, of at most F rows, of the covariance."""
   count, width = x_NF.shape
   check(count >= 2, "images", count, "at least 2 for a Frechet distance")
   x_NF = np.asarray(x_NF, np.float64)
@@ -134,24 +142,25 @@ def kernel_distance(
     a_NF: np.ndarray, b_MF: np.ndarray, subsets: int = 10,
     names: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Estimate:
-  """The unbiased squared MMD with a cubic kernel (KID), and its error.
+  """Returns the unbiased squared MMD with a cubic kernel (KID), and its error.
 
-  Where both sets are of the same prompts, images of one prompt are more alike
-  than the distribution of the sets says: their pairs are left out, on all
-  sides, so that equal distributions of every prompt come to 0 in expectation.
+  If both sets are of the same prompts, images of one prompt are more similar
+  than independent samples of the sets. Pairs of one prompt are therefore left
+  out, within and across the sets, so that equal distributions for every prompt
+  give 0 in expectation.
 
   The error is a jackknife that leaves out one of `subsets` equal parts of both
-  sets at a time; it needs four images on a side.
+  sets at a time; it needs four images per set.
 
   Args:
-    a_NF: Features of one side.
-    b_MF: Of the other.
+    a_NF: [N, F], features of one set.
+    b_MF: [M, F], features of the other set.
     subsets: Parts of the jackknife.
-    names: What each image is of, [N] and [M]; None for sets that were generated
+    names: Prompt of each image, [N] and [M]; None for sets that were generated
       independently.
 
   Raises:
-    UserError: with fewer than two images on a side.
+    UserError: if a set holds fewer than two images.
 
   Source: Binkowski et al. 2018, arXiv:1801.01401, section 4.
   """
@@ -183,10 +192,11 @@ def _kernel_sums(
     a: list[np.ndarray], b: list[np.ndarray], names_a: list[np.ndarray],
     names_b: list[np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Sums of the cubic kernel over each pair of parts, [K, K], and the numbers
-  of their terms: pairs of images of different names.
+  """Returns sums of the cubic kernel and numbers of terms, both [K, K].
 
-  Part by part: the kernel of all pairs of images may not fit.
+  The terms of a pair of parts are the pairs of images of different names. Parts
+  are handled one by one, because the kernel of all images may not fit in
+  memory.
   """
   sums_KK, pairs_KK = np.zeros((2, len(a), len(b)))
   for i, a_NF in enumerate(a):
@@ -202,17 +212,17 @@ def _kernel_sums(
 def retrieval_ranks(
     features_NF: np.ndarray, gallery_MF: np.ndarray, target_N: np.ndarray
 ) -> np.ndarray:
-  """The place of the right gallery item for each image, int [N], 1 is best.
+  """Returns the rank of the right gallery item of each image, int [N], from 1.
 
-  By cosine: on the emoji reconstructed by a tokenizer at 26.5 dB the right one
-  of 1,852 came first for 53% by cosine and for 41% by Euclidean distance. Items
-  that differ by rounding only share the better place: the set holds one
-  image twice.
+  Items are ranked by cosine: on emoji reconstructed by a tokenizer at 26.5 dB,
+  the right one of 1,852 came first for 53% by cosine and for 41% by Euclidean
+  distance. Items that differ by rounding only share the better rank, because
+  the set holds one image twice.
 
   Args:
-    features_NF: Of the images.
-    gallery_MF: Of the candidates.
-    target_N: Index of each image's right candidate.
+    features_NF: [N, F], features of the images.
+    gallery_MF: [M, F], features of the candidates.
+    target_N: [N], index of each image's right candidate.
   """
   similarity_NM = _unit(features_NF) @ _unit(gallery_MF).T
   right_N = np.take_along_axis(similarity_NM, np.asarray(target_N)[:, None], 1)
@@ -226,23 +236,28 @@ def _unit(x_NF: np.ndarray) -> np.ndarray:
 
 
 def recall_at(ranks_N: np.ndarray, k: int) -> float:
-  """The share of images whose right item is among the first `k`."""
+  """Returns the share of images whose right item is among the first `k`."""
   return float(np.mean(np.asarray(ranks_N) <= k))
 
 
 def emoji_images() -> np.ndarray:
-  """All base emoji, uint8 [M, 128, 128, 3], ordered as `EmojiSource("all")`."""
+  """Returns all base emoji in the order of `EmojiSource("all")`.
+
+  Returns:
+    uint8 [M, 128, 128, 3].
+  """
   source = sources.EmojiSource("all")
   return np.stack([source[i]["image"] for i in range(len(source))])
 
 
 def emoji_gallery(cache_dir: pathlib.Path | None = None) -> np.ndarray:
-  """Features of all base emoji, float32 [M, 1280], kept on disk.
+  """Returns features of all base emoji, float32 [M, 1280], cached on disk.
 
   Candidate i is item i of `EmojiSource("all")`.
 
   Args:
-    cache_dir: By default `ssd_jax` in the user's cache folder.
+    cache_dir: Folder of the cache; `ssd_jax` in the user's cache folder by
+      default.
 
   Raises:
     UserError: if the weights' package is not installed.
@@ -259,7 +274,7 @@ def emoji_gallery(cache_dir: pathlib.Path | None = None) -> np.ndarray:
 
 
 def _gallery_key() -> str:
-  """A checksum of all that the gallery's features depend on."""
+  """Returns a checksum of everything that the gallery's features depend on."""
   files = [sources.EMOJI_DIR / n for n in ("images.zip", "captions.json")]
   parts = [f.read_bytes() for f in files] + [
       efficientnet.WEIGHTS_SHA256.encode(),
@@ -270,7 +285,7 @@ def _gallery_key() -> str:
 
 
 def _read_array(path: pathlib.Path) -> np.ndarray | None:
-  """The array that `_write_array` wrote, None if missing or damaged."""
+  """Returns an array of `_write_array`, or None if missing or damaged."""
   blob = path.read_bytes() if path.is_file() else b""
   if hashlib.sha256(blob[32:]).digest() != blob[:32]:
     return None
@@ -278,7 +293,7 @@ def _read_array(path: pathlib.Path) -> np.ndarray | None:
 
 
 def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
-  """Writes a checksum and the array, by one rename."""
+  """Writes a checksum and the array, atomically."""
   buffer = io.BytesIO()
   np.save(buffer, array)
   blob = buffer.getvalue()
@@ -289,4 +304,4 @@ def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
       part.write_bytes(hashlib.sha256(blob).digest() + blob)
       os.replace(part, path)
   except OSError as error:
-    logging.warning("Features are computed anew next time: %s", error)
+    logging.warning("Features were not cached: %s", error)

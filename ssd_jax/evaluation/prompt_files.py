@@ -1,7 +1,7 @@
-"""The files that official benchmarks give to generators and take from them.
+"""Prompt files of official benchmarks, and folders for their scorers.
 
-Nothing is downloaded: prompt files are read from disk, images are laid out in
-folders as the official scorers read them.
+Nothing is downloaded: prompt files are read from disk, and images are written
+in the folder layouts that the official scorers read.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from ssd_jax.storage.files import write_text
 from ssd_jax.visualization.contact_sheets import save_picture
 
 LAYOUTS = ("geneval", "dpg")
-_DPG_PICTURES = 4  # of a prompt, in a grid of two by two
+_DPG_PICTURES = 4  # images per prompt, in a two-by-two grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Item:
 
   Attributes:
     prompt: The text.
-    name: What the benchmark calls it.
-    metadata: What GenEval's scorer needs, else empty.
+    name: The benchmark's name of the prompt.
+    metadata: Data for GenEval's scorer; empty for other benchmarks.
   """
 
   prompt: str
@@ -41,14 +41,14 @@ class Item:
 
 
 def read_prompts(path: str | os.PathLike) -> list[Item]:
-  """The prompts of a file or folder, in its order.
+  """Returns the prompts of a file or folder, in order.
 
-  Text files hold one prompt per line. A folder of .txt files is DPG-Bench's,
-  .jsonl GenEval's, .json COCO's captions (the first of each image), .tsv
-  PartiPrompts'.
+  Text files hold one prompt per line. Other formats are a folder of .txt files
+  (DPG-Bench), .jsonl (GenEval), .json (COCO captions, the first of each image)
+  and .tsv (PartiPrompts).
 
   Raises:
-    UserError: when it cannot be read, is none of these or holds no prompt.
+    UserError: if the file is unreadable, of another format or without prompts.
   """
   path = pathlib.Path(path)
   readers = {".jsonl": _geneval, ".json": _coco, ".tsv": _parti}
@@ -63,13 +63,14 @@ def read_prompts(path: str | os.PathLike) -> list[Item]:
   except (ValueError, KeyError, TypeError, AttributeError,
           RecursionError) as error:
     raise UserError(
-        "Expected the official prompt file that its name says "
-        f"({type(error).__name__}: {str(error)[:80]}), got {path}. Check the "
+        "Expected an official prompt file of the format that its name implies, "
+        f"got {path} ({type(error).__name__}: {str(error)[:80]}). Check the "
         "file."
     ) from error
   if not items:
     raise UserError(
-        f"Expected at least one, got no prompt in {path}. Check the file.")
+        f"Expected at least one prompt, got no prompt in {path}. Check the "
+        "file.")
   return items
 
 
@@ -80,7 +81,7 @@ def _lines(path: pathlib.Path) -> list[Item]:
 
 
 def _geneval(path: pathlib.Path) -> list[Item]:
-  """`evaluation_metadata.jsonl`; the line number names the folder."""
+  """Reads `evaluation_metadata.jsonl`; line numbers name the folders."""
   rows = [json.loads(line) for line in _read_lines(path) if line.strip()]
   for number, row in enumerate(rows, 1):
     if not isinstance(row["prompt"], str):
@@ -89,12 +90,12 @@ def _geneval(path: pathlib.Path) -> list[Item]:
 
 
 def _read_lines(path: pathlib.Path) -> list[str]:
-  """Lines of a file, which may begin with the mark that Windows puts there."""
+  """Returns the lines of a file, without a byte-order mark of Windows."""
   return path.read_text("utf-8-sig").split("\n")
 
 
 def _dpg(path: pathlib.Path) -> list[Item]:
-  """The folder `prompts`: one file per prompt, named by its id."""
+  """Reads the folder `prompts`, which holds one file per prompt id."""
   def order(file):
     return (not file.stem.isdigit(), file.stem.zfill(12))
 
@@ -104,7 +105,7 @@ def _dpg(path: pathlib.Path) -> list[Item]:
 
 
 def _coco(path: pathlib.Path) -> list[Item]:
-  """`captions_val2014.json`: the first caption of each image."""
+  """Reads the first caption of each image of `captions_val2014.json`."""
   first: dict[int, str] = {}
   for row in sorted(json.loads(path.read_text("utf-8-sig"))["annotations"],
                     key=lambda row: row["id"]):
@@ -113,7 +114,7 @@ def _coco(path: pathlib.Path) -> list[Item]:
 
 
 def _parti(path: pathlib.Path) -> list[Item]:
-  """`PartiPrompts.tsv`, whose first column is headed Prompt."""
+  """Reads the column Prompt of `PartiPrompts.tsv`."""
   with path.open(encoding="utf-8-sig", newline="") as file:
     rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     return [Item(row["Prompt"].strip(), f"{i:05d}")
@@ -124,21 +125,21 @@ def export(
     layout: str, folder: pathlib.Path, items: Sequence[Item],
     images: Images,
 ) -> None:
-  """Writes images as an official scorer reads them.
+  """Writes images in the layout of an official scorer.
 
-  What an earlier export left for other prompts is removed: the scorers take all
-  that they find.
+  Files of an earlier export for other prompts are removed, because the scorers
+  read everything that they find.
 
   Args:
     layout: "geneval": 00000/metadata.jsonl, 00000/samples/0000.png and so on;
-      "dpg": one PNG per prompt, named by its id, of four images in a grid.
-    folder: Made where it is missing.
-    items: Prompts with what the benchmark says of them.
-    images: uint8 [H, W, 3] each, equally many for each prompt, in its order.
+      "dpg": one PNG per prompt, named by its id, with four images in a grid.
+    folder: Output folder; created if missing.
+    items: Prompts with the benchmark's metadata.
+    images: uint8 [H, W, 3] each, in the order of the prompts, equally many per
+      prompt.
 
   Raises:
-    UserError: when the prompts are not that benchmark's, or images are
-      missing.
+    UserError: if the prompts are not the benchmark's or images are missing.
   """
   check(layout in LAYOUTS, "export", layout, f"one of {', '.join(LAYOUTS)}")
   count = len(images) // len(items)
@@ -155,7 +156,7 @@ def export(
 def _remove_others(
     layout: str, folder: pathlib.Path, names: Sequence[str]
 ) -> None:
-  """Removes exported prompts, and samples of GenEval's, of an older export."""
+  """Removes the prompts and GenEval samples of an earlier export."""
   if layout == "geneval":
     for path in folder.glob("[0-9]" * 5):
       shutil.rmtree(path)
@@ -166,19 +167,25 @@ def _remove_others(
 
 
 def check_exportable(layout: str, items: Sequence[Item], pictures: int) -> None:
-  """Raises UserError unless prompts and numbers suit the scorer."""
+  """Raises UserError if the scorer cannot take these prompts and images.
+
+  Args:
+    layout: Name of the layout.
+    items: Prompts.
+    pictures: Images per prompt.
+  """
   check(pictures >= 1, "num_images", pictures, ">= 1")
   if layout == "geneval":
     lacks = [item for item in items if "tag" not in item.metadata]
     if lacks:
       raise UserError(
-          f"Expected GenEval's own, got the prompt {lacks[0].prompt[:40]!r} "
-          "for --export geneval. Give its evaluation_metadata.jsonl as "
-          "--prompts_file.")
+          "Expected GenEval's own prompts, got the prompt "
+          f"{lacks[0].prompt[:40]!r} for --export geneval. Pass GenEval's "
+          "evaluation_metadata.jsonl as --prompts_file.")
   elif pictures != _DPG_PICTURES:
     raise UserError(
-        f"Expected {_DPG_PICTURES}, got {pictures} images per prompt for "
-        f"--export dpg. Add --num_images {_DPG_PICTURES}.")
+        f"Expected {_DPG_PICTURES} images per prompt, got {pictures} images "
+        f"per prompt for --export dpg. Add --num_images {_DPG_PICTURES}.")
 
 
 def _export_geneval(folder: pathlib.Path, item: Item, pictures) -> None:
@@ -189,6 +196,6 @@ def _export_geneval(folder: pathlib.Path, item: Item, pictures) -> None:
 
 
 def _grid(pictures: Images) -> Image.Image:
-  """Four images, row by row, without a margin: the scorer cuts them apart."""
+  """Returns four images in a grid without margins, which the scorer splits."""
   rows = [np.concatenate(pictures[i:i + 2], axis=1) for i in (0, 2)]
   return Image.fromarray(np.concatenate(rows))

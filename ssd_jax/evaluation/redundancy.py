@@ -1,9 +1,9 @@
-"""What CASCADE takes for granted, measured: is a model's output redundant?
+"""Redundancy of a model's hidden states, the premise of CASCADE.
 
-Hidden states are the trunk's before the final norm, of the conditional stream,
-at the slot that was fed: those that decoding compares.
+Hidden states are the trunk's states before the final norm, of the conditional
+stream, at the slot that was fed; decoding compares the same states.
 
-  E alternatives at a slot, the model's likeliest   U, W offsets up and down
+  E likeliest alternatives at a slot   U, W vertical and horizontal offsets
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ from ssd_jax.pipeline.pipeline import Pipeline
 
 ALTERNATIVES = 8
 THRESHOLDS = tuple(np.round(np.arange(0.5, 1.0, 0.05), 2)) + (0.98, 0.99)
-_REACH = 8  # tokens to each side
-_SIDE = 256  # slots of the map of one image
+_REACH = 8  # largest offset in tokens
+_SIDE = 256  # slots of the similarity map of one image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Evidence:
   """Cosines of hidden states, and entropies in nats.
 
   Attributes:
-    equal_UW: Mean cosine of two tokens that hold the same code, U rows and
-      W - reach columns apart; nan where there is no such pair.
-    different_UW: The same of tokens that hold different codes.
-    slots_MM: Between the first slots of the first image.
+    equal_UW: Mean cosine of two grid positions with equal tokens, U rows and
+      W - reach columns apart; nan if there is no such pair.
+    different_UW: Mean cosine of grid positions with different tokens.
+    slots_MM: Cosines between the first slots of the first image.
     siblings_E: Mean cosine of each alternative at a slot with the likeliest.
-    parents_E: Mean cosine of each alternative with the slot before it.
-    alike_T: Share of the pairs of alternatives at each threshold or above.
-    converged_T: Share of the alternatives whose cosine with the slot before
-      is at each threshold or above.
-    entropy_RC: Mean of the predictions for each token.
-    entropies: Of every token of every image.
+    parents_E: Mean cosine of each alternative with the previous slot.
+    alike_T: Share of pairs of alternatives whose cosine reaches each threshold.
+    converged_T: Share of alternatives whose cosine with the previous slot
+      reaches each threshold.
+    entropy_RC: Mean entropy of the predictions at each grid position.
+    entropies: Entropy of every prediction of every image.
   """
 
   equal_UW: np.ndarray
@@ -59,15 +59,15 @@ def collect(
     batch: int = 4, on_batch: Callable[[int], None] = lambda count: None,
     **sampling: Unpack[Overrides],
 ) -> Evidence:
-  """What images that the model generated say.
+  """Measures the redundancy of images that the model generated.
 
   Args:
     pipe: The model.
-    tokens_BRC: Codes of the images.
-    prompts: One per image.
-    batch: Images looked at together.
-    on_batch: Called with the number of images finished.
-    **sampling: As for `Pipeline.generate`.
+    tokens_BRC: [B, R, C], tokens of the images.
+    prompts: One prompt per image.
+    batch: Images measured together.
+    on_batch: Called with the number of images finished since the last call.
+    **sampling: Sampling settings of `Pipeline.generate`.
   """
   settings, guided = pipe.sampling(**sampling)
   look = make_look(pipe.family.generator.model())
@@ -98,18 +98,19 @@ def collect(
 
 
 def make_look(model: Model):
-  """Jitted (params, prompt, sequence [B, N], sampling) -> what is at hand.
+  """Returns a jitted (params, prompt, sequence [B, N], sampling) -> cosines.
 
-  (states [B, N, D] of length one; cosines [B, M, E, E] between the states of
-  alternatives at each of M tokens; cosines [B, M, E] with the slot before.)
-  Alternatives are fed as decoding feeds the children of a tree's node.
+  The result is (states [B, N, D] of unit length; cosines [B, M, E, E] between
+  the states of alternatives at each of M slots; cosines [B, M, E] of the
+  alternatives with the previous slot). Alternatives are fed as decoding feeds
+  the children of a tree's node.
   """
   grid, width = model.grid, min(ALTERNATIVES, model.vocab)
-  cells = np.flatnonzero(~grid.is_forced)[1:]  # with a slot before
-  rows = np.array_split(cells, -(-len(cells) // max(grid.cols, 1)))
+  slots = np.flatnonzero(~grid.is_forced)[1:]  # those with a previous slot
+  rows = np.array_split(slots, -(-len(slots) // max(grid.cols, 1)))
   most = max(map(len, rows))
   chunks_XM = np.stack([np.resize(row, most) for row in rows])
-  # A chunk that is padded repeats its first tokens; they are left out again.
+  # A padded chunk repeats its first slots, which are dropped again.
   kept = np.concatenate([np.arange(most) < len(row) for row in rows])
 
   @jax.jit
@@ -122,7 +123,7 @@ def make_look(model: Model):
     before_GBND = jnp.stack(jnp.split(hidden[:, :-1], streams))
     states_BND = _unit(hidden[:batch, 1:])
 
-    def try_cells(slots_M):
+    def compare(slots_M):
       logits = model.logits(params, before_GBND[:, :, slots_M])
       p_BMV = sampling_lib.target(logits, settings)
       tokens_BME = jax.lax.top_k(p_BMV, width)[1]
@@ -133,7 +134,7 @@ def make_look(model: Model):
       return (jnp.einsum("bmed,bmfd->bmef", x_BMED, x_BMED),
               jnp.einsum("bmed,bmd->bme", x_BMED, states_BND[:, slots_M - 1]))
 
-    found = jax.lax.map(try_cells, jnp.asarray(chunks_XM))
+    found = jax.lax.map(compare, jnp.asarray(chunks_XM))
     merge = lambda x: jnp.moveaxis(x, 1, 0).reshape(
         batch, -1, *x.shape[3:])[:, kept]
     return states_BND, *map(merge, found)
@@ -144,7 +145,7 @@ def make_look(model: Model):
 def _read(
     model: Model, params, prompt: Prompt, sequence_SN: jax.Array, scratch: int
 ) -> tuple[jax.Array, KVCache]:
-  """(states [S, N + 1, D] of the prompt's end and of every slot, cache)."""
+  """Returns (states [S, N + 1, D] of the prompt's end and all slots, cache)."""
   rows, length = sequence_SN.shape
   first_SD, cache = model.prefill(params, prompt, scratch)
   slots = jnp.broadcast_to(jnp.arange(length), (rows, length))
@@ -158,26 +159,26 @@ def _read(
 def _alternatives(
     length: int, slots_M: jax.Array, tokens_BME: jax.Array
 ) -> Queries:
-  """Queries [B, M * E] that see what is before their token, and themselves."""
+  """Returns queries [B, M * E] that attend to earlier slots and themselves."""
   batch, _, width = tokens_BME.shape
-  places_Q = jnp.repeat(slots_M, width)
-  own_Q = length + jnp.arange(len(places_Q))
-  every = jnp.arange(length + len(places_Q))
-  visible_QX = (every < places_Q[:, None]) | (every == own_Q[:, None])
+  slots_Q = jnp.repeat(slots_M, width)
+  own_Q = length + jnp.arange(len(slots_Q))
+  every = jnp.arange(length + len(slots_Q))
+  visible_QX = (every < slots_Q[:, None]) | (every == own_Q[:, None])
   over = lambda x: jnp.broadcast_to(x, (batch, *x.shape))
-  return Queries(tokens_BME.reshape(batch, -1), over(places_Q), over(own_Q),
+  return Queries(tokens_BME.reshape(batch, -1), over(slots_Q), over(own_Q),
                  over(visible_QX))
 
 
 def by_offset(
     states_BRCD: np.ndarray, tokens_BRC: np.ndarray, reach: int = _REACH
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Mean cosines [U, W] of tokens with equal codes, and with different ones.
+  """Returns mean cosines [U, W] of positions with equal and different tokens.
 
   Args:
-    states_BRCD: Of length one.
-    tokens_BRC: Their codes.
-    reach: Largest distance; W = 2 * reach + 1.
+    states_BRCD: [B, R, C, D], states of unit length.
+    tokens_BRC: [B, R, C], tokens.
+    reach: Largest offset; W = 2 * reach + 1.
   """
   rows, cols = tokens_BRC.shape[1:]
   means = np.full((2, reach + 1, 2 * reach + 1), np.nan)
@@ -195,6 +196,6 @@ def by_offset(
 
 
 def _unit(x: jax.Array) -> jax.Array:
-  """float32 vectors of length one."""
+  """Returns x as float32 vectors of unit length."""
   x = x.astype(jnp.float32)
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)

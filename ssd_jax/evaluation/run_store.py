@@ -1,9 +1,9 @@
-"""What decoders generated, kept on disk batch by batch.
+"""Results of decoders, stored on disk batch by batch.
 
-A shard holds what one decoder generated of one batch of prompts. It is written
-by one rename with a checksum before it, and its name tells all that it depends
-on: an interrupted comparison goes on from its shards, and one with other
-settings, weights or code finds none.
+A shard holds one decoder's results for one batch of prompts. It is written
+atomically, with a leading checksum, and its name encodes everything that it
+depends on: an interrupted comparison continues from its shards, and one with
+other settings, weights or code finds none.
 
 N images; R rows and C columns of the grid; H, W pixels.
 """
@@ -32,24 +32,24 @@ from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import sharding
 from ssd_jax.storage.files import replacing
 
-_VERSION = 3  # raise it when shards hold something else
+_VERSION = 3  # increment when the contents of shards change
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-  """What generating N images took and what came of it, the images left out.
+  """Figures of N generated images.
 
   Attributes:
-    tokens: int32 [N, R, C].
-    passes: int32 [N].
-    commit_pass: int32 [N, R, C].
-    seconds: float64 [N], of the image's batch over its size, compiling not
-      counted.
-    nll: float64 [N], mean NLL of the model, in nats per token.
+    tokens: int32 [N, R, C], image tokens.
+    passes: int32 [N], forward passes.
+    commit_pass: int32 [N, R, C], pass in which each token became final.
+    seconds: float64 [N], seconds of the image's batch over its size, without
+      compilation.
+    nll: float64 [N], mean NLL under the model, in nats per token.
     entropy: float64 [N], mean entropy of the model's predictions.
-    memory: int64 [N], bytes of the program at its peak; -1 if not known.
-    session: int64 [N], which start of the command generated it: seconds of one
-      are comparable.
+    memory: int64 [N], peak bytes of the program; -1 if unknown.
+    session: int64 [N], the start of the command that generated the image;
+      seconds are comparable within one session.
   """
 
   tokens: np.ndarray
@@ -63,10 +63,10 @@ class Figures:
 
 
 class Pictures(OnDemand):
-  """Images, uint8 [H, W, 3] each, read from their shards when asked for.
+  """Images, uint8 [H, W, 3] each, read from their shards on demand.
 
   A slice is an array [n, H, W, 3]. Only the last shard read stays in memory, so
-  that thousands of large images may be compared.
+  that thousands of large images can be compared.
   """
 
   def __init__(self, paths: Sequence[pathlib.Path], sizes: Sequence[int]):
@@ -79,7 +79,7 @@ class Pictures(OnDemand):
 
 @dataclasses.dataclass(frozen=True)
 class Run(Figures):
-  """What a decoder generated.
+  """Images of a decoder and their figures.
 
   Attributes:
     images: N images whose slices are uint8 [n, H, W, 3].
@@ -91,17 +91,19 @@ class Run(Figures):
 def key(
   weights: str, pipe: Pipeline, decoder: Decoder, facts: dict[str, Any]
 ) -> str:
-  """Names all that a shard depends on beside its prompts, the machine too.
+  """Returns a digest of everything but the prompts that a shard depends on.
+
+  The machine is included.
 
   Args:
     weights: Fingerprint of the parameters.
     pipe: The pipeline.
-    decoder: Its settings.
+    decoder: Settings of the decoder.
     facts: Seed, batch and resolved sampling.
   """
   device, mesh = jax.devices()[0], sharding.current()
   config = dict(pipe.family.config)
-  config.pop("sampling", None)  # resolved, it is among the facts
+  config.pop("sampling", None)  # the facts hold the resolved settings
   return digest(dict(
       facts, version=_VERSION, code=_code(type(pipe.family), type(decoder)),
       weights=weights, family=pipe.family.name,
@@ -113,14 +115,14 @@ def key(
 
 
 def _prompt_files(pipe: Pipeline) -> str:
-  """A checksum of what a model folder makes of prompts."""
+  """Returns a checksum of the files with which a model encodes prompts."""
   folder = pipe.folders.get("model", pathlib.Path()) / "tokenizer"
   files = sorted(folder.glob("*")) if "model" in pipe.folders else []
   return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
 def _code(*classes: type) -> str:
-  """A checksum of the modules of classes and of all of ours that they use."""
+  """Returns a checksum of the classes' modules and of ours that they import."""
   found: set[str] = set()
   left = [c.__module__ for c in classes] + [
       engine.__name__, likelihood.__name__]
@@ -139,7 +141,7 @@ def _code(*classes: type) -> str:
 
 
 def _own(classes: Sequence[type]) -> list[str]:
-  """Files of classes that a user wrote, which need not be modules."""
+  """Returns the files of user-defined classes, which need not be modules."""
   bases = [base for cls in classes for base in cls.__mro__]
   codes = [getattr(x, "__code__", None) for base in bases
            if not base.__module__.startswith("ssd_jax.")
@@ -149,7 +151,7 @@ def _own(classes: Sequence[type]) -> list[str]:
 
 
 def fingerprint(tree: Any) -> str:
-  """A checksum of all arrays of a tree and of their names."""
+  """Returns a checksum of all arrays of a tree and of their names."""
   total = hashlib.blake2b(digest_size=16)
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     array = np.ascontiguousarray(leaf)
@@ -160,16 +162,16 @@ def fingerprint(tree: Any) -> str:
 
 
 def digest(value: Any) -> str:
-  """A short name of a JSON value."""
+  """Returns a short digest of a JSON value."""
   text = json.dumps(value, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write(path: pathlib.Path, run: Run) -> None:
-  """Writes what was generated of one batch, by one rename.
+  """Writes the results of one batch, atomically.
 
   Raises:
-    UserError: when the folder is full or cannot be written.
+    UserError: if the disk is full or the folder is not writable.
   """
   figures = {f.name: getattr(run, f.name) for f in dataclasses.fields(Figures)}
   buffer = io.BytesIO()
@@ -180,12 +182,16 @@ def write(path: pathlib.Path, run: Run) -> None:
 
 
 def is_whole(path: pathlib.Path) -> bool:
-  """Whether a shard is there and undamaged."""
+  """Returns whether a shard exists and is undamaged."""
   return _blob(path) is not None
 
 
 def collect(paths: Sequence[pathlib.Path]) -> Run:
-  """The shards of a decoder as one."""
+  """Returns the shards of a decoder as one run.
+
+  Raises:
+    UserError: if a shard is missing or damaged.
+  """
   shards = [_read_figures(path) for path in paths]
   sizes = [len(shard["passes"]) for shard in shards]
   joined = {
@@ -195,7 +201,7 @@ def collect(paths: Sequence[pathlib.Path]) -> Run:
 
 
 def _blob(path: pathlib.Path) -> bytes | None:
-  """The arrays' bytes, None if missing or damaged."""
+  """Returns the bytes of a shard's arrays, or None if missing or damaged."""
   blob = path.read_bytes() if path.is_file() else b""
   if hashlib.sha256(blob[32:]).digest() != blob[:32]:
     return None
@@ -206,8 +212,8 @@ def _arrays(path: pathlib.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
   blob = _blob(path)
   if blob is None:
     raise UserError(
-        f"Expected it as it was written, got no whole {path} any more. Start "
-        "the command again.")
+        f"Expected a complete shard, got {path}, which is missing or damaged. "
+        "Start the command again.")
   with np.load(io.BytesIO(blob)) as arrays:
     return {name: arrays[name] for name in names}
 
