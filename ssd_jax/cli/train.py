@@ -41,9 +41,9 @@ _WORKDIR = flags.DEFINE_string(
     "config's workdir.",
 )
 _STORED = np.float16
-_HELD_OUT = 256  # captions at most
+_HELD_OUT = 256  # most held-out captions
 _MODEL = ("data", "pixels", "vq")
-_DRAWN = ("prompts_file", "num_prompts", "images_per_caption", "sampling")
+_IMAGE_KEYS = ("prompts_file", "num_prompts", "images_per_caption", "sampling")
 _MAY_CHANGE = re.compile(r"\.loop\.(steps|keep|\w+_every)$")
 
 
@@ -91,8 +91,8 @@ def _tokenizer_of(workdir: pathlib.Path) -> Any:
   folder = workdir / "model" / "vq"
   if not folder.is_dir():
     raise UserError(
-        f"Expected a trained one, got no tokenizer at {folder}. Run python -m "
-        f"train.tokenizer --workdir {workdir} before.")
+        f"Expected a trained tokenizer, got no tokenizer at {folder}. Run "
+        f"python -m train.tokenizer --workdir {workdir} first.")
   return checkpoints.restore(folder)
 
 
@@ -102,11 +102,12 @@ def mtp() -> None:
   cfg = from_config_dict(mtp_training.MTPConfig, config.mtp)
   captions = _captions(config)
   teacher = _teacher(config, workdir)
-  _begin(workdir / "mtp", config, *_DRAWN, "mtp")
+  _begin(workdir / "mtp", config, *_IMAGE_KEYS, "mtp")
   state, heads_cfg = mtp_training.run(
       teacher, captions, cfg, workdir / "mtp")
   _export(workdir, "heads", heads_cfg, state)
-  _tell(config, workdir, "heads", "ssd", workdir / "mtp" / mtp_training.TABLE)
+  table = workdir / "mtp" / mtp_training.TABLE
+  _print_table(config, workdir, "heads", "ssd", table)
 
 
 def drafter() -> None:
@@ -116,15 +117,15 @@ def drafter() -> None:
   generation_cfg = from_config_dict(GenerationConfig, config.mtp.draw)
   captions = _captions(config)
   teacher = _teacher(config, workdir)
-  _begin(workdir / "drafter", config, *_DRAWN, "drafter")
-  # The images that heads are trained on, whoever generates them first.
+  _begin(workdir / "drafter", config, *_IMAGE_KEYS, "drafter")
+  # Shared with train.mtp: the first of both commands generates the images.
   splits = mtp_training.generate_splits(
       teacher, captions, generation_cfg, workdir / "mtp")
   state, drafter_cfg = drafter_training.run(
       teacher, splits, cfg, workdir / "drafter")
   _export(workdir, "drafter", drafter_cfg, state)
   table = workdir / "drafter" / drafter_training.TABLE
-  _tell(config, workdir, "drafter", "eagle", table)
+  _print_table(config, workdir, "drafter", "eagle", table)
 
 
 def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
@@ -165,7 +166,7 @@ def _export(workdir: pathlib.Path, kind: str, cfg, state) -> None:
       workdir / "model" / kind, kind, cfg, state.eval_params, _STORED)
 
 
-def _tell(config, workdir, kind: str, decoder: str, table) -> None:
+def _print_table(config, workdir, kind: str, decoder: str, table) -> None:
   """Prints the acceptance table and a command that uses the trained part."""
   print(table.read_text())
   model = _model_folder(config, workdir)
@@ -213,15 +214,15 @@ def _lines(config) -> list[str]:
   file = pathlib.Path(config.prompts_file)
   if not file.exists():
     raise UserError(
-        "Expected the prompts to generate, one per line (the papers take "
-        f"Midjourney's), got no file {file}. Write it or name another with "
+        "Expected a file with a prompt per line (the papers use Midjourney's), "
+        f"got no file {file}. Write it or name another with "
         "--config.prompts_file=FILE.")
   texts = (item.prompt.strip() for item in prompt_files.read_prompts(file))
   lines = list(dict.fromkeys(filter(None, texts)))
   if len(lines) < 2:
     raise UserError(
-        f"Expected two or more, one of them held out, got {len(lines)} "
-        f"prompts in {file}. Add some.")
+        "Expected two or more prompts, one of them held out, got "
+        f"{len(lines)} prompts in {file}. Add prompts.")
   return lines[:config.num_prompts or None]
 
 
@@ -230,8 +231,9 @@ def _settings(*used: str):
   config = flags.FLAGS.config
   if config.family != "emoji":
     raise UserError(
-        "Expected 'emoji': published trunks and tokenizers are converted, "
-        f"not trained, got family {config.family!r}. See infer.convert."
+        "Expected family 'emoji', because published trunks and tokenizers are "
+        f"converted, not trained, got family {config.family!r}. See "
+        "infer.convert."
     )
   return config, _workdir(config)
 
@@ -240,7 +242,7 @@ def _workdir(config) -> pathlib.Path:
   folder = pathlib.Path(_WORKDIR.value or config.workdir)
   if folder.exists() and not folder.is_dir():
     raise UserError(f"Expected a folder, got --workdir {folder}, which is a "
-                    "file. Choose another.")
+                    "file. Choose another folder.")
   return folder
 
 
@@ -263,8 +265,8 @@ def _begin(folder: pathlib.Path, config, *keys: str, **more: str) -> None:
     for key in sorted(begun.keys() | now.keys()):
       if begun.get(key) != now.get(key):
         raise UserError(
-            f"Expected {begun.get(key)}, with which it began, got "
-            f"{key}={now.get(key)} for the run in {folder}. Set it back, or "
+            f"Expected {key}={begun.get(key)}, with which the run began, got "
+            f"{key}={now.get(key)} for the run in {folder}. Set it back or "
             "choose another --workdir.")
   write_json(file, now)
 
