@@ -1,4 +1,4 @@
-"""Pictures of decoding: animations, heat maps of passes, and the Pareto plot.
+"""Visualizations of decoding: animations, heat maps and the Pareto plot.
 
 Pillow draws everything but the Pareto plot, which needs matplotlib.
 
