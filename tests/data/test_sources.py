@@ -122,7 +122,7 @@ def test_hold_out_of_few():
     assert min(map(len, parts)) >= 1
     assert sorted(parts[0].keys + parts[1].keys) == sorted(keys)
   assert len(sources.hold_out(Named("a"), "all")) == 1
-  with pytest.raises(UserError, match="1 picture"):
+  with pytest.raises(UserError, match="1 image"):
     sources.hold_out(Named("a"), "train")
 
 

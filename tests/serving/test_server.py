@@ -99,7 +99,7 @@ def test_many_clients_lose_nothing(site):
     (dict(prompt=""), "prompt"),
     (dict(prompt=3), "prompt"),
     (dict(prompt="x" * 301), "301"),
-    (dict(prompt="a", decoder="arr"), "did you mean"),
+    (dict(prompt="a", decoder="arr"), "Did you mean"),
     (dict(prompt="a", decoder="sjd:window=0"), "window"),
     (dict(prompt="a", decoder="sjd:window=many"), "many"),
     (dict(prompt="a", decoder="ssd:rounds=1000000000"), "rounds"),
@@ -191,12 +191,12 @@ def test_a_failure_is_reported_and_the_next_job_runs(monkeypatch):
   def fail(taken):
     raise RuntimeError("secret of the machine")
 
-  monkeypatch.setattr(studio, "_draw", fail)
+  monkeypatch.setattr(studio, "_generate", fail)
   job = studio.submit(dict(prompt="a"))
   while job.state != "failed":
     time.sleep(0.01)
   assert "secret" not in job.error
-  monkeypatch.setattr(studio, "_draw", draw)
+  monkeypatch.setattr(studio, "_generate", draw)
   again = studio.submit(dict(prompt="a"))
   while again.state != "done":
     time.sleep(0.01)
