@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
   return path
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", dict.fromkeys(case[0] for case in CASES))
 def test_every_bad_input_ends_in_one_line(name, folder, monkeypatch):
   """Each case of a command: status 2, the line of the golden file, no files."""

@@ -39,6 +39,7 @@ def test_another_listener_compiles_nothing_and_silence_is_free(pipe):
   assert len(first) == len(second) == 12
 
 
+@pytest.mark.slow
 def test_decoders_by_name_and_pictures_by_index(pipe):
   """A text names a decoder; a list of indices picks the images of a call."""
   named = pipe.generate(["a"] * 4, "sjd:window=3")

@@ -67,6 +67,7 @@ def finish(site, values):
   return job
 
 
+@pytest.mark.slow
 def test_many_clients_lose_nothing(site):
   """Requests of many at once are all generated, in batches, each its own."""
   pipe = chains.pipeline()

@@ -59,12 +59,14 @@ def test_lossless_everywhere(decoder, end_of_row, sampling, group):
   kit.assert_lossless(small(end_of_row, **sampling), decoder, group)
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_batch():
   """Each image goes at its own speed: batches of 1 and 4 give the same."""
   decoder = Coupled(4, "sample_above")
   kit.assert_independent_of_batch(kit.chain(5, 4, True, vocab=9), decoder)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("decoder, end_of_row", [
     (SJD(1), True),
     (SJD(4, "repeat_above", acceptance="equality"), True),

@@ -52,6 +52,7 @@ def test_the_context_is_counted_in_tokens():
   assert (out.commit_pass[:, 1:, 0] > out.commit_pass[:, :-1, 2]).all()
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_batch():
   """Batch 1 and batch 4 give the same tokens and passes."""
   kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), PJD(keep=True))

@@ -179,7 +179,7 @@ def test_without_rounds_the_distribution_is_the_heads():
   assert kit.p_value(pipe, out.tokens) < 1e-3
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [
     SSD(rounds=4, adaptive=True), SSD(vertical=3, rounds=4, adaptive=True),
     SSD(rounds=4, schedule="pipelined", adaptive=True),

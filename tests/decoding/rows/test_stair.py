@@ -144,7 +144,7 @@ def test_defaults_follow_the_grid():
   np.testing.assert_array_equal(waits.tokens, strict.tokens)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", [1, 5])
 def test_few_queries_cost_passes(queries):
   """However few slots a pass may feed, a token is won in each."""
@@ -194,7 +194,7 @@ def latest_passes(grid, decoder):
   return last
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("rows, cols, end_of_row", [
     (1, 6, False), (6, 1, True), (1, 1, False),
 ])

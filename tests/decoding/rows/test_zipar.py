@@ -71,7 +71,7 @@ def test_the_bias_of_a_short_window_is_detected():
   assert kit.p_value(pipe, out.tokens) < 1e-3
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("end_of_row", [False, True])
 def test_candidates_widen_the_window(end_of_row):
   """Adaptive rows start a pass later at the earliest; never later than AR."""
