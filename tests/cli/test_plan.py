@@ -54,7 +54,7 @@ def test_a_slice_without_a_tpu():
   assert found["devices"] == 4 and found["collectives"]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [
     ["--mesh=tensor=3"], ["--batch=0"], ["--train", "--batch=-1"]])
 def test_bad_plans_are_one_line(args):

@@ -28,13 +28,14 @@ def test_exact_verification_is_lossless(kwargs, decoder, group):
   assert finding.passes < tiny(**kwargs).model.grid.num_tokens
 
 
+@pytest.mark.slow
 def test_the_bias_of_correction_is_detected():
   """The same test sees the bias of correcting every draft on its own."""
   finding = exactness.examine(tiny(), MTP(verify="correct"), "mtp")
   assert not finding.lossless and finding.p_value < exactness.P_VALUE
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("end_of_row", [False, True])
 @pytest.mark.parametrize("cross_rows", [False, True])
 def test_coupled_gives_the_tokens_of_ar(end_of_row, cross_rows):
@@ -50,7 +51,7 @@ def test_coupled_gives_the_tokens_of_ar(end_of_row, cross_rows):
   assert out.passes.mean() < expected.passes.mean()
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", ["exact", "correct"])
 def test_images_do_not_depend_on_the_batch(verify):
   """Batch 1 and batch 4 give the same tokens and passes."""

@@ -19,6 +19,7 @@ def test_offsets_pair_the_right_cells():
   assert equal[1, 3] == equal[1, 1] == 1 and different[1, 2] == 0
 
 
+@pytest.mark.slow
 def test_states_are_those_of_the_uncached_forward():
   """Alternatives see what a generated token would; the generated one is its
   own."""

@@ -38,6 +38,7 @@ def _generator(**options):
                    taps=options.get("taps", ()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     dict(n_kv_heads=1, qk_norm=True, flat=False),
     dict(n_kv_heads=2, qk_norm=False, flat=True, taps=(0,)),

@@ -24,7 +24,7 @@ def tiny_is_large(monkeypatch):
   monkeypatch.setattr(layouts_lib, "_MIN_BYTES", 0)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance, decoder", [
     (1.0, "sjd"), (3.0, "sjd"), (3.0, "eagle:tree=2-1"),
     (3.0, "ssd")])

@@ -84,6 +84,7 @@ def test_logits_stay_near_and_bytes_are_a_quarter():
     assert jnp.std(exact - near) < 0.05 * jnp.std(exact)
 
 
+@pytest.mark.slow
 def test_all_functions_read_the_same_weights(small):
   """Greedily, what is lossless generates AR's images, drafting heads or not."""
   draw = lambda decoder: small.generate(

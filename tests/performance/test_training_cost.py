@@ -22,6 +22,7 @@ def network():
   return planning.Network.of(config, jnp.float32)
 
 
+@pytest.mark.slow
 def test_a_step_of_training_is_planned(network):
   """What fits at once is accumulated to the batch; a small chip fits none."""
   config = emoji.get_config("smoke")

@@ -30,6 +30,7 @@ def test_nll_is_that_of_the_unfiltered_joint_distribution():
   np.testing.assert_array_equal(pipe.decode_images(out.tokens, 2), out.images)
 
 
+@pytest.mark.slow
 def test_excess_of_ar_is_zero():
   """Surprisal minus entropy of AR's own samples vanishes within its error."""
   pipe = tiny()

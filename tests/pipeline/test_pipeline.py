@@ -145,9 +145,18 @@ def test_with_params_changes_what_is_generated_and_scored(pipe):
 
 
 def test_pictures_keep_the_index_of_the_whole_call(pipe):
-  """A image's index keys its noise, also in a call that starts later."""
+  """An image's index keys its noise, also in a call that starts later."""
   whole = pipe.generate(["a", "b", "c"], seed=5)
   part = pipe.generate(["b", "c"], seed=5, first_image=1)
   assert [p.index for p in part.pictures] == [1, 2]
   for picture in part.pictures:
     np.testing.assert_array_equal(picture.tokens, whole.tokens[picture.index])
+
+
+@pytest.mark.parametrize("parts,said", [
+    (dict(wings={}), "Expected a part of .*'wings'"),
+    (dict(heads={}), "Expected heads/.* got shape none")])
+def test_parts_that_do_not_fit_are_one_line(pipe, parts, said):
+  """Parameters of another model are refused before anything multiplies them."""
+  with pytest.raises(UserError, match=said):
+    pipe.with_params(**parts)

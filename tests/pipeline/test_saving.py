@@ -14,6 +14,7 @@ def pipe():
   return testing.tiny(vocab=5, rows=3, cols=4)
 
 
+@pytest.mark.slow
 def test_saved_pipeline_generates_the_same(tmp_path):
   """A saved pipeline loads with the parameters it held, and is whole."""
   pipe = ssd_jax.load("emoji")

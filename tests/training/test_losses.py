@@ -81,7 +81,7 @@ def test_the_right_prediction_is_always_accepted(pipe, target):
     assert (figures[name]["top1"] > 1 / 5).all()
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_ablation_has_finite_losses_and_logits(pipe, inputs, target):

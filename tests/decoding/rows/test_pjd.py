@@ -8,6 +8,7 @@ from ssd_jax.decoding.rows.pjd import PJD
 from tests.support import testkit as kit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid, decoder, group", [
     (dict(rows=2, cols=3, vocab=2), PJD(context=3, window=2), 1),
     pytest.param(
@@ -30,7 +31,7 @@ def test_the_bias_of_an_early_row_is_detected():
   assert kit.p_value(pipe, out.tokens) < 1e-3
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("end_of_row, decoder", [
     (False, PJD(context=2, window=4)), (True, PJD(context=2, window=4)),
     (False, PJD(context=3, row_causal=False)), (True, PJD(window=1)),

@@ -60,7 +60,7 @@ def test_the_bias_of_a_short_lookahead_is_detected():
   assert kit.p_value(pipe, out.tokens) < 1e-3
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("grid, decoder", [
     (dict(rows=4, cols=3, vocab=7),
      Stair(lookahead=3, coupled=True, queries=7)),
@@ -75,7 +75,7 @@ def test_coupled_gives_the_tokens_of_ar(grid, decoder):
   assert out.passes.mean() < pipe.model.grid.num_tokens
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("end_of_row, decoder", [
     (False, Stair(sure=0.3, queries=9)), (True, Exact()),
     (True, Stair(lookahead=0, rows=9, row_causal=True, entry=0)),
@@ -155,7 +155,7 @@ def test_few_queries_cost_passes(queries):
   assert queries > 1 or out.passes.min() == model.grid.num_tokens
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("lookahead, rows, entry", [
     (0, 6, 0), (0, 3, 2), (1, 6, 8), (3, 6, 1), (8, 3, 1), (8, 1, 2),
 ])

@@ -73,7 +73,7 @@ def test_best_drafts_keep_the_distribution(decoder):
   assert found.lossless and found.is_sound, found
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [Eagle(), Eagle(WIDE, "sampled")])
 def test_an_image_does_not_depend_on_its_batch(decoder):
   """Batch 1 and batch 4 give the same images in the same passes."""
@@ -84,6 +84,7 @@ def test_an_image_does_not_depend_on_its_batch(decoder):
   np.testing.assert_array_equal(one.commit_pass, four.commit_pass)
 
 
+@pytest.mark.slow
 def test_a_tree_of_every_continuation_is_accepted_whole():
   """Passes: one, then depth + 1 slots each, the last tree being cut."""
   pipe = tiny(vocab=2, rows=3, cols=5)

@@ -55,6 +55,7 @@ def test_the_table_lists_the_nearest_first():
       neighbour_table(codes, 3), [[2, 1, 3], [0, 2, 3], [0, 1, 3], [2, 0, 1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_codebook", [True, False])
 def test_a_pipeline_makes_the_table_when_it_is_asked_for(has_codebook):
   """Of the codebook, else of the input table; only for who reads it, once."""
