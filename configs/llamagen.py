@@ -1,6 +1,6 @@
 """LlamaGen. Variants: c2i_{B,L,XL,XXL,3B}_{256,384}, t2i_XL_{256,512}.
 
-Of c2i, `_ds8` behind the variant takes the tokenizer of 8 px cells.
+For c2i, the suffix `_ds8` selects the tokenizer with 8 px per token.
 
     python -m infer.convert --config configs/llamagen.py:c2i_XL_384 \
         --source hf:FoundationVision/LlamaGen --out models/llamagen_c2i_XL_384

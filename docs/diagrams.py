@@ -1,4 +1,4 @@
-"""Draws the diagrams of docs/methods.md from traces of the embedded model.
+"""Plots the diagrams of docs/decoders.md from traces of the embedded model.
 
     python docs/diagrams.py
 

@@ -1,4 +1,4 @@
-"""ssd_jax: autoregressive pictures, many tokens per pass."""
+"""ssd_jax: fast generation with autoregressive image models."""
 
 from ssd_jax.core.outputs import Output
 from ssd_jax.core.protocols import DecoderBase, Needs

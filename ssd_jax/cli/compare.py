@@ -92,7 +92,7 @@ def body() -> None:
       Contender(label, _loop(ours, decoder), ours.queries(decoder))
       for label, decoder in zip(labels, loops, strict=True)]
   total = (1 + rounds) * len(contenders)
-  with Bar(total=total, unit="drawing") as bar:
+  with Bar(total=total, unit="run") as bar:
     def on_step(label):
       bar.set_description(label)
       bar.update()

@@ -21,6 +21,7 @@ from ssd_jax.storage.files import replacing, write_json
 common.define_flags(
     "prompts_file", "seed", "batch", "out", *common.SAMPLING, *common.MODEL)
 
+
 def define_flags() -> None:
   """Defines the command's own flag."""
   flags.DEFINE_integer("num_prompts", 64, "Number of prompts at most.")
@@ -82,10 +83,10 @@ def plot(found: Evidence, figure, path: pathlib.Path) -> None:
   (equal, different, slots), (siblings, entropy, spread) = figure.subplots(2, 3)
   reach = found.equal_UW.shape[1] // 2
   extent = (-reach - 0.5, reach + 0.5, found.equal_UW.shape[0] - 0.5, -0.5)
-  unstacked = ("columns apart", "rows apart")
+  offsets = ("columns apart", "rows apart")
   maps = (
-      (equal, found.equal_UW, "equal code", extent, unstacked),
-      (different, found.different_UW, "different codes", extent, unstacked),
+      (equal, found.equal_UW, "equal tokens", extent, offsets),
+      (different, found.different_UW, "different tokens", extent, offsets),
       (slots, found.slots_MM, "the first image", None, ("slot", "slot")),
   )
   for axes, values, title, place, names in maps:

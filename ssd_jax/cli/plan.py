@@ -85,13 +85,13 @@ def body() -> None:
     found = training_plan.report(network, args.config, mesh, chip, args.batch)
   else:
     plan = planning.Plan(network, decoder, mesh, args.batch or 1)
-    found = draw_report(plan, chip, args.passes)
+    found = generation_report(plan, chip, args.passes)
   found = {"family": args.config.family,
            "topology": args.topology or devices[0].device_kind,
            "devices": mesh.size, "mesh": dict(mesh.shape), **found}
   if args.plot and not args.train:
     plot(found, pathlib.Path(args.plot))
-  tell(found)
+  print_report(found)
   if args.json:
     print(json.dumps(found))
 
@@ -182,13 +182,13 @@ def trials_table(found: Sequence[tuning.Measurement]) -> str:
       f"| {x.passes:.1f} | {x.seconds:.3f} | {x.ratio:.2f} |" for x in found])
 
 
-def draw_report(
+def generation_report(
     plan: planning.Plan, chip: chips.Chip, passes: int | None = None
 ) -> dict:
   """Returns the plan of generation as JSON.
 
   Args:
-    plan: Of the generation.
+    plan: The generation to plan.
     chip: Each of the devices.
     passes: Of an image, measured.
   """
@@ -243,7 +243,7 @@ def best(network, decoder, time) -> dict:
           "image_seconds": round(seconds, 4)}
 
 
-def tell(found: dict) -> None:
+def print_report(found: dict) -> None:
   """Prints the report."""
   for key, value in found.items():
     if isinstance(value, dict):

@@ -46,11 +46,6 @@ class Grid:
     return self.rows * self.cols
 
   @functools.cached_property
-  def row_of(self) -> np.ndarray:
-    """The row of each slot, int32 [N]."""
-    return (np.arange(self.length) // self.row_slots).astype(np.int32)
-
-  @functools.cached_property
   def col_of(self) -> np.ndarray:
     """The column of each slot, int32 [N]; `cols` for end-of-row slots."""
     return (np.arange(self.length) % self.row_slots).astype(np.int32)

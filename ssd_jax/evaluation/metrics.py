@@ -14,16 +14,16 @@ import hashlib
 import io
 import os
 import pathlib
-import tempfile
 from typing import NamedTuple
 
 from absl import logging
 import chex
 import numpy as np
 
-from ssd_jax.core.config import check
+from ssd_jax.core.config import UserError, check
 from ssd_jax.data import sources
 from ssd_jax.evaluation import efficientnet
+from ssd_jax.storage.files import replacing
 
 TIE = 1e-6  # cosines this close differ by rounding only
 
@@ -298,10 +298,7 @@ def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
   np.save(buffer, array)
   blob = buffer.getvalue()
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-      part = pathlib.Path(folder) / path.name
-      part.write_bytes(hashlib.sha256(blob).digest() + blob)
-      os.replace(part, path)
-  except OSError as error:
+    with replacing(path) as partial:
+      partial.write_bytes(hashlib.sha256(blob).digest() + blob)
+  except UserError as error:
     logging.warning("Features were not cached: %s", error)

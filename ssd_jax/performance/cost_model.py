@@ -118,13 +118,12 @@ class Plan:
   @functools.cached_property
   def params(self) -> Params:
     """Shapes and shardings of the parameters that the decoder reads."""
-    kinds = {"trunk"} | {"ssd": {"heads"}, "stair": {"heads"},
-                         "exact": {"heads"}, "mtp": {"heads"},
-                         "eagle": {"drafter"}, "lantern": {"drafter"},
-                         "lanternpp": {"drafter"}, "cascade": {"drafter"}}.get(
-                             self.decoder.name, set())
+    needs = self.decoder.needs(self.network.model)
+    kinds = {"trunk"}
+    kinds |= {"heads"} if needs.horizontal or needs.vertical else set()
+    kinds |= {"drafter"} if needs.drafter else set()
     params = {k: v for k, v in self.network.params.items() if k in kinds}
-    if neighbours := getattr(self.decoder, "neighbours", 0):
+    if neighbours := needs.neighbours:
       params["neighbours"] = jax.ShapeDtypeStruct(
           (self.network.model.vocab, neighbours), np.int32)
     return abstract(params, sharding.shardings(params, self.mesh))
@@ -332,7 +331,7 @@ def parts(
   """Returns the least seconds of the parts of a pass.
 
   Args:
-    plan: The generation.
+    plan: The generation to plan.
     queries: Number of queries Q of the pass.
     chip: Figures of each device.
     sent: Collectives of a pass of `plan.queries`; their bytes grow with Q.

@@ -195,18 +195,9 @@ class OurDecoders:
 
   def queries(self, decoder: Decoder) -> int:
     """Returns the number of slots that a pass of the decoder feeds."""
-    counts = []
-
-    def forward(params, cache, prompt, queries):
-      counts.append(queries.tokens.shape[-1])
-      return self.model.forward(params, cache, prompt, queries)
-
-    model = dataclasses.replace(self.model, forward=forward)
-    jax.eval_shape(
-        lambda params, prompt: engine.decode(
-            model, decoder, params, prompt, Sampling.make(), jax.random.key(0),
-            jnp.arange(self._setting.batch)), self.params, self._prompt)
-    return max(counts)
+    return engine.count_queries(
+        self.model, decoder, self.params, self._prompt, Sampling.make(),
+        self._setting.batch)
 
 
 def read_llama(cfg: TrunkConfig, tensors: dict[str, Any]) -> Params:

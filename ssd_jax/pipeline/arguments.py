@@ -9,6 +9,8 @@ import numpy as np
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.protocols import Decoder
+from ssd_jax.core.types import Params
+from ssd_jax.core.weights import leaves_by_path
 from ssd_jax.decoding import registry
 
 _LARGEST = 10_000  # guidance or temperature
@@ -58,7 +60,7 @@ def text_of(prompt: str | int) -> str:
     return prompt
   if not _is_whole(prompt):
     raise UserError(f"Expected a text, got the prompt {_short(prompt)}. Write "
-                    "what to draw in words.")
+                    "what to generate in words.")
   return str(prompt)
 
 
@@ -116,7 +118,7 @@ def indices_of(
     given = given + np.arange(padded)
   else:
     check(given.shape == (count,), "first_image", f"{len(given)} indices",
-          f"one index, or one for each of {count} pictures")
+          f"one index, or one for each of {count} images")
     given = np.pad(given, (0, padded - count), "edge")
   check(given.min() >= 0 and given.max() < _INDICES, "first_image",
         _short(first), f"indices in [0, {_INDICES})")
@@ -147,6 +149,22 @@ def grids_of(
     check(not isinstance(prompts, str) and len(prompts) == len(given),
           "prompts", _short(prompts), f"a list of {len(given)}, one per grid")
   return given.astype(np.int32)
+
+
+def check_part(
+    name: str, part: Params, params: Mapping[str, Params]
+) -> None:
+  """Raises UserError unless `part` can take the place of `params[name]`."""
+  if name not in params:
+    raise UserError(f"Expected a part of {sorted(params)}, got {name!r}.")
+  shapes = lambda tree: {
+      key: leaf.shape for key, leaf in leaves_by_path(tree, name).items()}
+  got, expected = shapes(part), shapes(params[name])
+  for key in sorted(got.keys() | expected.keys()):
+    if got.get(key) != expected.get(key):
+      raise UserError(
+          f"Expected {key} of shape {expected.get(key, 'none')}, got shape "
+          f"{got.get(key, 'none')}.")
 
 
 def check_sampling(values: Mapping[str, Any]) -> None:

@@ -49,13 +49,20 @@ class Pipeline:
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "params", flax.core.freeze(self.params))
+    if self.vq_params is not None:
+      object.__setattr__(self, "vq_params", flax.core.freeze(self.vq_params))
 
   def with_params(self, **parts: Params) -> "Pipeline":
     """Returns a pipeline with some parts of the parameters replaced.
 
     Args:
       **parts: `trunk`, `heads` or `drafter`, shaped as this pipeline's.
+
+    Raises:
+      UserError: if a part is not one of this pipeline's, or has other shapes.
     """
+    for name, part in parts.items():
+      arguments.check_part(name, part, self.params)
     return dataclasses.replace(self, params={**self.params, **parts})
 
   @functools.cached_property

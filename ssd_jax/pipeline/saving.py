@@ -54,7 +54,7 @@ def save(pipe: "Pipeline", folder: str | os.PathLike) -> None:
     new = staging / "new"
     shutil.copytree(pipe.folders["model"], new,
                     ignore=lambda at, names: _left_out(pipe, at, names))
-    params = {**flax.core.unfreeze(pipe.params), "vq": pipe.vq_params}
+    params = flax.core.unfreeze({**pipe.params, "vq": pipe.vq_params})
     for kind in ("trunk", "vq"):
       checkpoints.save(new / kind, params[kind])
     settings = read_json(new / "model.json")

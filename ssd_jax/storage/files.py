@@ -31,8 +31,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   except OSError as error:
     raise UserError(
         "Expected a writable folder with enough room, got "
-        f"{error.strerror or error} while writing {path}. Choose another "
-        "--out.") from error
+        f"{error.strerror or error} while writing {path}. Free space or "
+        "choose another folder.") from error
   finally:
     partial.unlink(missing_ok=True)
 
@@ -59,6 +59,6 @@ def read_json(path: str | os.PathLike) -> Any:
     return json.loads(path.read_text("utf-8"))
   except (OSError, ValueError) as error:
     raise UserError(
-        f"Expected a JSON file of a model folder, got an unreadable {path}. "
-        "Check the path, or train or convert again."
+        f"Expected a readable JSON file, got {path} (missing or damaged). "
+        "Check the path, or make it again."
     ) from error

@@ -74,8 +74,8 @@ class _Staircase(DecoderBase):
 
   def needs(self, model: Model) -> Needs:
     """Returns spatial heads if `drafts` requires them."""
-    has_to = self.drafts in _NEED_HEADS
-    return Needs(horizontal=has_to, vertical=has_to)
+    reads = self.drafts in _NEED_HEADS or self._uses_heads(model)
+    return Needs(horizontal=reads, vertical=reads)
 
   def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Rows:
     """Returns the state with row 0 drafted."""
