@@ -1,6 +1,7 @@
 """CASCADE's premise measured: which states are compared, which tokens."""
 
 import numpy as np
+import pytest
 
 from ssd_jax.decoding.ar import AR
 from ssd_jax.evaluation import redundancy

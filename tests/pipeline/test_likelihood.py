@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+import pytest
 
 from ssd_jax.evaluation import metrics
 from ssd_jax.pipeline import testing
