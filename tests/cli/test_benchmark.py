@@ -140,7 +140,7 @@ def test_the_command_with_features_and_export(
     (["--decoders", "ar", "--export", "geneval"], "geneval"),
     (["--decoders", "ar", "--export", "dpg"], "num_images"),
     (["--prompts_file", "/nowhere"], "/nowhere"), (["--seed", "-1"], "seed"),
-    (["--decoders", "ssd"], "heads"), (["--top_p", "2"], "top_p"),
+    (["--decoders", "ssd"], "head"), (["--top_p", "2"], "top_p"),
     (["--exactness", "--draws", "3"], "draws"),
     (["--exactness", "--guidance", "3"], "--guidance"),
     (["--top_k", "99999999999"], "top_k"), (["--guidance", "1e38"], "guidance"),

@@ -72,7 +72,7 @@ def test_thousands_of_images_are_written_as_they_come(tmp_path):
   later = Album(tmp_path, {"seed": 1})
   later.add(Picture(0, "p0", np.zeros((2, 3, 3), np.uint8), None, 1, None))
   later.close()
-  assert "also holds 69 pictures" in later.notes[0]
+  assert "also holds 69 images" in later.notes[0]
   assert later.sheet is None and not album.sheet.exists()
   assert np.asarray(Image.open(album.paths[69])).max() == 69
 
@@ -112,7 +112,7 @@ def test_long_prompt_generates_and_notes_that_it_was_cut(capsys, tmp_path):
     (["--prompt", "a", "--checkpoint", "/nowhere"], "/nowhere"),
     (["--prompts_file", "/nowhere"], "/nowhere"),
     (["--prompt", "a", "--colour", "red"], "colour"),
-    (["--prompt", "a", "--config", "/nowhere.py"], "bad flag"),
+    (["--prompt", "a", "--config", "/nowhere.py"], "/nowhere.py"),
     (["--prompt", "a", "stray"], "stray"),
 ])
 def test_mistakes_end_in_one_line(capsys, tmp_path, args, named):

@@ -192,5 +192,6 @@ def test_a_part_of_the_captions_is_learnt_from():
   config.num_prompts = 10
   assert train._captions(config) == {**whole, "train": whole["train"][:10]}
   config.num_prompts = -1
-  with pytest.raises(UserError, match="Expected >= 0, got num_prompts=-1"):
+  with pytest.raises(
+      UserError, match="Expected num_prompts to be >= 0.*, got num_prompts=-1"):
     train._captions(config)

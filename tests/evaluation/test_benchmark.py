@@ -97,7 +97,7 @@ def measured(monkeypatch):
     return fake_run(size, nll=np.full(size, float(start)))
 
   monkeypatch.setattr(benchmark, "measure", measure)
-  monkeypatch.setattr(benchmark, "_draw", lambda *args: None)
+  monkeypatch.setattr(benchmark, "_generate", lambda *args: None)
   return calls
 
 

@@ -60,5 +60,5 @@ def test_rows_have_the_promised_fields():
   detail = report.detail(entries()[1], fast, lone, None)
   assert "| sjd:window=4 |" in report.table([row], [detail])
   json.dumps([row, detail], allow_nan=False)
-  assert "add a second ar run" in report.table([row], [detail])
+  assert "add a second AR run" in report.table([row], [detail])
   assert report.panels([row], [detail]) == []

@@ -164,7 +164,7 @@ def test_chameleon_ids_are_checked(monkeypatch):
           "<reserved08799>": 8803, "<reserved08800>": 8804}
   good |= {f"IMGIMG{str(c).translate(digits)}Z": 4 + c for c in range(8192)}
   for change, said in (({}, None), ({"<s>": 1}, "'?<s>"),
-                       ({"IMGIMGBZ": 9}, "image codes")):
+                       ({"IMGIMGBZ": 9}, "image tokens")):
     monkeypatch.setattr(
         published.Published, "text_tokenizer", Words(good | change))
     family = lumina.Lumina(lumina.get_config())
@@ -187,7 +187,7 @@ def test_emu3_ids_are_checked(tmp_path):
       family.check_ids(wrong)
   ranks = {str(i).encode(): i for i in range(151_643)}
   family.check_ranks(ranks)
-  with pytest.raises(UserError, match="got emu3.tiktoken with 151642 pieces"):
+  with pytest.raises(UserError, match="got emu3.tiktoken with 151642 entries"):
     family.check_ranks({k: i for k, i in ranks.items() if i != 7})
 
 

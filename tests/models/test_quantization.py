@@ -97,13 +97,13 @@ def test_all_functions_read_the_same_weights(small):
 
 def test_refused_where_it_cannot_work(small, tmp_path, monkeypatch):
   """Twice, in a folder, cut over devices, without the extra: one line each."""
-  with pytest.raises(UserError, match="got weights in int8, expected"):
+  with pytest.raises(UserError, match="got weights in int8"):
     quantization.quantize(small.params)
   loaded = dataclasses.replace(small, folders={"model": tmp_path})
-  with pytest.raises(UserError, match="got a pipeline in int8, expected"):
+  with pytest.raises(UserError, match="got a pipeline in int8"):
     loaded.save(tmp_path / "new")
   monkeypatch.setattr(sharding, "parameters_apart", lambda: 2)
-  with pytest.raises(UserError, match="got int8 .*expected .*--mesh data"):
+  with pytest.raises(UserError, match="int8.*--mesh data"):
     ssd_jax.load("emoji", int8=True)
   monkeypatch.setitem(sys.modules, "qwix", None)
   with pytest.raises(UserError, match=r"pip install 'ssd-jax\[int8\]'"):

@@ -119,7 +119,8 @@ def test_heads_of_another_model_are_refused(pipe):
   with pytest.raises(UserError, match="another trunk's weights"):
     bind_heads(other.family.generator, heads.cfg, mixed)
   no_ends = testing.tiny(vocab=5, rows=3, cols=4)
-  with pytest.raises(UserError, match="3x4 grid with end-of-row.*a 3x4 grid;"):
+  with pytest.raises(
+      UserError, match="for a 3x4 grid, got .* 3x4 grid with end-of-row"):
     bind_heads(no_ends.family.generator, heads.cfg)
   fewer = dataclasses.replace(heads.cfg, options=HeadsOptions(2, 2))
   with pytest.raises(UserError, match="other offsets"):

@@ -103,5 +103,5 @@ def test_another_number_of_hosts_continues(tmp_path, alone):
     ("localhost:1", None, None), ("localhost:1", 2, 2)])
 def test_half_a_job_is_one_line(given):
   """All three flags or none, and a place within the job."""
-  with pytest.raises(UserError, match="got .*process_id.*expected"):
+  with pytest.raises(UserError, match="Expected .*process_id.*got"):
     distributed.join(*given)

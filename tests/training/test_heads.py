@@ -110,7 +110,7 @@ def test_an_offset_off_the_grid_is_refused(teacher, tmp_path):
   """A head that no pair could train is a mistake of the config."""
   captions = {"train": CAPTIONS, "validation": CAPTIONS}
   wide = dataclasses.replace(CONFIG, heads=HeadsOptions(3, 1))
-  with pytest.raises(UserError, match="heads.horizontal=3.*below 3"):
+  with pytest.raises(UserError, match="below 3.*heads.horizontal=3"):
     heads_lib.run(teacher, captions, wide, tmp_path)
   tall = dataclasses.replace(CONFIG, heads=HeadsOptions(2, 3))
   with pytest.raises(UserError, match="heads.vertical=3"):

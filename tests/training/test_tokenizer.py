@@ -44,5 +44,6 @@ def test_a_picture_may_stay_where_it_is():
   image = load_augmented(source, 0, rng, 0)["image"]
   chex.assert_shape(image, (32, 32, 3))
   chex.assert_shape(load_augmented(source, 0, rng, 3)["image"], (32, 32, 3))
-  with pytest.raises(UserError, match="Expected 0 or more, got max_shift=-1"):
+  with pytest.raises(
+      UserError, match="Expected max_shift to be 0 or more, got max_shift=-1"):
     TokenizerConfig(max_shift=-1)

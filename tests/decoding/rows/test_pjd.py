@@ -76,5 +76,6 @@ def test_impossible_settings_are_one_line():
     PJD(window=0)
   with pytest.raises(UserError, match="context=0"):
     PJD(context=0)
-  with pytest.raises(UserError, match="Expected at most 4, got context=5"):
+  with pytest.raises(
+      UserError, match="Expected context to be at most 4.*, got context=5"):
     kit.run(kit.chain(3, 4), PJD(context=5))

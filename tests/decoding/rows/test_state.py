@@ -118,7 +118,8 @@ def test_a_token_without_a_distribution_is_no_draft():
 
 def test_defaults_are_cut_and_other_values_are_not():
   """Only an explicit value that cannot be is an error."""
-  assert rows_lib.clamp(Stair(), "rows", 2, "the rows") == 2
-  assert rows_lib.clamp(Stair(rows=2), "rows", 3, "the rows") == 2
-  with pytest.raises(UserError, match="Expected at most 2, got rows=7"):
-    rows_lib.clamp(Stair(rows=7), "rows", 2, "the rows")
+  assert rows_lib.at_most(None, 6, 2, "rows", "the rows") == 2
+  assert rows_lib.at_most(None, 6, 9, "rows", "the rows") == 6
+  assert rows_lib.at_most(2, 6, 3, "rows", "the rows") == 2
+  with pytest.raises(UserError, match="rows to be at most 2.*, got rows=7"):
+    rows_lib.at_most(7, 6, 2, "rows", "the rows")
