@@ -102,7 +102,7 @@ def test_refused_where_it_cannot_work(small, tmp_path, monkeypatch):
   loaded = dataclasses.replace(small, folders={"model": tmp_path})
   with pytest.raises(UserError, match="got a pipeline in int8"):
     loaded.save(tmp_path / "new")
-  monkeypatch.setattr(sharding, "parameters_apart", lambda: 2)
+  monkeypatch.setattr(sharding, "num_param_shards", lambda: 2)
   with pytest.raises(UserError, match="int8.*--mesh data"):
     ssd_jax.load("emoji", int8=True)
   monkeypatch.setitem(sys.modules, "qwix", None)

@@ -239,7 +239,7 @@ def test_impossible_settings_are_one_line():
   with pytest.raises(
       UserError, match="Expected vertical to be at most 2.*, got vertical=3"):
     kit.run(kit.chain(3, 4, heads=(5, 2)), SSD(vertical=3))
-  with pytest.raises(UserError, match="spatial heads"):
+  with pytest.raises(UserError, match="spatial head"):
     kit.run(kit.chain(3, 4, heads=(0, 0)), SSD())
   # The paper's five heads are a default; asking for five is asking for five.
   two = kit.chain(3, 4, heads=(2, 1))

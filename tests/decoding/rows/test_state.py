@@ -8,7 +8,6 @@ import pytest
 from ssd_jax.core.config import UserError
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.rows import queries as row_queries, state as rows_lib
-from ssd_jax.decoding.rows.stair import Stair
 from ssd_jax.decoding.sampling import Sampling
 from tests.support import testkit as kit
 
