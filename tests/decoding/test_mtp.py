@@ -95,6 +95,7 @@ def test_more_rounds_cost_as_many_passes():
     assert out.passes.tolist() == [1 + 3 * (rounds + 1)]
 
 
+@pytest.mark.slow
 def test_commits_are_recorded_once_and_in_order():
   """commit_pass grows along the raster from 1 to the number of passes."""
   pipe = tiny(vocab=5, rows=4, cols=4)

@@ -11,6 +11,7 @@ from ssd_jax.pipeline import testing
 from tests.support import testkit as kit
 
 
+@pytest.mark.slow
 def test_what_is_tried_fits_the_grid_and_the_weights():
   """Decoders of texts that parse; without training only fixed schedules."""
   for model in (kit.chain(6, 7, end_of_row=True), testing.tiny(3, 5, 5).model):
