@@ -34,7 +34,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         f"{error.strerror or error} while writing {path}. Free space or "
         "choose another folder.") from error
   finally:
-    partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the folder may not be one
+      partial.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
