@@ -2,7 +2,7 @@
 
     python docs/diagrams.py
 
-Writes docs/order.png, the pass at which each cell became final, and
+Writes docs/order.png, the pass in which each token became final, and
 docs/race.gif, AR beside a decoder, pass by pass.
 """
 
@@ -14,13 +14,13 @@ from ssd_jax.visualization import animations, contact_sheets
 
 PROMPT, SEED = "red heart", 0
 LABELS = ("ar", "sjd", "zipar", "pjd", "exact", "stair")
-HEADS = ("mtp", "ssd")  # drawn where the model has heads
+HEADS = ("mtp", "ssd")  # used if the model has heads
 RACER = "exact"
 FOLDER = pathlib.Path(__file__).parent
 
 
 def main():
-  """Draws with every decoder, then both files."""
+  """Generates with every decoder, then writes both files."""
   pipe = ssd_jax.load("emoji")
   labels = LABELS + (HEADS if min(pipe.model.heads) else ())
   outputs, columns = {}, []

@@ -132,7 +132,7 @@ def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
   axes.plot(places, ms(r.least for r in rows), "r--", label="roofline")
   if rows[0].parts["drafting"] is not None:
     axes.plot(places, ms(r.parts["drafting"] for r in rows), "b:",
-              label="drafting Q tokens (apart)")
+              label="drafting Q tokens (not in the pass)")
   axes.set_xticks(places, [str(r.queries) for r in rows])
   axes.set_xlabel("queries of a pass, for each image")
   axes.set_ylabel("milliseconds")

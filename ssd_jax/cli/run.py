@@ -48,10 +48,11 @@ def main(
   """Parses flags and runs `body`; a mistake ends in one line, status 2.
 
   Args:
-    body: Of the command.
-    argv: Instead of the program's.
-    runs_here: Whether --mesh is of this machine's devices.
-    draws: Whether two cores of a CPU may share what is generated.
+    body: The command, called once the flags are parsed.
+    argv: Arguments to parse instead of the program's.
+    runs_here: Whether --mesh names devices of this machine.
+    draws: Whether the command generates images, which two cores of a CPU may
+      share.
   """
   argv = sys.argv if argv is None else argv
   if {"-h", "-help", "--help", "--helpfull"} & set(argv[1:]):
@@ -95,7 +96,7 @@ def devices(draws: bool):
   """Joins the hosts and sets the mesh that the flags ask for.
 
   Args:
-    draws: As of `main`.
+    draws: Whether the command generates images; see `main`.
   """
   is_job = distributed.join(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
