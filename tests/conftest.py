@@ -17,10 +17,12 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 from tests.support import QUICK_FLAGS
 
 _AS_USERS = "SSD_JAX_TESTS_COMPILE_AS_USERS"
+_CACHE = "SSD_JAX_TESTS_CACHE"
 if _AS_USERS not in os.environ:  # before jax reads it
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + QUICK_FLAGS
 
@@ -32,6 +34,23 @@ if _AS_USERS not in os.environ:
 
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST = 30_000  # of the 65,530 that Linux allows
+
+
+def pytest_configure(config):
+  """Gives all processes of a run one cache of compiled programs.
+
+  Files and workers compile many of the same programs. The cache is as old as
+  the run, so a test never meets what an earlier version compiled.
+  """
+  if _AS_USERS in os.environ:
+    return
+  if not hasattr(config, "workerinput"):
+    folder = tempfile.TemporaryDirectory(prefix="ssd-jax-tests-")
+    os.environ[_CACHE] = folder.name
+    config.add_cleanup(folder.cleanup)
+  jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_addoption(parser):
