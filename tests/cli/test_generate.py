@@ -37,6 +37,7 @@ def call(capsys, *args):
   return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_pictures_metadata_sheet_and_json(capsys, tmp_path):
   """PNGs with prompt, seed and settings; a sheet of several; one JSON line."""
   status, out, _ = call(

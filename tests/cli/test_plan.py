@@ -27,6 +27,7 @@ def plan_of(*args):
   return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_local_device_is_planned_by_default(tmp_path):
   """All fields, a plot, passes of the emoji's grid."""
   status, out, err = plan_of(

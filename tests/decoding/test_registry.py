@@ -7,12 +7,13 @@ condition slots that are hidden.
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssd_jax.decoding import engine
+from ssd_jax.decoding import engine, registry
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.registry import DECODERS
 from ssd_jax.decoding.sampling import Sampling
@@ -24,7 +25,7 @@ from ssd_jax.models.spatial_heads import (
   SpatialHeads,
   bind_heads,
 )
-from ssd_jax.pipeline import model_folder
+from ssd_jax.pipeline import model_folder, testing
 from ssd_jax.pipeline.pipeline import Pipeline
 from tests.support.toy_families import CONFIGS
 
@@ -102,3 +103,25 @@ def test_decoders_on_families(name, decoder):
   assert np.all((drawn.tokens >= 0) & (drawn.tokens < 32))
   assert np.all(drawn.passes <= expected.passes)
   assert len(np.unique(expected.tokens)) > 2
+
+
+@functools.cache
+def small():
+  """A guided pipeline with heads and a drafter."""
+  return testing.tiny(vocab=5, rows=3, cols=4, guidance=2.0)
+
+
+@pytest.mark.parametrize("name", registry.DECODERS)
+def test_every_decoder_has_the_promised_shapes(name):
+  """Traced whole, but not compiled: grids, passes and commit passes."""
+  pipe, decoder = small(), registry.parse(name)
+  settings, guided = pipe.sampling()
+  prompt, _ = pipe.family.encode_prompts(["a", "b"], guided)
+  out = jax.eval_shape(
+      lambda params: engine.decode(
+          pipe.model, decoder, params, prompt, settings, jax.random.key(0),
+          jnp.arange(2)),
+      pipe.programs.params_for(decoder))
+  chex.assert_shape([out.tokens, out.commit_pass], (2, 3, 4))
+  chex.assert_shape(out.passes, (2,))
+  chex.assert_type([out.tokens, out.passes, out.commit_pass], "int32")

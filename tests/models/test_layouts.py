@@ -58,7 +58,7 @@ def in_tiles(monkeypatch):
   monkeypatch.setattr(layouts_lib, "TILE", 4)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["ar", "sjd"])
 def test_tiles_generate_what_whole_matrices_do(in_tiles, decoder):
   """Passes of few rows multiply by tiles, and generate the same."""

@@ -40,6 +40,7 @@ def size(tree):
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_each_weight_is_within_half_a_step(pipe, small):
   """Matrices, and they alone, are bytes with a scale per output channel."""
   found = set()

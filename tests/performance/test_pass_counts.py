@@ -9,7 +9,7 @@ from ssd_jax.performance import (
 from tests.support import testkit as kit
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_schedules_have_the_passes_and_queries_of_the_engine(rounds):
   """The formula against decoding itself, on a grid with row ends."""

@@ -50,6 +50,7 @@ def teacher(pipe):
   return make_teacher(pipe)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_resumes_bit_for_bit(
     teacher, tmp_path, monkeypatch
 ):

@@ -20,6 +20,7 @@ def draw(decoder):
   return out.tokens, out.passes
 
 
+@pytest.mark.slow
 def test_cluster_of_one_is_sjd():
   """With clusters of one, tokens and passes are SJD's."""
   for one, other in zip(draw(GSD(6, group=1)), draw(SJD(6)), strict=True):

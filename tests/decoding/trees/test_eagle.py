@@ -27,7 +27,7 @@ def draw(pipe, decoder, count=16, **kwargs):
                        **kwargs)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("grid, decoder, sampling", [
     (dict(vocab=5, rows=3, cols=3, end_of_row=True), Eagle(), {}),
     (dict(vocab=5, rows=3, cols=3, end_of_row=True, guidance=2.0),

@@ -94,7 +94,7 @@ def test_lanternpp_moves_at_most_a_multiple():
   np.testing.assert_allclose(on_a_line(Lantern(delta=0.9), p, 1), p)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("relaxed, exact", [
     (Lantern(delta=1e-30), Eagle("dynamic_lantern")),
     (LanternPP(WIDE, multiplier=1 + 1e-7), Eagle(WIDE, "sampled")),
