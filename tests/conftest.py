@@ -8,6 +8,9 @@ so XLA optimises them little. A test marked `as_users_compile` runs in a process
 of its own, whose programs are compiled as users' are. Programs are freed after
 each file, or sooner: every one holds memory maps, of which a process may have
 only so many, and XLA crashes the process when it gets no more of them.
+
+All processes of a run, also those that tests start, have one cache of compiled
+programs. It is as old as the run: no test meets what earlier code compiled.
 """
 
 import collections
@@ -22,9 +25,15 @@ import tempfile
 from tests.support import QUICK_FLAGS
 
 _AS_USERS = "SSD_JAX_TESTS_COMPILE_AS_USERS"
-_CACHE = "SSD_JAX_TESTS_CACHE"
+
 if _AS_USERS not in os.environ:  # before jax reads it
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + QUICK_FLAGS
+  if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="ssd-jax-tests-")
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": _cache.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -34,23 +43,6 @@ if _AS_USERS not in os.environ:
 
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST = 30_000  # of the 65,530 that Linux allows
-
-
-def pytest_configure(config):
-  """Gives all processes of a run one cache of compiled programs.
-
-  Files and workers compile many of the same programs. The cache is as old as
-  the run, so a test never meets what an earlier version compiled.
-  """
-  if _AS_USERS in os.environ:
-    return
-  if not hasattr(config, "workerinput"):
-    folder = tempfile.TemporaryDirectory(prefix="ssd-jax-tests-")
-    os.environ[_CACHE] = folder.name
-    config.add_cleanup(folder.cleanup)
-  jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_addoption(parser):

@@ -25,17 +25,18 @@ from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage.files import replacing, write_json, write_text
 
 _WORDS = """
-A pass feeds Q slots of each image. *trunk* (*attention*, its products with \
-the cache, is within it), *head*, *sampling* (target distribution, noise and \
-generate), *acceptance* (the test of drafts and the residual) and *drafting*
-(one \ token for each query by a spatial head; not part of the pass measured
-here) are \ the engine's functions timed by themselves, several calls in one
-program. \ *pass*: of the loop, generating whole images with sjd:window=Q;
-*loop*: what it \ has beyond its parts. *least*: the larger of the bytes that
-must move (keys \ and values once, weights once by each device) at the measured
-bandwidth and of \ the pass's operations at the measured rate. Each time is the
-best of several. \ On a CPU arrays that fit its caches are read faster than
-memory; bandwidth is \ that of as many bytes as a pass reads.
+A pass feeds Q slots of each image. *trunk* (which includes *attention*, its \
+products with the cache), *head*, *sampling* (the target distribution, its \
+noise and the draw), *acceptance* (the test of drafts and the residual) and \
+*drafting* (one token for each query by a spatial head; not part of the pass \
+measured here) are the engine's functions timed by themselves, several calls \
+in one program. *pass* is one iteration of the loop while it generates whole \
+images with sjd:window=Q; *loop* is what a pass has beyond its parts. *least* \
+is the larger of two times: of the bytes that must move (keys and values once, \
+weights once by each device) at the measured bandwidth, and of the pass's \
+operations at the measured rate. Each time is the best of several. On a CPU, \
+arrays that fit its caches are read faster than memory; the bandwidth is that \
+of as many bytes as a pass reads.
 
 {machines}
 

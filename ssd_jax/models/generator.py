@@ -191,7 +191,7 @@ class Generator:
     if quantization.is_quantized(weights):  # dequantized layer by layer
       trunk = trunk.clone(packed=True)
       layers = {k: v for k, v in weights.items() if k.startswith("layers")}
-      weights = quantization.dequantize(weights) | layers
+      weights = {**quantization.dequantize(weights), **layers}
     return trunk.apply({"params": weights}, x, *args, **kwargs)
 
   def _cos_sin(self, positions: jax.Array) -> jax.Array:

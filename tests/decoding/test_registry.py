@@ -104,7 +104,7 @@ def pairs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, decoder", pairs())
+@pytest.mark.parametrize("name, decoder", list(pairs()))
 def test_decoders_on_families(name, decoder):
   """Greedily, what is lossless generates AR's image; nothing takes longer."""
   decoder = DECODERS[decoder]()

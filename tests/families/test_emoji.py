@@ -62,6 +62,7 @@ def test_an_image_does_not_depend_on_its_batch(pipe):
 
 
 @pytest.mark.slow
+@pytest.mark.as_users_compile
 def test_images_match_their_prompts(pipe):
   """Of training captions most find their emoji among its ten nearest."""
   prompts = quality.emoji_captions("train")[:32]

@@ -145,7 +145,7 @@ def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
 @pytest.mark.as_users_compile
 def test_no_head_is_moved_in_the_loop(monkeypatch, in_tiles):
   """So do spatial heads, of which a pass asks one or all."""
-  pipe = testing.tiny(8, 3, 3, guidance=3.0)
+  pipe = testing.tiny(8, 3, 3, guidance=3.0, heads=(2, 2))
   params = pipe.params
   moved = _moves(
     monkeypatch,

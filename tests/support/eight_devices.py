@@ -1,7 +1,7 @@
 """Run by runtime/test_sharding.py on eight virtual devices.
 
-With the argument `tokens` it only generates on every mesh, by programs compiled
-as users compile them.
+With the argument `tokens` it only generates, on the mesh of all axes, by
+programs compiled as users compile them.
 """
 
 import dataclasses
@@ -223,11 +223,11 @@ def main():
 
 
 def same_tokens():
-  """Prints, by mesh and decoder, the share of tokens that one device has."""
+  """Prints, by decoder, the share of tokens that one device generates too."""
   pipe, found = make_pipeline(), {}
   decoders = (AR(), Stair())
   alone = [draw(pipe, decoder) for decoder in decoders]
-  for mesh in MESHES:
+  for mesh in MESHES[-1:]:
     with jax.set_mesh(sharding.make_mesh(mesh)):
       found[mesh] = [
           float((draw(pipe, decoder) == expected).mean())
