@@ -144,18 +144,9 @@ class Plan:
   @functools.cached_property
   def queries(self) -> int:
     """Number of queries Q in a pass of the decoder."""
-    model, generator = self.network.model, self.network.generator
-
-    def look(params, key):
-      ctx = engine.Context(key, jnp.int32(0), jnp.int32(1), params,
-                           self.settings[0], model)
-      hidden = jnp.zeros(
-          (self.streams, generator.cfg.d_model), generator.dtype)
-      p_V = jnp.full(model.vocab, 1 / model.vocab)
-      return self.decoder.propose(ctx, self.decoder.start(ctx, p_V, hidden))
-
-    found = jax.eval_shape(look, self.params, jax.random.key(0))
-    return found.tokens.shape[0]
+    return engine.count_queries(
+        self.network.model, self.decoder, self.params, self.prompt,
+        self.settings[0], self.batch)
 
   def compile_generation(self) -> Any:
     """Returns the compiled program of a batch."""

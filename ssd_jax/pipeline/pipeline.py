@@ -22,6 +22,7 @@ from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.sampling import Overrides, Sampling
 from ssd_jax.pipeline import arguments, saving
 from ssd_jax.pipeline.programs import Programs
+from ssd_jax.pipeline.run import Run
 from ssd_jax.pipeline.stream import Stream, StreamRequest
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Clock, Progress
@@ -111,21 +112,20 @@ class Pipeline:
     batch = sharding.even_batch(min(batch, len(texts)), 1 + guided)
     decoder = arguments.decoder_of(decoder)
     index_I = arguments.indices_of(first_image, len(texts), batch)
-    chunks, notes, clock, mesh = [], [], Clock(), None
+    run = Run(self.programs, decoder)
+    chunks, notes = [], []
     for start in range(0, len(texts), batch):
       part = texts[start:start + batch]
       padded = part + [part[-1]] * (batch - len(part))
       prompt, new_notes = self.family.encode_prompts(padded, guided)
       if start == 0 and not on_pass:  # each device would call it
-        mesh = clock.compile(
-            self.programs.mesh_for, decoder, prompt, settings, batch)
+        run.choose_devices(prompt, settings, batch)
       listener = self.programs.listener if on_pass else None
       with self.programs.listener.forward_to(on_pass, len(part)):
-        decoded = self._decode(
-            mesh, clock, decoder, sharding.shard_rows(prompt, mesh), settings,
-            jax.random.key(seed), index_I[start:start + batch], trace=trace,
-            on_pass=listener)
-      images = self._decode_images(decoded.tokens, clock)
+        decoded = sharding.fetch(run(
+            engine.decode, run.place(prompt), settings, jax.random.key(seed),
+            index_I[start:start + batch], trace=trace, on_pass=listener))
+      images = sharding.fetch(run.decode_images(decoded.tokens))
       chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,
                decoded.history)
       without_padding = operator.itemgetter(slice(len(part)))
@@ -137,21 +137,8 @@ class Pipeline:
         lambda *x: np.concatenate(x), *chunks)
     return Output(
         images, tokens, passes, commit_pass, tuple(texts), history,
-        tuple(notes), clock.compiling, clock.rest(), index_I[:len(texts)])
-
-  def _decode(
-      self, mesh: jax.sharding.Mesh | None, clock: Clock, decoder: Decoder,
-      *args: Any, **static: Any,
-  ) -> Any:
-    """Returns what `engine.decode` does, as numpy arrays.
-
-    `mesh` is of CPU devices; with None, the mesh that the user has set is used.
-    """
-    with sharding.use_mesh(mesh):
-      args = (self.programs.params_for(decoder, mesh), *args)
-      run = clock.compile(
-          self.programs.compile, engine.decode, decoder, *args, **static)
-      return sharding.fetch(jax.block_until_ready(run(*args)))
+        tuple(notes), run.clock.compiling, run.clock.rest(),
+        index_I[:len(texts)])
 
   def stream(
       self,
@@ -192,9 +179,9 @@ class Pipeline:
       first_image = arguments.indices_of(first_image, count, 1).tolist()
       batch = min(batch, count)
     batch = sharding.even_batch(batch, 1 + guided)
-    return Stream(self.programs, self.family, self.vq_params, StreamRequest(
-        map(arguments.text_of, prompts), decoder, num_images, seed, batch,
-        first_image, settings, guided, on_step))
+    return Stream(Run(self.programs, decoder), self.family, StreamRequest(
+        map(arguments.text_of, prompts), num_images, seed, batch, first_image,
+        settings, guided, on_step))
 
   def sampling(self, **overrides: Unpack[Overrides]) -> tuple[Sampling, bool]:
     """Returns (target distribution's settings, whether guidance is used)."""
@@ -292,15 +279,9 @@ class Pipeline:
     images, tokens = [], self._checked_grids(tokens)
     for start in range(0, len(tokens), batch):
       part = np.arange(start, start + batch).clip(max=len(tokens) - 1)
-      decoded = self._decode_images(tokens[part], Clock())
-      images.append(decoded[:len(tokens) - start])
+      decoded = self.programs.decode_images(tokens[part], Clock())
+      images.append(sharding.fetch(decoded)[:len(tokens) - start])
     return np.concatenate(images)
-
-  def _decode_images(self, tokens: np.ndarray, clock: Clock) -> np.ndarray:
-    """Returns the images of one batch of grids."""
-    run = clock.compile(self.programs.image_decoder, tokens.shape)
-    rows = sharding.shard_rows(jnp.asarray(tokens))
-    return sharding.fetch(run(self.vq_params, rows))
 
   def _checked_grids(
       self, tokens: np.ndarray, prompts: Sequence[str] | None = None

@@ -22,7 +22,7 @@ from ssd_jax.decoding.trees.relaxed import neighbour_table
 from ssd_jax.models.layouts import inference_layout
 from ssd_jax.pipeline import likelihood
 from ssd_jax.runtime import sharding
-from ssd_jax.runtime.progress import Listener
+from ssd_jax.runtime.progress import Clock, Listener
 
 
 class Programs:
@@ -129,16 +129,14 @@ class Programs:
           self._model, decoder, *args, **static).compile()
     return cast(Callable[..., Any], self._executables[key])
 
-  def image_decoder(
-      self, shape: tuple[int, ...]
-  ) -> Callable[[Params, jax.Array], jax.Array]:
-    """Returns the executable (vq_params, int32 tokens of `shape`) -> images."""
-    key = ("images", shape, sharding.current())
+  def decode_images(self, tokens: np.ndarray, clock: Clock) -> jax.Array:
+    """Returns the images uint8 [B, H, W, 3] of grids int32 [B, R, C]."""
+    rows = sharding.shard_rows(jnp.asarray(tokens))
+    key = ("images", tokens.shape, sharding.current())
     if key not in self._executables:
-      tokens = sharding.shard_rows(jnp.zeros(shape, jnp.int32))
-      decode = jax.jit(self._family.decode)
-      self._executables[key] = decode.lower(self._vq_params, tokens).compile()
-    return cast(Callable[..., jax.Array], self._executables[key])
+      decode = jax.jit(self._family.decode).lower(self._vq_params, rows)
+      self._executables[key] = clock.compile(decode.compile)
+    return cast(jax.Array, self._executables[key](self._vq_params, rows))
 
   def peak_bytes(self, decoder: Decoder) -> int | None:
     """Returns the peak memory of the largest program of a decoder.

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax.core.outputs import Picture
-from ssd_jax.core.protocols import Decoder, Family
-from ssd_jax.core.types import Params, Prompt
+from ssd_jax.core.protocols import Family
+from ssd_jax.core.types import Prompt
 from ssd_jax.decoding import continuous_batching, engine
 from ssd_jax.decoding.sampling import Sampling
-from ssd_jax.pipeline.programs import Programs
+from ssd_jax.pipeline.run import Run
 from ssd_jax.runtime import sharding
-from ssd_jax.runtime.progress import Clock
 
 _PASSES = 16  # between two reports of progress
 
@@ -31,7 +30,6 @@ class StreamRequest:
 
   Attributes:
     prompts: Texts; read as slots become free.
-    decoder: Settings.
     num_images: Images per prompt.
     seed: Seed of the noise.
     batch: Images decoded together.
@@ -43,7 +41,6 @@ class StreamRequest:
   """
 
   prompts: Iterable[str]
-  decoder: Decoder
   num_images: int
   seed: int
   batch: int
@@ -65,14 +62,10 @@ class Stream:
     passes: Forward passes of the whole batch so far, prefills not counted.
   """
 
-  def __init__(
-      self, programs: Programs, family: Family, vq_params: Params,
-      request: StreamRequest,
-  ):
-    self._programs, self._family = programs, family
-    self._vq_params, self._request = vq_params, request
+  def __init__(self, run: Run, family: Family, request: StreamRequest):
+    self._run, self._family, self._request = run, family, request
     self.notes: list[str] = []
-    self.clock = Clock()
+    self.clock = run.clock
     self.passes = 0
     self._pictures = self._generate()
 
@@ -85,8 +78,7 @@ class Stream:
   def _generate(self) -> Iterator[Picture]:
     waiting = self._waiting()
     finished: list[_Finished] = []
-    batch = _Batch(
-        self._programs, self._vq_params, self._request, self.clock)
+    batch = _Batch(self._run, self._request)
     while True:
       for slot in batch.free_slots():
         item = next(waiting, None)
@@ -125,13 +117,8 @@ class _Batch:
     images_done: Images so far, unfinished ones in part.
   """
 
-  def __init__(
-      self, programs: Programs, vq_params: Params, request: StreamRequest,
-      clock: Clock,
-  ):
-    self._programs, self._vq_params = programs, vq_params
-    self._request, self._clock = request, clock
-    self._mesh: jax.sharding.Mesh | None = None
+  def __init__(self, run: Run, request: StreamRequest):
+    self._run, self._request = run, request
     self._key = jax.random.key(request.seed)
     self._images: list[tuple[int, str] | None] = [None] * request.batch
     self._passes_B = np.zeros(request.batch, np.int64)
@@ -149,31 +136,25 @@ class _Batch:
     if loop is None:
       rows = jax.tree.map(
           lambda x: jnp.repeat(x, request.batch, axis=0), prompt)
-      self._mesh = self._clock.compile(
-          self._programs.mesh_for, request.decoder, rows, request.sampling,
-          request.batch)
-    with sharding.use_mesh(self._mesh):
-      prompt = sharding.shard_rows(prompt)
-      if loop is None:
-        loop = self._run(
-            continuous_batching.init, prompt, request.sampling,
-            batch=request.batch)
-      # All images get as many prompt slots as the longest prompt so far.
-      loop = continuous_batching.widen_batch(loop, prompt.tokens.shape[1])
-      prompt = continuous_batching.widen(prompt, loop.prompt.tokens.shape[1])
-      self._loop = self._run(
-          continuous_batching.insert, prompt, request.sampling, self._key, loop,
-          np.int32(index), np.int32(slot))
+      self._run.choose_devices(rows, request.sampling, request.batch)
+      loop = self._run(
+          continuous_batching.init, self._run.place(prompt), request.sampling,
+          batch=request.batch)
+    # All images get as many prompt slots as the longest prompt so far.
+    loop = continuous_batching.widen_batch(loop, prompt.tokens.shape[1])
+    prompt = continuous_batching.widen(prompt, loop.prompt.tokens.shape[1])
+    self._loop = self._run(
+        continuous_batching.insert, self._run.place(prompt), request.sampling,
+        self._key, loop, np.int32(index), np.int32(slot))
     self._images[slot], self._passes_B[slot] = (index, text), 1
 
   def start(self) -> bool:
     """Starts some passes; returns False if no slot holds an image."""
     if not any(self._images):
       return False
-    with sharding.use_mesh(self._mesh):
-      self._loop, *self._found = self._run(
-          continuous_batching.advance, self._request.sampling, self._key,
-          self._loop, np.int32(_PASSES))
+    self._loop, *self._found = self._run(
+        continuous_batching.advance, self._request.sampling, self._key,
+        self._loop, np.int32(_PASSES))
     return True
 
   def finish(self) -> list[_Finished]:
@@ -191,18 +172,7 @@ class _Batch:
         picture = functools.partial(
             Picture, *image, tokens=tokens, passes=int(decoded.passes[slot]),
             commit_pass=decoded.commit_pass[slot])
-        found.append((picture, self._decode_image(tokens[None])))
+        found.append((picture, self._run.decode_images(tokens[None])))
         self._images[slot] = None
     self._ended += len(found)
     return found
-
-  def _decode_image(self, tokens: np.ndarray) -> jax.Array:
-    run = self._clock.compile(self._programs.image_decoder, tokens.shape)
-    return run(self._vq_params, sharding.shard_rows(jnp.asarray(tokens)))
-
-  def _run(self, function: Any, *args: Any, **static: Any) -> Any:
-    decoder = self._request.decoder
-    args = (self._programs.params_for(decoder, self._mesh), *args)
-    run = self._clock.compile(
-        self._programs.compile, function, decoder, *args, **static)
-    return run(*args)
