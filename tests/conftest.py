@@ -25,9 +25,11 @@ import tempfile
 from tests.support import QUICK_FLAGS
 
 _AS_USERS = "SSD_JAX_TESTS_COMPILE_AS_USERS"
+_QUICK = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
 
 if _AS_USERS not in os.environ:  # before jax reads it
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + QUICK_FLAGS
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
   if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="ssd-jax-tests-")
     os.environ |= {
@@ -37,9 +39,6 @@ if _AS_USERS not in os.environ:  # before jax reads it
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-
-if _AS_USERS not in os.environ:
-  jax.config.update("jax_disable_most_optimizations", True)
 
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST = 30_000  # of the 65,530 that Linux allows
@@ -95,7 +94,7 @@ def pytest_pyfunc_call(pyfuncitem):
   child = subprocess.run(
       [sys.executable, "-m", "pytest", "-q", "-n", "0", pyfuncitem.nodeid],
       cwd=pyfuncitem.config.rootpath, capture_output=True, text=True,
-      env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+      env={k: v for k, v in os.environ.items() if k not in _QUICK}
       | {_AS_USERS: "1"})
   assert child.returncode == 0, child.stdout + child.stderr
   return True

@@ -70,18 +70,14 @@ def test_same_seed_same_images_however_batched(pipe):
 @pytest.mark.slow
 @pytest.mark.as_users_compile
 def test_same_tokens_however_batched_as_users_compile():
-  """Batch 1 equals batch 4, and a stream equals both, for decoders of every
-  kind, by programs with all of XLA's optimisations."""
+  """Batch 1 equals batch 4, for a decoder of each kind, by programs with all of
+  XLA's optimisations."""
   pipe = testing.tiny(
       vocab=5, rows=3, cols=4, end_of_row=True, guidance=2.0)
-  for decoder in ("ar", "stair", "ssd:rounds=1", "eagle:tree=2-1"):
+  for decoder in ("ar", "stair", "eagle:tree=2-1"):
     one, four = (pipe.generate(PROMPTS, decoder, batch=b) for b in (1, 4))
     np.testing.assert_array_equal(one.tokens, four.tokens, decoder)
     np.testing.assert_array_equal(one.passes, four.passes, decoder)
-    if decoder == "stair":
-      for image in pipe.stream(PROMPTS, decoder, batch=2):
-        np.testing.assert_array_equal(
-            image.tokens, four.tokens[image.index], decoder)
 
 
 @pytest.mark.quick(1)

@@ -18,7 +18,6 @@ tiny = functools.cache(testing.tiny)
 @pytest.mark.parametrize("kwargs, decoder, group", [
     (dict(), MTP(), 1),
     (dict(rows=3, vocab=2, end_of_row=True), MTP(horizontal=3), 4),
-    (dict(guidance=2.0), MTP(horizontal=2, cross_rows=False), 4),
 ])
 def test_exact_verification_is_lossless(kwargs, decoder, group):
   """The joint distribution of the output is AR's: chi-square over every
@@ -36,8 +35,8 @@ def test_the_bias_of_correction_is_detected():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end_of_row", [False, True])
-@pytest.mark.parametrize("cross_rows", [False, True])
+@pytest.mark.parametrize("end_of_row, cross_rows", [
+    (False, False), (True, True)])
 def test_coupled_gives_the_tokens_of_ar(end_of_row, cross_rows):
   """With each slot's own noise, drafting changes no token."""
   pipe = tiny(
@@ -68,7 +67,6 @@ def test_images_do_not_depend_on_the_batch(verify):
 @pytest.mark.parametrize("rows, cols, end_of_row, cross_rows, passes", [
     (24, 24, False, True, 231),
     (24, 24, False, False, 24 * 11),
-    (6, 48, True, False, 6 * 21),
     (3, 90, True, False, 3 * 37),
 ])
 def test_correction_counts_passes_as_published(

@@ -19,6 +19,7 @@ def on_eight_devices(*args):
   environment = os.environ | {
       "XLA_FLAGS": "--xla_force_host_platform_device_count=8" + (
           "" if args else QUICK_FLAGS),
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if args else "1",
       "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
   out = subprocess.run(
       [sys.executable, "-m", "tests.support.eight_devices", *args],
@@ -33,17 +34,16 @@ def found():
 
 
 @pytest.mark.slow
-def test_any_mesh_generates_the_same_tokens(found):
-  """AR and a decoder of many queries, float32, token for token."""
-  for same in found["tokens"].values():
-    assert same == [1.0, 1.0]
+def test_a_mesh_generates_the_same_tokens(found):
+  """AR and a decoder of many queries, float32, token for token, on a mesh that
+  shares rows and weights in both ways."""
+  assert found["tokens"] == [1.0, 1.0]
 
 
 @pytest.mark.slow
-def test_any_mesh_generates_the_same_tokens_as_users_compile():
+def test_a_mesh_generates_the_same_tokens_as_users_compile():
   """The same promise of programs with all of XLA's optimisations."""
-  for same in on_eight_devices("tokens").values():
-    assert same == [1.0, 1.0]
+  assert on_eight_devices("tokens") == [1.0, 1.0]
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_streams_apart_send_their_logits_alone(found):
 def test_a_training_step_is_that_of_one_device(found):
   """Two steps of Muon and AdamW on every mesh, and in accumulated parts; two
   of heads and of a drafter."""
-  assert max(found["steps"].values()) < 2e-5
+  assert found["step"] < 2e-5
   assert found["accumulated"] < 2e-5
 
 

@@ -36,7 +36,7 @@ from ssd_jax.training.state import (
   mean_gradients,
 )
 
-MESHES = ("data=2,tensor=4", "data=2,fsdp=2,tensor=2")
+MESH = "data=2,fsdp=2,tensor=2"
 APART = ("tensor=4", "data=2,tensor=4")  # where collectives are counted
 
 
@@ -195,25 +195,20 @@ def distance(one, other):
 
 
 def main():
-  pipe, found = make_pipeline(), {"tokens": {}, "steps": {}}
+  pipe, found = make_pipeline(), {}
   found["sent"] = {mesh: sent(pipe, mesh) for mesh in APART}
   found["cores"] = on_cores(testing.tiny(7, 4, 4, guidance=2.0, heads=(2, 1)))
-  decoders = (AR(), Stair())
   kinds = ("heads", "drafter")
-  alone = [draw(pipe, decoder) for decoder in decoders]
+  found["tokens"] = same_tokens(pipe)
   weights = {"muon": trained(pipe, "muon", 1)[1]}
   weights |= {kind: distilled(pipe, kind) for kind in kinds}
   found["accumulated"] = distance(weights["muon"], trained(pipe, "muon", 2)[1])
-  for mesh in MESHES:
-    with jax.set_mesh(sharding.make_mesh(mesh)):
-      found["tokens"][mesh] = [
-          float((draw(pipe, decoder) == expected).mean())
-          for decoder, expected in zip(decoders, alone, strict=True)]
-      state, own = trained(pipe, "muon", 1)
-      found["steps"][mesh] = max(
-          distance(own, weights["muon"]),
-          *(distance(distilled(pipe, kind), weights[kind]) for kind in kinds))
-      found["places"] = places(state)
+  with jax.set_mesh(sharding.make_mesh(MESH)):
+    state, own = trained(pipe, "muon", 1)
+    found["step"] = max(
+        distance(own, weights["muon"]),
+        *(distance(distilled(pipe, kind), weights[kind]) for kind in kinds))
+    found["places"] = places(state)
   try:
     with jax.set_mesh(sharding.make_mesh("tensor=8")):
       sharding.shard_params(pipe.params)
@@ -222,22 +217,17 @@ def main():
   print(json.dumps(found))
 
 
-def same_tokens():
-  """Prints, by decoder, the share of tokens that one device generates too."""
-  pipe, found = make_pipeline(), {}
+def same_tokens(pipe):
+  """Returns, by decoder, the share of tokens that one device generates too."""
   decoders = (AR(), Stair())
   alone = [draw(pipe, decoder) for decoder in decoders]
-  for mesh in MESHES[-1:]:
-    with jax.set_mesh(sharding.make_mesh(mesh)):
-      found[mesh] = [
-          float((draw(pipe, decoder) == expected).mean())
-          for decoder, expected in zip(decoders, alone, strict=True)]
-  print(json.dumps(found))
+  with jax.set_mesh(sharding.make_mesh(MESH)):
+    return [float((draw(pipe, decoder) == expected).mean())
+            for decoder, expected in zip(decoders, alone, strict=True)]
 
 
 if __name__ == "__main__":
   if sys.argv[1:] == ["tokens"]:
-    same_tokens()
+    print(json.dumps(same_tokens(make_pipeline())))
   else:
-    jax.config.update("jax_disable_most_optimizations", True)
     main()

@@ -46,11 +46,7 @@ def test_lossless(decoder, end_of_row, sampling, group):
 @pytest.mark.parametrize("decoder, end_of_row, sampling, group", [
     (SJD(4, "repeat_left"), True, FILTERED, 4),
     (SJD(4, "sample_left"), False, FILTERED, 1),
-    (SJD(4, "repeat_above"), False, {}, 4),
-    (SJD(4, "sample_above"), True, {}, 1),
     (SJD(2, tail="reference"), True, {}, 4),
-    (SJD(8), True, FILTERED, 1),
-    (Coupled(4), False, FILTERED, 1),
     (Continuation(2, tail="reference"), False, {}, 4),
     (GSD(4, group=1), True, {}, 1),
 ], ids=str)

@@ -33,7 +33,7 @@ def test_the_bias_of_an_early_row_is_detected():
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("end_of_row, decoder", [
-    (False, PJD(context=2, window=4)), (True, PJD(context=2, window=4)),
+    (False, PJD(context=2, window=4)),
     (False, PJD(context=3, row_causal=False)), (True, PJD(window=1)),
     (False, PJD(context=1, keep=True)),
 ])

@@ -21,10 +21,8 @@ _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize("grid, decoder, group", [
     (_WIDE, Exact(), 1),
     (_ENDED, Stair(lookahead=2, drafts="above", queries=5), 4),
-    _slow(_ENDED, Exact(drafts="both", entry=2), 1),
     _slow(_WIDE, Exact(drafts="copy", queries=2), 4),
     _slow(dict(rows=4, cols=2, vocab=2), Exact(rows=2), 4),  # rows wait
-    _slow(_WIDE, Stair(lookahead=3), 1),
     _slow(_WIDE, Exact(drafts="around", entry=0), 4),
     _slow(_ENDED, Stair(lookahead=2, row_causal=True, rows=2), 4),
     _slow(dict(_ENDED, vocab=3, rows=2, guidance=2.0, top_k=2),
@@ -77,7 +75,7 @@ def test_coupled_gives_the_tokens_of_ar(grid, decoder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end_of_row, decoder", [
-    (False, Stair(sure=0.3, queries=9)), (True, Exact()),
+    (False, Stair(sure=0.3, queries=9)),
     (True, Stair(lookahead=0, rows=9, row_causal=True, entry=0)),
 ])
 def test_images_do_not_depend_on_the_batch(end_of_row, decoder):
@@ -120,7 +118,7 @@ def test_lenience_bounds_every_token():
   """Where whole rows are waited for, no token is 1 / lenience times as probable
   as the model says, given the tokens before it; seen at the last token."""
   pipe = kit.tiny(**_WIDE)
-  out = kit.draw(pipe, Stair(lookahead=3, lenience=0.6), 60_000)
+  out = kit.draw(pipe, Stair(lookahead=3, lenience=0.6), 30_000)
   last = lambda counts: counts.reshape(-1, 2) / np.maximum(
       counts.reshape(-1, 2).sum(1, keepdims=True), 1e-9)
   drawn = exactness.count(pipe, out.tokens)
@@ -157,7 +155,7 @@ def test_few_queries_cost_passes(queries):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lookahead, rows, entry", [
-    (0, 6, 0), (0, 3, 2), (1, 6, 8), (3, 6, 1), (8, 3, 1), (8, 1, 2),
+    (0, 6, 0), (0, 3, 2), (1, 6, 8), (8, 1, 2),
 ])
 def test_passes_are_bounded(lookahead, rows, entry):
   """A token per row and pass once the rows above are far enough."""
