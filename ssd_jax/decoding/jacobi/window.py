@@ -21,14 +21,16 @@ import jax.numpy as jnp
 from ssd_jax.core.config import check
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.protocols import DecoderBase
-from ssd_jax.core.types import Queries
-from ssd_jax.decoding import acceptance, sampling
+from ssd_jax.core.types import Model, Queries
+from ssd_jax.decoding import acceptance, fan as fan_lib, sampling
 from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.engine import Context
+from ssd_jax.decoding.fan import Fan
 from ssd_jax.decoding.jacobi import initial_drafts
 
 TAILS = ("full", "reference")
 _TEST_PURPOSE, _RESAMPLE_PURPOSE = 0, 1
+_GUESS_PURPOSE, _TEST_BEHIND, _RESAMPLE_BEHIND = 4, 5, 6
 
 
 @flax.struct.dataclass
@@ -64,11 +66,15 @@ class Jacobi(DecoderBase):
       `initial_drafts.INITS`.
     tail: "full" uses windows up to the end; "reference" generates the last
       W + 2 slots one by one, as the published code for LlamaGen does.
+    fan: Tokens fed for the first open slot, its draft included. If the draft is
+      rejected and its successor is among the others, two tokens become final;
+      see `decoding.fan`. Costs fan - 1 queries.
   """
 
   window: int = 16
   init: str = "random"
   tail: str = "full"
+  fan: int = dataclasses.field(default=1, kw_only=True)
 
   acceptance = "exact"
   coupling = "none"
@@ -78,6 +84,9 @@ class Jacobi(DecoderBase):
     check(self.init in initial_drafts.INITS, "init", self.init,
           f"one of {', '.join(initial_drafts.INITS)}")
     check(self.tail in TAILS, "tail", self.tail, f"one of {', '.join(TAILS)}")
+    most = "1 with window=1, which has no drafts"
+    check(self.fan >= 1, "fan", self.fan, ">= 1")
+    check(self.fan == 1 or self.window > 1, "fan", self.fan, most)
 
   @property
   def lossless(self) -> bool:
@@ -87,6 +96,12 @@ class Jacobi(DecoderBase):
   def num_queries(self, grid: Grid) -> int:
     """Returns the queries of a pass; a forced slot needs a second query."""
     return min(max(self.window, 1 + int(grid.end_of_row)), grid.length)
+
+  def scratch(self, model: Model) -> int:
+    """Returns one slot for each guess."""
+    most = model.vocab
+    check(self.fan <= most, "fan", self.fan, f"at most {most} (the codes)")
+    return self.fan - 1
 
   def start(
       self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array
@@ -113,11 +128,14 @@ class Jacobi(DecoderBase):
     # The last slot predicts nothing.
     is_active_Q = slots_Q < grid.length - 1
     positions_Q = jnp.minimum(slots_Q, grid.length - 1)
-    return Queries(
+    queries = Queries(
         state.tokens[positions_Q], positions_Q,
         jnp.where(is_active_Q, slots_Q, grid.length),
         jnp.arange(grid.length) <= positions_Q[:, None],
     )
+    if self.fan == 1:
+      return queries
+    return fan_lib.append(queries, self._guesses(ctx, state))
 
   def resolve(
       self, ctx: Context, state: JacobiState, queries: Queries,
@@ -125,7 +143,8 @@ class Jacobi(DecoderBase):
   ) -> JacobiState:
     """Verifies the drafts, shifts the window and drafts its new slots."""
     del queries, hidden_GQD
-    grid, size = ctx.model.grid, p_QV.shape[0]
+    grid, size = ctx.model.grid, self.num_queries(ctx.model.grid)
+    p_QV, p_KV = p_QV[:size], p_QV[size:]
     slots_Q = state.next + jnp.arange(size)
     is_forced_Q = _is_forced(grid, slots_Q)
     is_tested_Q = ~is_forced_Q & (jnp.arange(size) < size - 1)
@@ -137,6 +156,11 @@ class Jacobi(DecoderBase):
     test = self._test_equality if self.acceptance == "equality" else self._test
     accepted_Q, tokens_Q = test(ctx, slots_Q, p_QV, drafts, is_tested_Q)
     count = acceptance.count_prefix(is_forced_Q | accepted_Q)
+    if self.fan > 1:
+      tokens_Q, is_right = self._resample_first(
+          ctx, self._guesses(ctx, state), drafts, is_tested_Q, accepted_Q,
+          p_QV, p_KV, tokens_Q)
+      count += is_right
     following = state.next + jnp.minimum(count + 1, size)
     following = jnp.minimum(following, grid.length)
     return self._advance(ctx, state, tokens_Q, p_QV, following)
@@ -147,6 +171,62 @@ class Jacobi(DecoderBase):
     """Returns which drafts are accepted, bool [Q]."""
     del ctx
     return acceptance.accept_exact(p_QV, drafts, u_Q)
+
+  def _guesses(self, ctx: Context, state: JacobiState) -> Fan:
+    """Returns the guesses of the first open slot."""
+    first = state.next + _is_forced(ctx.model.grid, state.next)
+    at = first - state.next
+    if self.acceptance == "equality":
+      noise_1V = ctx.token_noise(first[None])
+    else:
+      shape = (1, ctx.model.vocab)
+      noise_1V = jax.random.gumbel(ctx.pass_key(_GUESS_PURPOSE), shape)
+    draft = state.tokens[jnp.minimum(first, ctx.model.grid.length - 1)]
+    return fan_lib.guess(
+        first[None], draft[None], state.q[at][None], noise_1V, self.fan - 1)
+
+  def _resample_first(
+      self, ctx: Context, fan: Fan, drafts: Drafts, is_tested_Q: jax.Array,
+      accepted_Q: jax.Array, p_QV: jax.Array, p_KV: jax.Array,
+      tokens_Q: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Resamples a rejected first draft with the fan's noise.
+
+    If the new token was guessed, the draft behind it is tested with the guess's
+    target.
+
+    Returns:
+      The tokens, int32 [Q], and whether the guess was right, bool [].
+    """
+    first = jnp.argmax(is_tested_Q)  # behind a forced slot
+    behind, last = first + 1, fan.tokens.shape[1] - 1
+    row = jax.lax.dynamic_index_in_dim
+    draft_at = lambda at: jax.tree.map(lambda x: row(x, at), drafts)
+    left_1V = row(p_QV, first)
+    if self.acceptance != "equality":
+      left_1V = acceptance.residual(left_1V, draft_at(first))
+    token_1, guess_1 = fan.resample(left_1V)
+    is_new = is_tested_Q[first] & ~accepted_Q[first]
+    is_right = is_new & (guess_1[0] <= last) & is_tested_Q.at[behind].get(
+        mode="fill", fill_value=False)
+    token_behind_1 = self._sample_behind(
+        ctx, fan, row(p_KV, jnp.minimum(guess_1[0], last)), draft_at(behind))
+    put = lambda is_put, at, token_1: tokens_Q.at[
+        jnp.where(is_put, at, tokens_Q.shape[0])].set(token_1[0], mode="drop")
+    tokens_Q = put(is_new, first, token_1)
+    return put(is_right, behind, token_behind_1), is_right
+
+  def _sample_behind(
+      self, ctx: Context, fan: Fan, p_1V: jax.Array, draft: Drafts
+  ) -> jax.Array:
+    """Returns the token behind a right guess, int32 [1]."""
+    if self.acceptance == "equality":
+      return sampling.sample(p_1V, ctx.token_noise(fan.slots + 1))
+    u_1 = jax.random.uniform(ctx.pass_key(_TEST_BEHIND), (1,))
+    resampled_1 = sampling.sample_inverse(
+        acceptance.residual(p_1V, draft), ctx.pass_key(_RESAMPLE_BEHIND))
+    is_accepted_1 = self.accept(ctx, p_1V, draft, u_1)
+    return jnp.where(is_accepted_1, draft.tokens, resampled_1)
 
   def _generates_one(self, grid: Grid, following: jax.Array) -> jax.Array:
     """Returns whether to ignore the drafts and generate one token, bool []."""

@@ -98,7 +98,7 @@ class PJD(DecoderBase):
     """Commits each active row's accepted prefix and resamples the rest."""
     del hidden_GQD
     grid = ctx.model.grid
-    verdict = rows_lib.verify(ctx, state, queries, p_QV)
+    verdict = rows_lib.verify(ctx, state, queries.slots, p_QV)
     row_Q, col_Q = rows_lib.row_and_column(grid, verdict.slots)
     prefix_H = rows_lib.accepted_prefix(grid, state, verdict)
     is_top_H = jnp.arange(grid.rows) == state.lead

@@ -139,7 +139,7 @@ class SSD(DecoderBase):
     """Corrects or commits the active rows, and drafts the next ones."""
     grid = ctx.model.grid
     verdict = rows_lib.verify(
-        ctx, state, queries, p_QV, lenience=self.lenience, eager=True)
+        ctx, state, queries.slots, p_QV, lenience=self.lenience, eager=True)
     row_Q, _ = rows_lib.row_and_column(grid, verdict.slots)
     is_round_H = (state.plan.rounds > 0) & _in_flight(grid, state)
     is_done_H = self._done(state, verdict, row_Q, is_round_H)

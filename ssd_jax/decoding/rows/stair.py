@@ -9,6 +9,7 @@ resampled token: `Exact`.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,12 @@ from ssd_jax.core.config import UserError, check
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.protocols import DecoderBase, Needs
 from ssd_jax.core.types import Model, Queries
+from ssd_jax.decoding import fan as fan_lib
 from ssd_jax.decoding.engine import Context
+from ssd_jax.decoding.fan import Fan
 from ssd_jax.decoding.rows import (
   drafts as row_drafts,
+  guesses,
   queries as row_queries,
   state as rows_lib,
 )
@@ -52,6 +56,10 @@ class _Staircase(DecoderBase):
       above) or "auto" (heads if the model has any, else above).
     coupled: Whether to sample each slot with its own noise in every pass, as AR
       does, instead of testing with min(1, p / q) and the noise of the pass.
+    fan: Tokens fed for a row's first open slot, its draft included (`Exact`:
+      of the first row alone). If the draft is rejected and its successor is
+      among the others, two tokens become final; see `decoding.fan`. Costs
+      fan - 1 queries for each row.
   """
 
   entry: int = 1
@@ -59,6 +67,7 @@ class _Staircase(DecoderBase):
   queries: int | None = None
   drafts: str = "auto"
   coupled: bool = False
+  fan: int = 1
 
   default_rows = 1  # whose slots a pass feeds where `queries` is None
   row_causal = False
@@ -71,11 +80,18 @@ class _Staircase(DecoderBase):
           ">= 1")
     check(self.drafts in DRAFTS, "drafts", self.drafts,
           f"one of {', '.join(DRAFTS)}")
+    check(self.fan >= 1, "fan", self.fan, ">= 1")
 
   def needs(self, model: Model) -> Needs:
     """Returns spatial heads if `drafts` requires them."""
     reads = self.drafts in _NEED_HEADS or self._uses_heads(model)
     return Needs(horizontal=reads, vertical=reads)
+
+  def scratch(self, model: Model) -> int:
+    """Returns one slot for each guess."""
+    most = model.vocab
+    return self._fan_rows(model.grid) * (rows_lib.at_most(
+        self.fan, 1, most, "fan", "the image tokens") - 1)
 
   def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Rows:
     """Returns the state with row 0 drafted."""
@@ -96,9 +112,12 @@ class _Staircase(DecoderBase):
     """Returns the slots that the active rows need to feed."""
     grid = ctx.model.grid
     needed_N = self._needed(ctx.model, state)
-    return row_queries.propose(
+    queries = row_queries.propose(
         ctx, state, needed_N, self._size(grid), self.row_causal
     )
+    if self.fan == 1:
+      return queries
+    return fan_lib.append(queries, self._guesses(ctx, state))
 
   def resolve(
       self, ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
@@ -108,14 +127,32 @@ class _Staircase(DecoderBase):
     grid = ctx.model.grid
     # Drafts of heads follow nearly the model's distribution. Copies of the row
     # above do not: accepting them leniently would make images flat.
-    verdict = rows_lib.verify(
-        ctx, state, queries, p_QV, self.coupled, self._lenience(grid),
-        eager=self._uses_heads(ctx.model))
-    final_Q = self._accepted_prefix(grid, state, verdict)
+    judge = functools.partial(
+        rows_lib.verify, ctx, state, coupled=self.coupled,
+        lenience=self._lenience(grid), eager=self._uses_heads(ctx.model))
+    size = self._size(grid)
+    verdict = judge(queries.slots[:size], p_QV[:size])
+    guessed_R = jnp.zeros(state.first.shape[0], bool)
+    if self.fan > 1:
+      fan = self._guesses(ctx, state)
+      verdict, is_right_F = guesses.apply(
+          ctx, state, fan, verdict, p_QV[size:],
+          functools.partial(judge, purposes=rows_lib.SECOND), self.coupled)
+      guessed_R = guessed_R.at[:is_right_F.shape[0]].set(is_right_F)
+    queries = jax.tree.map(lambda x_Q: x_Q[:size], queries)
+    final_Q = self._accepted_prefix(grid, state, verdict, guessed_R)
     state = rows_lib.commit(
         state, queries, verdict, verdict.had_draft, final_Q
     )
-    return self._advance(ctx, state, (queries.slots, hidden_GQD))
+    return self._advance(ctx, state, (queries.slots, hidden_GQD[:, :size]))
+
+  def _guesses(self, ctx: Context, state: Rows) -> Fan:
+    return guesses.guess(
+        ctx, state, self._fan_rows(ctx.model.grid), self.fan - 1, self.coupled)
+
+  def _fan_rows(self, grid: Grid) -> int:
+    """Returns the number of rows whose first open slot is guessed."""
+    return min(self.rows, grid.rows)
 
   def _lookahead(self, cols: int) -> int:
     raise NotImplementedError
@@ -147,13 +184,14 @@ class _Staircase(DecoderBase):
     return jnp.where(has_room, wanted_N, open_N)
 
   def _accepted_prefix(
-    self, grid: Grid, state: Rows, verdict: Verdict
+    self, grid: Grid, state: Rows, verdict: Verdict, guessed_R: jax.Array
   ) -> jax.Array:
     """Returns the slots that become final, bool [Q].
 
     If the first n tokens of a row are final or accepted, token n was resampled
-    given these, so n + 1 tokens may become final. The pass fed only the first n
-    of them unchanged, so only these count for the row below.
+    given these, so n + 1 tokens may become final, and n + 2 if token n had been
+    guessed. The pass fed only the first n of them unchanged, so only these
+    count for the row below.
     """
     row_Q, col_Q = rows_lib.row_and_column(grid, verdict.slots)
     rows = state.first.shape[0]
@@ -168,7 +206,8 @@ class _Staircase(DecoderBase):
       ahead_RC = ahead_RC.at[at_Q, col_Q].set(0, mode="drop")
     # With row_causal, other rows did not see the drafts of this pass.
     fed_R = fill_R if self.row_causal else prefix_R
-    count_R = count_committed(fill_R, prefix_R, fed_R, ahead_RC)
+    count_R = rows_lib.count_committed(
+        fill_R, prefix_R + 1 + guessed_R, fed_R, ahead_RC)
     at_Q = jnp.clip(row_Q - state.lead, 0, rows - 1)
     return verdict.is_open & (col_Q < count_R[at_Q])
 
@@ -324,6 +363,9 @@ class Exact(_Staircase):
   name = "exact"
   lossless = True
 
+  def _fan_rows(self, grid: Grid) -> int:
+    return 1
+
   def _lookahead(self, cols: int) -> int:
     if self.lookahead is not None and self.lookahead < cols:
       raise UserError(
@@ -331,34 +373,3 @@ class Exact(_Staircase):
           f"got lookahead={self.lookahead}. Omit it, or use stair."
       )
     return cols
-
-def count_committed(
-  fill_R: jax.Array, prefix_R: jax.Array, fed_R: jax.Array, ahead_RC: jax.Array
-) -> jax.Array:
-  """Counts the tokens of each row that are final after a pass.
-
-  Args:
-    fill_R: int32, tokens that were final before the pass.
-    prefix_R: int32, leading tokens that are final or accepted.
-    fed_R: int32, those of them that the rows below saw.
-    ahead_RC: int32, by how many tokens the row above has to be ahead of each
-      token.
-
-  Returns:
-    int32 [R].
-  """
-  cols = ahead_RC.shape[1]
-  col_C = jnp.arange(cols)
-
-  def step(above, row):
-    fill, prefix, fed, ahead_C = row
-    is_allowed_C = (
-        (above >= jnp.minimum(col_C + ahead_C, cols)) | (col_C < fill)
-    )
-    allowed = jnp.sum(jnp.cumprod(is_allowed_C.astype(jnp.int32)))
-    return jnp.minimum(fed, allowed), jnp.minimum(prefix + 1, allowed)
-
-  _, count_R = jax.lax.scan(
-      step, jnp.int32(cols), (fill_R, prefix_R, fed_R, ahead_RC)
-  )
-  return count_R

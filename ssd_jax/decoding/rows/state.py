@@ -26,7 +26,8 @@ from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.engine import Context
 
 # Purposes of the random keys of a pass.
-TEST, RESAMPLE, DRAFT, REFRESH = range(4)
+TEST, RESAMPLE, DRAFT, REFRESH, GUESS, *_SECOND = range(7)
+SECOND = tuple(_SECOND)  # test and resampling after a right guess
 
 
 class Rows(flax.struct.PyTreeNode):
@@ -103,16 +104,17 @@ def start(
 
 
 def verify(
-    ctx: Context, state: Rows, queries: Queries, p_QV: jax.Array,
+    ctx: Context, state: Rows, fed_Q: jax.Array, p_QV: jax.Array,
     coupled: bool = False, lenience: float = 1.0, eager: bool = False,
+    purposes: tuple[int, int] = (TEST, RESAMPLE),
 ) -> Verdict:
   """Tests the drafts of the predicted slots and resamples the rejected ones.
 
   Args:
     ctx: Context of the pass.
     state: State before the pass.
-    queries: Queries of the pass.
-    p_QV: Target distribution of the slot after each query.
+    fed_Q: Slots that the pass feeds; N or more where a query is inactive.
+    p_QV: Target distribution of the slot after each of them.
     coupled: Whether to sample every slot with its own noise, equal in every
       pass, and accept a draft if it is sampled again. Otherwise drafts are
       accepted with probability min(1, p / q) and resampled from the residual,
@@ -123,13 +125,12 @@ def verify(
       model, however often its slot is tested.
     eager: Whether a slot's first test is lenient too. Otherwise it is exact,
       which removes any influence of the distribution it was drafted from.
+    purposes: Purposes of the keys of the tests and of resampling.
   """
   grid = ctx.model.grid
   is_forced_N = jnp.asarray(grid.is_forced)
-  is_none_Q = is_forced_N.at[queries.slots + 1].get(
-      mode="fill", fill_value=True
-  )
-  slots_Q = jnp.where(is_none_Q, grid.length, queries.slots + 1)
+  is_none_Q = is_forced_N.at[fed_Q + 1].get(mode="fill", fill_value=True)
+  slots_Q = jnp.where(is_none_Q, grid.length, fed_Q + 1)
   index_Q = window_index(state, *row_and_column(grid, slots_Q))
   q_QV = state.q.at[index_Q].get(mode="fill", fill_value=0.0)
   is_at = lambda x_N: x_N.at[slots_Q].get(mode="fill", fill_value=False)
@@ -147,7 +148,8 @@ def verify(
   else:
     drafts = Drafts(draft_Q, q_QV, jnp.zeros_like(is_open_Q))
     lenience_Q = jnp.where(eager | is_at(state.tested), lenience, 1.0)
-    accepted_Q, resampled_Q = _test(ctx, p_QV, drafts, had_draft_Q, lenience_Q)
+    accepted_Q, resampled_Q = _test(
+        ctx, p_QV, drafts, had_draft_Q, lenience_Q, purposes)
     if lenience < 1:
       dist_QV = jnp.where(
           had_draft_Q[:, None],
@@ -161,15 +163,16 @@ def verify(
 
 def _test(
     ctx: Context, p_QV: jax.Array, drafts: Drafts, had_draft_Q: jax.Array,
-    lenience_Q: jax.Array,
+    lenience_Q: jax.Array, purposes: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the accepted drafts, bool [Q], and resampled tokens, int32 [Q]."""
-  u_Q = jax.random.uniform(ctx.pass_key(TEST), had_draft_Q.shape)
+  test, resample = purposes
+  u_Q = jax.random.uniform(ctx.pass_key(test), had_draft_Q.shape)
   accepted_Q = acceptance.accept_exact(p_QV, drafts, u_Q, lenience_Q)
   left_QV = jnp.where(
       had_draft_Q[:, None], acceptance.residual(p_QV, drafts), p_QV
   )
-  resampled_Q = sampling.sample_inverse(left_QV, ctx.pass_key(RESAMPLE))
+  resampled_Q = sampling.sample_inverse(left_QV, ctx.pass_key(resample))
   return had_draft_Q & accepted_Q, resampled_Q
 
 
@@ -243,6 +246,39 @@ def accepted_prefix(grid: Grid, state: Rows, verdict: Verdict) -> jax.Array:
   """
   at_Q = jnp.where(verdict.accepted, verdict.slots, grid.length)
   return prefix(grid, state.final.at[at_Q].set(True, mode="drop"))
+
+
+def count_committed(
+  fill_R: jax.Array, known_R: jax.Array, fed_R: jax.Array, ahead_RC: jax.Array
+) -> jax.Array:
+  """Counts the tokens of each row that are final after a pass.
+
+  Args:
+    fill_R: int32, tokens that were final before the pass.
+    known_R: int32, leading tokens that are final, or would be if the row above
+      were.
+    fed_R: int32, those of them that the rows below saw.
+    ahead_RC: int32, by how many tokens the row above has to be ahead of each
+      token.
+
+  Returns:
+    int32 [R].
+  """
+  cols = ahead_RC.shape[1]
+  col_C = jnp.arange(cols)
+
+  def step(above, row):
+    fill, known, fed, ahead_C = row
+    is_allowed_C = (
+        (above >= jnp.minimum(col_C + ahead_C, cols)) | (col_C < fill)
+    )
+    allowed = jnp.sum(jnp.cumprod(is_allowed_C.astype(jnp.int32)))
+    return jnp.minimum(fed, allowed), jnp.minimum(known, allowed)
+
+  _, count_R = jax.lax.scan(
+      step, jnp.int32(cols), (fill_R, known_R, fed_R, ahead_RC)
+  )
+  return count_R
 
 
 def row_and_column(grid: Grid, slots: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -86,7 +86,7 @@ class ZipAR(DecoderBase):
   ) -> Rows:
     """Returns the state with one more token in every active row."""
     del hidden_GQD
-    verdict = rows_lib.verify(ctx, state, queries, p_QV, coupled=True)
+    verdict = rows_lib.verify(ctx, state, queries.slots, p_QV, coupled=True)
     final_Q = verdict.is_open
     if self.adaptive:
       verdict, is_final_Q = self._test_candidates(ctx, state, queries, verdict)
@@ -107,7 +107,7 @@ class ZipAR(DecoderBase):
     Source: ZipAR, section 3.3.
     """
     grid = ctx.model.grid
-    tested = rows_lib.verify(ctx, state, queries, verdict.p)
+    tested = rows_lib.verify(ctx, state, queries.slots, verdict.p)
     row_Q, col_Q = rows_lib.row_and_column(grid, verdict.slots)
     is_first_Q = col_Q == 0
     is_free_Q = row_Q <= state.lead

@@ -48,7 +48,7 @@ def test_rows_in_flight_predict_each_token_once(end_of_row):
   state = drafted(model, 3)
   queries = queries_of(model, state, size=3 * model.grid.row_slots)
   p = jnp.full((len(queries.slots), model.vocab), 0.5)
-  verdict = rows_lib.verify(context(model), state, queries, p)
+  verdict = rows_lib.verify(context(model), state, queries.slots, p)
   cells = np.asarray(verdict.slots)[np.asarray(verdict.is_open)]
   np.testing.assert_array_equal(cells, model.grid.slot_of[:3].ravel()[1:])
 
@@ -74,7 +74,7 @@ def test_a_token_is_settled_once_it_was_fed():
   state = state.replace(q=jnp.full_like(state.q, 0.25))
   queries = queries_of(model, state)
   p = jnp.full((len(queries.slots), 4), 0.25).at[1].set(jnp.eye(4)[3])
-  verdict = rows_lib.verify(context(model), state, queries, p)
+  verdict = rows_lib.verify(context(model), state, queries.slots, p)
   state = rows_lib.commit(
       state, queries, verdict, verdict.had_draft, verdict.had_draft
   )
@@ -91,7 +91,7 @@ def test_the_first_test_of_a_draft_is_strict():
   queries = queries_of(model, state)
   p = jnp.full((len(queries.slots), 4), 0.25).at[:, 0].set(0.1)
   judge = lambda state, lenience: rows_lib.verify(
-      context(model), state, queries, p, lenience=lenience)
+      context(model), state, queries.slots, p, lenience=lenience)
   strict, first = judge(state, 1.0), judge(state, 0.3)
   np.testing.assert_array_equal(first.accepted, strict.accepted)
   np.testing.assert_allclose(first.distribution, p, atol=1e-6)
@@ -110,7 +110,7 @@ def test_a_token_without_a_distribution_is_no_draft():
   state = drafted(model, 1)
   queries = queries_of(model, state, size=2)
   p = jnp.eye(4)[jnp.array([3, 2])]
-  verdict = rows_lib.verify(context(model), state, queries, p)
+  verdict = rows_lib.verify(context(model), state, queries.slots, p)
   assert not verdict.had_draft.any()
   np.testing.assert_array_equal(verdict.tokens, [3, 2])
 
