@@ -279,7 +279,7 @@ def _settle(
 ) -> KVCache:
   """Moves keys and values from scratch slots to their final slots."""
   moves = _over_images(ctx.model, decoder.settle)(ctx, state)
-  if moves is None:
+  if moves is None or cache is None:  # a model without keys and values
     return cache
   source_BM, target_BM = moves
   slots = ctx.model.grid.length + decoder.scratch(ctx.model)

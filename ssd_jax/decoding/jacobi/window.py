@@ -33,8 +33,7 @@ _TEST_PURPOSE, _RESAMPLE_PURPOSE = 0, 1
 _GUESS_PURPOSE, _TEST_BEHIND, _RESAMPLE_BEHIND = 4, 5, 6
 
 
-@flax.struct.dataclass
-class JacobiState:
+class JacobiState(flax.struct.PyTreeNode):
   """Decoding state of one image; its drafts start at the slot `next`.
 
   Attributes:
@@ -45,6 +44,8 @@ class JacobiState:
     is_point: bool [Q - 1], drafts that were copied, not sampled.
     above: float32 [row slots, V], the latest target of each column, or None
       if no drafts are sampled from it.
+    guess: int32 [], which guess of slot `next` - 2 was right in the last pass;
+      K if none. None without a fan.
   """
 
   tokens: jax.Array
@@ -53,6 +54,7 @@ class JacobiState:
   q: jax.Array
   is_point: jax.Array
   above: jax.Array | None
+  guess: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Jacobi(DecoderBase):
         jnp.zeros((self.num_queries(grid) - 1, vocab)),
         jnp.zeros(self.num_queries(grid) - 1, bool),
         jnp.zeros((grid.row_slots, vocab)) if keeps_above else None,
+        jnp.int32(self.fan - 1) if self.fan > 1 else None,
     )
     slots_1 = state.next[None]
     token_1 = sampling.sample(p_V[None], ctx.token_noise(slots_1))
@@ -157,13 +160,25 @@ class Jacobi(DecoderBase):
     accepted_Q, tokens_Q = test(ctx, slots_Q, p_QV, drafts, is_tested_Q)
     count = acceptance.count_prefix(is_forced_Q | accepted_Q)
     if self.fan > 1:
-      tokens_Q, is_right = self._resample_first(
+      tokens_Q, guess = self._resample_first(
           ctx, self._guesses(ctx, state), drafts, is_tested_Q, accepted_Q,
           p_QV, p_KV, tokens_Q)
-      count += is_right
+      count += guess < self.fan - 1
+      state = state.replace(guess=guess)
     following = state.next + jnp.minimum(count + 1, size)
     following = jnp.minimum(following, grid.length)
     return self._advance(ctx, state, tokens_Q, p_QV, following)
+
+  def settle(
+      self, ctx: Context, state: JacobiState
+  ) -> tuple[jax.Array, jax.Array] | None:
+    """Moves a right guess to the slot whose rejected draft was fed."""
+    if state.guess is None:
+      return None
+    length, guesses = ctx.model.grid.length, self.fan - 1
+    is_right = state.guess < guesses
+    target = jnp.where(is_right, state.next - 2, length + guesses)
+    return (length + state.guess)[None], target[None]
 
   def accept(
       self, ctx: Context, p_QV: jax.Array, drafts: Drafts, u_Q: jax.Array
@@ -196,7 +211,7 @@ class Jacobi(DecoderBase):
     target.
 
     Returns:
-      The tokens, int32 [Q], and whether the guess was right, bool [].
+      The tokens, int32 [Q], and which guess was right, int32 []; K if none.
     """
     first = jnp.argmax(is_tested_Q)  # behind a forced slot
     behind, last = first + 1, fan.tokens.shape[1] - 1
@@ -214,7 +229,8 @@ class Jacobi(DecoderBase):
     put = lambda is_put, at, token_1: tokens_Q.at[
         jnp.where(is_put, at, tokens_Q.shape[0])].set(token_1[0], mode="drop")
     tokens_Q = put(is_new, first, token_1)
-    return put(is_right, behind, token_behind_1), is_right
+    return (put(is_right, behind, token_behind_1),
+            jnp.where(is_right, guess_1[0], last + 1).astype(jnp.int32))
 
   def _sample_behind(
       self, ctx: Context, fan: Fan, p_1V: jax.Array, draft: Drafts
@@ -308,7 +324,7 @@ class Jacobi(DecoderBase):
         _write(grid, tokens_N, fresh_slots_D, first.tokens),
         jnp.asarray(grid.is_forced) | (jnp.arange(grid.length) < following),
         following, jnp.where(is_fresh_D[:, None], first.q, q_DV),
-        is_fresh_D & first.is_point, above,
+        is_fresh_D & first.is_point, above, state.guess,
     )
 
 
