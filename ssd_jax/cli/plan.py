@@ -27,6 +27,7 @@ from ssd_jax.decoding.rows.ssd import SSD
 from ssd_jax.evaluation import quality
 from ssd_jax.performance import (
   chips,
+  compiled,
   cost_model as planning,
   pass_counts,
   training_cost as training_plan,
@@ -36,17 +37,18 @@ from ssd_jax.pipeline import model_folder
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
-from ssd_jax.storage.files import replacing
+from ssd_jax.storage.files import replacing, write_text
 
 # Prompts per decoder of --measure, and timed calls at least.
 _PROMPTS, _CALLS = 8, 3
+_LEAST_COPY = 10**6  # bytes of a copy that is reported
 
 
 def define_flags() -> None:
   """Defines the command's own flags."""
   flags.DEFINE_string(
-      "topology", "", "Devices to plan for, such as v5e:2x4, v5p:2x2x1 or "
-      "v6e:4x4; default: those of this machine.")
+      "topology", "", "Devices to plan for: TPUs such as v5e:2x4 or v5p:2x2x1, "
+      "GPUs such as h100, h200:8, a100 or l4; default: those of this machine.")
   flags.DEFINE_string("decoder", "ssd", "NAME or NAME:key=value+key=value.")
   flags.DEFINE_integer("batch", None, "Images decoded together; default: 1. "
                        "With --train images of a step; default: the config's.")
@@ -61,6 +63,8 @@ def define_flags() -> None:
       "random weights: these draft nothing that is accepted, so only decoders "
       "with a fixed number of passes are tried.")
   flags.DEFINE_string("plot", "", "PNG of the time per pass over its queries.")
+  flags.DEFINE_string(
+      "hlo", "", "File to write the text of the compiled generation to.")
   flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
 
@@ -85,7 +89,7 @@ def body() -> None:
     found = training_plan.report(network, args.config, mesh, chip, args.batch)
   else:
     plan = planning.Plan(network, decoder, mesh, args.batch or 1)
-    found = generation_report(plan, chip, args.passes)
+    found = generation_report(plan, chip, args.passes, args.hlo)
   found = {"family": args.config.family,
            "topology": args.topology or devices[0].device_kind,
            "devices": mesh.size, "mesh": dict(mesh.shape), **found}
@@ -98,19 +102,20 @@ def body() -> None:
 
 def _check_mode(args: flags.FlagValues) -> None:
   """Raises UserError for a flag that the mode does not read."""
-  modes = {"train": ("decoder", "passes", "plot"),
-           "measure": ("decoder", "passes", "plot", "topology", "train")}
+  modes = {"train": ("decoder", "passes", "plot", "hlo"),
+           "measure": ("decoder", "passes", "plot", "hlo", "topology", "train")}
   for mode, unread in modes.items():
     for name in unread:
       if args[mode].value and args[name].present:
         raise UserError("Expected only --batch, --config, --json and --mesh, "
                         f"got --{name} with --{mode}, which does not read it. "
                         "Leave it out.")
-  if args.plot and pathlib.Path(args.plot).is_dir():
-    raise UserError(f"Expected a file, got --plot {args.plot}, which is a "
-                    "folder. Add a name that ends in .png.")
-  if args.plot:
-    pathlib.Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
+  for name in ("plot", "hlo"):
+    path = pathlib.Path(args[name].value or "")
+    if args[name].value and path.is_dir():
+      raise UserError(f"Expected a file, got --{name} {path}, which is a "
+                      "folder. Add the name of a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _fitting(devices: int) -> int:
@@ -183,7 +188,8 @@ def trials_table(found: Sequence[tuning.Measurement]) -> str:
 
 
 def generation_report(
-    plan: planning.Plan, chip: chips.Chip, passes: int | None = None
+    plan: planning.Plan, chip: chips.Chip, passes: int | None = None,
+    hlo: str = "",
 ) -> dict:
   """Returns the plan of generation as JSON.
 
@@ -191,9 +197,13 @@ def generation_report(
     plan: The generation to plan.
     chip: Each of the devices.
     passes: Of an image, measured.
+    hlo: File for the text of the compiled program, if any.
   """
   network, decoder = plan.network, plan.decoder
-  memory, fits, sent, xla = compiled_figures(plan, chip)
+  memory, fits, sent, xla, text = compiled_figures(plan, chip)
+  copies = compiled.moves_in_loops(text, _LEAST_COPY) if text else []
+  if hlo:
+    write_text(hlo, text)
   flops, moved = plan.counts(plan.queries)
   time = lambda queries: planning.seconds(plan, queries, chip, sent)
   took = planning.parts(plan, plan.queries, chip, sent)
@@ -209,6 +219,10 @@ def generation_report(
       "xla_flops_per_pass": xla and int(xla[0]),
       "collectives": {x.kind: {"count": x.count, "bytes": x.bytes}
                       for x in sent},
+      "copies_per_pass": {
+          "count": sum(x.count for x in copies),
+          "bytes": sum(x.count * x.bytes for x in copies)},
+      "launches_per_pass": compiled.launches(text) if text else None,
       "bound": max(took, key=took.__getitem__),
       "roofline_ms": {str(n): round(1e3 * time(n), 4) for n in sizes},
       "passes": passes,
@@ -218,18 +232,19 @@ def generation_report(
 
 
 def compiled_figures(plan, chip):
-  """Returns (bytes per device, fits, collectives, XLA's counts)."""
+  """Returns (bytes per device, fits, collectives, XLA's counts, text)."""
   devices = plan.mesh.size
   try:
-    memory = planning.memory_of(plan.compile_generation())
+    program = plan.compile_generation()
+    memory, text = planning.memory_of(program), program.as_text()
   except jax.errors.JaxRuntimeError as error:
     memory = planning.out_of_memory(error)
     if memory is None:
       raise
-    return memory, False, [], None
+    return memory, False, [], None, ""
   programs = *plan.compile_pass(), plan.network.generator.cfg.n_layers, devices
   return (memory, memory <= chip.memory, planning.sent_by(*programs),
-          planning.xla_counts(*programs))
+          planning.xla_counts(*programs), text)
 
 
 def best(network, decoder, time) -> dict:

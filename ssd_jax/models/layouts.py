@@ -1,12 +1,18 @@
-"""Layouts of a trunk's parameters for inference on a CPU.
+"""Layouts of a trunk's parameters for inference on a CPU or a GPU.
 
 *Unstacked layers.* From a stack of layers, of their caches or of spatial heads,
-XLA on a CPU copies each slice before it multiplies, in every pass. With
-unstacked layers each has its own arrays.
+XLA copies each slice before it multiplies, in every pass: on a CPU, and on a
+GPU, where a pass would move three times the bytes. With unstacked layers each
+has its own arrays. A TPU reads slices where they are.
 
-*Tiles.* A matmul with a row-major matrix reads a few columns of every row,
-which for a handful of queries takes three times as long as reading the matrix
-contiguously. So there is a second copy, whose tiles of columns are contiguous.
+*Tiles.* On a CPU, a matmul with a row-major matrix reads a few columns of every
+row, which for a handful of queries takes three times as long as reading the
+matrix contiguously. So there is a second copy, whose tiles of columns are
+contiguous.
+
+*Blocks of slots.* On a GPU, matmuls take slots of the cache in blocks. To fill
+the last one, XLA would copy the values of all slots in every pass, so prompts
+are padded instead.
 """
 
 from collections.abc import Mapping
@@ -28,38 +34,57 @@ _MIN_BYTES = 4e6
 # tiles, passes of the embedded model (AVX-512) took 1.22, 1.20, 1.09 and 1.01
 # times as long at 16, 20, 32 and 48 rows.
 TILE, TILED_ROWS = 64, 32
+_SLOT_BLOCK = 64
 
 
 def inference_layout(params: Params) -> Params:
   """Returns the parameters in the layout that inference uses.
 
-  On a CPU, the layers of "trunk" are unstacked, "tiles" is the same trunk in
-  tiles, for passes of few rows, and each direction of "heads" is a list. The
-  parameters stay unchanged if the trunk is small, if a mesh shards them, if
-  memory does not suffice for the copies, or if the trunk is not that of a
-  `Generator`, which alone knows these layouts.
+  On a CPU and on GPUs they are `unstacked`; on a CPU, "tiles" is the same trunk
+  in tiles, for passes of few rows. The parameters stay unchanged if the trunk
+  is small, if a mesh of CPU devices shards them, if memory does not suffice for
+  the copies, or if the trunk is not that of a `Generator`, which alone knows
+  these layouts.
   """
   trunk = params.get("trunk", {})
   if not (isinstance(trunk, Mapping) and "layers" in trunk):
     return params
-  is_cpu = (
-      jax.default_backend() == "cpu" and sharding.num_param_shards() == 1)
+  platform, num_shards = jax.default_backend(), sharding.num_param_shards()
+  is_read = platform == "gpu" or (platform == "cpu" and num_shards == 1)
   bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-  layers, heads = bytes_of(trunk["layers"]), bytes_of(params.get("heads", {}))
+  layers = bytes_of(trunk["layers"]) // num_shards
+  heads = bytes_of(params.get("heads", {})) // num_shards
   free = memory.free_bytes()
   room = math.inf if free is None else free
-  if not is_cpu or layers < _MIN_BYTES or 2 * layers + heads > room:
+  if not is_read or layers < _MIN_BYTES or 2 * layers + heads > room:
     return params
-  trunk = unstacked(trunk)
-  tiles = _tiled(trunk) if 3 * layers + heads <= room else {}
-  found = {**params, "trunk": trunk, **tiles}
+  found = unstacked(params)
+  if platform == "cpu" and 3 * layers + heads <= room:
+    found |= _tiled(found["trunk"])
+  return sharding.shard_params(found) if num_shards > 1 else found
+
+
+def prompt_slots(length: int, others: int, platform: str) -> int:
+  """Returns the prompt slots, at least `length`, that fill blocks of slots.
+
+  Args:
+    length: Slots of the prompt.
+    others: All other slots of the cache.
+    platform: JAX's name of the devices' kind, such as "gpu".
+  """
+  return length + (-(length + others) % _SLOT_BLOCK if platform == "gpu" else 0)
+
+
+def unstacked(params: Params) -> Params:
+  """Returns parameters with separate arrays for each layer and each head."""
+  found = {**params, "trunk": unstack_layers(params["trunk"])}
   if "heads" in params:
     found["heads"] = {
         name: _unstack_heads(stack) for name, stack in params["heads"].items()}
   return found
 
 
-def unstacked(trunk: Params) -> Params:
+def unstack_layers(trunk: Params) -> Params:
   """Returns a trunk's parameters with separate arrays for each layer."""
   layers = trunk["layers"]
   count = len(jax.tree.leaves(layers)[0])

@@ -16,6 +16,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 
 from ssd_jax.core.config import UserError
+from ssd_jax.performance import gpu_targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ _CHIPS = {
     "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 80e9, 600e9),
     "NVIDIA H100": Chip(989e12, 3350e9, 80e9, 900e9),
     "NVIDIA H200": Chip(989e12, 4800e9, 141e9, 900e9),
+    "NVIDIA L4": Chip(121e12, 300e9, 24e9, 64e9),
 }
 HOP_SECONDS = 1e-6  # latency of a collective's step from device to device
 
@@ -56,13 +58,18 @@ def chip_of(device: Any) -> Chip:
 
 
 def devices_of(topology: str) -> list[Any]:
-  """Returns the devices of a slice such as "v5e:2x4"; "" means local devices.
+  """Returns the devices of a topology; "" means local devices.
+
+  Args:
+    topology: A slice of TPUs such as "v5e:2x4", or GPUs such as "h100:8".
 
   Raises:
-    UserError: if the TPU compiler is missing or knows no such slice.
+    UserError: if the devices' compiler is missing or knows no such topology.
   """
   if not topology:
     return jax.devices()
+  if gpu_targets.is_gpu(topology):
+    return gpu_targets.devices_of(topology)
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
         f"Expected the TPU compiler, got --topology {topology} without "
@@ -80,8 +87,9 @@ def devices_of(topology: str) -> list[Any]:
   except Exception as error:  # jaxlib raises several types
     reason = (str(error).splitlines() or [""])[0]
     raise UserError(
-        "Expected KIND:SHAPE such as v5e:2x4, v5p:2x2x1 or v6e:4x4, got "
-        f"--topology {topology} ({reason[:120]}).") from error
+        "Expected TPUs such as v5e:2x4, v5p:2x2x1 or v6e:4x4, or GPUs such as "
+        f"{' or '.join(gpu_targets.TARGETS)}, h100:8, got --topology "
+        f"{topology} ({reason[:120]}).") from error
   return list(found.devices)
 
 

@@ -21,10 +21,18 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 _OP = re.compile(
     rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-MOVES = ("copy", "transpose", "convert", "dynamic-slice")
+MOVES = ("copy", "transpose", "convert", "dynamic-slice", "pad")
 _INSTRUCTION = re.compile(
     r"^\s*(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z\-]*)\((.*)$")
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
+_APPLIED = re.compile(
+    r" (?:reduce|reduce-window|sort|scatter|map|all-reduce|reduce-scatter)"
+    r"\(.*to_apply=%?([\w.\-]+)")
+# What a loop does without starting anything on the device.
+_IDLE = frozenset((
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while",
+    "conditional", "call", "after-all", "opt-barrier", "partition-id",
+    "replica-id"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +105,13 @@ class Move:
     kind: One of MOVES.
     bytes: Size of the result.
     name: Name of the instruction.
+    count: Executions in an iteration of the outermost loop.
   """
 
   kind: str
   bytes: int
   name: str
+  count: int = 1
 
 
 def moves_in_loops(text: str, at_least: int) -> list[Move]:
@@ -112,12 +122,34 @@ def moves_in_loops(text: str, at_least: int) -> list[Move]:
     at_least: Smallest result that counts, in bytes.
   """
   lines, found = _computations(text), []
+  runs = _runs(lines)
   for name in sorted(_inside_loops(lines)):
     for line in lines[name]:
       move = _move(lines, line)
       if move is not None and move.bytes >= at_least:
-        found.append(move)
+        found.append(dataclasses.replace(move, count=runs.get(name, 1)))
   return found
+
+
+def launches(text: str) -> int:
+  """Returns the operations that an iteration of the outermost loop starts.
+
+  On a GPU each is a kernel or a library's call. Inner loops count as often as
+  they run, or once if that depends on data.
+
+  Args:
+    text: `compiled.as_text()`.
+  """
+  lines = _computations(text)
+  runs, total = _runs(lines), 0
+  every = "\n".join(line for body in lines.values() for line in body)
+  inner = set(_APPLIED.findall(every))  # of reductions and sorts
+  for name in _inside_loops(lines) - inner:
+    found = filter(None, map(_INSTRUCTION.match, lines[name]))
+    started = sum(x[4] not in _IDLE and not x[4].endswith("-done")
+                  for x in found)
+    total += runs.get(name, 1) * started
+  return total
 
 
 def _inside_loops(lines: dict[str, list[str]]) -> set[str]:

@@ -22,8 +22,9 @@ import numpy as np
 from ssd_jax.core.config import from_config_dict
 from ssd_jax.core.protocols import Decoder, Family
 from ssd_jax.core.types import KVCache, Model, Params, Prompt, Queries
-from ssd_jax.decoding import engine
+from ssd_jax.decoding import continuous_batching, engine
 from ssd_jax.decoding.sampling import Sampling, target
+from ssd_jax.models import layouts
 from ssd_jax.models.drafter import DraftNet, bind_drafter
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.spatial_heads import (
@@ -123,15 +124,33 @@ class Plan:
     kinds |= {"heads"} if needs.horizontal or needs.vertical else set()
     kinds |= {"drafter"} if needs.drafter else set()
     params = {k: v for k, v in self.network.params.items() if k in kinds}
+    if self.is_unstacked:
+      params = jax.eval_shape(layouts.unstacked, params)
     if neighbours := needs.neighbours:
       params["neighbours"] = jax.ShapeDtypeStruct(
           (self.network.model.vocab, neighbours), np.int32)
     return abstract(params, sharding.shardings(params, self.mesh))
 
+  @property
+  def platform(self) -> str:
+    """JAX's name of the devices' kind."""
+    return self.mesh.devices.flat[0].platform
+
+  @property
+  def is_unstacked(self) -> bool:
+    """Whether the devices read layers of their own, see models/layouts.py."""
+    return self.platform == "gpu"
+
   @functools.cached_property
   def prompt(self) -> Prompt:
     """Shapes and shardings of the prompts."""
-    prompt = self.network.prompt(self.batch, self.streams > 1)
+    prompt, model = (
+        self.network.prompt(self.batch, self.streams > 1), self.network.model)
+    slots = layouts.prompt_slots(
+        prompt.tokens.shape[1], model.grid.length + self.decoder.scratch(model),
+        self.platform)
+    prompt = jax.eval_shape(
+        lambda prompt: continuous_batching.widen(prompt, slots), prompt)
     return abstract(prompt, rows_of(prompt, self.mesh))
 
   @functools.cached_property
@@ -173,11 +192,15 @@ class Plan:
     params = {"trunk": trunk | {"layers": jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype),
         trunk["layers"])}}
+    if self.is_unstacked:
+      params = jax.eval_shape(layouts.unstacked, params)
     params = abstract(params, sharding.shardings(params, self.mesh))
     shape = (1, rows, cfg.n_kv_heads, self.slots, cfg.head_dim)
     layout = NamedSharding(self.mesh, sharding.cache_spec(shape, self.mesh))
     cache = jax.eval_shape(
         lambda: KVCache(*[jnp.zeros(shape, generator.dtype)] * 2))
+    if self.is_unstacked:
+      cache = KVCache.from_layers([cache])
     cache = abstract(cache, jax.tree.map(lambda _: layout, cache))
     queries = self._queries(rows)
     sampling = everywhere(self.settings[0], self.mesh)
@@ -282,8 +305,10 @@ def memory_of(program: Any) -> int:
 
 def xla_counts(
     one: Any, ends: Any, layers: int, devices: int
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
   """Returns (FLOPs, bytes) of a pass over all devices, counted by XLA.
+
+  None for GPUs, whose compiler counts only where one is.
 
   Args:
     one: Compiled pass with one layer.
@@ -291,9 +316,11 @@ def xla_counts(
     layers: Number of layers of the trunk.
     devices: Number of devices that share the pass.
   """
+  found = [x.cost_analysis() for x in (one, ends)]
+  if not all(found):
+    return None
   one, ends = (
-      np.array([x.cost_analysis()[k] for k in ("flops", "bytes accessed")])
-      for x in (one, ends))
+      np.array([x[k] for k in ("flops", "bytes accessed")]) for x in found)
   flops, moved = (ends + layers * (one - ends)) * devices
   return float(flops), float(moved)
 

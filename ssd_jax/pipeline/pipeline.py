@@ -118,6 +118,7 @@ class Pipeline:
       part = texts[start:start + batch]
       padded = part + [part[-1]] * (batch - len(part))
       prompt, new_notes = self.family.encode_prompts(padded, guided)
+      prompt = run.pad(prompt)
       if start == 0 and not on_pass:  # each device would call it
         run.choose_devices(prompt, settings, batch)
       listener = self.programs.listener if on_pass else None

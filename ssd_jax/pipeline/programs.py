@@ -19,7 +19,7 @@ from ssd_jax.core.types import Model, Params, Prompt
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.decoding.trees.relaxed import neighbour_table
-from ssd_jax.models.layouts import inference_layout
+from ssd_jax.models import layouts
 from ssd_jax.pipeline import likelihood
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Clock, Listener
@@ -71,6 +71,13 @@ class Programs:
     queries = self.num_queries(decoder, prompt, settings, batch)
     return sharding.cpu_mesh(rows, queries)
 
+  def prompt_slots(self, decoder: Decoder, length: int) -> int:
+    """Returns the slots to pad a prompt to; see `layouts.prompt_slots`."""
+    model = self._model
+    return layouts.prompt_slots(
+        length, model.grid.length + decoder.scratch(model),
+        jax.default_backend())
+
   def params_for(
       self, decoder: Decoder, mesh: jax.sharding.Mesh | None = None
   ) -> Params:
@@ -101,7 +108,7 @@ class Programs:
     """Returns the layout for weights that a mesh shards, or for whole ones."""
     is_sharded = sharding.num_param_shards() > 1
     if is_sharded not in self._layouts:
-      self._layouts[is_sharded] = inference_layout(self._params)
+      self._layouts[is_sharded] = layouts.inference_layout(self._params)
     return self._layouts[is_sharded]
 
   def _codebook_VE(self) -> np.ndarray:

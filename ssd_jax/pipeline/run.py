@@ -7,6 +7,7 @@ import numpy as np
 
 from ssd_jax.core.protocols import Decoder
 from ssd_jax.core.types import Prompt
+from ssd_jax.decoding import continuous_batching
 from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.pipeline.programs import Programs
 from ssd_jax.runtime import sharding
@@ -34,6 +35,11 @@ class Run:
     """
     self._mesh = self.clock.compile(
         self._programs.mesh_for, self._decoder, prompt, settings, batch)
+
+  def pad(self, prompt: Prompt) -> Prompt:
+    """Returns the prompt with as many slots as the devices read at once."""
+    return continuous_batching.widen(prompt, self._programs.prompt_slots(
+        self._decoder, prompt.tokens.shape[1]))
 
   def place(self, prompt: Prompt) -> Prompt:
     """Returns the prompt with its rows on the devices that read them."""

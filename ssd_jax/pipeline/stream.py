@@ -133,6 +133,7 @@ class _Batch:
   def insert(self, slot: int, index: int, text: str, prompt: Prompt) -> None:
     """Prefills a prompt into a free slot."""
     request, loop = self._request, self._loop
+    prompt = self._run.pad(prompt)
     if loop is None:
       rows = jax.tree.map(
           lambda x: jnp.repeat(x, request.batch, axis=0), prompt)

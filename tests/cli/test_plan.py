@@ -56,7 +56,24 @@ def test_a_slice_without_a_tpu():
 
 
 @pytest.mark.slow
+def test_gpus_without_a_gpu(tmp_path):
+  """Compiled by the CUDA plugin where it is installed; else one line says how
+  to. No pass copies a layer, and the text of the program is written."""
+  hlo = tmp_path / "generation.txt"
+  status, out, err = plan_of(
+      "--decoder=ar", "--json", "--topology=h100", f"--hlo={hlo}")
+  if importlib.util.find_spec("jax_cuda13_plugin") is None:
+    assert status == 2 and "ssd-jax[plan-cuda]" in err.splitlines()[-1]
+    return
+  assert status == 0, err
+  found = json.loads(out.splitlines()[-1])
+  assert found["copies_per_pass"]["bytes"] == 0
+  assert found["launches_per_pass"] > 100 and "while" in hlo.read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [
+    ["--topology=h100:0"], ["--topology=h100:two"], ["--hlo=."],
     ["--mesh=tensor=3"], ["--batch=0"], ["--train", "--batch=-1"]])
 def test_bad_plans_are_one_line(args):
   """What does not divide, exist or make sense."""

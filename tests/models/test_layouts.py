@@ -11,7 +11,7 @@ import pytest
 
 from ssd_jax.decoding import engine, registry
 from ssd_jax.models import layouts as layouts_lib
-from ssd_jax.models.layouts import inference_layout, unstacked
+from ssd_jax.models.layouts import inference_layout, unstack_layers
 from ssd_jax.performance import compiled
 from ssd_jax.pipeline import testing
 from ssd_jax.runtime import memory
@@ -89,8 +89,9 @@ def test_taps_come_in_the_order_of_layers_from_both_forms():
   generator = dataclasses.replace(pipe.family.generator, taps=(1, 0))
   prompt, _ = pipe.family.encode_prompts(["ab"], False)
   tokens = jnp.zeros((1, generator.grid.length), jnp.int32)
+  stacked = pipe.params["trunk"]
   found = [generator.hidden({"trunk": trunk}, prompt, tokens)
-           for trunk in (pipe.params["trunk"], unstacked(pipe.params["trunk"]))]
+           for trunk in (stacked, unstack_layers(stacked))]
   np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
@@ -157,3 +158,42 @@ def test_no_head_is_moved_in_the_loop(monkeypatch, in_tiles):
     inference_layout(params),
   )
   assert moved[0] and not moved[1]
+
+
+def test_a_gpu_reads_unstacked_layers_whole(monkeypatch):
+  """There slices are copies as on a CPU, but tiles are not; a TPU reads the
+  stack."""
+  params = kit.tiny(vocab=8).params
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  found = inference_layout(params)
+  assert "layers_0" in found["trunk"] and "tiles" not in found
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert inference_layout(params) is params
+
+
+def test_prompts_fill_blocks_of_a_gpus_slots(monkeypatch):
+  """Longer prompts there, with the same tokens; elsewhere as they are."""
+  assert layouts_lib.prompt_slots(10, 100, "cpu") == 10
+  assert layouts_lib.prompt_slots(10, 100, "gpu") == 28
+  assert layouts_lib.prompt_slots(28, 100, "gpu") == 28
+  pipe = kit.tiny(3, 3, vocab=5)
+  decoder = registry.parse("ar")
+  assert pipe.programs.prompt_slots(decoder, 8) == 8
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert pipe.programs.prompt_slots(decoder, 8) == 64 - 9
+
+
+@pytest.mark.slow
+def test_padded_prompts_generate_the_same(monkeypatch):
+  """The padding is hidden, in a batch and in a stream that widens."""
+  pipe = testing.tiny(7, 3, 3, guidance=3.0)
+  texts = ["a", "b", "a prompt that is longer than those before it", "c"]
+  plain = pipe.generate(texts, "exact", batch=2)
+  monkeypatch.setattr(
+      layouts_lib, "prompt_slots",
+      lambda length, others, platform: length + -(length + others) % 64)
+  padded = testing.tiny(7, 3, 3, guidance=3.0)
+  np.testing.assert_array_equal(
+      padded.generate(texts, "exact", batch=2).tokens, plain.tokens)
+  for image in padded.stream(texts, "exact", batch=2):
+    np.testing.assert_array_equal(image.tokens, plain.tokens[image.index])

@@ -38,6 +38,39 @@ def test_moves_are_those_of_loops_and_of_fusions_roots():
   assert [(x.kind, x.bytes) for x in found] == [("transpose", 64), ("copy", 32)]
 
 
+NESTED = """HloModule m
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%layer (p: (s32[], f32[2,8])) -> (s32[], f32[2,8]) {
+  %p = (s32[], f32[2,8]) parameter(0)
+  %slice = f32[2,8]{1,0} dynamic-slice(%w, %i), dynamic_slice_sizes={2,8}
+  %dot = f32[2,8]{1,0} custom-call(%slice), custom_call_target="__cublas$gemm"
+  ROOT %t = (s32[], f32[2,8]) tuple(%i, %dot)
+}
+
+%pass (p: (s32[], f32[2,8])) -> (s32[], f32[2,8]) {
+  %w.1 = (s32[], f32[2,8]) while(%t), condition=%c.1, body=%layer, backend_config={"known_trip_count":{"n":"4"}}
+  %reduce = f32[] reduce(%x, %zero), dimensions={0}, to_apply=%add
+  %copy.1 = f32[4]{0} copy(%y)
+}
+
+ENTRY %main (p: f32[2,8]) -> f32[2,8] {
+  %w = (s32[], f32[2,8]) while(%t), condition=%c, body=%pass
+  %copy.2 = f32[2,8]{1,0} copy(%q)
+}
+"""  # noqa: E501
+
+
+def test_what_a_pass_starts_is_counted_in_its_layers_too():
+  """Four layers of two, a reduction and a copy; what a reduction applies, and
+  what runs before or after the loop, is none of them."""
+  assert compiled.launches(NESTED) == 4 * 2 + 2
+  move, = compiled.moves_in_loops(NESTED, at_least=64)
+  assert (move.kind, move.bytes, move.count) == ("dynamic-slice", 64, 4)
+
+
 class _SlotsLast:
   """A model whose cache is [L, S, K, H, X] between the passes."""
 

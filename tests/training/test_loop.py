@@ -236,14 +236,13 @@ def kill_at_random(part, workdir, after, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["tokenizer", "ar"])
 def test_sigkill_at_any_moment_changes_nothing(tmp_path, part):
-  """Killed twice at random moments, training ends in the same bits."""
+  """Killed at a random moment, training ends in the same bits."""
   rng = random.Random(part)
   for name in ("whole", "broken"):
     if part == "ar":
       run("tokenizer", tmp_path / name)
   run(part, tmp_path / "whole")
-  for _ in range(2):
-    kill_at_random(part, tmp_path / "broken", 1.0, rng)
+  kill_at_random(part, tmp_path / "broken", 1.0, rng)
   run(part, tmp_path / "broken")
   model = {"tokenizer": "vq", "ar": "trunk"}[part]
   a, b = (checkpoints.restore(tmp_path / name / "model" / model)
