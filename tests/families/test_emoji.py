@@ -54,11 +54,11 @@ def test_held_out_pictures_keep_their_features(pipe):
 @pytest.mark.slow
 @pytest.mark.as_users_compile
 def test_an_image_does_not_depend_on_its_batch(pipe):
-  """The same tokens alone and in a batch of four."""
-  prompts = ["red heart", "flag: Kenya", "bug", "relieved face"]
-  one, four = (pipe.generate(prompts, "exact", batch=b) for b in (1, 4))
-  np.testing.assert_array_equal(one.tokens, four.tokens)
-  np.testing.assert_array_equal(one.passes, four.passes)
+  """The same tokens alone and in company."""
+  prompts = ["red heart", "flag: Kenya"]
+  one, two = (pipe.generate(prompts, "exact", batch=b) for b in (1, 2))
+  np.testing.assert_array_equal(one.tokens, two.tokens)
+  np.testing.assert_array_equal(one.passes, two.passes)
 
 
 @pytest.mark.slow

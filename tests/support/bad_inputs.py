@@ -22,7 +22,7 @@ OWN = {
     "evidence": ("num_prompts",), "demo": ("port", "host", "bench"),
     "convert": ("source", "out", "vq", "text_encoder", "tokenizer", "dtype"),
     "plan": ("topology", "decoder", "batch", "train", "passes", "measure",
-             "plot", "json"),
+             "plot", "hlo", "json"),
     "compare": ("size", "layers", "width", "vocab", "dtype", "tokens",
                 "prompt_tokens", "rounds", "loops"),
 }
@@ -127,6 +127,9 @@ PLAN = {
     "another embedded model to measure": [
         "--measure", "--config.trunk.n_layers=2"],
     "a plot that is a folder": ["--plot", "{dir}/empty"],
+    "a program's text that is a folder": ["--hlo", "{dir}/empty"],
+    "a program's text while training": ["--train", "--hlo", "{dir}/x.txt"],
+    "no GPUs": ["--topology", "h100:0"],
     "a plot below a file": ["--plot", "{dir}/words.txt/plot.png"],
 }
 TRAINED = {
