@@ -51,6 +51,7 @@ def on_tiny(monkeypatch):
   monkeypatch.setattr(efficientnet, "available", lambda: False)
 
 
+@pytest.mark.slow
 def test_the_command_without_features(on_tiny, capsys, monkeypatch, tmp_path):
   """AR against itself: ratio 1, a gap inside its interval, one line on FD."""
   monkeypatch.setattr(progress.Bar, "MINUTE", 0.0)  # a line each time

@@ -77,7 +77,7 @@ def test_a_fan_that_forgets_the_residual_is_detected(monkeypatch):
   assert kit.p_value(pipe, out.tokens) < 1e-6
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [
     Exact(coupled=True, fan=4),
     pytest.param(SJD(5, acceptance="equality", fan=4), marks=pytest.mark.slow),

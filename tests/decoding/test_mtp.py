@@ -14,7 +14,7 @@ from ssd_jax.pipeline import testing
 tiny = functools.cache(testing.tiny)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs, decoder, group", [
     (dict(), MTP(), 1),
     (dict(rows=3, vocab=2, end_of_row=True), MTP(horizontal=3), 4),
@@ -105,6 +105,7 @@ def test_commits_are_recorded_once_and_in_order():
   assert out.tokens.max() < 5 and out.tokens.min() >= 0
 
 
+@pytest.mark.slow
 def test_impossible_settings_are_one_line():
   """What heads cannot do is a UserError, not a crash."""
   with pytest.raises(UserError, match="verify"):

@@ -84,7 +84,7 @@ def test_ar_is_cleared():
   assert found.draws == DRAWS and found.passes == 6
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("group", exactness.GROUPS)
 def test_planted_bias_is_caught(images_in_touch, group):
   """Committing the batch's minimum is exact alone and biased in company."""

@@ -23,6 +23,7 @@ def apply(params, x, method):
   return VQ(CFG).apply({"params": params}, x, method=method)
 
 
+@pytest.mark.slow
 def test_shapes(params):
   """Pixels -> latents -> ids -> pixels, `downsample` pixels per token."""
   image = jnp.zeros((2, 16, 24, 3))

@@ -15,6 +15,7 @@ def pipe():
   return testing.tiny(vocab=5, rows=3, cols=4)
 
 
+@pytest.mark.slow
 def test_on_pass_is_called_for_every_pass(pipe):
   """A listener sees each pass once, and the last grid is what is returned."""
   said = []

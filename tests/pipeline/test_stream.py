@@ -43,6 +43,7 @@ def pipe():
   return testing.tiny(vocab=5, rows=2, cols=2, guidance=2.0)
 
 
+@pytest.mark.slow
 def test_one_compile_of_each_and_prompts_as_there_is_room(pipe):
   """Other prompts, seeds and scales compile nothing; prompts may not end."""
   read, first = [], pipe.stream(PROMPTS, batch=2)

@@ -62,7 +62,7 @@ class Oracle(SpatialHeads):
     return jnp.moveaxis(goal[..., target, :], -3, 0)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["pre", "post"])
 def test_the_right_prediction_is_always_accepted(pipe, target):
   """Goals are states that predict the target token, decoded to the trunk's

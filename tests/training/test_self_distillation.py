@@ -68,6 +68,7 @@ def drawn(teacher, tmp_path_factory):
   )
 
 
+@pytest.mark.slow
 def test_images_are_those_of_ar(pipe, drawn):
   """Stage one stores what generate() generates for the same seed, in codes."""
   out = pipe.generate(list(CAPTIONS), AR(), seed=5, batch=11)

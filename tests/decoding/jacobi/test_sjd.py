@@ -62,7 +62,7 @@ def test_images_do_not_depend_on_the_batch():
   kit.assert_independent_of_batch(kit.chain(5, 4, True, vocab=9), decoder)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder, end_of_row", [
     (SJD(1), True),
     (SJD(4, "repeat_above", acceptance="equality"), True),

@@ -144,7 +144,7 @@ def test_a_single_stage_of_no_rounds_is_joint():
   np.testing.assert_array_equal(joint.tokens, single.tokens)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [staged(2, 1), pipelined(2, 1)])
 def test_images_do_not_depend_on_the_batch(decoder):
   """Batch 1 and batch 4 give the same tokens and passes."""
@@ -221,6 +221,7 @@ def test_single_rows_and_columns(rows, cols, end_of_row):
   assert (out.passes == 1 + 2 * -(-(cols - 1) // 5) + 3 * (rows - 1)).all()
 
 
+@pytest.mark.slow
 def test_impossible_settings_are_one_line():
   """What cannot be is a UserError, not a crash."""
   for settings in (

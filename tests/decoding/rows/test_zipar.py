@@ -84,6 +84,7 @@ def test_candidates_widen_the_window(end_of_row):
   assert (out.passes <= 30).all()
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_batch():
   """Batch 1 and batch 4 give the same tokens and passes."""
   kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), ZipAR(2, True))

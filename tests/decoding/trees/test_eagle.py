@@ -46,7 +46,7 @@ def test_given_drafts_yield_ars_tokens(grid, decoder, sampling):
   np.testing.assert_array_equal(out.commit_pass.max((1, 2)), out.passes)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("grid, group", [
     (dict(rows=2, cols=2, end_of_row=True), 1),
     (dict(rows=2, cols=3, guidance=2.0), 4),
