@@ -88,6 +88,7 @@ _RENDER = flags.DEFINE_bool(
 _DRAWS = flags.DEFINE_integer("draws", 20_000, "Images sampled by --exactness.")
 
 _DEFAULT = "ar,ar:seed=1,sjd,exact,stair"
+_FANS = ("exact:fan=3", "exact:fan=3+coupled=true", "continuation:fan=3")
 _PROMPTS = 64
 _SHEET_ROWS = 16
 _INCEPTION = 299  # pixels
@@ -297,7 +298,7 @@ def _exactness() -> None:
   """Tests the decoders for exactness; exits with 1 if a claim fails."""
   _refuse_flags("exactness", "draws", "decoders", "decoder_file", "seed", "out")
   check(_DRAWS.value >= 1000, "draws", _DRAWS.value, ">= 1000")
-  entries = _entries(",".join(registry.DECODERS))
+  entries = _entries(",".join((*registry.DECODERS, *_FANS)))
   out = common.writable_folder(flags.FLAGS.out or "bench")
   pipe = testing.tiny(vocab=3, rows=2, cols=3, guidance=2.0)
   findings = []

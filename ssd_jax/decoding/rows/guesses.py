@@ -66,27 +66,19 @@ def apply(
     The outcome, and which first tokens were guessed, bool [F].
   """
   grid, size = ctx.model.grid, verdict.slots.shape[0]
-  find = lambda slots_F: jnp.where(
-      jnp.any(verdict.slots == slots_F[:, None], axis=1),
-      jnp.argmax(verdict.slots == slots_F[:, None], axis=1), size)
   is_at = lambda is_Q, at_F: is_Q.at[at_F].get(mode="fill", fill_value=False)
-  at_F = find(fan.slots)
-  p_FV = verdict.p.at[at_F].get(mode="fill", fill_value=0.0)
-  index_F = verdict.index.at[at_F].get(
-      mode="fill", fill_value=state.q.shape[0])
-  q_FV = state.q.at[index_F].get(mode="fill", fill_value=0.0)
-  drafts = Drafts(
-      state.tokens.at[fan.slots].get(mode="fill", fill_value=0), q_FV,
-      jnp.zeros(at_F.shape, bool))
+  at_F = _find(verdict, fan.slots)
   is_new_F = is_at(verdict.had_draft & ~verdict.accepted, at_F)
-  left_FV = p_FV if coupled else acceptance.residual(p_FV, drafts)
-  tokens_F, guess_F = fan.resample(left_FV)
+  p_FV = verdict.p.at[at_F].get(mode="fill", fill_value=0.0)
+  drafts = _drafts(state, verdict, fan.slots, at_F)
+  tokens_F, guess_F = fan.resample(
+      p_FV if coupled else acceptance.residual(p_FV, drafts))
   tokens_Q = verdict.tokens.at[jnp.where(is_new_F, at_F, size)].set(
       tokens_F, mode="drop")
   # The token behind it, in the same row.
   _, col_F = rows_lib.row_and_column(grid, fan.slots)
   next_F = jnp.where(col_F + 1 < grid.cols, fan.slots + 1, grid.length)
-  next_at_F = find(next_F)
+  next_at_F = _find(verdict, next_F)
   count = fan.tokens.shape[1]
   is_right_F = (
       is_new_F & (guess_F < count) & is_at(verdict.had_draft, next_at_F))
@@ -101,3 +93,22 @@ def apply(
       accepted=put(verdict.accepted, second.accepted),
       p=put(verdict.p, second.p),
       distribution=put(verdict.distribution, second.distribution)), is_right_F
+
+
+def _find(verdict: Verdict, slots_F: jax.Array) -> jax.Array:
+  """Returns which queries predict the slots, int32 [F]; Q where none does."""
+  is_found_FQ = verdict.slots == slots_F[:, None]
+  return jnp.where(jnp.any(is_found_FQ, axis=1),
+                   jnp.argmax(is_found_FQ, axis=1), verdict.slots.shape[0])
+
+
+def _drafts(
+    state: Rows, verdict: Verdict, slots_F: jax.Array, at_F: jax.Array
+) -> Drafts:
+  """Returns the drafts of slots that the queries `at_F` predict."""
+  outside = state.q.shape[0]
+  index_F = verdict.index.at[at_F].get(mode="fill", fill_value=outside)
+  return Drafts(
+      state.tokens.at[slots_F].get(mode="fill", fill_value=0),
+      state.q.at[index_F].get(mode="fill", fill_value=0.0),
+      jnp.zeros(slots_F.shape, bool))
