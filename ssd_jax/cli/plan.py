@@ -202,7 +202,7 @@ def generation_report(
   network, decoder = plan.network, plan.decoder
   memory, fits, sent, xla, text = compiled_figures(plan, chip)
   copies = compiled.moves_in_loops(text, _LEAST_COPY) if text else []
-  if hlo:
+  if hlo and text:  # else it does not fit, which the report says
     write_text(hlo, text)
   flops, moved = plan.counts(plan.queries)
   time = lambda queries: planning.seconds(plan, queries, chip, sent)
@@ -236,7 +236,8 @@ def compiled_figures(plan, chip):
   devices = plan.mesh.size
   try:
     program = plan.compile_generation()
-    memory, text = planning.memory_of(program), program.as_text()
+    memory = planning.memory_of(program) + plan.stacked_bytes
+    text = program.as_text()
   except jax.errors.JaxRuntimeError as error:
     memory = planning.out_of_memory(error)
     if memory is None:

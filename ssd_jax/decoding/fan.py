@@ -20,6 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from ssd_jax.core.config import check
 from ssd_jax.core.types import Queries
 from ssd_jax.decoding import sampling
 
@@ -48,6 +49,16 @@ class Fan(flax.struct.PyTreeNode):
     guess_F = jnp.argmax(is_right_FK, axis=1)
     return tokens_F, jnp.where(
         jnp.any(is_right_FK, axis=1), guess_F, self.tokens.shape[1])
+
+
+def num_guesses(fan: int, vocab: int) -> int:
+  """Returns how many tokens a fan feeds beside the draft.
+
+  Raises:
+    UserError: There are fewer tokens than that.
+  """
+  check(fan <= vocab, "fan", fan, f"at most {vocab} (the image tokens)")
+  return fan - 1
 
 
 def guess(

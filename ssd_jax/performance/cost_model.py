@@ -141,6 +141,20 @@ class Plan:
     """Whether the devices read layers of their own, see models/layouts.py."""
     return self.platform == "gpu"
 
+  @property
+  def stacked_bytes(self) -> int:
+    """Bytes per device of the loaded stacks beside unstacked layers and heads.
+
+    See `layouts.inference_layout`; 0 where the stacks themselves are read.
+    """
+    if not self.is_unstacked:
+      return 0
+    stacks = [self.network.params["trunk"]["layers"]]
+    if "heads" in self.params:
+      stacks.append(self.network.params["heads"])
+    return count(stacks) * self._size // (
+        self.mesh.shape["fsdp"] * self.mesh.shape["tensor"])
+
   @functools.cached_property
   def prompt(self) -> Prompt:
     """Shapes and shardings of the prompts."""

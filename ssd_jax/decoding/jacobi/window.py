@@ -101,9 +101,7 @@ class Jacobi(DecoderBase):
 
   def scratch(self, model: Model) -> int:
     """Returns one slot for each guess."""
-    most = model.vocab
-    check(self.fan <= most, "fan", self.fan, f"at most {most} (the codes)")
-    return self.fan - 1
+    return fan_lib.num_guesses(self.fan, model.vocab)
 
   def start(
       self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array

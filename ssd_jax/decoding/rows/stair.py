@@ -89,9 +89,8 @@ class _Staircase(DecoderBase):
 
   def scratch(self, model: Model) -> int:
     """Returns one slot for each guess."""
-    most = model.vocab
-    return self._fan_rows(model.grid) * (rows_lib.at_most(
-        self.fan, 1, most, "fan", "the image tokens") - 1)
+    return self._fan_rows(model.grid) * fan_lib.num_guesses(
+        self.fan, model.vocab)
 
   def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Rows:
     """Returns the state with row 0 drafted."""
