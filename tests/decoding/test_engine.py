@@ -11,9 +11,7 @@ from ssd_jax.core.config import UserError
 from ssd_jax.core.types import Queries
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
-from ssd_jax.decoding.rows.stair import Stair
 from ssd_jax.pipeline import testing
-from tests.support import testkit as kit
 
 PROMPTS = ["a", "longer text", "b", "wor"]
 
@@ -67,18 +65,6 @@ def test_same_seed_same_images_however_batched(pipe):
     np.testing.assert_array_equal(runs[0].tokens, other.tokens)
     np.testing.assert_array_equal(runs[0].images, other.images)
   assert not np.array_equal(runs[0].tokens, runs[3].tokens)
-
-
-@pytest.mark.slow
-@pytest.mark.as_users_compile
-def test_same_tokens_however_batched_as_users_compile():
-  """Batch 1 equals batch 4, for a decoder of each kind, by programs with all of
-  XLA's optimisations."""
-  pipe = kit.tiny(rows=2, cols=3, vocab=5, end_of_row=True, guidance=2.0)
-  for decoder in (AR(), Stair()):
-    one, four = (kit.draw(pipe, decoder, 4, batch=b) for b in (1, 4))
-    np.testing.assert_array_equal(one.tokens, four.tokens, decoder.name)
-    np.testing.assert_array_equal(one.passes, four.passes, decoder.name)
 
 
 @pytest.mark.quick(1)

@@ -117,7 +117,8 @@ def _moves(monkeypatch, kinds, pipe, decoder, smallest, *forms):
   return [
       compiled.moves_in_loops(engine.decode.lower(
           pipe.model, registry.parse(decoder), params, prompt, settings,
-          jax.random.key(0), jnp.arange(1)).compile().as_text(), smallest)
+          jax.random.key(0), jnp.arange(1)).compile(kit.HLO_ONLY).as_text(),
+          smallest)
       for params in forms]
 
 
@@ -129,34 +130,19 @@ def _least_bytes(stack):
 
 @pytest.mark.slow
 @pytest.mark.as_users_compile
-def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
-  """The loop multiplies by weights where they lie; stacked ones it copies."""
-  pipe = kit.tiny(3, 3, vocab=8)
+@pytest.mark.parametrize("decoder", ["ar", "ssd"])
+def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles, decoder):
+  """The loop multiplies by weights of layers, tiles and heads where they lie,
+  of which a pass of SSD's asks one head or all; stacked ones it copies."""
+  heads = (2, 2) if decoder == "ssd" else (0, 0)
+  pipe = testing.tiny(8, 3, 3, guidance=3.0, heads=heads)
   params = pipe.params
-  tiled = inference_layout(params)
-  whole = {k: v for k, v in tiled.items() if k != "tiles"}
-  moved = _moves(
-      monkeypatch, ("copy", "transpose", "dynamic-slice"), pipe, "ar",
-      _least_bytes(params["trunk"]["layers"]["mlp"]), params, whole, tiled)
-  assert moved[0] and not moved[1] and not moved[2]
-
-
-@pytest.mark.slow
-@pytest.mark.as_users_compile
-def test_no_head_is_moved_in_the_loop(monkeypatch, in_tiles):
-  """So do spatial heads, of which a pass asks one or all."""
-  pipe = testing.tiny(8, 3, 3, guidance=3.0, heads=(2, 2))
-  params = pipe.params
-  moved = _moves(
-    monkeypatch,
-    ("copy", "transpose", "slice"),
-    pipe,
-    "ssd",
-    _least_bytes(params["heads"]["vertical"]),
-    params,
-    inference_layout(params),
-  )
-  assert moved[0] and not moved[1]
+  stack = (params["heads"]["vertical"] if any(heads)
+           else params["trunk"]["layers"]["mlp"])
+  kinds = ("copy", "transpose", "slice", "dynamic-slice")
+  stacked, apart = _moves(monkeypatch, kinds, pipe, decoder,
+                          _least_bytes(stack), params, inference_layout(params))
+  assert stacked and not apart
 
 
 def test_a_gpu_reads_unstacked_layers_whole(monkeypatch):

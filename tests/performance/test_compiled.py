@@ -97,7 +97,7 @@ def _moves(pipe, model, decoder):
   prompt, _ = pipe.family.encode_prompts(["ab"], guided)
   text = engine.decode.lower(
       model, decoder, pipe.params, prompt, settings, jax.random.key(0),
-      jnp.arange(1)).compile().as_text()
+      jnp.arange(1)).compile(kit.HLO_ONLY).as_text()
   shapes = jax.eval_shape(
       lambda: pipe.model.prefill(
           pipe.params, prompt, decoder.scratch(model))[1])
