@@ -3,10 +3,11 @@
   init      makes a batch of free slots
   insert    prefills one prompt into a free slot
   advance   runs passes until an image finishes or a pass limit is reached
+  evict     frees the slot of an image that nobody waits for any more
 
-These are three programs with static shapes. Each image has its own pass count
-and its own noise, so its tokens equal those of `engine.decode`, whichever
-images share the batch.
+These are four programs with static shapes. Each image has its own pass count,
+its own noise and its own settings, so its tokens equal those of
+`engine.decode`, whichever images share the batch.
 """
 
 import functools
@@ -33,7 +34,7 @@ def init(
     decoder: Decoder settings; static.
     params: Parameters of the network.
     prompt: The prompt of any one image; later prompts must have its shapes.
-    sampling: Settings of the target distribution.
+    sampling: Settings of any one image; later ones must have its filters.
     batch: Number of slots; static.
   """
   template = engine.template_context(
@@ -41,7 +42,10 @@ def init(
   rows = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), prompt)
   begin = functools.partial(engine.begin, decoder, template)
   shapes = jax.eval_shape(begin, rows, jnp.zeros(batch, jnp.int32))
-  loop = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  keys = jnp.broadcast_to(template.key, (batch,))  # which cannot be zeros
+  loop = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), shapes.replace(key=None))
+  loop = loop.replace(key=keys)
   final = jnp.ones_like(loop.decoder.final)
   return _in_place(loop.replace(decoder=loop.decoder.replace(final=final)))
 
@@ -60,8 +64,8 @@ def insert(
     decoder: Decoder settings; static.
     params: Parameters of the network.
     prompt: The prompt of one image, with as many prompt slots as the batch.
-    sampling: Settings of the target distribution.
-    key: Random key of the call.
+    sampling: Settings of the target distribution of this image.
+    key: Random key of this image.
     loop: The batch; donated.
     image: int32 [], index of the image over the whole call.
     slot: int32 [], position in the batch.
@@ -89,8 +93,8 @@ def insert(
 @functools.partial(
     jax.jit, static_argnames=("model", "decoder"), donate_argnames="loop")
 def advance(
-    model: Model, decoder: Decoder, params: Params, sampling: Sampling,
-    key: jax.Array, loop: LoopState, max_passes: jax.Array,
+    model: Model, decoder: Decoder, params: Params, loop: LoopState,
+    max_passes: jax.Array,
 ) -> tuple[LoopState, Decoded, jax.Array]:
   """Runs passes until another image finishes or `max_passes` have run.
 
@@ -98,15 +102,13 @@ def advance(
     model: The network's functions; static.
     decoder: Decoder settings; static.
     params: Parameters of the network.
-    sampling: Settings of the target distribution.
-    key: Random key of the call.
     loop: The batch; donated.
     max_passes: int32 [], limit on the number of passes.
 
   Returns:
     The batch, the tokens decoded so far, and which images are done, bool [B].
   """
-  template = engine.template_context(key, None, None, params, sampling, model)
+  template = engine.template_context(None, None, None, params, None, model)
   done_B = loop.is_done
   none_finished = lambda loop: jnp.all(loop.is_done == done_B)
   _, loop = jax.lax.while_loop(
@@ -115,6 +117,26 @@ def advance(
       lambda x: (x[0] + 1, engine.step(decoder, template, x[1])),
       (jnp.int32(0), loop))
   return _in_place(loop), engine.decoded(model, loop), loop.is_done
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "decoder"), donate_argnames="loop")
+def evict(
+    model: Model, decoder: Decoder, params: Params, loop: LoopState,
+    slot: jax.Array,
+) -> LoopState:
+  """Ends the image in a slot, whose tokens nobody reads any more.
+
+  Args:
+    model: The network's functions; static.
+    decoder: Decoder settings; static.
+    params: Parameters of the network, which are not read.
+    loop: The batch; donated.
+    slot: int32 [], position in the batch.
+  """
+  del model, decoder, params
+  final = loop.decoder.final.at[slot].set(True)
+  return _in_place(loop.replace(decoder=loop.decoder.replace(final=final)))
 
 
 def widen(prompt: Prompt, slots: int) -> Prompt:

@@ -33,7 +33,7 @@ class Context(flax.struct.PyTreeNode):
   """Inputs of a decoder for one image and one pass.
 
   Attributes:
-    key: Random key of the call, shared by all images and passes.
+    key: Random key of the image, the same in all passes.
     image: int32 [], index of the image over the whole call.
     index: int32 [], number of the pass; the prefill is 1.
     params: Parameters of the model, e.g. for drafting with heads.
@@ -74,6 +74,11 @@ class Context(flax.struct.PyTreeNode):
 template_context: Callable[..., Context] = Context
 
 
+def image_axes(model: Model) -> Context:
+  """Returns the axes over which contexts of a batch are mapped."""
+  return template_context(0, 0, 0, None, 0, model)
+
+
 @flax.struct.dataclass
 class Decoded:
   """The result of decoding.
@@ -98,6 +103,8 @@ class LoopState(flax.struct.PyTreeNode):
 
   Attributes:
     image: int32 [B], index of each image over the whole call.
+    key: Random key of each image, [B].
+    sampling: Settings of the target distribution of each image, [B].
     prompt: Prompts; rows are [cond of all B, then uncond of all B], or cond
       alone.
     cache: Keys and values, with the prompt's rows.
@@ -108,6 +115,8 @@ class LoopState(flax.struct.PyTreeNode):
   """
 
   image: jax.Array
+  key: jax.Array
+  sampling: Sampling
   prompt: Prompt
   cache: KVCache
   decoder: Any
@@ -175,7 +184,8 @@ def count_queries(
     template = template_context(
         jax.random.key(0), None, None, params, sampling, model)
     loop = begin(decoder, template, prompt, image_B)
-    ctx = template.replace(image=image_B, index=loop.passes)
+    ctx = template.replace(key=loop.key, image=image_B, sampling=loop.sampling,
+                           index=loop.passes)
     return _over_images(model, decoder.propose)(ctx, loop.decoder)
 
   queries = jax.eval_shape(first_queries, params, prompt, jnp.arange(batch))
@@ -190,14 +200,18 @@ def begin(
 
   Args:
     decoder: Decoder settings.
-    template: A context without an image.
+    template: A context without an image; its key and settings are those of
+      all images.
     prompt: The prompt of each image.
     image_B: int32 [B], index of each image over the whole call.
     trace: Whether to record the tokens after every pass.
   """
   model, params = template.model, template.params
   batch, length = len(image_B), model.grid.length
-  ctx = template.replace(image=image_B, index=jnp.ones_like(image_B))
+  key_B = jnp.broadcast_to(template.key, (batch,))
+  sampling_B = template.sampling.repeat(batch)
+  ctx = template.replace(key=key_B, image=image_B, sampling=sampling_B,
+                         index=jnp.ones_like(image_B))
   hidden, cache = model.prefill(params, prompt, decoder.scratch(model))
   hidden, cache = _split_streams(hidden, batch), sharding.constrain_cache(cache)
   p_BV = ctx.target(model.logits(params, hidden))
@@ -205,8 +219,9 @@ def begin(
       ctx, p_BV, jnp.moveaxis(hidden, 1, 0))
   history = jnp.zeros((batch, length + 1, length), jnp.int32)
   loop = LoopState(
-      image_B, prompt, cache, state, jnp.zeros(batch, jnp.int32),
-      jnp.zeros((batch, length), jnp.int32), history if trace else None)
+      image_B, key_B, sampling_B, prompt, cache, state,
+      jnp.zeros(batch, jnp.int32), jnp.zeros((batch, length), jnp.int32),
+      history if trace else None)
   return _record(loop, state, cache, jnp.zeros(batch, bool))
 
 
@@ -215,7 +230,8 @@ def step(decoder: Decoder, template: Context, loop: LoopState) -> LoopState:
   model, params, done_B = template.model, template.params, loop.is_done
   batch = len(done_B)
   over = functools.partial(_over_images, model)
-  ctx = template.replace(image=loop.image, index=loop.passes + 1)
+  ctx = template.replace(key=loop.key, image=loop.image,
+                         sampling=loop.sampling, index=loop.passes + 1)
   queries = over(decoder.propose)(ctx, loop.decoder)
   queries = sharding.constrain_rows(_deactivate_done(queries, done_B))
   streams = loop.prompt.tokens.shape[0] // batch
@@ -258,7 +274,7 @@ def _repeat_over_streams(streams: int, x_B: jax.Array) -> jax.Array:
 
 def _over_images(model: Model, function):
   """Maps a function of one image's context and arrays over the batch."""
-  axes = template_context(None, 0, 0, None, None, model)
+  axes = image_axes(model)
 
   def call(ctx, *args):
     return jax.vmap(function, in_axes=(axes, *(0 for _ in args)))(ctx, *args)

@@ -9,6 +9,7 @@ tests and of resampling is also keyed by the pass; reusing it would bias the
 output distribution.
 """
 
+import dataclasses
 from typing import TypedDict
 
 import flax.struct
@@ -36,10 +37,13 @@ class Sampling:
   Attributes:
     guidance: Scale s of u + s (c - u); unused with a single stream.
     temperature: Divides the logits.
-    top_k: Number of largest logits kept.
-    top_p: Least probability mass kept.
+    top_k: Number of largest logits kept; 0 keeps all.
+    top_p: Least probability mass kept; 1 keeps all.
     use_top_k: Whether top_k is applied at all (static).
     use_top_p: Whether top_p is applied at all (static).
+
+  Each number may have leading axes, those of what it is used for: [B] for the
+  images of a batch.
   """
 
   guidance: jax.Array
@@ -60,6 +64,14 @@ class Sampling:
         jnp.float32(top_p), top_k > 0, top_p < 1.0,
     )
 
+  def with_filters(self) -> "Sampling":
+    """Returns settings whose programs serve any top-k and top-p."""
+    return dataclasses.replace(self, use_top_k=True, use_top_p=True)
+
+  def repeat(self, batch: int) -> "Sampling":
+    """Returns the settings of each image, [B]."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch,)), self)
+
 
 def guide(logits_GV: jax.Array, guidance: jax.Array) -> jax.Array:
   """Applies guidance to stacked streams [G, ..., V]; float32 [..., V]."""
@@ -67,7 +79,13 @@ def guide(logits_GV: jax.Array, guidance: jax.Array) -> jax.Array:
   if logits_GV.shape[0] == 1:
     return logits_GV[0]
   cond, uncond = logits_GV
-  return uncond + guidance * (cond - uncond)
+  return uncond + _before(guidance, cond) * (cond - uncond)
+
+
+def _before(x: jax.Array, logits: jax.Array) -> jax.Array:
+  """Appends axes, so that x broadcasts against logits with its leading axes."""
+  x = jnp.asarray(x)
+  return x.reshape(x.shape + (1,) * (logits.ndim - x.ndim))
 
 
 def target(logits_GV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -81,7 +99,7 @@ def target(logits_GV: jax.Array, sampling: Sampling) -> jax.Array:
     float32 [..., V], probabilities.
   """
   logits = guide(sharding.replicate_axis(logits_GV, axis=0), sampling.guidance)
-  logits /= jnp.maximum(sampling.temperature, 1e-5)
+  logits /= _before(jnp.maximum(sampling.temperature, 1e-5), logits)
   if sampling.use_top_k:
     logits = keep_top_k(logits, sampling.top_k)
   if sampling.use_top_p:
@@ -90,13 +108,21 @@ def target(logits_GV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
-  """Sets logits below the k-th largest to -inf; ties with it are kept."""
+  """Sets logits below the k-th largest to -inf; ties with it are kept.
+
+  If k is 0, all are kept.
+  """
+  k = _before(jnp.where(k > 0, k, jnp.iinfo(jnp.int32).max), logits)
   enough = lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= k
   return _keep_above_threshold(logits, enough)
 
 
 def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-  """Keeps the smallest set of largest logits whose mass is at least p."""
+  """Keeps the smallest set of largest logits whose mass is at least p.
+
+  If p is 1, all are kept, whatever the rounding of their sum.
+  """
+  p = _before(jnp.where(p < 1.0, p, jnp.inf), logits)
   probs = jax.nn.softmax(logits, axis=-1)
   enough = lambda kept: (
       jnp.sum(jnp.where(kept, probs, 0.0), axis=-1, keepdims=True) >= p

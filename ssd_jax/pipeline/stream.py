@@ -2,26 +2,19 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
-import functools
 import itertools
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax.core.outputs import Picture
 from ssd_jax.core.protocols import Family
-from ssd_jax.core.types import Prompt
-from ssd_jax.decoding import continuous_batching, engine
 from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.pipeline.run import Run
+from ssd_jax.pipeline.slots import Finished, Item, Slots
 from ssd_jax.runtime import sharding
 
 _PASSES = 16  # between two reports of progress
-
-# A finished image that still lacks its pixels, and those pixels on the device.
-_Finished = tuple[Callable[..., Picture], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +70,20 @@ class Stream:
 
   def _generate(self) -> Iterator[Picture]:
     waiting = self._waiting()
-    finished: list[_Finished] = []
-    batch = _Batch(self._run, self._request)
+    finished: list[Finished] = []
+    batch = Slots(self._run, self._request.batch)
     while True:
-      for slot in batch.free_slots():
+      for slot in batch.free():
         item = next(waiting, None)
         if item is None:
           break
-        batch.insert(slot, *item)
-      is_busy = batch.start()  # the device goes on while images are handed over
-      for finish, image in finished:
-        yield finish(image=sharding.fetch(image)[0])
+        batch.insert(slot, item)
+      # The device goes on while images are handed over.
+      is_busy = batch.start(_PASSES)
+      for x in finished:
+        index, text = x.name
+        yield Picture(index, text, sharding.fetch(x.pixels)[0], x.tokens,
+                      x.passes, x.commit_pass)
       if not is_busy:
         return
       reported = batch.images_done
@@ -96,84 +92,15 @@ class Stream:
       if self._request.on_step:
         self._request.on_step(batch.images_done - reported)
 
-  def _waiting(self) -> Iterator[tuple[int, str, Prompt]]:
-    """Yields (index, text, prompt) of each image."""
+  def _waiting(self) -> Iterator[Item]:
+    """Yields each image, by the name (index, text)."""
     request = self._request
-    first = request.first_image
+    first, key = request.first_image, jax.random.key(request.seed)
     indices = (itertools.count(first) if isinstance(first, (int, np.integer))
                else iter(first))
     for text in request.prompts:
       prompt, new_notes = self._family.encode_prompts([text], request.guided)
       self.notes += [note for note in new_notes if note not in self.notes]
       for _ in range(request.num_images):
-        yield int(next(indices)), text, prompt
-
-
-class _Batch:
-  """The slots of a batch and the image in each.
-
-  Attributes:
-    passes: Forward passes of all slots together.
-    images_done: Images so far, unfinished ones in part.
-  """
-
-  def __init__(self, run: Run, request: StreamRequest):
-    self._run, self._request = run, request
-    self._key = jax.random.key(request.seed)
-    self._images: list[tuple[int, str] | None] = [None] * request.batch
-    self._passes_B = np.zeros(request.batch, np.int64)
-    self._loop: engine.LoopState | None = None
-    self._found: list[Any] = []
-    self.passes, self.images_done, self._ended = 0, 0.0, 0
-
-  def free_slots(self) -> list[int]:
-    """Returns the slots without an image."""
-    return [slot for slot, x in enumerate(self._images) if x is None]
-
-  def insert(self, slot: int, index: int, text: str, prompt: Prompt) -> None:
-    """Prefills a prompt into a free slot."""
-    request, loop = self._request, self._loop
-    prompt = self._run.pad(prompt)
-    if loop is None:
-      rows = jax.tree.map(
-          lambda x: jnp.repeat(x, request.batch, axis=0), prompt)
-      self._run.choose_devices(rows, request.sampling, request.batch)
-      loop = self._run(
-          continuous_batching.init, self._run.place(prompt), request.sampling,
-          batch=request.batch)
-    # All images get as many prompt slots as the longest prompt so far.
-    loop = continuous_batching.widen_batch(loop, prompt.tokens.shape[1])
-    prompt = continuous_batching.widen(prompt, loop.prompt.tokens.shape[1])
-    self._loop = self._run(
-        continuous_batching.insert, self._run.place(prompt), request.sampling,
-        self._key, loop, np.int32(index), np.int32(slot))
-    self._images[slot], self._passes_B[slot] = (index, text), 1
-
-  def start(self) -> bool:
-    """Starts some passes; returns False if no slot holds an image."""
-    if not any(self._images):
-      return False
-    self._loop, *self._found = self._run(
-        continuous_batching.advance, self._request.sampling, self._key,
-        self._loop, np.int32(_PASSES))
-    return True
-
-  def finish(self) -> list[_Finished]:
-    """Frees the slots of finished images and returns these."""
-    decoded, is_done_B = sharding.fetch(self._found)
-    self.passes += int(max(decoded.passes - self._passes_B))
-    self._passes_B = np.asarray(decoded.passes, np.int64)
-    taken = [slot for slot, x in enumerate(self._images) if x is not None]
-    is_final = decoded.commit_pass[taken] > 0
-    self.images_done = self._ended + float(is_final.mean((1, 2)).sum())
-    found: list[_Finished] = []
-    for slot, image in enumerate(self._images):
-      if image is not None and is_done_B[slot]:
-        tokens = decoded.tokens[slot]
-        picture = functools.partial(
-            Picture, *image, tokens=tokens, passes=int(decoded.passes[slot]),
-            commit_pass=decoded.commit_pass[slot])
-        found.append((picture, self._run.decode_images(tokens[None])))
-        self._images[slot] = None
-    self._ended += len(found)
-    return found
+        index = int(next(indices))
+        yield Item((index, text), index, key, prompt, request.sampling)

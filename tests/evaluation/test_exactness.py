@@ -64,7 +64,7 @@ class LockStep(SJD):
 def images_in_touch(monkeypatch):
   """Lets the images of a batch see each other, which the engine prevents."""
   def over(model, function):
-    axes = engine.Context(None, 0, 0, None, None, model)
+    axes = engine.image_axes(model)
 
     def call(ctx, *args):
       return jax.vmap(function, in_axes=(axes, *(0 for _ in args)),

@@ -1,0 +1,152 @@
+"""A batch whose images come and go: what streams and servers decode with."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssd_jax.core.types import Prompt
+from ssd_jax.decoding import continuous_batching, engine
+from ssd_jax.decoding.sampling import Sampling
+from ssd_jax.pipeline.run import Run
+from ssd_jax.runtime import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """An image to decode.
+
+  Attributes:
+    name: What the caller knows it by.
+    index: Its index, which keys its noise.
+    key: Random key.
+    prompt: The prompt of one image.
+    sampling: Settings of the target distribution; all images of a batch have
+      the same filters.
+  """
+
+  name: Any
+  index: int
+  key: jax.Array
+  prompt: Prompt
+  sampling: Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+  """A finished image.
+
+  Attributes:
+    name: The name of its item.
+    tokens: int32 [R, C].
+    passes: Forward passes, the prefill among them.
+    commit_pass: int32 [R, C], pass in which each token became final.
+    pixels: uint8 [1, H, W, 3] on the device, maybe still in the making.
+  """
+
+  name: Any
+  tokens: np.ndarray
+  passes: int
+  commit_pass: np.ndarray
+  pixels: jax.Array
+
+
+class Slots:
+  """The slots of a batch and the image in each.
+
+  Attributes:
+    passes: Forward passes of all slots together, prefills not counted.
+    images_done: Images so far, unfinished ones in part.
+  """
+
+  def __init__(self, run: Run, batch: int):
+    self._run = run
+    self._items: list[Item | None] = [None] * batch
+    self._passes_B = np.zeros(batch, np.int64)
+    self._loop: engine.LoopState | None = None
+    self._running: list[Any] = []
+    self._decoded: Any = None
+    self.passes, self.images_done, self._ended = 0, 0.0, 0
+
+  def free(self) -> list[int]:
+    """Returns the slots without an image."""
+    return [slot for slot, x in enumerate(self._items) if x is None]
+
+  def insert(self, slot: int, item: Item) -> None:
+    """Prefills the prompt of an image into a free slot."""
+    prompt, loop = self._run.pad(item.prompt), self._loop
+    if loop is None:
+      batch = len(self._items)
+      rows = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), prompt)
+      self._run.choose_devices(rows, item.sampling, batch)
+      loop = self._run(
+          continuous_batching.init, self._run.place(prompt), item.sampling,
+          batch=batch)
+    # All images get as many prompt slots as the longest prompt so far.
+    loop = continuous_batching.widen_batch(loop, prompt.tokens.shape[1])
+    prompt = continuous_batching.widen(prompt, loop.prompt.tokens.shape[1])
+    self._loop = self._run(
+        continuous_batching.insert, self._run.place(prompt), item.sampling,
+        item.key, loop, np.int32(item.index), np.int32(slot))
+    self._items[slot], self._passes_B[slot] = item, 1
+
+  def evict(self, slot: int) -> None:
+    """Frees the slot of an image that is not wanted any more.
+
+    Raises:
+      ValueError: if passes are running, or the slot is free.
+    """
+    if self._running or self._items[slot] is None:
+      raise ValueError("Expected a batch at rest with an image in its slot "
+                       f"{slot}, got another one.")
+    self._loop = self._run(
+        continuous_batching.evict, self._loop, np.int32(slot))
+    self._items[slot] = None
+
+  def start(self, max_passes: int) -> bool:
+    """Starts passes until an image finishes; False if no slot holds one.
+
+    Args:
+      max_passes: Largest number of passes.
+    """
+    if not any(self._items):
+      return False
+    self._loop, *self._running = self._run(
+        continuous_batching.advance, self._loop, np.int32(max_passes))
+    return True
+
+  def finish(self) -> list[Finished]:
+    """Waits for the passes, and frees the slots of the images they finished."""
+    decoded, is_done_B = sharding.fetch(self._running)
+    self._running, self._decoded = [], decoded
+    self.passes += int(max(decoded.passes - self._passes_B))
+    self._passes_B = np.asarray(decoded.passes, np.int64)
+    is_final = [decoded.commit_pass[slot] > 0
+                for slot, item in enumerate(self._items) if item]
+    self.images_done = self._ended + float(np.mean(is_final, (1, 2)).sum())
+    found = []
+    for slot, item in enumerate(self._items):
+      if item and is_done_B[slot]:
+        tokens = decoded.tokens[slot]
+        found.append(Finished(
+            item.name, tokens, int(decoded.passes[slot]),
+            decoded.commit_pass[slot], self._run.decode_images(tokens[None])))
+        self._items[slot] = None
+    self._ended += len(found)
+    return found
+
+  def in_progress(self) -> list[tuple[int, Any, np.ndarray, np.ndarray]]:
+    """Returns (slot, name, tokens, commit_pass) of each unfinished image.
+
+    They are those of the last `finish`, int32 [R, C]; an image that was
+    inserted since then has none yet, and is left out.
+    """
+    if self._decoded is None:
+      return []
+    found = self._decoded
+    return [
+        (slot, item.name, found.tokens[slot], found.commit_pass[slot])
+        for slot, item in enumerate(self._items)
+        if item and self._passes_B[slot] == found.passes[slot]]
