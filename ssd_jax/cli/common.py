@@ -24,7 +24,7 @@ _FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
         flags.DEFINE_integer, 0, "The same seed gives the same images."),
     "batch": (
         flags.DEFINE_integer, None, "Images decoded together; default: 8; 1 in "
-        "benchmark and compare, 4 in evidence and demo."),
+        "benchmark and compare, 4 in evidence, serve and demo."),
     "out": (
         flags.DEFINE_string, None, "Output folder; default: out, in benchmark "
         "bench."),

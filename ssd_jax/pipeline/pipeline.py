@@ -71,6 +71,13 @@ class Pipeline:
     """What was compiled for this pipeline."""
     return Programs(self.family, self.params, self.vq_params, self.model)
 
+  @property
+  def image_shape(self) -> tuple[int, ...]:
+    """The (height, width, 3) of an image."""
+    grid = self.model.grid
+    tokens = jax.ShapeDtypeStruct((1, grid.rows, grid.cols), jnp.int32)
+    return jax.eval_shape(self.family.decode, self.vq_params, tokens).shape[1:]
+
   def generate(
       self,
       prompts: Sequence[str],

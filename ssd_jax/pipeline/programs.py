@@ -136,6 +136,11 @@ class Programs:
           self._model, decoder, *args, **static).compile()
     return cast(Callable[..., Any], self._executables[key])
 
+  def forget(self, decoder: Decoder) -> None:
+    """Drops the programs of a decoder."""
+    for key in [key for key in self._executables if key[0] == decoder]:
+      del self._executables[key]
+
   def decode_images(self, tokens: np.ndarray, clock: Clock) -> jax.Array:
     """Returns the images uint8 [B, H, W, 3] of grids int32 [B, R, C]."""
     rows = sharding.shard_rows(jnp.asarray(tokens))

@@ -70,6 +70,15 @@ class Slots:
     self._decoded: Any = None
     self.passes, self.images_done, self._ended = 0, 0.0, 0
 
+  @property
+  def batch(self) -> int:
+    """The number of slots."""
+    return len(self._items)
+
+  def items(self) -> list[tuple[int, Item]]:
+    """Returns (slot, image) of the slots that hold one."""
+    return [(slot, x) for slot, x in enumerate(self._items) if x is not None]
+
   def free(self) -> list[int]:
     """Returns the slots without an image."""
     return [slot for slot, x in enumerate(self._items) if x is None]
@@ -123,12 +132,11 @@ class Slots:
     self._running, self._decoded = [], decoded
     self.passes += int(max(decoded.passes - self._passes_B))
     self._passes_B = np.asarray(decoded.passes, np.int64)
-    is_final = [decoded.commit_pass[slot] > 0
-                for slot, item in enumerate(self._items) if item]
+    is_final = [decoded.commit_pass[slot] > 0 for slot, _ in self.items()]
     self.images_done = self._ended + float(np.mean(is_final, (1, 2)).sum())
     found = []
-    for slot, item in enumerate(self._items):
-      if item and is_done_B[slot]:
+    for slot, item in self.items():
+      if is_done_B[slot]:
         tokens = decoded.tokens[slot]
         found.append(Finished(
             item.name, tokens, int(decoded.passes[slot]),
@@ -137,8 +145,8 @@ class Slots:
     self._ended += len(found)
     return found
 
-  def in_progress(self) -> list[tuple[int, Any, np.ndarray, np.ndarray]]:
-    """Returns (slot, name, tokens, commit_pass) of each unfinished image.
+  def in_progress(self) -> list[tuple[Any, np.ndarray, np.ndarray]]:
+    """Returns (name, tokens, commit_pass) of each unfinished image.
 
     They are those of the last `finish`, int32 [R, C]; an image that was
     inserted since then has none yet, and is left out.
@@ -147,6 +155,6 @@ class Slots:
       return []
     found = self._decoded
     return [
-        (slot, item.name, found.tokens[slot], found.commit_pass[slot])
-        for slot, item in enumerate(self._items)
-        if item and self._passes_B[slot] == found.passes[slot]]
+        (item.name, found.tokens[slot], found.commit_pass[slot])
+        for slot, item in self.items()
+        if self._passes_B[slot] == found.passes[slot]]

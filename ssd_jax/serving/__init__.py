@@ -1,1 +1,1 @@
-"""The demo page and its server."""
+"""The server of images: its API, its page and the loop behind them."""

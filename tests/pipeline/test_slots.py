@@ -65,14 +65,14 @@ def test_an_evicted_image_leaves_the_others_alone(pipe):
     slots.insert(number, item(pipe, number))
   slots.start(3)
   assert not slots.finish() and slots.free() == []
-  assert [x[:2] for x in slots.in_progress()] == [(0, 0), (1, 1)]
+  assert [x[0] for x in slots.in_progress()] == [0, 1]
   slots.evict(0)
   assert slots.free() == [0]
   with pytest.raises(ValueError, match="slot 0"):
     slots.evict(0)
   slots.insert(0, item(pipe, 5))
   # An image that has no pass yet shows nothing of the one before it.
-  assert [x[1] for x in slots.in_progress()] == [1]
+  assert [x[0] for x in slots.in_progress()] == [1]
   found = drain(slots)
   assert sorted(found) == [1, 5]
   for number, tokens in found.items():

@@ -15,11 +15,13 @@ import jax
 from ssd_jax.cli import run as cli
 from ssd_jax.pipeline import model_folder
 
-DRAWING = ("generate", "benchmark", "evidence", "demo")
+DRAWING = ("generate", "benchmark", "evidence", "demo", "serve")
 TRAINING = ("tokenizer", "ar", "mtp", "drafter")
+SERVING = ("port", "host", "bench", "decoders", "any_decoder", "aliases",
+           "max_waiting", "max_images", "timeout", "drain")
 # Flags that a command defines when it starts; other commands may have them too.
 OWN = {
-    "evidence": ("num_prompts",), "demo": ("port", "host", "bench"),
+    "evidence": ("num_prompts",), "demo": SERVING, "serve": SERVING,
     "convert": ("source", "out", "vq", "text_encoder", "tokenizer", "dtype"),
     "plan": ("topology", "decoder", "batch", "train", "passes", "measure",
              "plot", "hlo", "json"),
@@ -232,10 +234,15 @@ def cases():
     yield "benchmark", what, args
   yield "evidence", "no prompts", ["--num_prompts", "0"]
   yield "demo", "a port beyond 65535", ["--port", "70000"]
-  yield "demo", "an address of another machine", ["--host", "192.0.2.1"]
   yield "demo", "a benchmark that is not there", ["--bench", "{dir}/no"]
   yield "demo", "a benchmark of another kind", ["--bench", "{dir}/stranger"]
   yield "demo", "a batch of none", ["--batch", "0"]
+  yield "serve", "others let in without a key", ["--host", "0.0.0.0"]
+  yield "serve", "no decoder", ["--decoders", ","]
+  yield "serve", "an unknown decoder", ["--decoders", "exact,fast"]
+  yield "serve", "a queue of none", ["--max_waiting", "0"]
+  yield "serve", "no time for a request", ["--timeout", "0"]
+  yield "serve", "a negative time to drain", ["--drain=-1"]
   for what, args in PLAN.items():
     yield "plan", what, args
   for what, args in COMPARE.items():
@@ -316,7 +323,8 @@ def _flags_of(name: str, define):
   """The command's own flags in the place of others of the same names."""
   if "config" not in flags.FLAGS:
     cli.define_config()
-  taken = {x: flags.FLAGS[x] for x in OWN.get(name, ()) if x in flags.FLAGS}
+  taken = {x: (flags.FLAGS.find_module_defining_flag(x), flags.FLAGS[x])
+           for x in OWN.get(name, ()) if x in flags.FLAGS}
   for flag in taken:
     delattr(flags.FLAGS, flag)
   if define:
@@ -326,5 +334,6 @@ def _flags_of(name: str, define):
   finally:
     for flag in OWN.get(name, ()):
       delattr(flags.FLAGS, flag)
-    for flag, value in taken.items():
+    for flag, (module, value) in taken.items():
       flags.FLAGS[flag] = value
+      flags.FLAGS.register_flag_by_module(module, value)

@@ -1,12 +1,14 @@
 // The page: a form, lanes that fill in, a gallery. Text is only ever set as
 // text, never as markup.
+import * as api from "/api.js";
 import { countFinal, last, paint } from "/paint.js";
 
 const $ = (id) => document.getElementById(id);
-const WAIT = 300;  // ms between looks at a job
 const LONGEST = 8;  // s of a replay
 const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
 const images = new Map();  // by address
+const GALLERY = 24;
+const done = [];  // what was generated here, latest first
 let info, job = null, lanes = [], shown = 0, asHeat = false, clock = 0,
     replays = 0;
 
@@ -16,19 +18,6 @@ const make = (tag, text, kind) => {
   if (kind) node.className = kind;
   return node;
 };
-
-async function ask(url, values) {
-  const options = values && {
-    method: "POST", body: JSON.stringify(values),
-    headers: { "Content-Type": "application/json" },
-  };
-  const answer = await fetch(url, options).catch(() => {
-    throw new Error("No answer: is the server still running?");
-  });
-  const body = await answer.json();
-  if (!answer.ok) throw new Error(body.error);
-  return body;
-}
 
 function load(url) {
   if (!url) return null;
@@ -72,10 +61,8 @@ function fillForm() {
     option.disabled = Boolean(d.missing);
     $("name").append(option);
   }
-  const names = info.decoders.filter((d) => !d.missing).map((d) => d.name);
-  $("name").value = names.includes("stair") ? "stair" : names[0];
+  $("name").value = info.decoders.find((d) => !d.missing).name;
   $("guidance").value = info.guidance;
-  $("guidance").max = info.limits.guidance;
   $("images").max = info.limits.images;
   $("prompt").maxLength = info.limits.prompt;
   for (const text of info.examples) {
@@ -92,45 +79,78 @@ function number(id) {
   return $(id).value === "" ? undefined : Number($(id).value);
 }
 
+const empty = () =>
+    Array.from({ length: info.rows }, () => new Array(info.cols).fill(0));
+
+// Images of one decoder: final tokens by pass, and the picture so far.
+const newLane = (label, lossless, count) => ({
+  label, lossless, state: "waiting", passes: 0, seconds: null,
+  pictures: Array.from({ length: count },
+                       () => ({ commit: empty(), url: null })),
+});
+
+function lossless(label) {
+  const found = info.decoders.find((d) => d.name === label.split(":")[0]);
+  return Boolean(found && found.lossless);
+}
+
 async function draw(event) {
   event.preventDefault();
   if ($("draw").disabled) return;  // Enter, while another request runs
   $("error").textContent = "";
   $("draw").disabled = true;
+  api.setKey($("key").value);
+  const values = {
+    prompt: $("prompt").value, seed: number("seed") ?? 0,
+    guidance_scale: number("guidance"), n: number("images") ?? 1 };
+  const labels = [chosen()];
+  const hasAr = info.decoders.some((d) => d.name === "ar");
+  if ($("race").checked && hasAr && labels[0] !== "ar") labels.push("ar");
+  const mine = {
+    state: "waiting", notes: [], ...values,
+    lanes: labels.map((label) => newLane(label, lossless(label), 0)) };
   try {
-    const next = await ask("/api/jobs", {
-      prompt: $("prompt").value, decoder: chosen(),
-      seed: number("seed"), guidance: number("guidance"),
-      images: number("images"), race: $("race").checked,
-    });
-    open(next);
-    if (innerWidth <= 760) $("stage").scrollIntoView();
-    await follow(next.id);
+    for (const lane of mine.lanes) await fill(mine, lane, values);
+    mine.state = "done";
+    done.unshift(mine);
+    done.splice(GALLERY);
+    gallery();
+    if (job === mine && !calm) replay();
   } catch (error) {
+    mine.state = "failed";
+    if (error.status === 401) $("key-field").hidden = false;
     $("error").textContent = error.message;
   }
+  render();
   $("draw").disabled = false;
 }
 
-// Looks at a job until it is over; shows it while it is the one on stage.
-async function follow(id) {
-  let misses = 0;
-  for (;;) {
-    await new Promise((done) => setTimeout(done, WAIT));
-    let next;
-    try {
-      next = await ask("/api/jobs/" + id);
-      misses = 0;
-    } catch (error) {
-      if (++misses > 10) throw error;
-      continue;
+// Draws the images of a lane, and shows them as they become.
+async function fill(mine, lane, values) {
+  Object.assign(lane, newLane(lane.label, lane.lossless, values.n));
+  const accepted = () => {
+    if (lane !== mine.lanes[0]) return;
+    open(mine);
+    if (innerWidth <= 760) $("stage").scrollIntoView();
+  };
+  await api.draw({ ...values, decoder: lane.label }, accepted, (event) => {
+    const picture = lane.pictures[event.image_index];
+    mine.state = lane.state = "drawing";
+    // An unfinished picture is painted late: newer commits are here already.
+    if (!("partial_image_index" in event)) picture.commit = event.commit_pass;
+    if (event.b64_json) {
+      picture.url = `data:image/${event.output_format};base64,` +
+          event.b64_json;
     }
-    if (job && job.id === id) { job = next; render(); }
-    if (next.state === "failed") throw new Error(next.error);
-    if (next.state === "done") break;
-  }
-  if (job && job.id === id && !calm) replay();
-  gallery();
+    if ("passes" in event) {
+      lane.lossless = event.lossless;
+      lane.seconds = Math.max(lane.seconds ?? 0, event.seconds);
+      mine.notes = event.notes;
+    }
+    lane.passes = last(lane.pictures[0].commit);
+    if (job === mine) render();
+  });
+  lane.state = "done";
 }
 
 // --- the stage
@@ -150,15 +170,10 @@ function open(next) {
 
 // Empty grids, before anything was generated.
 function blank() {
-  const empty = Array.from({ length: info.rows },
-                           () => new Array(info.cols).fill(0));
-  const lane = (label, lossless) => ({
-    label, lossless, state: "idle", passes: 0, seconds: null, together: 1,
-    pictures: [{ commit: empty, url: null }],
-  });
-  const found = info.decoders.find((d) => d.name === $("name").value);
-  open({ id: "", state: "idle", prompt: "nothing", notes: [],
-         lanes: [lane(found.name, found.lossless), lane("ar", true)] });
+  const label = $("name").value;
+  open({ state: "idle", prompt: "nothing", notes: [],
+         lanes: [newLane(label, lossless(label), 1),
+                 newLane("ar", true, 1)] });
 }
 
 // What a lane shows: everything so far, or what a replay has reached.
@@ -171,7 +186,8 @@ function reached(lane, commit) {
 
 function renderLane(lane, node) {
   const at = (name) => node.querySelector(name);
-  const picture = lane.pictures[Math.min(shown, lane.pictures.length - 1)];
+  const picture = lane.pictures[Math.min(shown, lane.pictures.length - 1)] ||
+      { commit: empty(), url: null };
   const { pass, part } = reached(lane, picture.commit);
   const cells = info.rows * info.cols;
   const final = countFinal(picture.commit, pass);
@@ -190,8 +206,7 @@ function renderLane(lane, node) {
   at(".passes").textContent = String(passes);
   at(".rate").textContent = passes ? (final / passes).toFixed(1) : "–";
   at(".seconds").textContent = lane.seconds === null
-      ? { idle: "–", waiting: "next", compiling: "compiling" }[lane.state]
-        || "…"
+      ? { waiting: job.state === "idle" ? "–" : "next" }[lane.state] || "…"
       : (part * lane.seconds).toFixed(lane.seconds < 1 ? 2 : 1);
   const thumbs = at(".thumbs");
   if (lane.pictures.length > 1 && lane.state === "done" &&
@@ -212,16 +227,11 @@ function renderLane(lane, node) {
 
 function status() {
   if (job.state === "idle") return "Nothing generated yet. Press Generate.";
-  const compiling = job.lanes.some((lane) => lane.state === "compiling");
-  if (job.state === "queued") return `Waiting: ${job.ahead} before you.`;
-  if (job.state === "drawing") {
-    return compiling ? "Compiling this decoder, once …" : "Generating …";
-  }
+  if (job.state === "waiting") return "Waiting for the first pass …";
+  if (job.state === "drawing") return "Generating …";
   if (job.state === "failed") return "Not generated.";
-  const most = Math.max(...job.lanes.map((lane) => lane.together));
-  const shared = most > 1 ? `, in a batch of ${most}` : "";
   // Isolated: a prompt may turn the direction of what follows it.
-  return `Done: “\u2068${job.prompt}\u2069”, seed ${job.seed}${shared}.`;
+  return `Done: “\u2068${job.prompt}\u2069”, seed ${job.seed}.`;
 }
 
 // A text as Python has it; marks of direction are spelled out.
@@ -248,9 +258,9 @@ function render() {
   $("notes").textContent = job.notes.join(" ");
   $("again").textContent = is_done
       ? `In Python: pipe.generate([${literal(job.prompt)}], ` +
-        `${literal(job.decoder)}, first_image=${job.seed}, ` +
-        (job.images > 1 ? `num_images=${job.images}, ` : "") +
-        `guidance=${job.guidance ?? "None"})` : "";
+        `${literal(job.lanes[0].label)}, seed=${job.seed}, ` +
+        (job.n > 1 ? `num_images=${job.n}, ` : "") +
+        `guidance=${job.guidance_scale ?? "None"})` : "";
   $("replay").hidden = !is_done;
   $("order").hidden = !is_done;
   $("order").setAttribute("aria-pressed", String(asHeat));
@@ -258,12 +268,12 @@ function render() {
 
 // All lanes from the start, in the time that they took.
 function replay() {
-  const mine = job.id, turn = ++replays;
+  const mine = job, turn = ++replays;
   const longest = Math.max(...job.lanes.map((lane) => lane.seconds));
   const speed = Math.max(longest / LONGEST, longest < 2 ? longest / 2 : 1);
   const start = performance.now();
   const tick = (now) => {
-    if (!job || job.id !== mine || turn !== replays) return;
+    if (job !== mine || turn !== replays) return;
     const time = Math.max((now - start) / 1000 * speed, 1e-3);
     clock = time < longest ? time : 0;
     render();
@@ -274,20 +284,18 @@ function replay() {
 
 // --- gallery and benchmark
 
-async function gallery() {
-  const { jobs } = await ask("/api/gallery");
-  if (!jobs.length) return;
-  $("gallery").replaceChildren(...jobs.map((old) => {
+function gallery() {
+  $("gallery").replaceChildren(...done.map((old) => {
     const lane = old.lanes[0];
     const button = make("button");
     button.type = "button";
     button.onclick = () => { open(old); $("stage").scrollIntoView(); };
     const image = make("img");
-    image.alt = `${old.prompt}, by ${old.decoder}`;
+    image.alt = `${old.prompt}, by ${lane.label}`;
     image.loading = "lazy";
     image.src = lane.pictures[0].url;
     button.append(image, make("b", old.prompt),
-                  make("span", `${old.decoder}, ${lane.passes} passes`));
+                  make("span", `${lane.label}, ${lane.passes} passes`));
     return button;
   }));
 }
@@ -312,7 +320,7 @@ function bench() {
 }
 
 async function start() {
-  info = await ask("/api/info");
+  info = await api.info();
   fillForm();
   bench();
   blank();
@@ -330,7 +338,6 @@ async function start() {
   };
   $("replay").onclick = replay;
   $("order").onclick = () => { asHeat = !asHeat; render(); };
-  await gallery();
 }
 
 start().catch((error) => { $("error").textContent = error.message; });

@@ -1,0 +1,218 @@
+"""Body of infer.serve: OpenAI's Images API, and the live page."""
+
+from collections.abc import Sequence
+import os
+import pathlib
+import signal
+import socket
+import threading
+from typing import Any
+
+from absl import flags
+
+from ssd_jax.cli import common, run as cli
+from ssd_jax.core.config import UserError, check
+from ssd_jax.core.extras import need
+from ssd_jax.core.protocols import Decoder
+from ssd_jax.decoding import registry
+from ssd_jax.pipeline.pipeline import Pipeline
+from ssd_jax.serving import app as app_lib
+from ssd_jax.serving.metrics import Metrics
+from ssd_jax.serving.requests import Limits, Served
+from ssd_jax.serving.scheduler import Scheduler
+
+common.define_flags("batch", *common.MODEL)
+
+_BATCH = 4
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+_KEY = "SSD_JAX_API_KEY"
+_WAIT_FOR_BODY = 5  # seconds that an idle connection is kept
+
+
+def define_flags(
+    port: int = 8000, decoders: str = "exact,stair,ar",
+    any_decoder: bool = False,
+) -> None:
+  """Defines the command's own flags.
+
+  Args:
+    port: Default port.
+    decoders: Default decoders.
+    any_decoder: Whether other decoders are served unless flags say so.
+  """
+  flags.DEFINE_integer("port", port, "Port to listen on; 0 takes a free one.")
+  flags.DEFINE_string(
+      "host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets others in, and "
+      f"needs a key in the environment variable {_KEY}.")
+  flags.DEFINE_string(
+      "bench", None, "Folder of infer.benchmark whose plot the page shows.")
+  flags.DEFINE_list(
+      "decoders", decoders, "Decoders that are compiled before the server is "
+      "ready; the first is the default.")
+  flags.DEFINE_bool(
+      "any_decoder", any_decoder, "Serve any other decoder too; each is "
+      "compiled when it is first asked for.")
+  flags.DEFINE_list(
+      "aliases", "", "Further names of the model, such as gpt-image-1 for "
+      "clients that cannot name another.")
+  flags.DEFINE_integer("max_waiting", 256, "Most images that may wait.")
+  flags.DEFINE_integer("max_images", 10, "Most images of a request.")
+  flags.DEFINE_float(
+      "timeout", 300.0, "Seconds after which a request is given up.")
+  flags.DEFINE_float(
+      "drain", 30.0, "Seconds that requests have to end after SIGTERM.")
+
+
+def body() -> None:
+  """Serves images until SIGTERM or Ctrl-C; requests that run are finished."""
+  uvicorn = need("uvicorn", "serve")
+  for module in ("starlette", "prometheus_client"):
+    need(module, "serve")
+  values = flags.FLAGS
+  key = _key(values.host)
+  batch = _BATCH if values.batch is None else values.batch
+  check(batch >= 1, "batch", batch, ">= 1")
+  check(0 <= values.port < 2**16, "port", values.port, "in [0, 65535]")
+  check(values.drain >= 0, "drain", values.drain, ">= 0")
+  decoders, limits = _decoders(), _limits()
+  bench = app_lib.read_bench(values.bench)
+  listener = _listen(values.host, values.port)
+  cli.use_compilation_cache()
+  pipe = common.load_pipeline()
+  for label, decoder in decoders.items():
+    try:
+      pipe.num_queries(decoder, ["a"])
+    except UserError as error:
+      raise UserError(
+          f"{str(error).rstrip('.')}, from --decoders {label}.") from error
+  scheduler = Scheduler(
+      pipe, _served(pipe, decoders, limits), batch, Metrics())
+  hosts = list(_LOCAL) if values.host in _LOCAL else ["*"]
+  app = app_lib.make_app(scheduler, pipe, hosts, key, bench)
+  server = uvicorn.Server(uvicorn.Config(
+      app, log_level="warning", server_header=False,
+      timeout_keep_alive=_WAIT_FOR_BODY, h11_max_incomplete_event_size=65_536))
+  host = f"[{values.host}]" if ":" in values.host else values.host
+  print(f"http://{host}:{listener.getsockname()[1]}  (Ctrl-C ends)", flush=True)
+  run_until_signal(server, scheduler, [listener], values.drain)
+
+
+def run_until_signal(
+    server: Any, scheduler: Scheduler, sockets: Sequence[socket.socket],
+    seconds: float,
+) -> None:
+  """Runs a server; the first signal drains it, the second ends it at once.
+
+  Args:
+    server: The uvicorn.Server.
+    scheduler: What draws.
+    sockets: Where the server listens.
+    seconds: Time to drain.
+  """
+  asked = threading.Event()
+
+  def drain() -> None:
+    scheduler.drain(seconds)
+    server.should_exit = True
+
+  def end(number: int, frame: Any) -> None:
+    if asked.is_set():
+      os._exit(128 + number)
+    asked.set()
+    threading.Thread(target=drain, name="drain").start()
+
+  server.capture_signals = lambda: _handling(end)
+  server.run(list(sockets))
+  scheduler.close()
+
+
+class _handling:
+  """Context in which SIGTERM and Ctrl-C are handled by a function."""
+
+  def __init__(self, function: Any):
+    self._function = function
+    self._before: dict[int, Any] = {}
+
+  def __enter__(self) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+      self._before[number] = signal.signal(number, self._function)
+
+  def __exit__(self, *_: Any) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+def _decoders() -> dict[str, Decoder]:
+  """Returns the decoders that flags name."""
+  labels = [x.strip() for x in flags.FLAGS.decoders if x.strip()]
+  check(bool(labels), "decoders", ",".join(flags.FLAGS.decoders),
+        "at least one decoder")
+  return {label: registry.parse(label) for label in labels}
+
+
+def _limits() -> Limits:
+  """Returns the limits that flags set."""
+  values = flags.FLAGS
+  check(values.timeout > 0, "timeout", values.timeout, "> 0")
+  for name in ("max_waiting", "max_images"):
+    check(getattr(values, name) >= 1, name, getattr(values, name), ">= 1")
+  return Limits(images=values.max_images, waiting=values.max_waiting,
+                seconds=values.timeout)
+
+
+def _served(
+    pipe: Pipeline, decoders: dict[str, Decoder], limits: Limits
+) -> Served:
+  """Returns what the flags offer."""
+  names = [_name(pipe), *(name for name in flags.FLAGS.aliases if name)]
+  height, width = pipe.image_shape[:2]
+  return Served(
+      tuple(dict.fromkeys(names)), f"{width}x{height}", decoders,
+      registry.parse if flags.FLAGS.any_decoder else None, limits)
+
+
+def _name(pipe: Pipeline) -> str:
+  """Returns the name that clients call the model by."""
+  folder = flags.FLAGS.checkpoint
+  return pathlib.Path(folder).resolve().name if folder else pipe.family.name
+
+
+def _key(host: str) -> str | None:
+  """Returns the server's key, which is needed where others are let in.
+
+  Raises:
+    UserError: if it is missing.
+  """
+  key = os.environ.get(_KEY) or None
+  if key is None and host not in _LOCAL:
+    raise UserError(
+        f"Expected a key in the environment variable {_KEY}, since --host "
+        f"{host} lets other machines in, got none. Set one, or leave --host "
+        "out.")
+  return key
+
+
+def _listen(host: str, port: int) -> socket.socket:
+  """Returns a listening socket, opened before the model is loaded.
+
+  Raises:
+    UserError: when it cannot.
+  """
+  family = socket.AF_INET6 if ":" in host else socket.AF_INET
+  listener = socket.socket(family, socket.SOCK_STREAM)
+  listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  try:
+    listener.bind((host, port))
+  except OSError as error:
+    listener.close()
+    raise UserError(
+        f"Expected a free port of this machine ({error.strerror}), got --host "
+        f"{host} --port {port}. Choose another --port.") from error
+  return listener
+
+
+def main() -> None:
+  """Console entry point."""
+  cli.define_config()
+  define_flags()
+  cli.main(body, draws=True)
