@@ -84,10 +84,17 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def clean(text: str, where: str) -> str:
-  """Returns a text on one line; `where` it stands is for the message.
+  """Returns a text on one line, checked as by `check_text`."""
+  check_text(text, where)
+  return " ".join(text.split())
 
-  Raises:
-    UserError: if it holds half a character, which JSON can spell.
+
+def check_text(text: str, where: str) -> None:
+  """Raises UserError if a text holds half a character, which JSON can spell.
+
+  Args:
+    text: The text.
+    where: Its place, for the message.
   """
   try:
     text.encode()
@@ -95,7 +102,6 @@ def clean(text: str, where: str) -> str:
     raise UserError(
         f"Expected Unicode text, got half of a surrogate pair in {where}. "
         "Correct it.") from error
-  return " ".join(text.split())
 
 
 def one_line(error: Exception) -> str:
@@ -115,11 +121,13 @@ def _separated(
     raise ValueError(f"the column {min(twice)!r} occurs twice")
   for fields in filter(None, reader):  # blank lines
     where = f"{path} line {reader.line_num}"
-    if len(fields) > len(header):
+    if any(fields[len(header):]):
+      advice = ('Put a text with separators into "quotes"' if quotes else
+                "Take the separators out of its text")
       raise UserError(
           f"Expected {len(header)} fields, as in the header, got "
-          f"{len(fields)} in {where}, the last of them {fields[-1]!r}. Put a "
-          'text with separators into "quotes".')
+          f"{len(fields)} in {where}, the last of them {fields[-1]!r}. "
+          f"{advice}.")
     yield Row(dict(zip(header, fields)), where)
 
 

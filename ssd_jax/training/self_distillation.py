@@ -135,15 +135,14 @@ def generate_images(
         continue
       shard = _generate_shard(teacher, captions, images, cfg, preemption, bar)
       if is_first:
-        _write_shard(path, shard)
+        _write_shard(path, shard, images)
   sharding.barrier(f"generated {folder.name}")
-  grid = teacher.generator.grid
+  grid, vocab = teacher.generator.grid, teacher.generator.cfg.vocab_out
   tokens = [
-    _read(path, (len(images), grid.num_tokens)) for path, images in shards
+    _read(path, images, (len(images), grid.num_tokens), vocab)
+    for path, images in shards
   ]
-  return GeneratedTokens(
-      captions, np.concatenate(tokens), grid, teacher.generator.cfg.vocab_out
-  )
+  return GeneratedTokens(captions, np.concatenate(tokens), grid, vocab)
 
 
 def batches(
@@ -222,10 +221,16 @@ def _shards(folder: pathlib.Path, count: int, size: int):
   """Returns the path and the image indices of each shard."""
   starts = range(0, count, size)
   return [
-      (folder / f"tokens-{i:05d}-of-{len(starts):05d}.npy",
+      (_shard_file(folder / f"tokens-{i:05d}-of-{len(starts):05d}"),
        np.arange(start, min(start + size, count)))
       for i, start in enumerate(starts)
   ]
+
+
+def _shard_file(stem: pathlib.Path) -> pathlib.Path:
+  """Returns the file of a shard; .npy, without checksums, is an older form."""
+  older = stem.with_name(f"{stem.name}.npy")
+  return older if older.exists() else stem.with_name(f"{stem.name}.npz")
 
 
 def _generate_shard(
@@ -256,8 +261,10 @@ def _generate_shard(
   return np.concatenate(finished).astype(np.min_scalar_type(model.vocab - 1))
 
 
-def _write_shard(path: pathlib.Path, tokens: np.ndarray) -> None:
-  _replace(path, lambda file: np.save(file, tokens))
+def _write_shard(
+    path: pathlib.Path, tokens: np.ndarray, images: np.ndarray
+) -> None:
+  _replace(path, lambda file: np.savez(file, tokens=tokens, images=images))
 
 
 def _replace(path: pathlib.Path, write: Callable) -> None:
@@ -268,10 +275,18 @@ def _replace(path: pathlib.Path, write: Callable) -> None:
     os.fsync(file.fileno())
 
 
-def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
+def _read(
+    path: pathlib.Path, images: np.ndarray, shape: tuple[int, int], vocab: int
+) -> np.ndarray:
+  """Returns the tokens of a shard of these images."""
   try:
     tokens = np.load(path)
-  except ValueError as error:
+    if path.suffix == ".npz":
+      with tokens as file:  # zip verifies its own checksums
+        tokens, known = file["tokens"], file["images"]
+      if not np.array_equal(known, images):
+        raise ValueError("of other images")
+  except Exception as error:  # zip and numpy raise many types
     raise UserError(
         f"Expected {shape[0]} images, got a damaged {path}. Remove it to "
         "generate them again."
@@ -281,4 +296,8 @@ def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
         f"Expected tokens of shape {shape}, got {path} of shape "
         f"{tokens.shape}. Remove it to generate them again."
     )
+  if tokens.dtype.kind != "u" or tokens.max() >= vocab:
+    raise UserError(
+        f"Expected tokens below {vocab}, got a damaged {path}. Remove it to "
+        "generate them again.")
   return tokens
