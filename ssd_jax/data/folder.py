@@ -7,18 +7,22 @@ caption per image and may add tags; the JSON may also map file names to
 captions. Images that a table names belong to the data wherever they lie.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import os
 import pathlib
+from typing import TypeVar
 
+import numpy as np
 from PIL import Image
 
 from ssd_jax.core.config import UserError
 from ssd_jax.data import tables
 from ssd_jax.data.pictures import Source, Unreadable, to_square
 from ssd_jax.data.tables import Row, one_line
+
+T = TypeVar("T")
 
 # A file with one of these is an image, even where Pillow cannot read it.
 SUFFIXES = (
@@ -61,7 +65,7 @@ class FolderSource(Source):
   """
 
   def __init__(self, path: str, pixels: int):
-    folder = pathlib.Path(path).expanduser()
+    folder = pathlib.Path(os.path.expanduser(path))
     self.pixels = pixels
     files = find_files(folder)
     captions = find_captions(
@@ -76,40 +80,55 @@ class FolderSource(Source):
     # Without the suffix, because a.png and a.jpg share a.txt and so a split.
     self.keys = tuple(name_of(_stem(p)) for p in self.paths)
     self.notes = _unused(folder, files, captions)
-    self._check_headers()
+    check_headers(self.paths)
 
   def __getitem__(self, index: int) -> dict:
     caption = self.captions[index]
-    image = self._read(self.paths[index])
+    image = read(self.paths[index], self._fit)
     return {"image": image, "caption": caption.text, "tags": caption.tags}
 
   def caption(self, index: int) -> str:
     """Returns the caption without reading the image."""
     return self.captions[index].text
 
-  def _check_headers(self) -> None:
-    bad: dict[str, str] = {}
-    for path in self.paths:
-      try:
-        self._read(path, header_only=True)
-      except Unreadable as error:
-        bad |= error.reasons
-    if bad:
-      raise Unreadable(bad)
+  def _fit(self, picture: Image.Image) -> np.ndarray:
+    # Decodes a JPEG that is far too large at a fraction of its size.
+    picture.draft("RGB", (2 * self.pixels, 2 * self.pixels))
+    return to_square(picture, self.pixels)
 
-  def _read(self, path: pathlib.Path, header_only: bool = False):
+
+def read(path: pathlib.Path, use: Callable[[Image.Image], T]) -> T:
+  """Returns what `use` makes of an image.
+
+  Raises:
+    Unreadable: if it cannot be read.
+  """
+  try:
+    if not path.is_file():  # a broken link; a pipe would be waited for
+      raise FileNotFoundError("no such file")
+    with Image.open(path) as picture:
+      return use(picture)
+  except Exception as error:  # a decoder may raise anything on bad bytes
+    told = one_line(error).replace(repr(str(path)), "it")
+    raise Unreadable({str(path): told}) from error
+
+
+def check_headers(paths: Iterable[pathlib.Path]) -> None:
+  """Raises Unreadable, which names all images that cannot be opened."""
+  bad: dict[str, str] = {}
+  for path in paths:
     try:
-      if not path.is_file():  # a broken link; a pipe would be waited for
-        raise FileNotFoundError("no such file")
-      with Image.open(path) as picture:
-        if header_only:
-          return None
-        # Decodes a JPEG that is far too large at a fraction of its size.
-        picture.draft("RGB", (2 * self.pixels, 2 * self.pixels))
-        return to_square(picture, self.pixels)
-    except Exception as error:  # a decoder may raise anything on bad bytes
-      told = one_line(error).replace(repr(str(path)), "it")
-      raise Unreadable({str(path): told}) from error
+      read(path, lambda picture: None)
+    except Unreadable as error:
+      bad |= error.reasons
+  if bad:
+    raise Unreadable(bad)
+
+
+def find_pictures(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns all visible images below a folder, sorted; see `find_files`."""
+  return [p for p in find_files(folder)
+          if not p.name.startswith(".") and _is_picture(p)]
 
 
 def find_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -190,7 +209,7 @@ class _Pictures:
     paths: The images, each by one name.
   """
 
-  def __init__(self, paths: Iterator[pathlib.Path]):
+  def __init__(self, paths: Iterable[pathlib.Path]):
     self.paths: list[pathlib.Path] = []
     self._by_name: dict[tuple[str, str], pathlib.Path] = {}
     self._by_file: dict[tuple[int, int], pathlib.Path] = {}

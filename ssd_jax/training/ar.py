@@ -140,8 +140,8 @@ def _read_tokens(cache: pathlib.Path, count: int) -> np.ndarray | None:
     return None
   try:
     with np.load(cache) as file:
-      tokens = file["tokens"]  # zip verifies its own checksum
-      known = str(file["name"]) if "name" in file else cache.stem
+      # zip verifies its own checksums
+      tokens, known = file["tokens"], str(file["name"])
     if known != cache.stem or tokens.ndim != 2 or len(tokens) != count:
       raise ValueError("of other images")
     return tokens
