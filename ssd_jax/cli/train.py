@@ -115,7 +115,7 @@ def mtp() -> None:
   cfg = from_config_dict(mtp_training.MTPConfig, config.mtp)
   captions = _captions(config)
   teacher = _teacher(config, workdir)
-  _begin_distilling(workdir, config, "mtp", captions)
+  _begin_distilling(workdir, config, "mtp", teacher, captions)
   state, heads_cfg = mtp_training.run(
       teacher, captions, cfg, workdir / "mtp")
   _export(workdir, "heads", heads_cfg, state)
@@ -131,7 +131,7 @@ def drafter() -> None:
   generation_cfg = from_config_dict(GenerationConfig, config.mtp.draw)
   captions = _captions(config)
   teacher = _teacher(config, workdir)
-  _begin_distilling(workdir, config, "drafter", captions)
+  _begin_distilling(workdir, config, "drafter", teacher, captions)
   # Shared with train.mtp: the first of both commands generates the images.
   splits = mtp_training.generate_splits(
       teacher, captions, generation_cfg, workdir / "mtp")
@@ -143,12 +143,13 @@ def drafter() -> None:
 
 
 def _begin_distilling(
-    workdir: pathlib.Path, config, kind: str, captions: dict[str, list[str]]
+    workdir: pathlib.Path, config, kind: str, teacher: Teacher,
+    captions: dict[str, list[str]],
 ) -> None:
   """Records what a run that learns from a model is made from, or checks it."""
   run_record.begin(
       workdir / kind, _part_of(config, *_IMAGE_KEYS, kind),
-      model_folder.identity(_model_folder(config, workdir)),
+      {**teacher.parts, "mtp.draw.seed": str(config.mtp.draw.seed)},
       {split: run_record.Listing.of_texts(texts)
        for split, texts in captions.items()})
 
@@ -188,9 +189,10 @@ def _teacher(config, workdir: pathlib.Path) -> Teacher:
   pipe = model_folder.load(
       folder, extras=False, choices=config_overrides.choices(config))
   settings, guided = pipe.sampling(**config.sampling)
+  chosen = {key: str(pipe.family.config[key]) for key in _choices(config)}
   return Teacher(
       pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
-      guided,
+      guided, model_folder.identity(folder) | chosen,
   )
 
 

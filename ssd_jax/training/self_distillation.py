@@ -6,7 +6,7 @@ depends on the manifest alone, so a run that is killed at any moment continues
 without losing or repeating an image.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -44,6 +44,8 @@ class Teacher:
       conditional rows and, if guided, the unconditional rows after them.
     sampling: Settings of the target distribution.
     guided: Whether two guidance streams run.
+    parts: Identifiers of what else its images depend on, such as the text
+      tokenizer.
   """
 
   generator: Generator
@@ -51,6 +53,7 @@ class Teacher:
   encode_prompts: Callable[[Sequence[str], bool], tuple[Prompt, list[str]]]
   sampling: Sampling
   guided: bool
+  parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,7 @@ def generate_images(
   folder, captions = pathlib.Path(folder), tuple(captions)
   check(len(captions) > 0, "captions", captions, "at least one")
   folder.mkdir(parents=True, exist_ok=True)
-  _claim(folder, _manifest(teacher, captions, cfg))
+  _claim(folder, _manifest(teacher, captions, cfg), teacher.parts)
   shards = _shards(folder, len(captions), cfg.shard)
   is_first = jax.process_index() == 0
   bar = Bar(total=len(captions), desc=folder.name, unit="image",
@@ -193,11 +196,21 @@ def _manifest(
       "shard": cfg.shard,
       "trunk": list(fingerprint(teacher.params["trunk"])),
       "captions": list(captions),
+      **{name: value for name, value in teacher.parts.items()
+         if name != "trunk"},  # whose fingerprint allows for rounding
   }
 
 
-def _claim(folder: pathlib.Path, manifest: dict) -> None:
-  """Writes the manifest, or checks that the existing one is equal."""
+def _claim(
+    folder: pathlib.Path, manifest: dict, newer: Container[str] = ()
+) -> None:
+  """Writes the manifest, or checks that the existing one is equal.
+
+  Args:
+    folder: Folder of the images.
+    manifest: What they depend on.
+    newer: Names of entries that older manifests do not hold.
+  """
   path = folder / "manifest.json"
   if not path.exists():
     _replace(path, lambda file: file.write(
@@ -210,6 +223,8 @@ def _claim(folder: pathlib.Path, manifest: dict) -> None:
     ) from error
   for name, value in manifest.items():
     same = same_trunk if name == "trunk" else lambda a, b: a == b
+    if name in newer and name not in found:
+      continue
     if name not in found or not same(found[name], value):
       raise UserError(
           f"Expected the images of this run, got images in {folder} whose "

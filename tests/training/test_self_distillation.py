@@ -146,6 +146,14 @@ def test_images_of_other_settings_are_refused(teacher, drawn, tmp_path):
   hotter = dataclasses.replace(teacher, guided=False)
   with pytest.raises(UserError, match="whose sampling differs"):
     self_distillation.generate_images(hotter, CAPTIONS, DRAW, tmp_path)
+  with_parts = dataclasses.replace(teacher, parts={"text tokenizer": "1"})
+  self_distillation.generate_images(with_parts, CAPTIONS, DRAW, tmp_path)
+  (tmp_path / "manifest.json").unlink()
+  self_distillation.generate_images(with_parts, CAPTIONS, DRAW, tmp_path)
+  with pytest.raises(UserError, match="whose text tokenizer differs"):
+    self_distillation.generate_images(
+        dataclasses.replace(teacher, parts={"text tokenizer": "2"}), CAPTIONS,
+        DRAW, tmp_path)
   next(tmp_path.glob("tokens-00001*")).write_bytes(b"half")
   with pytest.raises(UserError, match="damaged.*tokens-00001"):
     self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
