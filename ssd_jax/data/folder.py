@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 from typing import TypeVar
 
 import numpy as np
@@ -109,7 +110,7 @@ def read(path: pathlib.Path, use: Callable[[Image.Image], T]) -> T:
     with Image.open(path) as picture:
       return use(picture)
   except Exception as error:  # a decoder may raise anything on bad bytes
-    told = one_line(error).replace(repr(str(path)), "it")
+    told = re.sub(f":? {re.escape(repr(str(path)))}", "", one_line(error))
     raise Unreadable({str(path): told}) from error
 
 

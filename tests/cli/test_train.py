@@ -9,6 +9,7 @@ import shlex
 
 from absl import flags
 import ml_collections
+import numpy as np
 from PIL import Image
 import pytest
 
@@ -20,12 +21,14 @@ from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
 from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
 from ssd_jax.models.spatial_heads import HeadsOptions
 from ssd_jax.pipeline import model_folder
+from ssd_jax.storage import checkpoints
 from ssd_jax.storage.files import write_json
 from ssd_jax.training import self_distillation
 from ssd_jax.training.drafter import DrafterTraining
 from ssd_jax.training.heads import MTPConfig
 from ssd_jax.training.self_distillation import GenerationConfig
 from tests.support import bad_inputs
+from tests.support.made_pictures import captioned_folder, truncate
 from tests.support.toy_families import llamagen_class_config
 from tests.support.toy_weights import InMemory
 
@@ -167,6 +170,30 @@ def test_what_training_lacks_is_one_line(
         capsys, body, config, "--workdir", tmp_path / "run")
     assert status == 2 and said in err.splitlines()[-1]
     assert "Expected " in err.splitlines()[-1]
+
+
+def test_edited_captions_never_renumber_a_trunks_words(tmp_path, monkeypatch):
+  """train.ar refuses other captions before it encodes or writes anything."""
+  def encode_split(*_):
+    raise UserError("encoded")
+
+  monkeypatch.setattr(train.ar_training, "encode_split", encode_split)
+  data = captioned_folder(tmp_path / "data", 5)
+  checkpoints.save(tmp_path / "run" / "model" / "vq", {"w": np.zeros(1)})
+  args = ["--config", "configs/emoji.py:smoke", "--config.pixels=8",
+          f"--config.data=folder:{data}", "--workdir", f"{tmp_path}/run"]
+  feed = lambda: bad_inputs.feed("ar", args, tmp_path)[1]
+  assert feed().endswith("encoded\n")
+  (tmp_path / "run" / "ar" / "checkpoints").mkdir()
+  before = (tmp_path / "run" / "ar" / "data.npz").read_bytes()
+  assert feed().endswith("encoded\n")
+  (data / "03.txt").write_text("blue")
+  assert "got another caption for '03' for the run in" in feed()
+  assert (tmp_path / "run" / "ar" / "data.npz").read_bytes() == before
+  truncate(data / "01.png")
+  truncate(data / "02.png")
+  error = feed()
+  assert "got 2 images" in error and "01.png" in error and "02.png" in error
 
 
 def lumina_512(folder):
