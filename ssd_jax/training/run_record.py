@@ -104,17 +104,14 @@ def begin(
   """
   file, record = folder / "settings.json", folder / "data.npz"
   now = _flat(dict(settings))
-  if (folder / "checkpoints").is_dir() and file.is_file():
-    begun = read_json(file)
-    if not isinstance(begun, dict):
-      raise UserError(
-          f"Expected the settings of a run, got a damaged {file}. Choose "
-          "another --workdir.")
+  if (folder / "checkpoints").is_dir():
     found = _read(record)
     if found is not None:
       _check_data(folder, found, data)
-    _check_parts(folder, begun.get("parts"), parts)
-    _check_settings(folder, begun, now, found is not None)
+    if file.is_file():
+      begun = _read_settings(file)
+      _check_parts(folder, begun.get("parts"), parts)
+      _check_settings(folder, begun, now, found is not None)
   write_json(file, now | {"parts": dict(parts)})
   arrays: dict[str, Any] = {
       f"{split}/{name}": values for split, listing in data.items()
@@ -134,6 +131,15 @@ def _read(record: pathlib.Path) -> dict[str, np.ndarray] | None:
     raise UserError(
         f"Expected the record of a run's data, got a damaged {record}. If the "
         "data are unchanged, remove the file.") from error
+
+
+def _read_settings(file: pathlib.Path) -> dict[str, Any]:
+  begun = read_json(file)
+  if not isinstance(begun, dict):
+    raise UserError(
+        f"Expected the settings of a run, got a damaged {file}. Choose "
+        "another --workdir.")
+  return begun
 
 
 def _check_data(folder, found, data: Mapping[str, Listing]) -> None:
