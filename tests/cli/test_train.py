@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import shlex
+import types
 
 from absl import flags
 import ml_collections
@@ -194,6 +195,31 @@ def test_edited_captions_never_renumber_a_trunks_words(tmp_path, monkeypatch):
   truncate(data / "02.png")
   error = feed()
   assert "got 2 images" in error and "01.png" in error and "02.png" in error
+
+
+def test_prompts_and_parts_belong_to_a_run_of_heads(tmp_path, monkeypatch):
+  """Edited prompts, another text tokenizer: one line; moved prompts go on."""
+  def learn(*_):
+    raise UserError("trained")
+
+  parts = {"text tokenizer": "1"}
+  monkeypatch.setattr(train.mtp_training, "run", learn)
+  monkeypatch.setattr(
+      train, "_teacher", lambda *_: types.SimpleNamespace(parts=parts))
+
+  def feed(name, text):
+    (tmp_path / name).write_text(text)
+    return bad_inputs.feed(
+        "mtp", ["--config.checkpoint=emoji", "--workdir", f"{tmp_path}/run",
+                f"--config.prompts_file={tmp_path}/{name}"], tmp_path)[1]
+
+  assert feed("a.txt", "red\nblue\ngreen") == "trained\n"
+  (tmp_path / "run" / "mtp" / "checkpoints").mkdir()
+  assert feed("b.csv", "prompt\nred\nblue\ngreen\n") == "trained\n"
+  said = feed("a.txt", "red\nblue\ngrey")
+  assert "got the new caption 'grey', 1 caption fewer for the run in" in said
+  parts["text tokenizer"] = "2"
+  assert "got another text tokenizer for" in feed("a.txt", "red\nblue\ngreen")
 
 
 def lumina_512(folder):
