@@ -1,6 +1,7 @@
 """Training the trunk: codes cached per image, small splits."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from ssd_jax.training import ar
 class Numbers(Source):
   """Pictures of one value each."""
 
-  def __init__(self, values):
+  def __init__(self, values, side=2):
     self.keys, self.values = tuple(map(str, values)), values
+    self.side = side
 
   def __getitem__(self, index):
-    image = np.full((2, 2, 3), self.values[index], np.uint8)
+    image = np.full((self.side, self.side, 3), self.values[index], np.uint8)
     return {"caption": self.keys[index], "tags": (), "image": image}
 
 
@@ -28,12 +30,12 @@ def encode_numbers(tmp_path, monkeypatch):
   """Encodes pictures of these values, with a tokenizer of this weight."""
   def encode(vq, params, images):
     while part := list(itertools.islice(images, 3)):
-      yield np.stack(part)[..., 0]
+      yield np.stack(part)[:, :2, :2, 0]
 
   monkeypatch.setattr(ar, "encode", encode)
   vq = VQ(VQConfig(n_codes=256))
-  return lambda values, weight=0: ar.encode_split(
-      vq, {"w": np.full(1, weight)}, survey.survey(Numbers(values)),
+  return lambda values, weight=0, side=2: ar.encode_split(
+      vq, {"w": np.full(1, weight)}, survey.survey(Numbers(values, side)),
       tmp_path / "train_tokens.npy")
 
 
@@ -63,9 +65,16 @@ def test_codes_of_other_images_are_not_reused(
 
 
 def test_codes_alone_are_kept(encode_numbers):
-  """A byte per token where a byte is enough, whatever pixels and batches."""
-  codes = encode_numbers(list(range(100)))
-  assert codes.tokens.dtype == np.uint8 and codes.tokens.shape == (100, 4)
+  """A thousand pictures of 12 kB are never held together, their codes are."""
+  tracemalloc.start()
+  try:
+    codes = encode_numbers(list(range(256)) * 4, side=64)
+    most = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert most < 3e6  # all of them: 12.6 MB
+  assert codes.tokens.dtype == np.uint8 and codes.tokens.shape == (1024, 4)
+  assert codes.sequences([7]).tolist() == [[7] * 4]
   assert codes.sequences([7]).dtype == np.int32
 
 
