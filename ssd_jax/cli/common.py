@@ -17,8 +17,9 @@ from ssd_jax.pipeline.pipeline import Pipeline
 _FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
     "prompts_file": (
         flags.DEFINE_string, None, "Prompts: UTF-8 text with one per line, or "
-        "an official prompt file (GenEval .jsonl, folder of DPG-Bench, COCO "
-        "captions .json, PartiPrompts .tsv)."),
+        "a .csv or .tsv with a header and a column 'prompt', or an official "
+        "prompt file (GenEval .jsonl, folder of DPG-Bench, COCO captions "
+        ".json, PartiPrompts .tsv)."),
     "num_images": (flags.DEFINE_integer, 1, "Images per prompt."),
     "seed": (
         flags.DEFINE_integer, 0, "The same seed gives the same images."),

@@ -1,5 +1,6 @@
 """What --config may change of a model that exists."""
 
+import os
 from typing import Any
 
 from absl import flags
@@ -10,15 +11,65 @@ from ssd_jax.core.config import UserError
 from ssd_jax.pipeline import model_folder
 from ssd_jax.pipeline.pipeline import Pipeline
 
+_VARIANT = ("classes", "layout", "side", "target_size")
+
 
 def choices(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns the settings that the command line overrides."""
   flag = flags.FLAGS["config"]
+  open_ = model_folder.CHOICES.get(config.family, ())
   chosen = {"sampling": config.sampling.to_dict()} if flag.present else {}
   if flag.present and ":" in config_flags.get_config_filename(flag):
-    open_ = model_folder.CHOICES.get(config.family, ())
     chosen |= {key: config[key] for key in open_}
-  return chosen | config_flags.get_override_values(flag)
+  given = config_flags.get_override_values(flag)
+  return chosen | {key: value for key, value in given.items()
+                   if key.partition(".")[0] in ("sampling", *open_)}
+
+
+def flags_of(config: ml_collections.ConfigDict) -> list[str]:
+  """Returns the flags that make the same choices again, sampling aside."""
+  flag = flags.FLAGS["config"]
+  made = {key: value for key, value in choices(config).items()
+          if key.partition(".")[0] != "sampling"}
+  if not made:
+    return []
+  given = config_flags.get_override_values(flag)
+  return ["--config", config_flags.get_config_filename(flag),
+          *(f"--config.{key}={made[key]}" for key in made if key in given)]
+
+
+def check_variant(
+    folder: str | os.PathLike, config: ml_collections.ConfigDict
+) -> None:
+  """Raises UserError if a checkpoint is of another variant than --config.
+
+  Args:
+    folder: Model folder of a published family; others have no variants.
+    config: Settings, whose overridden keys are not compared.
+  """
+  if config.family == "emoji":
+    return
+  flag = flags.FLAGS["config"]
+  given = config_flags.get_override_values(flag)
+  wanted = _variant(config.to_dict())
+  found = _variant(model_folder.read_settings(folder).get("config"))
+  for key in sorted(wanted.keys() & found.keys() - given.keys()):
+    if wanted[key] != found[key]:
+      raise UserError(
+          f"Expected a checkpoint of {key}={wanted[key]}, as --config "
+          f"{config_flags.get_config_filename(flag)} has it, got {folder} with "
+          f"{key}={found[key]}. Name its variant after the config's colon, or "
+          "another --config.checkpoint.")
+
+
+def _variant(config: Any) -> dict[str, Any]:
+  """Returns the settings that differ between checkpoints of a family."""
+  if not isinstance(config, dict):
+    return {}  # a damaged file, which the loader names
+  found = {key: config[key] for key in _VARIANT if key in config}
+  trunk = config.get("trunk")
+  sizes = trunk if isinstance(trunk, dict) else {}
+  return found | {f"trunk.{key}": value for key, value in sizes.items()}
 
 
 def check_family(pipe: Pipeline, config: ml_collections.ConfigDict) -> None:

@@ -10,28 +10,34 @@ Heads and drafter are trained for a complete model: config.checkpoint, or
 DIR/model by default.
 """
 
+from collections.abc import Mapping
 import pathlib
-import re
+import shlex
+import sys
 from typing import Any
 
 from absl import flags
+import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ssd_jax.cli import run as cli
+from ssd_jax.cli import config_overrides, run as cli
 from ssd_jax.core.config import UserError, check, from_config_dict
 from ssd_jax.data import sources
+from ssd_jax.data.pictures import Source
+from ssd_jax.data.survey import Survey, digest, survey_all
 from ssd_jax.evaluation import prompt_files
 from ssd_jax.families import emoji
 from ssd_jax.models.vocabulary import Vocabulary
 from ssd_jax.models.vq import VQ, VQConfig
 from ssd_jax.pipeline import model_folder
+from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage import checkpoints
-from ssd_jax.storage.files import read_json, write_json
 from ssd_jax.training import (
   ar as ar_training,
   drafter as drafter_training,
   heads as mtp_training,
+  run_record,
   tokenizer as tokenizer_training,
 )
 from ssd_jax.training.self_distillation import GenerationConfig, Teacher
@@ -44,7 +50,6 @@ _STORED = np.float16
 _HELD_OUT = 256  # most held-out captions
 _MODEL = ("data", "pixels", "vq")
 _IMAGE_KEYS = ("prompts_file", "num_prompts", "images_per_caption", "sampling")
-_MAY_CHANGE = re.compile(r"\.loop\.(steps|keep|\w+_every)$")
 
 
 def tokenizer() -> None:
@@ -53,7 +58,10 @@ def tokenizer() -> None:
   vq_cfg = from_config_dict(VQConfig, config.vq)
   cfg = from_config_dict(tokenizer_training.TokenizerConfig, config.tokenizer)
   splits = _splits(config)
-  _begin(workdir / "tokenizer", config, *_MODEL, "tokenizer")
+  images = {name: run_record.Listing.of_images(contents, captions=False)
+            for name, contents in _surveys(splits).items()}
+  run_record.begin(
+      workdir / "tokenizer", _part_of(config, *_MODEL, "tokenizer"), {}, images)
   state = tokenizer_training.run(
       vq_cfg, cfg, splits, str(workdir / "tokenizer")
   )
@@ -68,18 +76,23 @@ def ar() -> None:
   cfg = from_config_dict(ar_training.ARConfig, config.ar)
   captioned = _splits(config)
   vq_params = checkpoints.cast(_tokenizer_of(workdir), np.float32)
-  tokenizer = checkpoints.identity(workdir / "model" / "vq")
+  contents = _surveys(captioned)
+  words = Vocabulary.build(contents["train"].texts(), config.prompt_slots)
+  settings = _part_of(config, *_MODEL, "prompt_slots", "trunk", "ar")
+  settings["tokenizer"] = checkpoints.identity(workdir / "model" / "vq")
+  run_record.begin(
+      workdir / "ar", settings,
+      {"vocabulary": f"{digest(' '.join(words.words)):016x}"},
+      {name: run_record.Listing.of_images(x) for name, x in contents.items()})
   splits = {
       name: ar_training.encode_split(
-          VQ(vq_cfg), vq_params, source, workdir / "ar" / f"{name}_tokens.npy"
-      )
-      for name, source in captioned.items()
+          VQ(vq_cfg), vq_params, x, workdir / "ar" / f"{name}_tokens.npy")
+      for name, x in contents.items()
   }
-  words = Vocabulary.build(splits["train"].texts(), config.prompt_slots)
   generator = emoji.generator(config.trunk, vq_cfg, config.pixels, words)
-  _begin(workdir / "ar", config, *_MODEL, "prompt_slots", "trunk", "ar",
-         tokenizer=tokenizer)
   state = ar_training.run(generator, words, splits, cfg, str(workdir / "ar"))
+  # Should this end between both writes, no vocabulary is beside another trunk.
+  (workdir / "model" / "model.json").unlink(missing_ok=True)
   checkpoints.save(
       workdir / "model" / "trunk", state.eval_params["trunk"], _STORED
   )
@@ -102,12 +115,13 @@ def mtp() -> None:
   cfg = from_config_dict(mtp_training.MTPConfig, config.mtp)
   captions = _captions(config)
   teacher = _teacher(config, workdir)
-  _begin(workdir / "mtp", config, *_IMAGE_KEYS, "mtp")
+  _begin_distilling(workdir, config, "mtp", teacher, captions)
   state, heads_cfg = mtp_training.run(
       teacher, captions, cfg, workdir / "mtp")
   _export(workdir, "heads", heads_cfg, state)
   table = workdir / "mtp" / mtp_training.TABLE
-  _print_table(config, workdir, "heads", "ssd", table)
+  decoder = "ssd" if cfg.heads.vertical else "mtp"
+  _print_table(config, workdir, "heads", decoder, table, captions)
 
 
 def drafter() -> None:
@@ -117,7 +131,7 @@ def drafter() -> None:
   generation_cfg = from_config_dict(GenerationConfig, config.mtp.draw)
   captions = _captions(config)
   teacher = _teacher(config, workdir)
-  _begin(workdir / "drafter", config, *_IMAGE_KEYS, "drafter")
+  _begin_distilling(workdir, config, "drafter", teacher, captions)
   # Shared with train.mtp: the first of both commands generates the images.
   splits = mtp_training.generate_splits(
       teacher, captions, generation_cfg, workdir / "mtp")
@@ -125,7 +139,25 @@ def drafter() -> None:
       teacher, splits, cfg, workdir / "drafter")
   _export(workdir, "drafter", drafter_cfg, state)
   table = workdir / "drafter" / drafter_training.TABLE
-  _print_table(config, workdir, "drafter", "eagle", table)
+  _print_table(config, workdir, "drafter", "eagle", table, captions)
+
+
+def _begin_distilling(
+    workdir: pathlib.Path, config, kind: str, teacher: Teacher,
+    captions: dict[str, list[str]],
+) -> None:
+  """Records what a run that learns from a model is made from, or checks it."""
+  run_record.begin(
+      workdir / kind, _part_of(config, *_IMAGE_KEYS, kind),
+      {**teacher.parts, "mtp.draw.seed": str(config.mtp.draw.seed)},
+      {split: run_record.Listing.of_texts(texts)
+       for split, texts in captions.items()})
+
+
+def _part_of(config, *keys: str) -> dict[str, Any]:
+  """Returns some of the settings."""
+  values = config.to_dict()
+  return {key: values[key] for key in keys}
 
 
 def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
@@ -152,12 +184,15 @@ def _model_folder(config, workdir: pathlib.Path) -> str | pathlib.Path:
 
 def _teacher(config, workdir: pathlib.Path) -> Teacher:
   """Returns the frozen trunk with the config's sampling settings."""
-  pipe = model_folder.load(_model_folder(config, workdir), extras=False,
-                      choices={key: config[key] for key in _choices(config)})
+  folder = _model_folder(config, workdir)
+  config_overrides.check_variant(folder, config)
+  pipe = model_folder.load(
+      folder, extras=False, choices=config_overrides.choices(config))
   settings, guided = pipe.sampling(**config.sampling)
+  chosen = {key: str(pipe.family.config[key]) for key in _choices(config)}
   return Teacher(
       pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
-      guided,
+      guided, model_folder.identity(folder) | chosen,
   )
 
 
@@ -166,15 +201,20 @@ def _export(workdir: pathlib.Path, kind: str, cfg, state) -> None:
       workdir / "model" / kind, kind, cfg, state.eval_params, _STORED)
 
 
-def _print_table(config, workdir, kind: str, decoder: str, table) -> None:
+def _print_table(
+    config, workdir, kind: str, decoder: str, table, captions
+) -> None:
   """Prints the acceptance table and a command that uses the trained part."""
   print(table.read_text())
   model = _model_folder(config, workdir)
   out = workdir / "model" / kind
-  own = "" if pathlib.Path(model) / kind == out else f" --{kind} {out}"
+  words = ["--checkpoint", model]
+  if pathlib.Path(model) / kind != out:
+    words += [f"--{kind}", out]
+  words += ["--decoder", decoder, "--prompt", captions["validation"][0]]
+  same = shlex.join(map(str, config_overrides.flags_of(config) + words))
   print(f"wrote {out}; the table is {table}. To generate with it:\n"
-        f"python -m infer.generate --checkpoint {model}{own} "
-        f"--decoder {decoder} --prompt ...")
+        f"python -m infer.generate {same}")
 
 
 def _captions(config) -> dict[str, list[str]]:
@@ -202,11 +242,10 @@ def _captions(config) -> dict[str, list[str]]:
 
 def _data_captions(config, split: str) -> list[str]:
   """Returns the captions of the model's training data."""
-  if config.data == "emoji":
-    return [e.label for e in sources.emoji_records(split, tones=False)]
   source = sources.open_source(config.data, split, config.pixels)
-  texts = (source[index]["caption"] for index in range(len(source)))
-  return list(dict.fromkeys(texts))
+  if split == "train":
+    _print_notes(source)
+  return list(dict.fromkeys(map(source.caption, range(len(source)))))
 
 
 def _lines(config) -> list[str]:
@@ -246,50 +285,24 @@ def _workdir(config) -> pathlib.Path:
   return folder
 
 
-def _begin(folder: pathlib.Path, config, *keys: str, **more: str) -> None:
-  """Records the settings of a run, or checks them when the run continues.
-
-  Args:
-    folder: Folder of the run.
-    config: Config of the command.
-    *keys: Parts of the config that the run depends on.
-    **more: Anything else that the run depends on.
-
-  Raises:
-    UserError: if the run in `folder` began with other settings.
-  """
-  file = folder / "settings.json"
-  now = _flat({key: config.to_dict()[key] for key in keys} | more)
-  if (folder / "checkpoints").is_dir() and file.is_file():
-    begun = read_json(file)
-    for key in sorted(begun.keys() | now.keys()):
-      if begun.get(key) != now.get(key):
-        raise UserError(
-            f"Expected {key}={begun.get(key)}, with which the run began, got "
-            f"{key}={now.get(key)} for the run in {folder}. Set it back or "
-            "choose another --workdir.")
-  write_json(file, now)
-
-
-def _flat(values: Any, name: str = "") -> dict[str, Any]:
-  """Returns settings by full name, as JSON stores them.
-
-  Settings that may change between the starts of a run are left out.
-  """
-  if not isinstance(values, dict):
-    value = list(values) if isinstance(values, tuple) else values
-    return {} if _MAY_CHANGE.search(name) else {name: value}
-  found: dict[str, Any] = {}
-  for key, value in values.items():
-    found |= _flat(value, f"{name}.{key}" if name else key)
+def _splits(config) -> dict[str, Source]:
+  found = sources.open_splits(
+      config.data, ("train", "validation"), config.pixels)
+  _print_notes(found["train"])
   return found
 
 
-def _splits(config) -> dict:
-  return {
-      split: sources.open_source(config.data, split, config.pixels)
-      for split in ("train", "validation")
-  }
+def _print_notes(source: Source) -> None:
+  for note in source.notes:
+    print(f"note: {note}", file=sys.stderr)
+
+
+def _surveys(splits: Mapping[str, Source]) -> dict[str, Survey]:
+  """Reads every image once; raises UserError that names all damaged ones."""
+  total = sum(map(len, splits.values()))
+  with Bar(total=total, desc="reading images", unit="image",
+           disable=jax.process_index() > 0) as bar:
+    return survey_all(splits, bar.update)
 
 
 def main(body) -> None:

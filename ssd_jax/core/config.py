@@ -45,6 +45,9 @@ def from_config_dict(cls: type[T], values: Any) -> T:
     UserError: A key is unknown or missing, or a value is out of range.
   """
   fields = {f.name: f for f in dataclasses.fields(cls)}
+  if not hasattr(values, "keys"):
+    raise UserError(f"Expected settings of {cls.__name__} by name, got "
+                    f"{values!r:.60}.")
   unknown = sorted(set(values) - set(fields))
   if unknown:
     raise UserError(

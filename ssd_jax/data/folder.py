@@ -1,25 +1,40 @@
 """A user's folder of images with captions.
 
-Captions come from a table (`captions.json`, `captions.csv`, `captions.tsv` or
-`metadata.jsonl`, in any folder, with paths relative to it) or from a text file
-beside each image that shares its name. A table needs a file name and a caption
-per image and may add tags; the JSON may also map file names to captions.
+Captions come from a table (`captions` or, as in Hugging Face's imagefolder,
+`metadata`, in any folder, with names relative to it or absolute) or from a text
+file beside each image that shares its name. A table needs a file name and a
+caption per image and may add tags; the JSON may also map file names to
+captions. Images that a table names belong to the data wherever they lie.
 """
 
-import csv
+from collections.abc import Callable, Iterable
 import dataclasses
-import io
-import json
+import functools
+import os
 import pathlib
-from typing import Any
+import re
+from typing import TypeVar
 
+import numpy as np
 from PIL import Image
 
 from ssd_jax.core.config import UserError
-from ssd_jax.data.pictures import Source, to_square
+from ssd_jax.data import tables
+from ssd_jax.data.pictures import Source, Unreadable, to_square
+from ssd_jax.data.tables import Row, one_line
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-TABLES = ("captions.json", "captions.csv", "captions.tsv", "metadata.jsonl")
+T = TypeVar("T")
+
+# A file with one of these is an image, even where Pillow cannot read it.
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif",
+    ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".pgm", ".pbm",
+)
+TABLES = ("captions.csv", "captions.tsv", "captions.json", "captions.jsonl",
+          "metadata.csv", "metadata.jsonl")
+_UNREAD = ("metadata.parquet", "captions.parquet")
+_SNIFFED = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+_TEXTS = (".txt", *tables.SUFFIXES)
 _NAME_COLUMNS = ("file_name", "file", "filename", "image")
 _CAPTION_COLUMNS = ("caption", "text")
 
@@ -31,120 +46,199 @@ class Caption:
   Attributes:
     text: The caption, one line.
     tags: Words that describe the image.
-    source: File that the caption comes from.
+    source: File, and line of a table, that the caption comes from.
   """
 
   text: str
   tags: tuple[str, ...]
-  source: pathlib.Path
+  source: str
 
 
 class FolderSource(Source):
   """All images below a folder, with captions.
 
   The constructor checks everything but the pixels: each image needs exactly
-  one caption and a readable header. Hidden files and folders are left out.
+  one caption and a readable header. Linked folders are followed; hidden files
+  and folders are left out.
 
   Raises:
     UserError: if a file or folder is invalid; the message names it.
   """
 
   def __init__(self, path: str, pixels: int):
-    folder = pathlib.Path(path).expanduser()
+    folder = pathlib.Path(os.path.expanduser(path))
     self.pixels = pixels
-    self.paths = find_pictures(folder)
-    self.captions = find_captions(folder, self.paths)
+    files = find_files(folder)
+    captions = find_captions(
+        [p for p in files if not p.name.startswith(".")])
+    name_of = lambda p: pathlib.PurePath(os.path.relpath(p, folder)).as_posix()
+    self.paths = tuple(sorted(captions, key=name_of))
+    if not self.paths:
+      raise UserError(
+          f"Expected images, such as .png or .jpg, got {folder} without "
+          "images. Put images there or check the path.")
+    self.captions = tuple(captions[p] for p in self.paths)
     # Without the suffix, because a.png and a.jpg share a.txt and so a split.
-    self.keys = tuple(
-        p.relative_to(folder).with_suffix("").as_posix() for p in self.paths
-    )
-    for picture in self.paths:
-      self._read(picture, header_only=True)
+    self.keys = tuple(name_of(_stem(p)) for p in self.paths)
+    self.notes = _unused(folder, files, captions)
+    check_headers(self.paths)
 
   def __getitem__(self, index: int) -> dict:
     caption = self.captions[index]
-    image = self._read(self.paths[index])
+    image = read(self.paths[index], self._fit)
     return {"image": image, "caption": caption.text, "tags": caption.tags}
 
-  def _read(self, path: pathlib.Path, header_only: bool = False):
-    try:
-      with Image.open(path) as picture:
-        if header_only:
-          return None
-        # Decodes a JPEG that is far too large at a fraction of its size.
-        picture.draft("RGB", (2 * self.pixels, 2 * self.pixels))
-        return to_square(picture, self.pixels)
-    except Exception as error:  # a decoder may raise anything on bad bytes
-      raise UserError(
-          f"Expected one of {', '.join(SUFFIXES)}, got an image that cannot "
-          f"be read, {path} ({one_line(error)}). Replace or remove it."
-      ) from error
+  def caption(self, index: int) -> str:
+    """Returns the caption without reading the image."""
+    return self.captions[index].text
+
+  def _fit(self, picture: Image.Image) -> np.ndarray:
+    # Decodes a JPEG that is far too large at a fraction of its size.
+    picture.draft("RGB", (2 * self.pixels, 2 * self.pixels))
+    return to_square(picture, self.pixels)
 
 
-def one_line(error: Exception) -> str:
-  """Returns the message of an error without line breaks."""
-  return " ".join(str(error).split()) or type(error).__name__
-
-
-def find_pictures(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
-  """Returns the images below `folder`, in the same order on every machine.
+def read(path: pathlib.Path, use: Callable[[Image.Image], T]) -> T:
+  """Returns what `use` makes of an image.
 
   Raises:
-    UserError: if there is no such folder or no image in it.
+    Unreadable: if it cannot be read.
+  """
+  try:
+    if not path.is_file():  # a broken link; a pipe would be waited for
+      raise FileNotFoundError("no such file")
+    with Image.open(path) as picture:
+      return use(picture)
+  except Exception as error:  # a decoder may raise anything on bad bytes
+    told = re.sub(f":? {re.escape(repr(str(path)))}", "", one_line(error))
+    raise Unreadable({str(path): told}) from error
+
+
+def check_headers(paths: Iterable[pathlib.Path]) -> None:
+  """Raises Unreadable, which names all images that cannot be opened."""
+  bad: dict[str, str] = {}
+  for path in paths:
+    try:
+      read(path, lambda picture: None)
+    except Unreadable as error:
+      bad |= error.reasons
+  if bad:
+    raise Unreadable(bad)
+
+
+def find_pictures(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns all visible images below a folder, sorted; see `find_files`."""
+  return [p for p in find_files(folder)
+          if not p.name.startswith(".") and _is_picture(p)]
+
+
+def find_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns all files below a folder, sorted, but for those of hidden folders.
+
+  Linked folders are followed. Each folder is visited once, so links may form
+  circles.
+
+  Raises:
+    UserError: if there is no such folder or one that cannot be listed.
   """
   if not folder.is_dir():
     raise UserError(
-        f"Expected a folder of images, got {folder}. Check the path."
-    )
-  found = [p for p in _visible_files(folder) if p.suffix.lower() in SUFFIXES]
-  if not found:
+        f"Expected a folder of images, got {folder}. Check the path.")
+
+  def fail(error: OSError):
     raise UserError(
-        f"Expected files that end in {', '.join(SUFFIXES)}, got {folder} "
-        "without images. Put images there or check the path."
-    )
-  return tuple(sorted(found, key=lambda p: p.relative_to(folder).as_posix()))
+        f"Expected folders that can be read, got {error.filename} "
+        f"({error.strerror}). Change its permissions or remove it."
+    ) from error
+
+  found, seen, roots = [], set(), [str(folder)]
+  while roots:  # links come last, so that files keep their own names
+    for top, folders, names in os.walk(roots.pop(0), onerror=fail):
+      real = os.path.realpath(top)
+      folders[:] = sorted(f for f in folders if not f.startswith("."))
+      if real in seen:
+        folders.clear()
+        continue
+      seen.add(real)
+      below = [os.path.join(top, f) for f in folders]
+      roots += filter(os.path.islink, below)
+      found += [pathlib.Path(top, name) for name in names]
+  return sorted(found)
 
 
-def _visible_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  return [
-      p for p in folder.rglob("*")
-      if not any(part.startswith(".") for part in p.relative_to(folder).parts)
-      and p.is_file()
-  ]
+def find_captions(files: list[pathlib.Path]) -> dict[pathlib.Path, Caption]:
+  """Returns each image with its caption; a table takes precedence over text.
 
-
-def find_captions(
-    folder: pathlib.Path, pictures: tuple[pathlib.Path, ...]
-) -> tuple[Caption, ...]:
-  """Returns the caption of each image; a table takes precedence over text.
+  Args:
+    files: Visible files, among them images, tables and texts.
 
   Raises:
     UserError: if an image has no caption or two; the message names the first.
   """
+  pictures = _Pictures(p for p in files if _is_picture(p))
   captions: dict[pathlib.Path, Caption] = {}
-  for table in sorted(p for p in _visible_files(folder) if p.name in TABLES):
-    for path, caption in read_table(table):
+  for table in (p for p in files if p.name.lower() in TABLES + _UNREAD):
+    for named, caption in read_table(table):
+      path = pictures.find(named)
       if path in captions:
         raise UserError(
             f"Expected one caption per image, got two captions for {path}, in "
-            f"{captions[path].source} and {table}. Remove one."
+            f"{captions[path].source} and {caption.source}. Remove one."
         )
       captions[path] = caption
-  for path in pictures:
-    beside = path.with_suffix(".txt")
+  for path in pictures.paths:
+    beside = _text_beside(path)
     if path not in captions and beside.is_file():
-      captions[path] = Caption(
-          " ".join(_read_text(beside).split()), (), beside)
-  missing = [
-      p for p in pictures if p not in captions or not captions[p].text]
+      text = tables.clean(tables.read_text(beside), str(beside))
+      captions[path] = Caption(text, (), str(beside))
+  missing = [p for p in pictures.paths
+             if p not in captions or not captions[p].text]
   if missing:
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise UserError(
         "Expected a caption for every image, got no caption for "
         f"{missing[0]}{more}. Add it to one of {', '.join(TABLES)} or to "
-        f"{missing[0].with_suffix('.txt').name} beside it."
+        f"{_text_beside(missing[0]).name} beside it."
     )
-  return tuple(captions[p] for p in pictures)
+  return captions
+
+
+class _Pictures:
+  """Images by the files that names lead to, however the names are spelt.
+
+  Attributes:
+    paths: The images, each by one name.
+  """
+
+  def __init__(self, paths: Iterable[pathlib.Path]):
+    self.paths: list[pathlib.Path] = []
+    self._by_name: dict[tuple[str, str], pathlib.Path] = {}
+    self._by_file: dict[tuple[int, int], pathlib.Path] = {}
+    self._real = functools.cache(os.path.realpath)
+    for path in paths:
+      self._add(path)
+
+  def find(self, path: pathlib.Path) -> pathlib.Path:
+    """Returns the image that a table means; one elsewhere is added."""
+    known = self._by_name.get(self._place(path))
+    return known or self._by_file.get(_file(path)) or self._add(path)
+
+  def _add(self, path: pathlib.Path) -> pathlib.Path:
+    self.paths.append(path)
+    self._by_name[self._place(path)] = path
+    if path.is_file():
+      self._by_file.setdefault(_file(path), path)
+    return path
+
+  def _place(self, path: pathlib.Path) -> tuple[str, str]:
+    """Returns a file's folder, without links and dots, and its name."""
+    return self._real(str(path.parent)), path.name
+
+
+def _file(path: pathlib.Path) -> tuple[int, int]:
+  """Returns the number of a file, the same for all of its names."""
+  found = path.stat()
+  return found.st_dev, found.st_ino
 
 
 def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
@@ -153,91 +247,95 @@ def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
   Raises:
     UserError: if the table or a row is invalid; the message names both.
   """
-  try:
-    rows = _rows(table, _read_text(table))
-  except (ValueError, RecursionError, csv.Error) as error:
-    if isinstance(error, UserError):
-      raise
+  if table.name.lower() in _UNREAD:
     raise UserError(
-        f"Expected a table of captions, got {table}, which is not "
-        f"{table.suffix[1:]} ({one_line(error)}). Correct it."
-    ) from error
+        f"Expected one of {', '.join(TABLES)}, got {table}, which is not read. "
+        "Save it as one of these.")
+  rows = tables.read(table)
   if not rows:
     raise UserError(
         f"Expected the fields {_NAME_COLUMNS[0]} and {_CAPTION_COLUMNS[0]} "
         f"and an entry per image, got {table} without entries. Fill or "
         "remove it."
     )
-  found = []
-  for number, row in enumerate(rows, 1):
-    name, text = (_field(row, c) for c in (_NAME_COLUMNS, _CAPTION_COLUMNS))
-    if name is None or text is None:
-      raise UserError(
-          f"Expected the fields {_NAME_COLUMNS[0]} and {_CAPTION_COLUMNS[0]}, "
-          f"got {table} with entry {number} without a file name or caption. "
-          "Name them so."
-      )
-    path = table.parent / pathlib.PurePosixPath(name.replace("\\", "/"))
-    if not path.is_file():
-      raise UserError(
-          f"Expected an image, got {table} with entry {number} for {path}, "
-          "which does not exist. Remove the entry or correct its name.")
-    caption = Caption(" ".join(text.split()), _tags(row, table), table)
-    found.append((path, caption))
-  return found
+  return [_entry(table, row) for row in rows]
 
 
-def _read_text(path: pathlib.Path) -> str:
-  try:
-    return path.read_text("utf-8-sig")  # spreadsheets add a byte-order mark
-  except UnicodeDecodeError as error:
+def _entry(table: pathlib.Path, row: Row) -> tuple[pathlib.Path, Caption]:
+  name, text = row.text(_NAME_COLUMNS), row.text(_CAPTION_COLUMNS)
+  if name is None or text is None:
     raise UserError(
-        f"Expected UTF-8 text, got {path}, which is not UTF-8 "
-        f"({error.reason}). Save it as UTF-8."
-    ) from error
+        f"Expected the fields {_NAME_COLUMNS[0]} and {_CAPTION_COLUMNS[0]}, "
+        f"got {row.where} without a file name or caption. Name them so."
+    )
+  path = table.parent / name
+  if not _is_file(path):  # as Windows spells it
+    path = table.parent / pathlib.PurePosixPath(name.replace("\\", "/"))
+  if not _is_file(path):
+    raise UserError(
+        f"Expected an image, got {row.where} for {path}, which does not "
+        "exist. Remove the entry or correct its name.")
+  return path, Caption(tables.clean(text, row.where), _tags(row), row.where)
 
 
-def _rows(table: pathlib.Path, text: str) -> list[Any]:
-  if table.suffix == ".jsonl":
-    return [_parse(line) for line in text.split("\n") if line.strip()]
-  if table.suffix == ".json":
-    rows = _parse(text)
-    if not isinstance(rows, dict):
-      return list(rows) if isinstance(rows, list) else [rows]
-    return [
-        {"file_name": name, **(row if isinstance(row, dict) else
-                               {"caption": row})}
-        for name, row in rows.items()
-    ]
-  delimiter = "\t" if table.suffix == ".tsv" else ","
-  return list(csv.DictReader(io.StringIO(text, ""), delimiter=delimiter))
+def _is_file(path: pathlib.Path) -> bool:
+  try:
+    return path.is_file()
+  except (OSError, ValueError):  # too long for a name; a zero byte in it
+    return False
 
 
-def _parse(text: str) -> Any:
-  """Parses JSON and raises ValueError if a name occurs twice."""
-
-  def once(pairs):
-    found = dict(pairs)
-    if len(found) < len(pairs):
-      names = [name for name, _ in pairs]
-      twice = next(n for n in names if names.count(n) > 1)
-      raise ValueError(f"{twice!r} occurs twice")
-    return found
-
-  return json.loads(text, object_pairs_hook=once)
-
-
-def _field(row: Any, names: tuple[str, ...]) -> str | None:
-  values = [row[n] for n in names if n in row] if isinstance(row, dict) else []
-  return values[0] if values and isinstance(values[0], str) else None
-
-
-def _tags(row: dict, table: pathlib.Path) -> tuple[str, ...]:
-  tags = row.get("tags") or ()
+def _tags(row: Row) -> tuple[str, ...]:
+  tags = row.values.get("tags") or ()
   tags = tags.split(",") if isinstance(tags, str) else tags
   if not isinstance(tags, (list, tuple)) or not all(
       isinstance(tag, str) for tag in tags):
     raise UserError(
         "Expected a list of words, or words separated by commas, got "
-        f"tags={tags!r} in {table}. Correct them.")
-  return tuple(t for t in (tag.strip() for tag in tags) if t)
+        f"tags={tags!r} in {row.where}. Correct them.")
+  return tuple(t for t in (tables.clean(tag, row.where) for tag in tags) if t)
+
+
+def _is_picture(path: pathlib.Path) -> bool:
+  """Returns whether a file is an image by its suffix or, else, its start."""
+  suffix = path.suffix.lower()
+  if suffix in SUFFIXES:
+    return True
+  if suffix in _TEXTS or path.name.lower() in _UNREAD or not path.is_file():
+    return False
+  Image.init()
+  try:
+    with Image.open(path, formats=[f for f in _SNIFFED if f in Image.OPEN]):
+      return True
+  except Exception:  # a decoder may raise anything on other files
+    return False
+
+
+def _stem(path: pathlib.Path) -> pathlib.Path:
+  """Returns an image's name without its suffix, if that is an image's."""
+  is_suffix = path.suffix.lower() in SUFFIXES
+  return path.with_suffix("") if is_suffix else path
+
+
+def _text_beside(path: pathlib.Path) -> pathlib.Path:
+  stem = _stem(path)
+  return stem.with_name(f"{stem.name}.txt")
+
+
+def _unused(folder, files, captions) -> tuple[str, ...]:
+  """Returns a note that names files which are neither images nor captions."""
+  used = {str(p) for p in captions} | {c.source for c in captions.values()}
+  rest = [
+      str(p.relative_to(folder)) for p in files
+      if str(p) not in used and p.name.lower() not in TABLES
+      and (not p.name.startswith(".") or _is_hidden_picture(p))]
+  if not rest:
+    return ()
+  return (f"not used, as neither visible images nor their captions, of {folder}"
+          f": {', '.join(rest[:3])}" +
+          f" and {len(rest) - 3} more" * (len(rest) > 3),)
+
+
+def _is_hidden_picture(path: pathlib.Path) -> bool:
+  """Returns whether a hidden file is an image and not macOS' notes on one."""
+  return path.suffix.lower() in SUFFIXES and not path.name.startswith("._")

@@ -5,7 +5,27 @@ import hashlib
 import numpy as np
 from PIL import Image, ImageOps
 
+from ssd_jax.core.config import UserError
+
 VALIDATION_SHARE = 0.1
+
+
+class Unreadable(UserError):
+  """Images that cannot be read.
+
+  Attributes:
+    reasons: What is wrong with each image, by its name.
+  """
+
+  def __init__(
+      self, reasons: dict[str, str], advice: str = "Replace or remove"
+  ):
+    self.reasons = reasons
+    told = "; ".join(f"{name} ({why})" for name, why in reasons.items())
+    what = "an image" if len(reasons) == 1 else f"{len(reasons)} images"
+    super().__init__(
+        f"Expected images that can be read, got {what} that cannot be read: "
+        f"{told}. {advice} {'it' if len(reasons) == 1 else 'them'}.")
 
 
 class Source:
@@ -17,15 +37,21 @@ class Source:
 
   Attributes:
     keys: A name per item, independent of the other items; decides its split.
+    notes: What the user should know about the source.
   """
 
   keys: tuple[str, ...]
+  notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.keys)
 
   def __getitem__(self, index: int) -> dict:
     raise NotImplementedError
+
+  def caption(self, index: int) -> str:
+    """Returns the caption of item `index`."""
+    return self[index]["caption"]
 
   def variants(self, index: int) -> list[dict]:
     """Returns all variants of item `index`, the item itself first."""
@@ -39,7 +65,8 @@ class Source:
 
 def hash_fraction(key: str) -> float:
   """Returns a number in [0, 1) that depends on `key` alone, on any machine."""
-  digest = hashlib.sha256(key.encode()).digest()
+  # A file's name may be no UTF-8.
+  digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
   return int.from_bytes(digest[:4], "big") / 2**32
 
 

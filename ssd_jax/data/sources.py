@@ -106,6 +106,10 @@ class EmojiSource(Source):
   def __getitem__(self, index: int) -> dict:
     return self.load(self.records[index])
 
+  def caption(self, index: int) -> str:
+    """Returns the name of the emoji without reading its image."""
+    return self.records[index].label
+
   def variants(self, index: int) -> list[dict]:
     """Returns item `index` without skin tone, then in every skin tone."""
     base = self.records[index].base
@@ -132,9 +136,14 @@ class Subset(Source):
     self.source = source
     self.indices = tuple(indices)
     self.keys = tuple(source.keys[i] for i in self.indices)
+    self.notes = source.notes
 
   def __getitem__(self, index: int) -> dict:
     return self.source[self.indices[index]]
+
+  def caption(self, index: int) -> str:
+    """Returns the caption of the source."""
+    return self.source.caption(self.indices[index])
 
   def variants(self, index: int) -> list[dict]:
     """Returns the variants of the source."""
@@ -171,31 +180,43 @@ def hold_out(source: Source, split: str) -> Source:
 
 
 def open_source(spec: str, split: str, pixels: int) -> Source:
-  """Returns the source that `spec` names, with images of `pixels` by `pixels`.
+  """Returns one split of what `open_splits` opens."""
+  return open_splits(spec, (split,), pixels)[split]
+
+
+def open_splits(
+    spec: str, splits: Sequence[str], pixels: int
+) -> dict[str, Source]:
+  """Returns the sources that `spec` names, with images of `pixels` by `pixels`.
 
   Args:
     spec: "emoji", "folder:PATH" or "tfds:NAME". Options of TFDS follow a
       question mark: "tfds:NAME?caption_key=label&split=train".
-    split: "train", "validation" or "all". Emoji are split by group, other
-      images by the hash of their file name or index.
+    splits: Any of "train", "validation" and "all". Emoji are split by group,
+      other images by the hash of their file name or index.
     pixels: Side of the images.
 
   Raises:
     UserError: if the spec, an image or a caption is invalid.
   """
   check(pixels >= 1, "pixels", pixels, ">= 1")
-  kind, _, rest = spec.partition(":")
   if spec == "emoji":
-    return EmojiSource(split, pixels)
+    return {split: EmojiSource(split, pixels) for split in splits}
+  source = _open(spec, pixels)
+  return {split: hold_out(source, split) for split in splits}
+
+
+def _open(spec: str, pixels: int) -> Source:
+  kind, _, rest = spec.partition(":")
   if kind == "folder" and rest:
-    return hold_out(FolderSource(rest, pixels), split)
+    return FolderSource(rest, pixels)
   if kind == "tfds" and rest:
     name, _, query = rest.partition("?")
     query = query.replace("+", "%2B")  # TFDS joins splits with a plus
     options = {"split": "train", **dict(parse.parse_qsl(query))}
     for option in options:
       check(option in _TFDS_OPTIONS, "option", option, f"in {_TFDS_OPTIONS}")
-    return hold_out(TFDSSource(name, pixels=pixels, **options), split)
+    return TFDSSource(name, pixels=pixels, **options)
   raise UserError(
       f"Expected emoji, folder:PATH or tfds:NAME, got {spec!r}. Choose one of "
       "these."

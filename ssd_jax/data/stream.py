@@ -1,6 +1,7 @@
 """Shuffled, endless, resumable and deterministic streams of batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import os
 from typing import Any
 
 import grain
@@ -60,3 +61,17 @@ def stream(
       grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)
   )
   return share.batch(batch // count, drop_remainder=True)
+
+
+def in_order(source: Any, read: Callable[[Any, int], Any]) -> Iterator[Any]:
+  """Yields `read(source, index)` of every item, some of them read ahead.
+
+  Args:
+    source: Anything with `__len__`; passed to `read`.
+    read: Called in threads; returns anything but None.
+  """
+  threads = min(16, os.cpu_count() or 1)
+  yield from grain.MapDataset.range(len(source)).map(
+      lambda index: read(source, int(index))).to_iter_dataset(
+          grain.ReadOptions(
+              num_threads=threads, prefetch_buffer_size=2 * threads))

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from ssd_jax.core.config import UserError
-from ssd_jax.data.folder import one_line
-from ssd_jax.data.pictures import Source, to_square
+from ssd_jax.data.pictures import Source, Unreadable, to_square
+from ssd_jax.data.tables import one_line
 
 _CAPTION_KEYS = ("caption", "captions", "text", "label")
 
@@ -60,11 +60,8 @@ class TFDSSource(Source):
       array = array[..., 0] if array.shape[-1] == 1 else array
       image = to_square(Image.fromarray(array), self.pixels)
     except Exception as error:  # a decoder may raise anything on bad bytes
-      raise UserError(
-          "Expected 8-bit pixels, got an image that cannot be read, item "
-          f"{index} of {self.name} split {self.split!r} ({one_line(error)}). "
-          "Prepare the dataset again."
-      ) from error
+      name = f"item {index} of {self.name} split {self.split!r}"
+      raise Unreadable({name: one_line(error)}, "Prepare again") from error
     try:
       caption = self._caption(_at(row, self._caption_key))
     except UnicodeDecodeError as error:

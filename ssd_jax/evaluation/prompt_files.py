@@ -5,7 +5,6 @@ in the folder layouts that the official scorers read.
 """
 
 from collections.abc import Sequence
-import csv
 import dataclasses
 import json
 import os
@@ -18,10 +17,12 @@ from PIL import Image
 
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.images import Images
+from ssd_jax.data import tables
 from ssd_jax.storage.files import write_text
 from ssd_jax.visualization.contact_sheets import save_picture
 
 LAYOUTS = ("geneval", "dpg")
+_COLUMNS = ("prompt", "caption", "text")
 _DPG_PICTURES = 4  # images per prompt, in a two-by-two grid
 
 
@@ -43,18 +44,21 @@ class Item:
 def read_prompts(path: str | os.PathLike) -> list[Item]:
   """Returns the prompts of a file or folder, in order.
 
-  Text files hold one prompt per line. Other formats are a folder of .txt files
-  (DPG-Bench), .jsonl (GenEval), .json (COCO captions, the first of each image)
-  and .tsv (PartiPrompts).
+  Text files hold one prompt per line. Other formats are .csv and .tsv (as
+  PartiPrompts) with a header and a column of prompts, .jsonl (GenEval), .json
+  (COCO captions, the first of each image) and a folder of .txt files
+  (DPG-Bench).
 
   Raises:
     UserError: if the file is unreadable, of another format or without prompts.
   """
   path = pathlib.Path(path)
-  readers = {".jsonl": _geneval, ".json": _coco, ".tsv": _parti}
+  readers = {".jsonl": _geneval, ".json": _coco, ".tsv": _table, ".csv": _table}
   reader = _dpg if path.is_dir() else readers.get(path.suffix.lower(), _lines)
   try:
     items = reader(path)
+  except UserError:
+    raise
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(
         "Expected UTF-8 text with one prompt per line, got an unreadable "
@@ -71,6 +75,8 @@ def read_prompts(path: str | os.PathLike) -> list[Item]:
     raise UserError(
         f"Expected at least one prompt, got no prompt in {path}. Check the "
         "file.")
+  for item in items:
+    tables.check_text(item.prompt, f"{path}, prompt {item.name}")
   return items
 
 
@@ -89,6 +95,21 @@ def _geneval(path: pathlib.Path) -> list[Item]:
   return [Item(row["prompt"], f"{i:05d}", row) for i, row in enumerate(rows)]
 
 
+def _table(path: pathlib.Path) -> list[Item]:
+  """Reads the column of prompts; quotation marks of .tsv are part of them."""
+  rows = tables.read(path, quotes=path.suffix.lower() == ".csv")
+  items = []
+  for number, row in enumerate(rows):
+    text = row.text(_COLUMNS)
+    if text is None or not text.strip():
+      raise UserError(
+          f"Expected a header with a column {', '.join(_COLUMNS)}, and a text "
+          f"there in every row, got none in {row.where}. Name it so, or save "
+          "one prompt per line as .txt.")
+    items.append(Item(text.strip(), f"{number:05d}"))
+  return items
+
+
 def _read_lines(path: pathlib.Path) -> list[str]:
   """Returns the lines of a file, without a byte-order mark of Windows."""
   return path.read_text("utf-8-sig").split("\n")
@@ -99,9 +120,16 @@ def _dpg(path: pathlib.Path) -> list[Item]:
   def order(file):
     return (not file.stem.isdigit(), file.stem.zfill(12))
 
-  files = sorted(path.glob("*.txt"), key=order)
-  return [Item(file.read_text("utf-8-sig").strip(), file.stem)
-          for file in files]
+  files = sorted(
+      (file for file in path.iterdir() if file.suffix.lower() == ".txt"
+       and not file.name.startswith(".")), key=order)
+  items = [Item(file.read_text("utf-8-sig").strip(), file.stem)
+           for file in files]
+  empty = [file for file, item in zip(files, items) if not item.prompt]
+  if empty:
+    raise UserError(
+        f"Expected a prompt in every file, got none in {empty[0]}. Remove it.")
+  return items
 
 
 def _coco(path: pathlib.Path) -> list[Item]:
@@ -111,14 +139,6 @@ def _coco(path: pathlib.Path) -> list[Item]:
                     key=lambda row: row["id"]):
     first.setdefault(row["image_id"], row["caption"].strip())
   return [Item(text, f"{image:012d}") for image, text in sorted(first.items())]
-
-
-def _parti(path: pathlib.Path) -> list[Item]:
-  """Reads the column Prompt of `PartiPrompts.tsv`."""
-  with path.open(encoding="utf-8-sig", newline="") as file:
-    rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return [Item(row["Prompt"].strip(), f"{i:05d}")
-            for i, row in enumerate(rows)]
 
 
 def export(

@@ -8,11 +8,10 @@ import dataclasses
 import pathlib
 
 import numpy as np
-from PIL import Image
 
 from ssd_jax.core.config import UserError
 from ssd_jax.core.images import Images, OnDemand
-from ssd_jax.data import sources
+from ssd_jax.data import folder as folder_lib, sources
 from ssd_jax.data.pictures import hash_fraction, to_square
 from ssd_jax.evaluation import efficientnet, metrics
 from ssd_jax.evaluation.metrics import Estimate, Gap
@@ -206,41 +205,21 @@ def emoji_captions(split: str | None) -> list[str]:
 
 
 class FolderPictures(OnDemand):
-  """The real images of a folder, cropped square, read on demand.
+  """The real images below a folder, cropped square, read on demand.
 
   Raises:
     UserError: if there are fewer than two, or one cannot be read.
   """
 
   def __init__(self, folder: str, pixels: int = efficientnet.INPUT_SIZE):
-    kinds = (".png", ".jpg", ".jpeg", ".webp")
-    files = sorted(
-        f for f in pathlib.Path(folder).glob("*") if f.suffix.lower() in kinds)
-    super().__init__(files, lambda file: _read_square(file, pixels))
+    files = folder_lib.find_pictures(pathlib.Path(folder))
+    super().__init__(files, lambda file: folder_lib.read(
+        file, lambda picture: to_square(picture, pixels)))
     if len(files) < 2:
       raise UserError(
-          f"Expected two or more .png, .jpg or .webp, got {len(files)} "
-          f"images in --real_images {folder}. Check the folder.")
-    for file in files:
-      try:
-        with Image.open(file):
-          pass
-      except Exception as error:  # an oversized one raises no OSError
-        raise _unreadable(file) from error
-
-
-def _read_square(file: pathlib.Path, pixels: int) -> np.ndarray:
-  try:
-    with Image.open(file) as picture:
-      return to_square(picture, pixels)
-  except Exception as error:  # a decoder may raise anything on bad bytes
-    raise _unreadable(file) from error
-
-
-def _unreadable(file: pathlib.Path) -> UserError:
-  return UserError(
-      f"Expected .png, .jpg or .webp, got an unreadable image {file}. "
-      "Remove or replace it.")
+          f"Expected two or more images, got {len(files)} images in "
+          f"--real_images {folder}. Check the folder.")
+    folder_lib.check_headers(files)
 
 
 def make_references(

@@ -105,21 +105,39 @@ def read_features(files: Sequence[str], shape: tuple[int, ...]) -> Features:
   """
   _, slots, width = shape
   features, mask = np.zeros(shape, np.float32), np.zeros(shape[:2], bool)
+  notes = []
   for i, file in enumerate(files):
-    try:
-      x = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-      raise UserError("Expected a readable .npy file of caption features, got "
-                      f"prompt {file!r}.") from error
-    if x.ndim not in (2, 3) or not x.size or x.shape[-1] != width or (
-        x.ndim == 3 and len(x) != 1):
-      raise UserError(
-          f"Expected features of shape (1, LENGTH, {width}), got features of "
-          f"shape {x.shape} in {file}. Compute them with flan-t5-xl.")
-    x = x.reshape(-1, width)[:slots]
+    x = _read_array(file, width)
+    if len(x) > slots:
+      notes.append(f"{file} holds features of {len(x)} words, of which the "
+                   f"model reads the first {slots}")
+    x = x[:slots]
     features[i, :len(x)] = x
     mask[i, :len(x)] = True
-  return features, mask, []
+  return features, mask, notes
+
+
+def _read_array(file: str, width: int) -> np.ndarray:
+  """Returns the features of one file, float [L, E]."""
+  try:
+    x = np.load(file, allow_pickle=False)
+  except Exception as error:  # numpy raises many types for damaged files
+    raise UserError("Expected a readable .npy file of caption features, got "
+                    f"prompt {file!r}.") from error
+  if not isinstance(x, np.ndarray) or not np.issubdtype(x.dtype, np.floating):
+    raise UserError(
+        f"Expected an array of floats, got {file}, which holds "
+        f"{getattr(x, 'dtype', 'several arrays')}. Save caption features.")
+  if x.ndim not in (2, 3) or not x.size or x.shape[-1] != width or (
+      x.ndim == 3 and len(x) != 1):
+    raise UserError(
+        f"Expected features of shape (1, LENGTH, {width}), got features of "
+        f"shape {x.shape} in {file}. Compute them with flan-t5-xl.")
+  if not np.isfinite(x).all():
+    raise UserError(
+        f"Expected finite features, got nan or inf in {file}. Compute them "
+        "again.")
+  return x.reshape(-1, width)
 
 
 def random_features(

@@ -24,9 +24,15 @@ def fingerprint(trunk: Params) -> tuple[float, ...]:
 
 
 def same_trunk(one: Sequence[float], other: Sequence[float]) -> bool:
-  """Returns whether fingerprints agree up to rounding; empty ones always do."""
+  """Returns whether fingerprints agree up to rounding; empty ones always do.
+
+  What is no fingerprint, as in a damaged file, agrees with none.
+  """
   if not one or not other:
     return True
-  # Half a unit in the last place of bfloat16 is 0.2%; float16 flushes values
-  # below 6e-8 to zero.
-  return len(one) == len(other) and np.allclose(one, other, 0.006, 1e-7)
+  try:
+    # Half a unit in the last place of bfloat16 is 0.2%; float16 flushes values
+    # below 6e-8 to zero.
+    return len(one) == len(other) and np.allclose(one, other, 0.006, 1e-7)
+  except (TypeError, ValueError):
+    return False

@@ -9,6 +9,7 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import pathlib
@@ -74,17 +75,10 @@ def load(
   _check_names(name=name, heads=heads, drafter=drafter)
   check(choices is None or isinstance(choices, Mapping), "choices", choices,
         "a dict of settings")
-  folder = EMBEDDED if name == "emoji" else pathlib.Path(name)
-  settings = read_json(folder / "model.json")
-  known = settings.get("family") if isinstance(settings, dict) else None
-  if not isinstance(known, str) or known not in FAMILIES:
-    raise UserError(
-        f"Expected one of {sorted(FAMILIES)}, got {folder / 'model.json'} "
-        "without a known family. Check the folder."
-    )
+  folder, settings = _folder_of(name), read_settings(name)
   try:
     choose(settings, choices or {})
-    family = FAMILIES[known](settings, folder)
+    family = FAMILIES[settings["family"]](settings, folder)
     shapes = _shapes(family)
     _check_memory(family, shapes, None if random_weights else folder)
   except (KeyError, AttributeError, TypeError) as error:
@@ -107,6 +101,48 @@ def load(
   _check_tokenizer(folder, settings)
   found["model"] = folder
   return _pipeline(family, params, vq_params, found, int8)
+
+
+def _folder_of(name: str | os.PathLike) -> pathlib.Path:
+  return EMBEDDED if name == "emoji" else pathlib.Path(name)
+
+
+def read_settings(name: str | os.PathLike) -> dict[str, Any]:
+  """Returns what the model.json of a model folder holds.
+
+  Args:
+    name: As for `load`.
+
+  Raises:
+    UserError: if it is damaged or of no known family.
+  """
+  file = _folder_of(name) / "model.json"
+  settings = read_json(file)
+  known = settings.get("family") if isinstance(settings, dict) else None
+  if not isinstance(known, str) or known not in FAMILIES:
+    raise UserError(
+        f"Expected one of {sorted(FAMILIES)}, got {file} without a known "
+        "family. Check the folder.")
+  return settings
+
+
+def identity(name: str | os.PathLike) -> dict[str, str]:
+  """Returns identifiers of the parts that make image tokens of prompts.
+
+  Args:
+    name: As for `load`. Folders without checksums have fewer identifiers.
+  """
+  folder, found = _folder_of(name), {}
+  for part in ("trunk", "text_encoder"):
+    if (folder / part / checkpoints.CHECKSUMS).is_file():
+      found[part.replace("_", " ")] = checkpoints.identity(folder / part)
+  texts = sorted(file for file in (folder / "tokenizer").rglob("*")
+                 if file.is_file())
+  made = hashlib.sha256(str(read_settings(name).get("words", "")).encode(
+      "utf-8", "surrogatepass"))
+  for file in texts:
+    made.update(file.name.encode() + file.read_bytes())
+  return found | {"text tokenizer": made.hexdigest()[:16]}
 
 
 def _check_names(**places: Any) -> None:

@@ -1,6 +1,6 @@
 """Trains a trunk on captions and image tokens with cross-entropy."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -15,6 +15,7 @@ import optax
 from ssd_jax.core.config import LoopConfig, OptimizerConfig, check
 from ssd_jax.core.types import Prompt
 from ssd_jax.data import stream as data_stream
+from ssd_jax.data.survey import Survey
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.vocabulary import Vocabulary, words_of
 from ssd_jax.models.vq import VQ
@@ -29,7 +30,7 @@ from ssd_jax.training.state import (
   make_optimizer,
   mean_gradients,
 )
-from ssd_jax.training.tokenizer import reconstruct
+from ssd_jax.training.tokenizer import encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class TokenSource:
   """All images of a split as tokens, grouped into items.
 
   Attributes:
-    tokens: int32 [images, N], tokens of each image.
+    tokens: Unsigned [images, N], tokens of each image.
     captions: Label of each image.
     tags: Tags of each image.
     items: Indices of each item's images; the first is the plain variant.
@@ -90,53 +91,60 @@ class TokenSource:
   def __len__(self) -> int:
     return len(self.items)
 
-  def texts(self) -> list[str]:
-    """Returns all labels and tags."""
-    return [*self.captions, *(tag for tags in self.tags for tag in tags)]
+  def sequences(self, images: Sequence[int]) -> np.ndarray:
+    """Returns the tokens of some images, int32 [B, N]."""
+    return self.tokens[np.asarray(images)].astype(np.int32)
 
 
-def encode_split(vq: VQ, params, source, cache: pathlib.Path) -> TokenSource:
+def encode_split(
+    vq: VQ, params, contents: Survey, cache: pathlib.Path
+) -> TokenSource:
   """Returns the tokens of a source's images, cached for the next run.
 
-  The cache lies beside `cache`. Its file name holds a checksum of the images
-  and the tokenizer, so that other images or another tokenizer are encoded
-  anew. Images of a damaged file are encoded again.
+  Images are read again, a few at a time; their tokens alone are kept. The cache
+  lies beside `cache`. Its file name holds a checksum of the images and the
+  tokenizer, so that other images or another tokenizer are encoded anew. Images
+  of a damaged file are encoded again.
   """
-  captions: list[str] = []
-  tags: list[tuple[str, ...]] = []
-  items: list[tuple[int, ...]] = []
-  pixels: list[np.ndarray] = []
-  for index in range(len(source)):
-    pictures = source.variants(index)
-    items.append(tuple(range(len(captions), len(captions) + len(pictures))))
-    for picture in pictures:
-      captions.append(picture["caption"])
-      tags.append(tuple(picture["tags"]))
-      pixels.append(picture["image"])
-  images = np.stack(pixels)
-  digest = hashlib.sha256(images.tobytes())
+  checksum = hashlib.sha256(contents.images.tobytes())
   for leaf in jax.tree.leaves(params):
-    digest.update(np.asarray(leaf).tobytes())
-  cache = cache.with_name(f"{cache.stem}-{digest.hexdigest()[:16]}.npz")
-  tokens = _read_tokens(cache)
+    checksum.update(np.asarray(leaf).tobytes())
+  name = f"{cache.stem}-{checksum.hexdigest()[:16]}"
+  cache, count = cache.with_name(f"{name}.npz"), len(contents.captions)
+  tokens = _read_tokens(cache, count)
   if tokens is None:
-    with Bar(total=len(images), desc="images to tokens", unit="image",
-             disable=jax.process_index() > 0) as bar:
-      _, ids = reconstruct(vq, params, images, on_batch=bar.update)
-    tokens = ids.reshape(len(images), -1)
+    tokens = _encode(vq, params, contents)
     cache.parent.mkdir(parents=True, exist_ok=True)
     with replacing(cache) as partial, open(partial, "wb") as file:
-      np.savez(file, tokens=tokens)
-  return TokenSource(tokens, tuple(captions), tuple(tags), tuple(items))
+      np.savez(file, tokens=tokens, name=name)
+  return TokenSource(tokens, contents.captions, contents.tags, contents.items)
 
 
-def _read_tokens(cache: pathlib.Path) -> np.ndarray | None:
-  """Returns the cached tokens, or None if the file is missing or damaged."""
+def _encode(vq: VQ, params, contents: Survey) -> np.ndarray:
+  """Returns tokens [images, N] in the smallest unsigned type that fits."""
+  variants = data_stream.in_order(
+      contents.source, lambda source, index: source.variants(index))
+  images = (picture["image"] for pictures in variants for picture in pictures)
+  parts, kind = [], np.min_scalar_type(vq.cfg.n_codes - 1)
+  with Bar(total=len(contents.captions), desc="images to tokens", unit="image",
+           disable=jax.process_index() > 0) as bar:
+    for ids in encode(vq, params, images):
+      parts.append(ids.reshape(len(ids), -1).astype(kind))
+      bar.update(len(ids))
+  return np.concatenate(parts)
+
+
+def _read_tokens(cache: pathlib.Path, count: int) -> np.ndarray | None:
+  """Returns `count` images' cached tokens; None if missing or damaged."""
   if not cache.exists():
     return None
   try:
     with np.load(cache) as file:
-      return file["tokens"]  # zip verifies its own checksum
+      # zip verifies its own checksums
+      tokens, known = file["tokens"], str(file["name"])
+    if known != cache.stem or tokens.ndim != 2 or len(tokens) != count:
+      raise ValueError("of other images")
+    return tokens
   except Exception as error:  # zip and numpy raise many types
     print(f"{cache} is damaged ({type(error).__name__}): encoding it again",
           file=sys.stderr)
@@ -157,8 +165,8 @@ def load_example(
   for word in words_of(text):
     ids += words.spell(word) if rng.random() < cfg.spell else words.ids(word)
   prompt, mask = words.pad(ids[: words.length - 2])
-  tokens = source.tokens[picture]
-  other = source.tokens[rng.integers(len(source.tokens))]
+  tokens, other = source.sequences(
+      [picture, int(rng.integers(len(source.tokens)))])
   is_other = rng.random(tokens.shape) < cfg.corrupt * rng.random()
   return {"tokens": tokens, "inputs": np.where(is_other, other, tokens),
           "prompt": prompt, "mask": mask}
@@ -247,8 +255,8 @@ def plain_batches(
     pictures = [source.items[i][0] for i in picks[start:start + batch]]
     padded = [words.pad(words.encode(source.captions[i])[0]) for i in pictures]
     yield {
-        "tokens": source.tokens[pictures],
-        "inputs": source.tokens[pictures],
+        "tokens": source.sequences(pictures),
+        "inputs": source.sequences(pictures),
         "prompt": np.stack([p for p, _ in padded]),
         "mask": np.stack([m for _, m in padded]),
     }

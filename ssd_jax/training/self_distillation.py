@@ -6,7 +6,7 @@ depends on the manifest alone, so a run that is killed at any moment continues
 without losing or repeating an image.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -44,6 +44,8 @@ class Teacher:
       conditional rows and, if guided, the unconditional rows after them.
     sampling: Settings of the target distribution.
     guided: Whether two guidance streams run.
+    parts: Identifiers of what else its images depend on, such as the text
+      tokenizer.
   """
 
   generator: Generator
@@ -51,6 +53,7 @@ class Teacher:
   encode_prompts: Callable[[Sequence[str], bool], tuple[Prompt, list[str]]]
   sampling: Sampling
   guided: bool
+  parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,7 @@ def generate_images(
   folder, captions = pathlib.Path(folder), tuple(captions)
   check(len(captions) > 0, "captions", captions, "at least one")
   folder.mkdir(parents=True, exist_ok=True)
-  _claim(folder, _manifest(teacher, captions, cfg))
+  _claim(folder, _manifest(teacher, captions, cfg), teacher.parts)
   shards = _shards(folder, len(captions), cfg.shard)
   is_first = jax.process_index() == 0
   bar = Bar(total=len(captions), desc=folder.name, unit="image",
@@ -135,15 +138,14 @@ def generate_images(
         continue
       shard = _generate_shard(teacher, captions, images, cfg, preemption, bar)
       if is_first:
-        _write_shard(path, shard)
+        _write_shard(path, shard, images)
   sharding.barrier(f"generated {folder.name}")
-  grid = teacher.generator.grid
+  grid, vocab = teacher.generator.grid, teacher.generator.cfg.vocab_out
   tokens = [
-    _read(path, (len(images), grid.num_tokens)) for path, images in shards
+    _read(path, images, (len(images), grid.num_tokens), vocab)
+    for path, images in shards
   ]
-  return GeneratedTokens(
-      captions, np.concatenate(tokens), grid, teacher.generator.cfg.vocab_out
-  )
+  return GeneratedTokens(captions, np.concatenate(tokens), grid, vocab)
 
 
 def batches(
@@ -194,11 +196,21 @@ def _manifest(
       "shard": cfg.shard,
       "trunk": list(fingerprint(teacher.params["trunk"])),
       "captions": list(captions),
+      **{name: value for name, value in teacher.parts.items()
+         if name != "trunk"},  # whose fingerprint allows for rounding
   }
 
 
-def _claim(folder: pathlib.Path, manifest: dict) -> None:
-  """Writes the manifest, or checks that the existing one is equal."""
+def _claim(
+    folder: pathlib.Path, manifest: dict, newer: Container[str] = ()
+) -> None:
+  """Writes the manifest, or checks that the existing one is equal.
+
+  Args:
+    folder: Folder of the images.
+    manifest: What they depend on.
+    newer: Names of entries that older manifests do not hold.
+  """
   path = folder / "manifest.json"
   if not path.exists():
     _replace(path, lambda file: file.write(
@@ -211,6 +223,8 @@ def _claim(folder: pathlib.Path, manifest: dict) -> None:
     ) from error
   for name, value in manifest.items():
     same = same_trunk if name == "trunk" else lambda a, b: a == b
+    if name in newer and name not in found:
+      continue
     if name not in found or not same(found[name], value):
       raise UserError(
           f"Expected the images of this run, got images in {folder} whose "
@@ -222,10 +236,16 @@ def _shards(folder: pathlib.Path, count: int, size: int):
   """Returns the path and the image indices of each shard."""
   starts = range(0, count, size)
   return [
-      (folder / f"tokens-{i:05d}-of-{len(starts):05d}.npy",
+      (_shard_file(folder / f"tokens-{i:05d}-of-{len(starts):05d}"),
        np.arange(start, min(start + size, count)))
       for i, start in enumerate(starts)
   ]
+
+
+def _shard_file(stem: pathlib.Path) -> pathlib.Path:
+  """Returns the file of a shard; .npy, without checksums, is an older form."""
+  older = stem.with_name(f"{stem.name}.npy")
+  return older if older.exists() else stem.with_name(f"{stem.name}.npz")
 
 
 def _generate_shard(
@@ -256,8 +276,10 @@ def _generate_shard(
   return np.concatenate(finished).astype(np.min_scalar_type(model.vocab - 1))
 
 
-def _write_shard(path: pathlib.Path, tokens: np.ndarray) -> None:
-  _replace(path, lambda file: np.save(file, tokens))
+def _write_shard(
+    path: pathlib.Path, tokens: np.ndarray, images: np.ndarray
+) -> None:
+  _replace(path, lambda file: np.savez(file, tokens=tokens, images=images))
 
 
 def _replace(path: pathlib.Path, write: Callable) -> None:
@@ -268,10 +290,18 @@ def _replace(path: pathlib.Path, write: Callable) -> None:
     os.fsync(file.fileno())
 
 
-def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
+def _read(
+    path: pathlib.Path, images: np.ndarray, shape: tuple[int, int], vocab: int
+) -> np.ndarray:
+  """Returns the tokens of a shard of these images."""
   try:
     tokens = np.load(path)
-  except ValueError as error:
+    if path.suffix == ".npz":
+      with tokens as file:  # zip verifies its own checksums
+        tokens, known = file["tokens"], file["images"]
+      if not np.array_equal(known, images):
+        raise ValueError("of other images")
+  except Exception as error:  # zip and numpy raise many types
     raise UserError(
         f"Expected {shape[0]} images, got a damaged {path}. Remove it to "
         "generate them again."
@@ -281,4 +311,8 @@ def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
         f"Expected tokens of shape {shape}, got {path} of shape "
         f"{tokens.shape}. Remove it to generate them again."
     )
+  if tokens.dtype.kind != "u" or tokens.max() >= vocab:
+    raise UserError(
+        f"Expected tokens below {vocab}, got a damaged {path}. Remove it to "
+        "generate them again.")
   return tokens

@@ -15,9 +15,10 @@ Otherwise blank positions get tokens that no caption predicts but that identify
 the image, and a trunk learns to read these tokens instead of the caption.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 import dataclasses
 import functools
+import itertools
 
 import flax.struct
 import jax
@@ -196,8 +197,7 @@ def update_codebook(codes_VZ, stats: CodebookStats, batch, key, starts, cfg):
 
 
 def reconstruct(
-    vq: VQ, params, images: np.ndarray, batch: int = 16,
-    on_batch: Callable[[int], None] = lambda count: None,
+    vq: VQ, params, images: np.ndarray, batch: int = 16
 ):
   """Encodes and decodes uint8 images [N, H, W, 3].
 
@@ -216,9 +216,24 @@ def reconstruct(
     chunk = images[start:start + batch]
     pad = np.concatenate([chunk, np.repeat(chunk[-1:], batch - len(chunk), 0)])
     outs.append([np.asarray(x)[:len(chunk)] for x in run(params, pad)])
-    on_batch(len(chunk))
   pixels, ids = (np.concatenate(x) for x in zip(*outs, strict=True))
   return pixels, ids
+
+
+def encode(
+    vq: VQ, params, images: Iterable[np.ndarray], batch: int = 16
+) -> Iterator[np.ndarray]:
+  """Yields the token ids of uint8 images [H, W, 3] in parts, [n, R, C]."""
+
+  @jax.jit
+  def run(params, image):
+    z = vq.apply({"params": params}, to_float(image), method="encode")
+    return vq.apply({"params": params}, z, method="quantize")
+
+  images = iter(images)
+  while part := list(itertools.islice(images, batch)):
+    pad = part[-1:] * (batch - len(part))
+    yield np.asarray(run(params, np.stack(part + pad)))[:len(part)]
 
 
 def psnr(pixels: np.ndarray, images: np.ndarray) -> np.ndarray:

@@ -1,25 +1,35 @@
 """train.mtp and train.drafter on a converted model, and generating with
 them."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import shlex
+import types
 
 from absl import flags
 import ml_collections
+import numpy as np
 from PIL import Image
 import pytest
 
-from ssd_jax.cli import generate, run, train
+from ssd_jax.cli import common, config_overrides, generate, run, train
 from ssd_jax.cli.convert import RECIPES
 from ssd_jax.convert import convert
 from ssd_jax.convert.tensors import Checkpoint
 from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
 from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
 from ssd_jax.models.spatial_heads import HeadsOptions
+from ssd_jax.pipeline import model_folder
+from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import write_json
 from ssd_jax.training import self_distillation
 from ssd_jax.training.drafter import DrafterTraining
 from ssd_jax.training.heads import MTPConfig
 from ssd_jax.training.self_distillation import GenerationConfig
+from tests.support import bad_inputs
+from tests.support.made_pictures import captioned_folder, truncate
 from tests.support.toy_families import llamagen_class_config
 from tests.support.toy_weights import InMemory
 
@@ -102,6 +112,11 @@ def test_convert_train_generate(capsys, model, tmp_path, monkeypatch):
   assert "Mean accepted length" in (
       tmp_path / "run" / "drafter" / "acceptance.md").read_text()
   trained = tmp_path / "run" / "model"
+  command = shlex.split(out.splitlines()[-1])
+  assert command[:3] == ["python", "-m", "infer.generate"]
+  status, _, err = call(  # as printed
+      capsys, generate.body, *command[3:], "--out", tmp_path / "out")
+  assert status == 0, err
   for decoder in ("ssd", "eagle", "lantern:neighbours=5"):
     status, out, err = call(
         capsys, generate.body, "--checkpoint", model, "--heads",
@@ -156,6 +171,127 @@ def test_what_training_lacks_is_one_line(
         capsys, body, config, "--workdir", tmp_path / "run")
     assert status == 2 and said in err.splitlines()[-1]
     assert "Expected " in err.splitlines()[-1]
+
+
+def test_edited_captions_never_renumber_a_trunks_words(tmp_path, monkeypatch):
+  """train.ar refuses other captions before it encodes or writes anything."""
+  def encode_split(*_):
+    raise UserError("encoded")
+
+  monkeypatch.setattr(train.ar_training, "encode_split", encode_split)
+  data = captioned_folder(tmp_path / "data", 5)
+  checkpoints.save(tmp_path / "run" / "model" / "vq", {"w": np.zeros(1)})
+  args = ["--config", "configs/emoji.py:smoke", "--config.pixels=8",
+          f"--config.data=folder:{data}", "--workdir", f"{tmp_path}/run"]
+  feed = lambda: bad_inputs.feed("ar", args, tmp_path)[1]
+  assert feed().endswith("encoded\n")
+  (tmp_path / "run" / "ar" / "checkpoints").mkdir()
+  before = (tmp_path / "run" / "ar" / "data.npz").read_bytes()
+  assert feed().endswith("encoded\n")
+  (data / "03.txt").write_text("blue")
+  assert "got another caption for '03' for the run in" in feed()
+  assert (tmp_path / "run" / "ar" / "data.npz").read_bytes() == before
+  truncate(data / "01.png")
+  truncate(data / "02.png")
+  error = feed()
+  assert "got 2 images" in error and "01.png" in error and "02.png" in error
+
+
+def test_prompts_and_parts_belong_to_a_run_of_heads(tmp_path, monkeypatch):
+  """Edited prompts, another text tokenizer: one line; moved prompts go on."""
+  def learn(*_):
+    raise UserError("trained")
+
+  parts = {"text tokenizer": "1"}
+  monkeypatch.setattr(train.mtp_training, "run", learn)
+  monkeypatch.setattr(
+      train, "_teacher", lambda *_: types.SimpleNamespace(parts=parts))
+
+  def feed(name, text):
+    (tmp_path / name).write_text(text)
+    return bad_inputs.feed(
+        "mtp", ["--config.checkpoint=emoji", "--workdir", f"{tmp_path}/run",
+                f"--config.prompts_file={tmp_path}/{name}"], tmp_path)[1]
+
+  assert feed("a.txt", "red\nblue\ngreen") == "trained\n"
+  (tmp_path / "run" / "mtp" / "checkpoints").mkdir()
+  assert feed("b.csv", "prompt\nred\nblue\ngreen\n") == "trained\n"
+  said = feed("a.txt", "red\nblue\ngrey")
+  assert "got the new caption 'grey', 1 caption fewer for the run in" in said
+  parts["text tokenizer"] = "2"
+  assert "got another text tokenizer for" in feed("a.txt", "red\nblue\ngreen")
+
+
+def lumina_512(folder):
+  """A folder that says that it is Lumina of 512 px, and prompts."""
+  config = lumina.get_config("512").to_dict()
+  (folder / "prompts.txt").write_text("a\nb\n")
+  write_json(folder / "model" / "model.json",
+             {"family": "lumina", "config": config})
+  return [f"--config.prompts_file={folder}/prompts.txt",
+          f"--config.checkpoint={folder}/model"]
+
+
+@pytest.mark.parametrize("variant", ["", ":768", ":1024"])
+def test_a_checkpoint_of_another_variant_is_one_line(tmp_path, variant):
+  """Heads are never trained for a grid of another checkpoint."""
+  status, err, written = bad_inputs.feed(
+      "mtp", ["--config", f"configs/lumina.py{variant}",
+              *lumina_512(tmp_path)], tmp_path)
+  assert status == 2 and not written
+  assert f"target_size={variant[1:] or 768}, as --config" in err
+  assert "with target_size=512" in err
+
+
+@pytest.mark.parametrize("args", [
+    ["configs/lumina.py:512"],
+    ["configs/lumina.py:512", "--config.size=1024x256"],
+    ["configs/lumina.py", "--config.target_size=512", "--config.size=512x512"],
+])
+def test_training_and_drawing_choose_the_grid_by_one_rule(
+    tmp_path, monkeypatch, args
+):
+  """And the command that training prints makes the same choices."""
+  chosen, same = [], []
+  config, *args = args
+
+  def load(name, **given):
+    chosen.append(given["choices"])
+    raise UserError("loaded")
+
+  def draw():
+    common.load_pipeline()
+
+  def learn():
+    same.extend(config_overrides.flags_of(flags.FLAGS.config))
+    train._teacher(flags.FLAGS.config, tmp_path)
+
+  monkeypatch.setattr(model_folder, "load", load)
+  checkpoint = lumina_512(tmp_path)[1:]
+  for body in (learn, draw):
+    _, err, _ = bad_inputs.feed(
+        "generate", ["--config", config, *args, *checkpoint], tmp_path, body)
+    assert err == "loaded\n"
+  bad_inputs.feed("generate", [*same, *checkpoint], tmp_path, draw)
+  assert chosen[0] == chosen[1] == chosen[2] and "size" in chosen[0]
+
+
+def test_the_printed_command_is_for_a_shell(tmp_path):
+  """Spaces and quotes of paths and captions are quoted."""
+  table, out = tmp_path / "table.md", io.StringIO()
+  table.write_text("")
+
+  def body():
+    with contextlib.redirect_stdout(out):
+      train._print_table(
+          flags.FLAGS.config, tmp_path / "a b", "heads", "ssd", table,
+          {"validation": ["it's $5"]})
+
+  bad_inputs.feed("generate", ["--config.checkpoint=my model"], tmp_path, body)
+  words = shlex.split(out.getvalue().splitlines()[-1])
+  assert words[3:] == [
+      "--checkpoint", "my model", "--heads", f"{tmp_path}/a b/model/heads",
+      "--decoder", "ssd", "--prompt", "it's $5"]
 
 
 def test_settings_that_nothing_reads_are_refused(monkeypatch):

@@ -1,6 +1,7 @@
 """A user's folder of captioned pictures, and how a picture is fitted."""
 
 import json
+import os
 import pickle
 import re
 
@@ -10,6 +11,7 @@ import pytest
 from ssd_jax.core.config import UserError
 from ssd_jax.data import sources
 from ssd_jax.data.folder import FolderSource
+from ssd_jax.data.pictures import Unreadable
 from tests.support.made_pictures import (
   captioned_folder,
   check_item,
@@ -28,6 +30,8 @@ TABLES = {
                       '{"file_name": "sub/b.JPG", "text": "a dog", '
                       '"tags": ["pet"]}\n',
 }
+TABLES["metadata.csv"] = TABLES["captions.csv"].replace("caption", "text")
+TABLES["captions.jsonl"] = TABLES["metadata.jsonl"]
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -135,3 +139,122 @@ def test_corrupt_pixels_are_named_when_read(tmp_path):
   check_item(source[1], 8)
   with pytest.raises(UserError, match="02.png"):
     source[2]
+
+
+def captions_of(folder):
+  """{key: caption} of a folder."""
+  source = FolderSource(str(folder), 8)
+  return {key: source.caption(i) for i, key in enumerate(source.keys)}
+
+
+@pytest.mark.parametrize("spell", [
+    "../img/a.png", "./../meta/..//img/a.png", "{folder}/img/a.png",
+    "{folder}/meta/../img/a.png", "linked/a.png", "..\\img\\a.png",
+    "{folder}/.hard.png"])
+def test_names_are_compared_as_files(tmp_path, spell):
+  """However a table spells a picture, its caption is found."""
+  picture = solid(tmp_path / "img" / "a.png")
+  (tmp_path / "meta").mkdir()
+  (tmp_path / "meta" / "linked").symlink_to(tmp_path / "img")
+  os.link(picture, tmp_path / ".hard.png")
+  name = spell.format(folder=tmp_path)
+  (tmp_path / "meta" / "captions.json").write_text(json.dumps({name: "a cat"}))
+  assert captions_of(tmp_path) == {"img/a": "a cat"}
+
+
+def test_pictures_elsewhere_belong_to_the_table_that_names_them(tmp_path):
+  """Rows for pictures outside of the folder are not lost."""
+  own = solid(tmp_path / "own" / "a.png").parent
+  outside = solid(tmp_path / "store" / "b.png")
+  rows = f"file_name,text\na.png,in\n{outside},out\n"
+  (own / "metadata.csv").write_text(rows)
+  assert captions_of(own) == {"a": "in", "../store/b": "out"}
+  (own / "metadata.csv").write_text(rows + "../store/./b.png,twice\n")
+  with pytest.raises(UserError, match="two captions for .*b.png, in .* line 3"):
+    FolderSource(str(own), 8)
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+  """Linked folders belong to the data, in circles too."""
+  solid(tmp_path / "a" / "1.png").with_suffix(".txt").write_text("one")
+  (tmp_path / "a" / "back").symlink_to(tmp_path / "a")
+  elsewhere = captioned_folder(tmp_path / "elsewhere", 2)
+  (tmp_path / "a" / "more").symlink_to(elsewhere)
+  assert captions_of(tmp_path / "a") == {
+      "1": "one", "more/00": "number 0", "more/01": "number 1"}
+
+
+@pytest.mark.parametrize("name, text, kind", [
+    ("b.tiff", "b", "tiff"), ("b.TIF", "b", "tiff"), ("b.jfif", "b", "jpeg"),
+    ("b.avif", "b", "avif"), ("b", "b", "png"), ("b.2024", "b.2024", "webp"),
+    ("b.png.part", "b.png.part", "png")])
+def test_any_suffix_of_a_picture_is_one(tmp_path, name, text, kind):
+  """Pictures are known by their suffix, or by their first bytes."""
+  captioned_folder(tmp_path, 1)
+  solid(tmp_path / name, format=kind)
+  with pytest.raises(UserError, match=f"no caption for .*{name}"):
+    FolderSource(str(tmp_path), 8)
+  (tmp_path / f"{text}.txt").write_text("another")
+  assert captions_of(tmp_path) == {"00": "number 0", text: "another"}
+  check_item(FolderSource(str(tmp_path), 8)[1], 8)
+
+
+def test_what_is_not_used_is_noted(tmp_path):
+  """A hidden picture, a text without its picture and others: one note."""
+  captioned_folder(tmp_path, 1)
+  solid(tmp_path / ".b.png")
+  (tmp_path / "c.txt").write_text("of a picture that is gone")
+  (tmp_path / "film.mp4").write_bytes(b"\0\0\0 ftypisom")
+  (tmp_path / "._00.png").write_bytes(b"\0\5\x16\7")  # macOS
+  (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+  splits = sources.open_splits(f"folder:{tmp_path}", ("all",), 8)
+  (note,) = splits["all"].notes
+  assert note.endswith(": .b.png, c.txt, film.mp4")
+
+
+@pytest.mark.parametrize("table, text, said", [
+    ("captions.csv", "file_name,caption\n00.png,a red fox, in snow\n",
+     "got 3 in .*captions.csv line 2, the last of them ' in snow'"),
+    ("captions.csv", 'file_name,caption\n00.png,"a\n', "which is not csv"),
+    ("captions.csv", 'file_name,caption\n00.png,"a" b\n', "which is not csv"),
+    ("captions.csv", "file_name,caption,caption\n00.png,a,b\n",
+     "'caption' occurs twice"),
+    ("captions.tsv", "file_name\tcaption\n00.png\ta\tb\n", "line 2"),
+    ("captions.json", '{"00.png": "\\ud83d"}', "surrogate pair in .* entry 1"),
+    ("metadata.jsonl", '\n{"file_name": ', "metadata.jsonl line 2"),
+    ("captions.json", '{"a\\u0000.png": "a"}', "does not exist"),
+    ("metadata.parquet", "PAR1", "metadata.parquet, which is not read"),
+])
+def test_rows_are_used_or_named(tmp_path, table, text, said):
+  """A row that does not fit its header ends in one line with file and row."""
+  captioned_folder(tmp_path, 1)
+  (tmp_path / table).write_text(text)
+  with pytest.raises(UserError, match=said) as error:
+    FolderSource(str(tmp_path), 8)
+  assert "\n" not in str(error.value)
+
+
+def test_all_damaged_headers_are_named(tmp_path):
+  """One run shows every picture that cannot be opened, and broken links."""
+  folder = captioned_folder(tmp_path, 6)
+  (folder / "01.png").write_bytes(b"")
+  (folder / "03.png").write_bytes(b"<html>")
+  (folder / "04.png").unlink()
+  (folder / "04.png").symlink_to("nowhere.png")
+  with pytest.raises(Unreadable, match="got 3 images") as error:
+    FolderSource(str(folder), 8)
+  assert [os.path.basename(name) for name in error.value.reasons] == [
+      "01.png", "03.png", "04.png"]
+
+
+def test_a_name_that_is_no_utf8_is_a_key(tmp_path):
+  """Splits and digests take any name that a file system does."""
+  captioned_folder(tmp_path, 3)
+  try:
+    solid(tmp_path / os.fsdecode(b"\xff.png"))
+  except OSError:
+    pytest.skip("a file system of UTF-8 names")
+  (tmp_path / os.fsdecode(b"\xff.txt")).write_text("bytes")
+  splits = sources.open_splits(
+      f"folder:{tmp_path}", ("train", "validation"), 8)
+  assert sum(map(len, splits.values())) == 4

@@ -59,7 +59,12 @@ def test_reads_every_prompt_file(tmp_path):
 
 @pytest.mark.parametrize("name,text", [
     ("a.txt", "\n"), ("a.jsonl", "{"), ("a.jsonl", '{"text": 1}'),
-    ("a.json", "[]"), ("a.json", "{}"), ("a.tsv", "Text\nx\n"),
+    ("a.json", "[]"), ("a.json", "{}"), ("a.tsv", "Name\nx\n"),
+    ("a.csv", "a red heart\na cat, asleep\n"),
+    ("a.csv", "prompt\na cat, asleep\n"),
+    ("a.csv", 'prompt\n"a cat\n'), ("a.csv", "prompt,n\n,3\n"), ("a.csv", ""),
+    ("a.tsv", "Prompt\tCategory\nx\ty\tz\n"), ("a.tsv", "Prompt\tNote\n\ta\n"),
+    ("a.jsonl", '{"prompt": "\\ud800"}'), ("a.jsonl", "[" * 100_000),
 ])
 def test_other_files_end_in_one_line(tmp_path, name, text):
   """A file that is not what its name says is the user's mistake."""
@@ -68,6 +73,28 @@ def test_other_files_end_in_one_line(tmp_path, name, text):
   assert "\n" not in str(error.value)
   with pytest.raises(UserError, match="unreadable"):
     prompt_files.read_prompts(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.csv", 'id,Prompt\n1,"a ""STOP"" sign, red"\n\n2,a cat,\n'),
+    ("b.CSV", '\ufeffcaption\r\n"a ""STOP"" sign, red"\r\na cat\r\n'),
+    ("c.tsv", 'prompt\ta\na "STOP" sign, red\t1\na cat\n')])
+def test_tables_have_a_header_and_a_column(tmp_path, name, text):
+  """The header is no prompt, and commas within quotes are text."""
+  items = prompt_files.read_prompts(write(tmp_path / name, text))
+  assert [x.prompt for x in items] == ['a "STOP" sign, red', "a cat"]
+
+
+def test_a_folder_of_prompts_is_read_whole(tmp_path):
+  """Whatever the case of the suffix; empty files are named."""
+  write(tmp_path / "1.TXT", "one")
+  write(tmp_path / "2.txt", "two")
+  (tmp_path / "._2.txt").write_bytes(b"\0\5\x16\7\xff")  # macOS
+  items = prompt_files.read_prompts(tmp_path)
+  assert [x.prompt for x in items] == ["one", "two"]
+  write(tmp_path / "3.txt", " \n")
+  with pytest.raises(UserError, match="none in .*3.txt"):
+    prompt_files.read_prompts(tmp_path)
 
 
 def test_geneval_layout_is_what_its_scorer_walks(tmp_path):

@@ -8,7 +8,15 @@ import pytest
 
 from ssd_jax.core.config import UserError
 from ssd_jax.core.prompts import clean
-from ssd_jax.families import anole, emu3, janus, llamagen, lumina, published
+from ssd_jax.families import (
+  anole,
+  captions,
+  emu3,
+  janus,
+  llamagen,
+  lumina,
+  published,
+)
 from ssd_jax.pipeline import model_folder
 from tests.support.toy_families import CONFIGS
 
@@ -133,6 +141,31 @@ def test_llamagen_reads_features(tmp_path):
     assert "\n" not in str(error.value)
   with pytest.raises(UserError, match="one kind"):
     family.encode_prompts([str(tmp_path / "cat.npy"), "a dog"], False)
+
+
+def test_features_that_are_none_are_one_line(tmp_path):
+  """Several arrays, words, nan, a flipped header; longer ones get a note."""
+  file = tmp_path / "x.npy"
+  read = lambda: captions.read_features([str(file)], (1, 4, 3))
+  np.save(file, np.ones((9, 3)))
+  whole = file.read_bytes()
+  _, mask, notes = read()
+  assert mask.all() and "9 words, of which the model reads the first 4" in (
+      notes[0])
+  for wrong in (np.full((2, 3), np.nan), np.array([["a", "b", "c"]]),
+                np.array([[None] * 3])):
+    np.save(file, wrong, allow_pickle=True)
+    with pytest.raises(UserError, match="Expected .*x.npy"):
+      read()
+  with open(file, "wb") as out:
+    np.savez(out, a=np.ones((2, 3)))
+  with pytest.raises(UserError, match="several arrays"):
+    read()
+  for damaged in (whole[:40], whole.replace(b"(9, 3)", b"(9, 9999999999999)"),
+                  whole.replace(b"'<f8'", b"'<q9'")):
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match="Expected a readable .npy"):
+      read()
 
 
 @pytest.mark.parametrize("name", ["lumina", "janus", "llamagen_class"])

@@ -66,7 +66,7 @@ def test_a_job_survives_the_death_of_a_host(tmp_path, alone):
   """The other ends with an error; together again they end as one process."""
   died = finish(start(tmp_path, 2, "--draws", "--die_at=5"))
   assert all(status != 0 for status, _ in died)
-  shards = sorted((tmp_path / "tokens").glob("*.npy"))
+  shards = sorted((tmp_path / "tokens").glob("*.npz"))
   written = [path.stat().st_mtime_ns for path in shards]
   assert len(shards) == 3
   for status, said in finish(start(tmp_path, 2, "--draws")):
@@ -80,7 +80,7 @@ def test_all_hosts_stop_when_one_gets_sigterm_while_generating(tmp_path, alone):
   """Status 0 on both, whole files kept; the end is that of one process."""
   for status, said in finish(start(tmp_path, 2, "--draws", "--is_reported")):
     assert status == 0 and "stopped by SIGTERM: complete files" in said, said
-  kept = len(list((tmp_path / "tokens").glob("*.npy")))
+  kept = len(list((tmp_path / "tokens").glob("*.npz")))
   assert kept < 3 and not (tmp_path / "drawn.npy").exists()
   for status, said in finish(start(tmp_path, 2, "--draws")):
     assert status == 0, said

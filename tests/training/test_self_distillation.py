@@ -24,7 +24,7 @@ def test_a_removed_shard_is_generated_again(tmp_path):
   before = self_distillation.generate_images(
     teacher, list("abcdef"), cfg, tmp_path
   ).tokens
-  shards = sorted(tmp_path.glob("*.npy"))
+  shards = sorted(tmp_path.glob("*.npz"))
   written = [path.stat().st_mtime_ns for path in shards]
   shards[1].unlink()
   again = self_distillation.generate_images(
@@ -107,8 +107,8 @@ def test_a_killed_generation_loses_and_repeats_nothing(
       env=os.environ | {"PYTHONPATH": str(ROOT)},
       capture_output=True)
   assert child.returncode == -signal.SIGKILL, child.stderr
-  assert [f.name for f in tmp_path.glob("*.npy")] == [
-      "tokens-00000-of-00003.npy"]
+  assert [f.name for f in tmp_path.glob("*.npz")] == [
+      "tokens-00000-of-00003.npz"]
   real, calls = self_distillation._generate_shard, []
   monkeypatch.setattr(
       self_distillation, "_generate_shard",
@@ -146,9 +146,53 @@ def test_images_of_other_settings_are_refused(teacher, drawn, tmp_path):
   hotter = dataclasses.replace(teacher, guided=False)
   with pytest.raises(UserError, match="whose sampling differs"):
     self_distillation.generate_images(hotter, CAPTIONS, DRAW, tmp_path)
+  with_parts = dataclasses.replace(teacher, parts={"text tokenizer": "1"})
+  self_distillation.generate_images(with_parts, CAPTIONS, DRAW, tmp_path)
+  (tmp_path / "manifest.json").unlink()
+  self_distillation.generate_images(with_parts, CAPTIONS, DRAW, tmp_path)
+  with pytest.raises(UserError, match="whose text tokenizer differs"):
+    self_distillation.generate_images(
+        dataclasses.replace(teacher, parts={"text tokenizer": "2"}), CAPTIONS,
+        DRAW, tmp_path)
   next(tmp_path.glob("tokens-00001*")).write_bytes(b"half")
   with pytest.raises(UserError, match="damaged.*tokens-00001"):
     self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
+
+
+def test_damaged_shards_are_never_trained_on(teacher, drawn, tmp_path):
+  """Cut, flipped or swapped, a shard is named; one of older form is read."""
+  draw = lambda: self_distillation.generate_images(
+      teacher, CAPTIONS, DRAW, tmp_path)
+  draw()
+  first, second = sorted(tmp_path.glob("*.npz"))[:2]
+  whole, other = first.read_bytes(), second.read_bytes()
+  at = whole.index(drawn.tokens[:4].tobytes())
+  flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
+  for damaged in (b"", whole[:90], flipped, other):
+    first.write_bytes(damaged)
+    with pytest.raises(UserError, match="damaged.*tokens-00000"):
+      draw()
+  first.unlink()
+  older = first.with_suffix(".npy")
+  np.save(older, drawn.tokens[:4])
+  np.testing.assert_array_equal(draw().tokens, drawn.tokens)
+  for wrong in (b"", np.full((4, 9), 5, np.uint8), np.zeros((4, 9))):
+    if isinstance(wrong, bytes):
+      older.write_bytes(wrong)
+    else:
+      np.save(older, wrong)
+    with pytest.raises(UserError, match="damaged.*tokens-00000"):
+      draw()
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "3", "{", '{"grid": 3}', '{"trunk": ["a"]}', "null"])
+def test_a_damaged_manifest_is_one_line(teacher, tmp_path, text):
+  """Nothing is read as images of this run on the word of such a file."""
+  (tmp_path / "manifest.json").write_text(text)
+  with pytest.raises(UserError, match="Expected ") as error:
+    self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
+  assert "\n" not in str(error.value)
 
 
 def test_dropped_captions_are_the_unconditional_stream(teacher, drawn):

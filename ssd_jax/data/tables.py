@@ -1,0 +1,168 @@
+"""Tables of a user's texts, CSV, TSV, JSON and JSON lines, read whole.
+
+A row that does not fit its header is an error that names the file and the line:
+a reader that guesses loses text without a word.
+"""
+
+from collections.abc import Iterator
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+from typing import Any
+
+from ssd_jax.core.config import UserError
+
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of a table.
+
+  Attributes:
+    values: Its fields by name; anything else that JSON can hold if the row is
+      no object.
+    where: File and line, or entry, for messages.
+  """
+
+  values: Any
+  where: str
+
+  def text(self, names: tuple[str, ...]) -> str | None:
+    """Returns the first field of these names that exists, if it is text."""
+    if not isinstance(self.values, dict):
+      return None
+    found = [self.values[name] for name in names if name in self.values]
+    return found[0] if found and isinstance(found[0], str) else None
+
+
+def read(path: pathlib.Path, quotes: bool = True) -> list[Row]:
+  """Returns the rows of a table of the kind that its suffix names.
+
+  Args:
+    path: The table. A JSON object maps file names to captions or rows.
+    quotes: Whether quotation marks of CSV and TSV enclose fields.
+
+  Raises:
+    UserError: if the table is not what its suffix says.
+  """
+  text, suffix = read_text(path), path.suffix.lower()
+  try:
+    if suffix == ".jsonl":
+      return list(_json_lines(path, text))
+    if suffix == ".json":
+      return [Row(row, f"{path} entry {number}")
+              for number, row in enumerate(_json_rows(text), 1)]
+    delimiter = "\t" if suffix == ".tsv" else ","
+    return list(_separated(path, text, delimiter, quotes))
+  except (ValueError, RecursionError, csv.Error) as error:
+    if isinstance(error, UserError):
+      raise
+    raise UserError(
+        f"Expected a table, got {path}, which is not {suffix[1:]} "
+        f"({one_line(error)}). Correct it.") from error
+
+
+def read_text(path: pathlib.Path) -> str:
+  """Returns the text of a UTF-8 file, without a byte-order mark.
+
+  Raises:
+    UserError: if it cannot be read or is not UTF-8.
+  """
+  try:
+    return path.read_text("utf-8-sig")  # spreadsheets add a byte-order mark
+  except UnicodeDecodeError as error:
+    raise UserError(
+        f"Expected UTF-8 text, got {path}, which is not UTF-8 "
+        f"({error.reason}). Save it as UTF-8.") from error
+  except OSError as error:
+    raise UserError(
+        f"Expected a text file, got {path}, which cannot be read "
+        f"({error.strerror}). Check the path.") from error
+
+
+def clean(text: str, where: str) -> str:
+  """Returns a text on one line, checked as by `check_text`."""
+  check_text(text, where)
+  return " ".join(text.split())
+
+
+def check_text(text: str, where: str) -> None:
+  """Raises UserError if a text holds half a character, which JSON can spell.
+
+  Args:
+    text: The text.
+    where: Its place, for the message.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+        f"Expected Unicode text, got half of a surrogate pair in {where}. "
+        "Correct it.") from error
+
+
+def one_line(error: Exception) -> str:
+  """Returns the message of an error without line breaks."""
+  return " ".join(str(error).split()) or type(error).__name__
+
+
+def _separated(
+    path: pathlib.Path, text: str, delimiter: str, quotes: bool
+) -> Iterator[Row]:
+  reader = csv.reader(
+      io.StringIO(text, ""), delimiter=delimiter, strict=True,
+      quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE)
+  header = [name.strip().lower() for name in next(reader, [])]
+  twice = {name for name in header if name and header.count(name) > 1}
+  if twice:
+    raise ValueError(f"the column {min(twice)!r} occurs twice")
+  for fields in filter(None, reader):  # blank lines
+    where = f"{path} line {reader.line_num}"
+    if any(fields[len(header):]):
+      advice = ('Put a text with separators into "quotes"' if quotes else
+                "Take the separators out of its text")
+      raise UserError(
+          f"Expected {len(header)} fields, as in the header, got "
+          f"{len(fields)} in {where}, the last of them {fields[-1]!r}. "
+          f"{advice}.")
+    yield Row(dict(zip(header, fields)), where)
+
+
+def _json_lines(path: pathlib.Path, text: str) -> Iterator[Row]:
+  for number, line in enumerate(text.split("\n"), 1):
+    if line.strip():
+      where = f"{path} line {number}"
+      try:
+        yield Row(_parse(line), where)
+      except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"Expected a JSON object on each line, got {where} "
+            f"({one_line(error)}). Correct it.") from error
+
+
+def _json_rows(text: str) -> list[Any]:
+  rows = _parse(text)
+  if not isinstance(rows, dict):
+    return list(rows) if isinstance(rows, list) else [rows]
+  return [
+      {"file_name": name, **(row if isinstance(row, dict) else
+                             {"caption": row})}
+      for name, row in rows.items()
+  ]
+
+
+def _parse(text: str) -> Any:
+  """Parses JSON and raises ValueError if a name occurs twice."""
+
+  def once(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+      names = [name for name, _ in pairs]
+      twice = next(n for n in names if names.count(n) > 1)
+      raise ValueError(f"{twice!r} occurs twice")
+    return found
+
+  return json.loads(text, object_pairs_hook=once)

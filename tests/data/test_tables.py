@@ -1,0 +1,58 @@
+"""Tables of texts: any file is read whole, or refused in one line."""
+
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from ssd_jax.core.config import UserError
+from ssd_jax.data import folder, tables
+from ssd_jax.evaluation import prompt_files
+from tests.support.made_pictures import solid
+
+_HEADERS = {"csv": "file_name,caption\na.png,", "tsv": "file\ttext\na.png\t",
+            "json": '{"a.png": ', "jsonl": '{"file_name": "a.png", "text": '}
+_SCRAPS = st.lists(st.one_of(
+    st.text(max_size=8), st.sampled_from([
+        ",", "\t", "\n", "\r\n", '"', "{", "}", "[", "]", ":", "null", "1e999",
+        '"a.png"', '"caption"', "prompt", "../", "\0", "\\ud800", "[" * 2000])),
+    max_size=12).map("".join)
+
+
+@settings(max_examples=100, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=_SCRAPS, kind=st.sampled_from(sorted(_HEADERS)),
+       begun=st.booleans())
+def test_any_text_is_a_table_or_one_line(tmp_path, text, kind, begun):
+  """No traceback, and no caption of half characters."""
+  table = tmp_path / f"captions.{kind}"
+  solid(tmp_path / "a.png")
+  table.write_text(_HEADERS[kind] * begun + text, "utf-8", newline="")
+  for read in (folder.read_table, prompt_files.read_prompts):
+    try:
+      for row in read(table):
+        texts = [row.prompt] if read is not folder.read_table else [
+            row[1].text, *row[1].tags]
+        "".join(texts).encode()
+    except UserError as error:
+      assert "Expected " in str(error) and "\n" not in str(error)
+
+
+@settings(max_examples=100, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(blob=st.binary(max_size=60), kind=st.sampled_from(sorted(_HEADERS)))
+def test_any_bytes_are_a_table_or_one_line(tmp_path, blob, kind):
+  """Bytes that are no UTF-8 are said to be none."""
+  table = tmp_path / f"metadata.{kind}"
+  table.write_bytes(_HEADERS[kind].encode() + blob)
+  try:
+    tables.read(table)
+  except UserError as error:
+    assert str(table) in str(error) and "\n" not in str(error)
+
+
+def test_quoted_fields_are_whole(tmp_path):
+  """Commas, quotes and line breaks within quotes are part of the text."""
+  table = tmp_path / "captions.csv"
+  table.write_text('A,b\n"x, ""y""\nz",1,,\n\nu,2\n')
+  rows = tables.read(table)
+  assert [row.values for row in rows] == [
+      {"a": 'x, "y"\nz', "b": "1"}, {"a": "u", "b": "2"}]
+  assert [row.where for row in rows] == [f"{table} line 3", f"{table} line 5"]
