@@ -31,6 +31,13 @@ class LaneKey(NamedTuple):
   filtered: bool
 
 
+def lane_key(drawing: Drawing) -> LaneKey:
+  """Returns what an image needs of its lane."""
+  item = drawing.item
+  return LaneKey(drawing.ticket.request.decoder, len(item.prompt.tokens) > 1,
+                 item.sampling.use_top_k)
+
+
 @dataclasses.dataclass(frozen=True)
 class Turn:
   """What a lane did between two looks at the queue.

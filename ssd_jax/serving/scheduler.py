@@ -11,12 +11,11 @@ import jax
 import numpy as np
 
 from ssd_jax.core.config import UserError
-from ssd_jax.core.types import Prompt
-from ssd_jax.decoding import continuous_batching
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.pipeline.slots import Finished, Item
 from ssd_jax.serving.fair_queue import FairQueue
-from ssd_jax.serving.lanes import Lane, LaneKey, Turn
+from ssd_jax.serving.lane_pool import LanePool, PromptEncoder
+from ssd_jax.serving.lanes import Lane, LaneKey, Turn, lane_key
 from ssd_jax.serving.metrics import Metrics
 from ssd_jax.serving.requests import ApiError, ImageRequest, Served
 from ssd_jax.serving.tickets import (
@@ -29,8 +28,6 @@ from ssd_jax.serving.tickets import (
   encode_file,
 )
 
-_WARM_TEXT = "a"
-_PROMPT_SLOTS = 128  # that prompts of any length are padded to
 _TICK = 0.5  # seconds between two looks at deadlines while nothing runs
 
 
@@ -50,22 +47,20 @@ class Scheduler:
       self, pipe: Pipeline, served: Served, batch: int, metrics: Metrics
   ):
     self.served, self.metrics = served, metrics
-    self._pipe, self._sizes = pipe, tuple(sorted({1, batch}))
-    self.grid = pipe.model.grid
+    self._pipe, self.grid = pipe, pipe.model.grid
     self._change = threading.Condition()
     self._queue: FairQueue[Drawing] = FairQueue()
-    self._lanes: dict[LaneKey, Lane | None] = {}  # None: being made ready
-    self._slots = self._prompt_slots()
     self._seconds_per_image = 1.0
     self._is_open, self._is_draining, self._is_alive = True, False, True
     self._is_busy = False
-    self._warmer, self._painter = (
-        concurrent.futures.ThreadPoolExecutor(1, name)
-        for name in ("compiling", "painting"))
+    self._painter = concurrent.futures.ThreadPoolExecutor(1, "painting")
+    self._encode = PromptEncoder(pipe)
+    self._lanes = LanePool(
+        pipe, self._encode, tuple(sorted({1, batch})), self._defaults(),
+        served.limits.lanes, self._change, self._fail_lane, metrics)
     metrics.gauge("requests_waiting", "Images that wait for a slot.",
                   lambda: len(self._queue))
     metrics.gauge("requests_running", "Images in slots.", self._count_running)
-    self._default = self._warm_defaults()
     self._thread = threading.Thread(target=self._work, name="scheduler",
                                     daemon=True)
     self._thread.start()
@@ -80,8 +75,8 @@ class Scheduler:
   @property
   def is_ready(self) -> bool:
     """Whether all that is served is compiled, and requests are accepted."""
-    return (self._is_alive and not self._is_draining
-            and all(self._lanes.get(key) for key in self._default))
+    return (
+        self._is_alive and not self._is_draining and self._lanes.is_ready)
 
   def submit(
       self, request: ImageRequest, listen: Callable[[Event], None]
@@ -98,8 +93,7 @@ class Scheduler:
     ticket, key = self._ticket(request, listen)
     with self._change:
       self._admit(request.images)
-      if self._lanes.setdefault(key, None) is None:
-        self._warm(key)
+      self._lanes.ask(key)
       for number in range(request.images):
         drawing = Drawing(ticket, number)
         drawing.item = Item(
@@ -147,29 +141,17 @@ class Scheduler:
       self._is_open, self._is_draining = False, True
       self._change.notify_all()
     self._thread.join()
-    self._warmer.shutdown(wait=False, cancel_futures=True)
+    self._lanes.close()
 
   # --- accepting
 
-  def _prompt_slots(self) -> int:
-    """Returns the width of all prompts: the family's, if it has one."""
-    short, _ = self._pipe.family.encode_prompts([_WARM_TEXT], False)
-    try:
-      longer, _ = self._pipe.family.encode_prompts([_WARM_TEXT * 9], False)
-    except UserError:  # a family of classes
-      longer = short
-    width = short.tokens.shape[1]
-    if longer.tokens.shape[1] == width:
-      return width
-    return max(_PROMPT_SLOTS, width)
-
-  def _encode(self, text: str, guided: bool) -> tuple[Prompt, list[str]]:
-    prompt, notes = self._pipe.family.encode_prompts([text], guided)
-    width = prompt.tokens.shape[1]
-    if width > self._slots:
-      raise ApiError(400, f"Expected a prompt of at most {self._slots} tokens, "
-                          f"got {width} tokens. Shorten it.", param="prompt")
-    return continuous_batching.widen(prompt, self._slots), notes
+  def _defaults(self) -> list[LaneKey]:
+    """Returns what requests that name a served decoder need."""
+    settings, guided = self._pipe.sampling()
+    plain = settings.use_top_k or settings.use_top_p
+    return [LaneKey(decoder, guided, filtered)
+            for decoder in self.served.decoders.values()
+            for filtered in sorted({plain, True})]
 
   def _ticket(
       self, request: ImageRequest, listen: Callable[[Event], None]
@@ -187,7 +169,7 @@ class Scheduler:
     if filtered:
       settings = settings.with_filters()
     deadline = time.monotonic() + self.served.limits.seconds
-    ticket = Ticket(request, prompt, settings, tuple(notes), listen, deadline)
+    ticket = Ticket(request, prompt, settings, notes, listen, deadline)
     return ticket, LaneKey(request.decoder, guided, filtered)
 
   def _admit(self, images: int) -> None:
@@ -206,80 +188,19 @@ class Scheduler:
           "rate_limit_error", code="queue_full",
           retry_after=max(math.ceil(waiting * self._seconds_per_image), 1))
 
-  # --- lanes
-
-  def _warm_defaults(self) -> list[LaneKey]:
-    """Makes ready what a request can ask for without naming a new decoder."""
-    settings, guided = self._pipe.sampling()
-    plain = settings.use_top_k or settings.use_top_p
-    keys = [LaneKey(decoder, guided, filtered)
-            for decoder in self.served.decoders.values()
-            for filtered in sorted({plain, True})]
-    for key in keys:
-      self._lanes[key] = None
-      self._warm(key)
-    return keys
-
-  def _warm(self, key: LaneKey) -> None:
-    self._warmer.submit(self._make_ready, key)
-
-  def _make_ready(self, key: LaneKey) -> None:
-    """Compiles a lane, unless that is done; runs in the compiling thread."""
-    if self._lanes.get(key) is not None:
-      return
-    start = time.monotonic()
-    try:
-      lane = Lane(self._pipe, key, self._sizes)
-      guidance = None if key.guided else 1.0
-      settings, _ = self._pipe.sampling(guidance=guidance)
-      if key.filtered:
-        settings = settings.with_filters()
-      prompt, _ = self._encode(_WARM_TEXT, key.guided)
-      lane.warm(Item(None, 0, jax.random.key(0), prompt, settings))
-    except Exception:
-      logging.exception("a decoder could not be made ready")
-      self._fail(self._tickets(lambda d: self._key(d) == key))
-      with self._change:
-        self._lanes.pop(key, None)
-      return
-    self.metrics.compile_seconds.inc(time.monotonic() - start)
-    with self._change:
-      self._lanes[key] = lane
-      self._change.notify_all()
-
-  def _key(self, drawing: Drawing) -> LaneKey:
-    sampling = drawing.item.sampling
-    guided = len(drawing.ticket.prompt.tokens) > 1
-    return LaneKey(
-        drawing.ticket.request.decoder, guided, sampling.use_top_k)
-
-  def _forget_lanes(self) -> None:
-    """Drops the programs of decoders that were asked for longest ago."""
-    idle = [lane for key, lane in self._lanes.items()
-            if lane and key not in self._default
-            and not any(lane.drawings())
-            and not any(self._key(d) == key for d in self._queue)]
-    idle.sort(key=lambda lane: lane.used)
-    extra = len(self._lanes) - max(self.served.limits.lanes,
-                                   len(self._default))
-    for lane in idle[:max(extra, 0)]:
-      del self._lanes[lane.key]
-      if not any(key.decoder == lane.key.decoder for key in self._lanes):
-        self._pipe.programs.forget(lane.key.decoder)
-
   # --- decoding, in the scheduler's thread
 
-  def _ready(self) -> list[Lane]:
-    return [lane for lane in self._lanes.values() if lane is not None]
-
   def _count_running(self) -> int:
-    return sum(1 for lane in list(self._lanes.values()) if lane
-               for _ in lane.drawings())
+    return sum(1 for lane in self._lanes for _ in lane.drawings())
+
+  def _keys(self) -> set[LaneKey]:
+    """Returns what the waiting images need."""
+    return {lane_key(drawing) for drawing in self._queue}
 
   def _has_work(self) -> bool:
     if not self._is_open or self._count_running():
       return True
-    return any(self._lanes.get(self._key(d)) for d in self._queue)
+    return any(key in self._lanes for key in self._keys())
 
   def _work(self) -> None:
     try:
@@ -287,8 +208,8 @@ class Scheduler:
         with self._change:
           self._change.wait_for(self._has_work, _TICK)
           self._end_overdue()
-          self._forget_lanes()
-          lanes = self._ready()
+          self._lanes.forget(self._keys())
+          lanes = list(self._lanes)
         for lane in lanes:
           self._serve(lane)
         with self._change:
@@ -306,18 +227,18 @@ class Scheduler:
         if drawing.ticket.reason is not None:
           slots.evict(slot)
       with self._change:
-        waiting = sum(self._key(d) == lane.key for d in self._queue)
+        waiting = sum(lane_key(d) == lane.key for d in self._queue)
       lane.fill(lambda: self._take(lane.key), waiting)
       for turn in lane.turn():
         self._deliver(lane, turn)
     except Exception:
       logging.exception("a batch failed")
-      self._fail(self._tickets(lambda drawing: self._key(drawing) == lane.key))
+      self._fail_lane(lane.key)
       lane.reset()
 
   def _take(self, key: LaneKey) -> Drawing | None:
     with self._change:
-      drawing = self._queue.take(lambda d: self._key(d) == key)
+      drawing = self._queue.take(lambda d: lane_key(d) == key)
     if drawing is not None:
       self.metrics.queue_seconds.observe(
           time.monotonic() - drawing.ticket.arrived)
@@ -394,7 +315,7 @@ class Scheduler:
     """Returns the requests that wait or are drawn."""
     with self._change:
       drawings = list(self._queue) + [
-          d for lane in self._ready() for _, _, d in lane.drawings()]
+          d for lane in self._lanes for _, _, d in lane.drawings()]
     return list({id(d.ticket): d.ticket for d in drawings if is_wanted(d)}
                 .values())
 
@@ -408,6 +329,10 @@ class Scheduler:
             f"{self.served.limits.seconds:g} seconds, got more work than that. "
             "Try again later.", "timeout", code="timeout"))
     self._queue.drop(lambda d: d.ticket.reason is not None)
+
+  def _fail_lane(self, key: LaneKey) -> None:
+    """Fails the requests of a lane, waiting or drawn."""
+    self._fail(self._tickets(lambda drawing: lane_key(drawing) == key))
 
   def _fail(self, tickets: list[Ticket]) -> None:
     for ticket in tickets:
