@@ -13,6 +13,7 @@ from ssd_jax.core.config import UserError, check
 from ssd_jax.core.outputs import Output
 from ssd_jax.core.prompts import clean
 from ssd_jax.core.protocols import Decoder
+from ssd_jax.data import pictures
 from ssd_jax.decoding import registry
 from ssd_jax.decoding.ar import AR
 from ssd_jax.evaluation import prompt_files
@@ -32,6 +33,10 @@ _DECODER = flags.DEFINE_string(
 _TRACE = flags.DEFINE_bool(
     "trace", False, "Also write animations of the grid being filled, with AR "
     "beside the decoder for the first prompt, and heat maps.")
+_COMPLETE = flags.DEFINE_string(
+    "complete", None, "Image whose upper rows are kept; the rest is generated.")
+_ROWS = flags.DEFINE_integer(
+    "rows", None, "Rows of tokens that --complete keeps; default: half.")
 _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
 def body() -> None:
@@ -46,8 +51,9 @@ def body() -> None:
   out = common.writable_folder(flags.FLAGS.out or "out")
   cli.use_compilation_cache()
   pipe = common.load_pipeline()
+  prefix = _prefix(pipe)
   album = Album(out, _settings(pipe))
-  times, notes, output = _generate(pipe, prompts, decoder, album)
+  times, notes, output = _generate(pipe, prompts, decoder, album, prefix)
   album.close()
   sharding.barrier("images are written")
   if jax.process_index():
@@ -60,7 +66,8 @@ def body() -> None:
 
 
 def _generate(
-    pipe: Pipeline, prompts: list[str], decoder: Decoder, album: "Album"
+    pipe: Pipeline, prompts: list[str], decoder: Decoder, album: "Album",
+    prefix: np.ndarray | None,
 ) -> tuple[tuple[float, float], list[str], Output | None]:
   """Returns ((seconds compiling, others), notes, output of --trace)."""
   number = flags.FLAGS.num_images
@@ -74,16 +81,35 @@ def _generate(
       bar.set_description("generating", refresh=False)
       bar.update(images)
 
-    if _TRACE.value:  # needs all images together
+    if _TRACE.value or prefix is not None:  # needs all images together
       output = pipe.generate(
-          prompts, decoder, trace=True, on_batch=on_step, **args)
+          prompts, decoder, trace=_TRACE.value, on_batch=on_step, prefix=prefix,
+          **args)
       for picture in output.pictures:
         album.add(picture)
-      return (output.compile_seconds, output.seconds), [*output.notes], output
+      times = output.compile_seconds, output.seconds
+      return times, [*output.notes], output if _TRACE.value else None
     stream = pipe.stream(prompts, decoder, on_step=on_step, **args)
     for picture in stream:
       album.add(picture)
   return (stream.clock.compiling, stream.clock.rest()), stream.notes, None
+
+
+def _prefix(pipe: Pipeline) -> np.ndarray | None:
+  """Returns the rows of tokens that --complete keeps, int32 [rows, C].
+
+  Raises:
+    UserError: if there are none, or all, or the image cannot be read.
+  """
+  if _COMPLETE.value is None:
+    check(_ROWS.value is None, "rows", _ROWS.value, "given with --complete")
+    return None
+  grid = pipe.model.grid
+  rows = grid.rows // 2 if _ROWS.value is None else _ROWS.value
+  check(0 < rows < grid.rows, "rows", rows, f"in [1, {grid.rows - 1}]")
+  height, width = pipe.image_shape[:2]
+  image = pictures.read(_COMPLETE.value, "--complete", width, height)
+  return pipe.encode_images(image[None])[0, :rows]
 
 
 def read_prompts(given: list[str], file: str | None) -> list[str]:

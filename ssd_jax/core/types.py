@@ -68,12 +68,15 @@ class Prompt:
     positions: int32 [S, P + N], row of the rotary table for every slot.
     features: [S, P, E], features of a text encoder, used where `tokens` is 0
       (other ids are rows of the unconditional caption), or None.
+    given: int32 [S, P], image tokens, or V + k for the k-th forced token, that
+      are fed in place of `tokens`; -1 where there is none. Or None.
   """
 
   tokens: jax.Array
   mask: jax.Array
   positions: jax.Array
   features: jax.Array | None = None
+  given: jax.Array | None = None
 
 
 class Queries(flax.struct.PyTreeNode):

@@ -1,6 +1,9 @@
 """The interface of captioned image sources, and the fitting of images."""
 
 import hashlib
+import struct
+from typing import BinaryIO
+import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -8,6 +11,9 @@ from PIL import Image, ImageOps
 from ssd_jax.core.config import UserError
 
 VALIDATION_SHARE = 0.1
+# What Pillow raises for a file that is no image that can be read.
+FAILURES = (OSError, SyntaxError, ValueError, EOFError, struct.error,
+            Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class Unreadable(UserError):
@@ -71,10 +77,15 @@ def hash_fraction(key: str) -> float:
 
 
 def to_square(picture: Image.Image, pixels: int) -> np.ndarray:
+  """Returns an image as `to_size` does, uint8 [pixels, pixels, 3]."""
+  return to_size(picture, pixels, pixels)
+
+
+def to_size(picture: Image.Image, width: int, height: int) -> np.ndarray:
   """Returns an image upright, on white, scaled and centre-cropped.
 
   Returns:
-    uint8 [pixels, pixels, 3].
+    uint8 [height, width, 3].
   """
   picture = ImageOps.exif_transpose(picture)
   if picture.mode.startswith("I"):  # convert() would clip 16 bits
@@ -85,5 +96,29 @@ def to_square(picture: Image.Image, pixels: int) -> np.ndarray:
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture)
   picture = picture.convert("RGB")
-  size = (pixels, pixels)
-  return np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
+  return np.asarray(ImageOps.fit(
+      picture, (width, height), Image.Resampling.LANCZOS))
+
+
+def read(
+    file: str | BinaryIO, name: str, width: int, height: int
+) -> np.ndarray:
+  """Reads an image as `to_size` returns it.
+
+  Args:
+    file: Its path, or the file.
+    name: What the user calls it.
+    width: Width in pixels.
+    height: Height in pixels.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("error", Image.DecompressionBombWarning)
+      return to_size(Image.open(file), width, height)
+  except FAILURES as error:
+    told = f" {file}" if isinstance(file, str) else ""
+    raise UserError(f"Expected an image that can be read, got {name}{told} "
+                    f"({type(error).__name__}: {error}).") from error

@@ -171,6 +171,13 @@ class Generator:
     return hidden[:, length - 1:]
 
   def _prompt_embeddings(self, params: Params, prompt: Prompt) -> jax.Array:
+    x = self._text_embeddings(params, prompt)
+    if prompt.given is None:
+      return x
+    given = self.embed(params, jnp.maximum(prompt.given, 0))
+    return jnp.where(prompt.given[..., None] >= 0, given, x)
+
+  def _text_embeddings(self, params: Params, prompt: Prompt) -> jax.Array:
     if prompt.features is not None:
       features = self._apply(
           params, prompt.features, prompt.tokens, method="embed_caption")

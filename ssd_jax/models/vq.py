@@ -318,6 +318,11 @@ def nearest_code(
   return jnp.argmin(distance, axis=-1).astype(jnp.int32)
 
 
+def to_float(image_BHWC: jax.Array) -> jax.Array:
+  """Returns uint8 pixels as float32 in [-1, 1]."""
+  return image_BHWC.astype(jnp.float32) / 127.5 - 1.0
+
+
 def to_uint8(x: jax.Array) -> jax.Array:
   """Converts pixels in [-1, 1] to uint8 by truncation (Chameleon, Janus)."""
   return (jnp.clip((x + 1.0) / 2.0, 0.0, 1.0) * 255.0).astype(jnp.uint8)

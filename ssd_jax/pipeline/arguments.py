@@ -151,6 +151,39 @@ def grids_of(
   return given.astype(np.int32)
 
 
+def prefix_of(
+    prefix: np.ndarray | None, grid: Grid, vocab: int, count: int
+) -> np.ndarray:
+  """Returns the given rows of each image, int32 [I, rows, C]; rows may be 0.
+
+  Args:
+    prefix: Tokens of all images [rows, C] or of each [I, rows, C], or None.
+    grid: The image as a sequence.
+    vocab: Image tokens V.
+    count: Number of images I.
+
+  Raises:
+    UserError: if they are not rows of such a grid.
+  """
+  if prefix is None:
+    return np.zeros((count, 0, grid.cols), np.int32)
+  given = np.asarray(prefix)
+  if given.ndim == 2:
+    given = np.broadcast_to(given, (count, *given.shape))
+  is_right = given.ndim == 3 and len(given) == count and (
+      given.shape[2] == grid.cols and 0 < given.shape[1] < grid.rows)
+  if not is_right or not np.issubdtype(given.dtype, np.integer):
+    raise UserError(
+        f"Expected whole numbers [rows, {grid.cols}] with 1 to {grid.rows - 1} "
+        f"rows, or one such array for each of {count} images, got a prefix of "
+        f"shape {np.shape(prefix)} and kind {given.dtype}.")
+  if not 0 <= given.min() <= given.max() < vocab:
+    raise UserError(
+        f"Expected codes in [0, {vocab}), got a prefix from {given.min()} to "
+        f"{given.max()}. Take those of this model.")
+  return given.astype(np.int32)
+
+
 def check_part(
     name: str, part: Params, params: Mapping[str, Params]
 ) -> None:

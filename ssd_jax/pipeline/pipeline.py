@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssd_jax.core.config import UserError
+from ssd_jax.core.config import UserError, check
 from ssd_jax.core.outputs import Output
 from ssd_jax.core.protocols import Decoder, Family
 from ssd_jax.core.types import Model, Params
 from ssd_jax.decoding import engine, sampling as sampling_lib
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.sampling import Overrides, Sampling
-from ssd_jax.pipeline import arguments, saving
+from ssd_jax.models.vq import to_float
+from ssd_jax.pipeline import arguments, completion, saving
 from ssd_jax.pipeline.programs import Programs
 from ssd_jax.pipeline.run import Run
 from ssd_jax.pipeline.stream import Stream, StreamRequest
@@ -90,6 +91,7 @@ class Pipeline:
       on_batch: Callable[[int], None] | None = None,
       on_pass: Callable[[Progress], None] | None = None,
       first_image: int | Sequence[int] = 0,
+      prefix: np.ndarray | None = None,
       **sampling: Unpack[Overrides],
   ) -> Output:
     """Generates `num_images` images for each prompt.
@@ -107,6 +109,9 @@ class Pipeline:
         for it. Calls that have one take turns.
       first_image: Index of the first image, for a call that is one part of a
         larger one; or the index of each.
+      prefix: The first rows of the grid, int32 [rows, C] for all images or
+        [I, rows, C]; the images are completed, by lossless decoders as AR
+        would.
       **sampling: guidance, temperature, top_k or top_p instead of the family's.
 
     Raises:
@@ -119,12 +124,20 @@ class Pipeline:
     batch = sharding.even_batch(min(batch, len(texts)), 1 + guided)
     decoder = arguments.decoder_of(decoder)
     index_I = arguments.indices_of(first_image, len(texts), batch)
-    run = Run(self.programs, decoder)
+    given_IRC = arguments.prefix_of(
+        prefix, self.model.grid, self.model.vocab, len(texts))
+    rows = given_IRC.shape[1]
+    check(not (rows and on_pass), "on_pass", on_pass, "None with a prefix")
+    run = Run(self.programs.completing(rows), decoder)
     chunks, notes = [], []
     for start in range(0, len(texts), batch):
       part = texts[start:start + batch]
       padded = part + [part[-1]] * (batch - len(part))
       prompt, new_notes = self.family.encode_prompts(padded, guided)
+      given = given_IRC[start:start + batch]
+      given = np.pad(given, ((0, batch - len(given)), (0, 0), (0, 0)), "edge")
+      if rows:
+        prompt = completion.extend(prompt, self.model, given)
       prompt = run.pad(prompt)
       if start == 0 and not on_pass:  # each device would call it
         run.choose_devices(prompt, settings, batch)
@@ -133,6 +146,7 @@ class Pipeline:
         decoded = sharding.fetch(run(
             engine.decode, run.place(prompt), settings, jax.random.key(seed),
             index_I[start:start + batch], trace=trace, on_pass=listener))
+      decoded = completion.join(given, decoded)
       images = sharding.fetch(run.decode_images(decoded.tokens))
       chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,
                decoded.history)
@@ -290,6 +304,32 @@ class Pipeline:
       decoded = self.programs.decode_images(tokens[part], Clock())
       images.append(sharding.fetch(decoded)[:len(tokens) - start])
     return np.concatenate(images)
+
+  def encode_images(self, images: np.ndarray) -> np.ndarray:
+    """Returns the token grids of images, int32 [B, R, C].
+
+    Args:
+      images: uint8 [B, H, W, 3], of the model's size.
+
+    Raises:
+      UserError: if they have another size, or the model no tokenizer.
+    """
+    if self.vq_params is None or "encoder" not in self.vq_params:
+      raise UserError("Expected a model whose tokenizer encodes images, got "
+                      "one without. Convert it with its tokenizer.")
+    if np.shape(images)[1:] != self.image_shape:
+      raise UserError(f"Expected images {self.image_shape}, got images of "
+                      f"shape {np.shape(images)[1:]}. Resize them.")
+    return np.asarray(self._encode(self.vq_params, jnp.asarray(images)))
+
+  @functools.cached_property
+  def _encode(self) -> Callable[[Params, jax.Array], jax.Array]:
+    @jax.jit
+    def encode(vq_params, images):
+      apply = functools.partial(self.family.vq.apply, {"params": vq_params})
+      return apply(apply(to_float(images), method="encode"), method="quantize")
+
+    return encode
 
   def _checked_grids(
       self, tokens: np.ndarray, prompts: Sequence[str] | None = None

@@ -6,6 +6,7 @@ share a batch, and the tables that decoders ask for.
 """
 
 from collections.abc import Callable
+import copy
 import functools
 from typing import Any, cast
 
@@ -14,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssd_jax.core.grid import Grid
 from ssd_jax.core.protocols import Decoder, Family
 from ssd_jax.core.types import Model, Params, Prompt
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.decoding.trees.relaxed import neighbour_table
 from ssd_jax.models import layouts
-from ssd_jax.pipeline import likelihood
+from ssd_jax.pipeline import completion, likelihood
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Clock, Listener
 
@@ -41,8 +43,21 @@ class Programs:
     self._layouts: dict[bool, Params] = {}
     self._tables: dict[int, jax.Array] = {}
     self._replicas: dict[tuple[jax.sharding.Mesh, int], Params] = {}
-    self._queries: dict[tuple[Decoder, int, int], int] = {}
+    self._queries: dict[tuple[Decoder, Grid, int, int], int] = {}
     self.listener = Listener()
+
+  def completing(self, rows: int) -> "Programs":
+    """Returns the programs for images whose first rows are given.
+
+    They are kept with these, and read the same weights.
+
+    Args:
+      rows: Number of given rows; 0 for none.
+    """
+    other = copy.copy(self)
+    if rows:
+      other._model = completion.remainder(self._model, rows)
+    return other
 
   def __len__(self) -> int:
     return len(self._executables)
@@ -51,7 +66,7 @@ class Programs:
       self, decoder: Decoder, prompt: Prompt, settings: Sampling, batch: int
   ) -> int:
     """Returns the number of slots that a pass feeds for one image."""
-    key = (decoder, len(prompt.tokens), batch)
+    key = (decoder, self._model.grid, len(prompt.tokens), batch)
     if key not in self._queries:
       self._queries[key] = engine.count_queries(
           self._model, decoder, self.params_for(decoder), prompt, settings,
@@ -129,7 +144,7 @@ class Programs:
     """
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), args[1:])
     leaves, structure = jax.tree.flatten(shapes)
-    key = (decoder, function.__name__, tuple(static.items()),
+    key = (decoder, self._model.grid, function.__name__, tuple(static.items()),
            tuple(map(str, leaves)), structure, sharding.current())
     if key not in self._executables:
       self._executables[key] = function.lower(

@@ -10,6 +10,7 @@ import numpy as np
 from ssd_jax.core.types import Prompt
 from ssd_jax.decoding import continuous_batching, engine
 from ssd_jax.decoding.sampling import Sampling
+from ssd_jax.pipeline import completion
 from ssd_jax.pipeline.run import Run
 from ssd_jax.runtime import sharding
 
@@ -25,6 +26,8 @@ class Item:
     prompt: The prompt of one image.
     sampling: Settings of the target distribution; all images of a batch have
       the same filters.
+    given: int32 [rows, C], first rows of the image, with which the prompt ends;
+      see `completion`. All images of a batch have as many.
   """
 
   name: Any
@@ -32,6 +35,7 @@ class Item:
   key: jax.Array
   prompt: Prompt
   sampling: Sampling
+  given: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +133,7 @@ class Slots:
   def finish(self) -> list[Finished]:
     """Waits for the passes, and frees the slots of the images they finished."""
     decoded, is_done_B = sharding.fetch(self._running)
+    decoded = self._whole(decoded)
     self._running, self._decoded = [], decoded
     self.passes += int(max(decoded.passes - self._passes_B))
     self._passes_B = np.asarray(decoded.passes, np.int64)
@@ -144,6 +149,16 @@ class Slots:
         self._items[slot] = None
     self._ended += len(found)
     return found
+
+  def _whole(self, decoded: Any) -> Any:
+    """Returns grids with the rows that were given."""
+    given = [item.given for _, item in self.items()]
+    if not given or given[0] is None:
+      return decoded
+    given_BRC = np.zeros((self.batch, *given[0].shape), np.int32)
+    for (slot, _), rows in zip(self.items(), given, strict=True):
+      given_BRC[slot] = rows
+    return completion.join(given_BRC, decoded)
 
   def in_progress(self) -> list[tuple[Any, np.ndarray, np.ndarray]]:
     """Returns (name, tokens, commit_pass) of each unfinished image.

@@ -28,7 +28,7 @@ import optax
 
 from ssd_jax.core.config import LoopConfig, OptimizerConfig, check
 from ssd_jax.data import stream as data_stream
-from ssd_jax.models.vq import VQ, VQConfig, nearest_code
+from ssd_jax.models.vq import VQ, VQConfig, nearest_code, to_float
 from ssd_jax.storage import checkpoints
 from ssd_jax.training import loop
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer
@@ -103,11 +103,6 @@ def load_augmented(
   image = np.pad(image, pad, mode="edge")
   top, left = max_shift - dy, max_shift - dx
   return {"image": image[top:top + height, left:left + width]}
-
-
-def to_float(image_BHWC: jax.Array) -> jax.Array:
-  """Returns uint8 pixels as float32 in [-1, 1]."""
-  return image_BHWC.astype(jnp.float32) / 127.5 - 1.0
 
 
 def make_step(vq: VQ, cfg: TokenizerConfig, optimizer):
