@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from ssd_jax.core.extras import need
+from ssd_jax.pipeline.pipeline import Pipeline
+from ssd_jax.serving import edits
 from ssd_jax.serving.openapi import document
 from ssd_jax.serving.requests import FORMATS, ApiError, ImageRequest, parse
 from ssd_jax.serving.scheduler import Scheduler
@@ -62,11 +64,14 @@ class ImagesApi:
 
   Args:
     scheduler: What draws.
+    pipe: The model.
     key: Key that clients must show, or None.
   """
 
-  def __init__(self, scheduler: Scheduler, key: str | None = None):
-    self._scheduler, self._key = scheduler, key
+  def __init__(
+      self, scheduler: Scheduler, pipe: Pipeline, key: str | None = None
+  ):
+    self._scheduler, self._pipe, self._key = scheduler, pipe, key
     self._served = scheduler.served
     self._responses = need("starlette.responses", "serve")
     self._files, self._started = Files(), int(time.time())
@@ -93,6 +98,23 @@ class ImagesApi:
     self._check_key(request)
     values = await self._json(request)
     wanted = parse(values, self._served, _client(request))
+    return await self._draw(request, wanted, None)
+
+  async def edits(self, request: Any) -> Any:
+    """Completes an image; replies as `generations` does."""
+    self._check_key(request)
+    fields, files = await edits.read_form(request)
+    wanted = parse(fields, self._served, _client(request))
+    to_thread = need("anyio.to_thread", "serve")
+    given = await to_thread.run_sync(
+        edits.kept_rows, fields, files, self._scheduler.grid,
+        self._pipe.image_shape, self._pipe.encode_images)
+    return await self._draw(request, wanted, given)
+
+  async def _draw(
+      self, request: Any, wanted: ImageRequest, given: np.ndarray | None
+  ) -> Any:
+    """Draws what is wanted, below the given rows."""
     events: asyncio.Queue[Event] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -105,19 +127,13 @@ class ImagesApi:
         loop.call_soon_threadsafe(put, event)
 
     to_thread = need("anyio.to_thread", "serve")
-    ticket = await to_thread.run_sync(self._scheduler.submit, wanted, listen)
+    ticket = await to_thread.run_sync(
+        self._scheduler.submit, wanted, listen, given)
     base = str(request.base_url)
     if wanted.stream:
       return self._responses.StreamingResponse(
           self._stream(ticket, events, base), media_type="text/event-stream")
     return await self._whole(request, ticket, events, base)
-
-  async def edits(self, request: Any) -> Any:
-    """Refuses: no model here takes images."""
-    self._check_key(request)
-    raise ApiError(501, "Expected a model that takes images, got "
-                        f"{self._served.names[0]}, which draws from text. Use "
-                        "/v1/images/generations.", code="unsupported")
 
   async def file(self, request: Any) -> Any:
     """Returns an image that a reply named by its URL."""
@@ -220,15 +236,16 @@ class ImagesApi:
       body["commit_pass"] = event.commit_pass.tolist()  # type: ignore
     if isinstance(event, Progress):
       return _sse("ssd_jax.progress", body)
+    kind = "image_generation" if ticket.given is None else "image_edit"
     body |= self._common(wanted) | {"created_at": int(time.time())}
     if isinstance(event, Partial):
       body["partial_image_index"] = event.index
       body["b64_json"] = base64.b64encode(event.file).decode()
-      return _sse("image_generation.partial_image", body)
+      return _sse(f"{kind}.partial_image", body)
     assert isinstance(event, Completed)
     body |= self._image(ticket, event, base)
     body |= {"usage": self._usage(ticket, 1), "notes": list(ticket.notes)}
-    return _sse("image_generation.completed", body)
+    return _sse(f"{kind}.completed", body)
 
   def _image(
       self, ticket: Ticket, event: Completed, base: str

@@ -103,7 +103,7 @@ def make_app(
   trusted = need("starlette.middleware.trustedhost", "serve")
   page = _Page(scheduler, pipe, bench or Bench())
   return applications.Starlette(
-      routes=[*ImagesApi(scheduler, key).routes(), *page.routes()],
+      routes=[*ImagesApi(scheduler, pipe, key).routes(), *page.routes()],
       middleware=[
           middleware.Middleware(_Headers),
           middleware.Middleware(

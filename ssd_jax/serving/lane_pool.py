@@ -7,10 +7,12 @@ import threading
 import time
 
 import jax
+import numpy as np
 
 from ssd_jax.core.config import UserError
 from ssd_jax.core.types import Prompt
 from ssd_jax.decoding import continuous_batching
+from ssd_jax.pipeline import completion
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.pipeline.slots import Item
 from ssd_jax.serving.lanes import Lane, LaneKey
@@ -25,7 +27,7 @@ class PromptEncoder:
   """Encodes prompts in one width, so that none needs another program."""
 
   def __init__(self, pipe: Pipeline):
-    self._family = pipe.family
+    self._family, self._model = pipe.family, pipe.model
     short, _ = self._family.encode_prompts([_TEXT], False)
     try:
       longer, _ = self._family.encode_prompts([_TEXT * 9], False)
@@ -36,9 +38,14 @@ class PromptEncoder:
       self._slots = max(_PROMPT_SLOTS, self._slots)
 
   def __call__(
-      self, text: str, guided: bool
+      self, text: str, guided: bool, given: np.ndarray | None = None
   ) -> tuple[Prompt, tuple[str, ...]]:
     """Returns the encoded prompt, and notes for the client.
+
+    Args:
+      text: The prompt.
+      guided: Whether an unconditional stream follows.
+      given: int32 [rows, C], rows of tokens that the image begins with.
 
     Raises:
       ApiError: if it is too long.
@@ -48,7 +55,10 @@ class PromptEncoder:
     if width > self._slots:
       raise ApiError(400, f"Expected a prompt of at most {self._slots} tokens, "
                           f"got {width} tokens. Shorten it.", param="prompt")
-    return continuous_batching.widen(prompt, self._slots), tuple(notes)
+    prompt = continuous_batching.widen(prompt, self._slots)
+    if given is not None:
+      prompt = completion.extend(prompt, self._model, given[None])
+    return prompt, tuple(notes)
 
 
 class LanePool:
@@ -141,5 +151,8 @@ class LanePool:
     settings, _ = self._pipe.sampling(guidance=None if key.guided else 1.0)
     if key.filtered:
       settings = settings.with_filters()
-    prompt, _ = self._encode(_TEXT, key.guided)
-    return Item(None, 0, jax.random.key(0), prompt, settings)
+    given = None
+    if key.rows:
+      given = np.zeros((key.rows, self._pipe.model.grid.cols), np.int32)
+    prompt, _ = self._encode(_TEXT, key.guided, given)
+    return Item(None, 0, jax.random.key(0), prompt, settings, given)

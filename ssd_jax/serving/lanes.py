@@ -24,18 +24,21 @@ class LaneKey(NamedTuple):
     decoder: Settings of the decoder.
     guided: Whether two guidance streams run.
     filtered: Whether top-k and top-p are applied, with numbers of each image.
+    rows: Rows that are given.
   """
 
   decoder: Decoder
   guided: bool
   filtered: bool
+  rows: int = 0
 
 
 def lane_key(drawing: Drawing) -> LaneKey:
   """Returns what an image needs of its lane."""
   item = drawing.item
+  rows = 0 if item.given is None else len(item.given)
   return LaneKey(drawing.ticket.request.decoder, len(item.prompt.tokens) > 1,
-                 item.sampling.use_top_k)
+                 item.sampling.use_top_k, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +80,9 @@ class Lane:
 
   def reset(self) -> None:
     """Forgets all images; programs are kept."""
+    programs = self._pipe.programs.completing(self.key.rows)
     self._batches = [
-        Slots(Run(self._pipe.programs, self.key.decoder), size)
-        for size in self._sizes]
+        Slots(Run(programs, self.key.decoder), size) for size in self._sizes]
 
   def warm(self, item: Item) -> None:
     """Compiles what the lane runs, by drawing an image in each size."""

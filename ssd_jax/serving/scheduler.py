@@ -79,18 +79,20 @@ class Scheduler:
         self._is_alive and not self._is_draining and self._lanes.is_ready)
 
   def submit(
-      self, request: ImageRequest, listen: Callable[[Event], None]
+      self, request: ImageRequest, listen: Callable[[Event], None],
+      given: np.ndarray | None = None,
   ) -> Ticket:
     """Queues a request.
 
     Args:
       request: The request.
       listen: Called with its events, by threads of the scheduler.
+      given: int32 [rows, C], rows of tokens that the images begin with.
 
     Raises:
       ApiError: if it is not accepted.
     """
-    ticket, key = self._ticket(request, listen)
+    ticket, key = self._ticket(request, listen, given)
     with self._change:
       self._admit(request.images)
       self._lanes.ask(key)
@@ -98,7 +100,7 @@ class Scheduler:
         drawing = Drawing(ticket, number)
         drawing.item = Item(
             drawing, number, jax.random.key(request.seed), ticket.prompt,
-            ticket.sampling)
+            ticket.sampling, given)
         self._queue.put(request.client, drawing)
       self._is_busy = True
       self._change.notify_all()
@@ -154,12 +156,13 @@ class Scheduler:
             for filtered in sorted({plain, True})]
 
   def _ticket(
-      self, request: ImageRequest, listen: Callable[[Event], None]
+      self, request: ImageRequest, listen: Callable[[Event], None],
+      given: np.ndarray | None,
   ) -> tuple[Ticket, LaneKey]:
     """Returns the ticket of a request, and the lane that it needs."""
     try:
       settings, guided = self._pipe.sampling(**request.sampling)
-      prompt, notes = self._encode(request.prompt, guided)
+      prompt, notes = self._encode(request.prompt, guided, given)
       if request.decoder not in self.served.decoders.values():
         self._pipe.num_queries(request.decoder, [request.prompt],
                                **request.sampling)
@@ -169,8 +172,9 @@ class Scheduler:
     if filtered:
       settings = settings.with_filters()
     deadline = time.monotonic() + self.served.limits.seconds
-    ticket = Ticket(request, prompt, settings, notes, listen, deadline)
-    return ticket, LaneKey(request.decoder, guided, filtered)
+    ticket = Ticket(request, prompt, settings, notes, given, listen, deadline)
+    rows = 0 if given is None else len(given)
+    return ticket, LaneKey(request.decoder, guided, filtered, rows)
 
   def _admit(self, images: int) -> None:
     """Raises ApiError if so many more images cannot be taken."""

@@ -83,6 +83,7 @@ class Ticket:
     prompt: Its encoded prompt.
     sampling: Settings of the target distribution.
     notes: What the client should know about the prompt.
+    given: int32 [rows, C], rows of tokens that the images begin with, or None.
     listen: Called with each event, by threads of the server.
     deadline: Time at which it is given up.
     arrived: Time at which it came.
@@ -93,6 +94,7 @@ class Ticket:
   prompt: Prompt
   sampling: Sampling
   notes: tuple[str, ...]
+  given: np.ndarray | None
   listen: Callable[[Event], None]
   deadline: float
   arrived: float = dataclasses.field(default_factory=time.monotonic)

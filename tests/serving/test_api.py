@@ -149,7 +149,7 @@ def test_bodies_that_are_no_request(site):
   status, _, _ = ask(site, path, b"{}", **{"Content-Type": "text/plain"})
   assert status == 415
   assert ask(site, path)[0] == 405
-  assert ask(site, "/v1/images/edits", {})[0] == 501
+  assert ask(site, "/v1/images/edits", {})[0] == 415
   with socket.create_connection(
       site[0].removeprefix("http://").split(":")) as raw:
     raw.sendall(
