@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 from absl import flags
+import jax
 
 from ssd_jax.cli import common, run as cli
 from ssd_jax.core.config import UserError, check
@@ -73,6 +74,8 @@ def body() -> None:
   batch = _BATCH if values.batch is None else values.batch
   check(batch >= 1, "batch", batch, ">= 1")
   check(0 <= values.port < 2**16, "port", values.port, "in [0, 65535]")
+  check(jax.process_count() == 1, "num_processes", jax.process_count(),
+        "1 for a server: start one on each host, behind a balancer")
   check(values.drain >= 0, "drain", values.drain, ">= 0")
   decoders, limits = _decoders(), _limits()
   bench = app_lib.read_bench(values.bench)

@@ -15,6 +15,7 @@ from ssd_jax.decoding import continuous_batching
 from ssd_jax.pipeline import completion
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.pipeline.slots import Item
+from ssd_jax.runtime import sharding
 from ssd_jax.serving.lanes import Lane, LaneKey
 from ssd_jax.serving.metrics import Metrics
 from ssd_jax.serving.requests import ApiError
@@ -85,6 +86,7 @@ class LanePool:
     self._change, self._on_failure = change, on_failure
     self._metrics = metrics
     self._lanes: dict[LaneKey, Lane | None] = {}  # None: being made
+    self._mesh = sharding.current()
     self._maker = concurrent.futures.ThreadPoolExecutor(1, "compiling")
     for key in always:
       self.ask(key)
@@ -133,8 +135,9 @@ class LanePool:
     """Compiles what a lane runs; in the thread for that."""
     start = time.monotonic()
     try:
-      lane = Lane(self._pipe, key, self._sizes)
-      lane.warm(self._item(key))
+      with sharding.use_mesh(self._mesh):
+        lane = Lane(self._pipe, key, self._sizes)
+        lane.warm(self._item(key))
     except Exception:
       logging.exception("a decoder could not be made ready")
       with self._change:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import concurrent.futures
+import functools
 import logging
 import math
 import threading
@@ -13,6 +14,7 @@ import numpy as np
 from ssd_jax.core.config import UserError
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.pipeline.slots import Finished, Item
+from ssd_jax.runtime import sharding
 from ssd_jax.serving.fair_queue import FairQueue
 from ssd_jax.serving.lane_pool import LanePool, PromptEncoder
 from ssd_jax.serving.lanes import Lane, LaneKey, Turn, lane_key
@@ -53,6 +55,8 @@ class Scheduler:
     self._seconds_per_image = 1.0
     self._is_open, self._is_draining, self._is_alive = True, False, True
     self._is_busy = False
+    mesh = sharding.current()  # which each thread has to set
+    self._use_mesh = functools.partial(sharding.use_mesh, mesh)
     self._painter = concurrent.futures.ThreadPoolExecutor(1, "painting")
     self._encode = PromptEncoder(pipe)
     self._lanes = LanePool(
@@ -92,7 +96,8 @@ class Scheduler:
     Raises:
       ApiError: if it is not accepted.
     """
-    ticket, key = self._ticket(request, listen, given)
+    with self._use_mesh():
+      ticket, key = self._ticket(request, listen, given)
     with self._change:
       self._admit(request.images)
       self._lanes.ask(key)
@@ -208,21 +213,25 @@ class Scheduler:
 
   def _work(self) -> None:
     try:
-      while self._is_open:
-        with self._change:
-          self._change.wait_for(self._has_work, _TICK)
-          self._end_overdue()
-          self._lanes.forget(self._keys())
-          lanes = list(self._lanes)
-        for lane in lanes:
-          self._serve(lane)
-        with self._change:
-          self._is_busy = bool(self._queue) or self._count_running() > 0
-          self._change.notify_all()  # somebody may wait for the end
+      with self._use_mesh():
+        self._serve_lanes()
     except Exception:
       logging.exception("the scheduler ended")
       self._is_alive = False
       self._fail(self._tickets())
+
+  def _serve_lanes(self) -> None:
+    while self._is_open:
+      with self._change:
+        self._change.wait_for(self._has_work, _TICK)
+        self._end_overdue()
+        self._lanes.forget(self._keys())
+        lanes = list(self._lanes)
+      for lane in lanes:
+        self._serve(lane)
+      with self._change:
+        self._is_busy = bool(self._queue) or self._count_running() > 0
+        self._change.notify_all()  # somebody may wait for the end
 
   def _serve(self, lane: Lane) -> None:
     """Fills a lane's slots and runs a few passes."""
@@ -276,7 +285,8 @@ class Scheduler:
       if drawing.ticket.reason is not None:
         return
       try:
-        function(drawing, *args)
+        with self._use_mesh():
+          function(drawing, *args)
       except Exception:
         logging.exception("an image could not be painted")
         self._fail([drawing.ticket])

@@ -69,6 +69,12 @@ def test_cores_share_the_streams_of_an_image(found):
 
 
 @pytest.mark.slow
+def test_a_server_draws_on_a_mesh(found):
+  """Its threads share the mesh, and the pictures are those of one device."""
+  assert found["served"] is True
+
+
+@pytest.mark.slow
 def test_streams_apart_send_their_logits_alone(found):
   """One gathering of logits in the prefill, one in a pass, one where heads
   draft: what the streams share is computed by both."""

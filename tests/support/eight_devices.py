@@ -6,13 +6,16 @@ the mesh of all axes; its programs are compiled as users compile them.
 
 import dataclasses
 import functools
+import io
 import json
+import queue
 import sys
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from PIL import Image
 
 from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
 from ssd_jax.core.grid import Grid
@@ -27,6 +30,7 @@ from ssd_jax.performance import compiled
 from ssd_jax.pipeline import testing
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import sharding
+from ssd_jax.serving import requests
 from ssd_jax.training import ar, drafter, heads as heads_lib
 from ssd_jax.training.self_distillation import Teacher
 from ssd_jax.training.state import (
@@ -35,6 +39,7 @@ from ssd_jax.training.state import (
   make_optimizer,
   mean_gradients,
 )
+from tests.support import served
 
 MESH = "data=2,fsdp=2,tensor=2"
 APART = ("tensor=4", "data=2,tensor=4")  # where collectives are counted
@@ -189,6 +194,22 @@ def on_cores(pipe):
   return {"shares": shares, "sent": sent, "places": len(places)}
 
 
+def served_on(mesh):
+  """Whether a server on a mesh draws what one device draws, two images."""
+  pipe, got = testing.tiny(5, 2, 4, heads=(0, 0)), queue.Queue()
+  alone = pipe.generate(["a"], num_images=2, seed=4).images
+  with jax.set_mesh(sharding.make_mesh(mesh)):
+    scheduler = served.scheduler_of(testing.tiny(5, 2, 4, heads=(0, 0)))
+    request = requests.parse(
+        dict(prompt="a", n=2, seed=4), scheduler.served, "")
+    scheduler.submit(request, got.put)
+    files = {x.image: x.file for x in (got.get(timeout=120) for _ in range(2))}
+    scheduler.close()
+  return all(
+      bool((np.asarray(Image.open(io.BytesIO(files[i]))) == alone[i]).all())
+      for i in range(2))
+
+
 def distance(one, other):
   gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one, other)
   return max(jax.tree.leaves(gaps))
@@ -198,6 +219,7 @@ def main():
   pipe, found = make_pipeline(), {}
   found["sent"] = {mesh: sent(pipe, mesh) for mesh in APART}
   found["cores"] = on_cores(testing.tiny(7, 4, 4, guidance=2.0, heads=(2, 1)))
+  found["served"] = served_on(MESH)
   kinds = ("heads", "drafter")
   found["tokens"] = same_tokens(pipe, AR(), Stair())
   weights = {"muon": trained(pipe, "muon", 1)[1]}
