@@ -90,6 +90,23 @@ def test_same_seed_same_bytes(capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_image_is_completed(capsys, tmp_path):
+  """--complete keeps the upper rows of a file, whatever the prompt."""
+  heart = tmp_path / "heart.png"
+  image = Image.new("RGB", (256, 192), "white")
+  image.paste("red", (64, 0, 192, 192))
+  image.save(heart)
+  status, _, _ = call(
+      capsys, "--prompt", "blue fish", "--decoder", "ar", "--complete", heart,
+      "--rows", "14", "--out", tmp_path / "out")
+  drawn = np.asarray(
+      Image.open(next((tmp_path / "out").glob("*.png"))).convert("RGB"), int)
+  assert status == 0
+  middle, edge = drawn[16:80, 48:80].mean((0, 1)), drawn[16:80, :8].mean((0, 1))
+  assert middle[0] > 180 > 80 > middle[1] and edge.min() > 220
+
+
+@pytest.mark.slow
 def test_long_prompt_generates_and_notes_that_it_was_cut(capsys, tmp_path):
   """10,000 characters generate something, with a note."""
   status, out, _ = call(capsys, "--prompt", "cat " * 2500, "--out", tmp_path)

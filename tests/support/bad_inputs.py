@@ -43,6 +43,13 @@ ANY = {
     "a config value of the wrong kind": [
         "--config", "configs/emoji.py", "--config.pixels=many"],
 }
+COMPLETE = {
+    "rows without an image": ["--rows", "3"],
+    "more rows than there are": ["--complete", "{dir}/mute/b.png", "--rows",
+                                 "16"],
+    "no image to complete": ["--complete", "{dir}/no.png"],
+    "a text to complete": ["--complete", "{dir}/words.txt"],
+}
 JOB = {
     "a mesh of an unknown axis": ["--mesh", "rows=2"],
     "a mesh without a number": ["--mesh", "data"],
@@ -227,6 +234,8 @@ def cases():
       yield name, what, [*flags_of[name], text]
   yield "generate", "no prompt", []
   yield "generate", "an empty prompt", ["--prompt", " \x07 "]
+  for what, args in COMPLETE.items():
+    yield "generate", what, ["--prompt", "a", *args]
   yield "generate", "no pictures", ["--prompt", "a", "--num_images", "0"]
   yield "generate", "a file of decoders without any", [
       "--prompt", "a", "--decoder_file", "{dir}/nothing.py"]
