@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ssd_jax.core.config import UserError
-from ssd_jax.runtime import sharding
+from ssd_jax.runtime import interrupts, sharding
 from ssd_jax.storage.files import read_json, write_json
 
 CHECKSUMS = "checksums.json"  # checksums of all arrays, beside orbax's files
@@ -32,7 +32,8 @@ def save(folder: str | os.PathLike, tree: Any, dtype: Any = None) -> None:
   folder = pathlib.Path(folder).absolute()
   tree = sharding.fetch(tree)
   if jax.process_index() == 0:
-    _write(folder, tree, dtype)
+    with interrupts.writing():
+      _write(folder, tree, dtype)
   sharding.barrier(f"saved {folder.name}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from ssd_jax.core.config import UserError
+from ssd_jax.runtime import interrupts
 
 
 @contextlib.contextmanager
@@ -26,8 +27,9 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   partial = path.with_name(f".{path.name}.{jax.process_index()}.partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield partial
-    os.replace(partial, path)
+    with interrupts.writing():
+      yield partial
+      os.replace(partial, path)
   except OSError as error:
     raise UserError(
         "Expected a writable folder with enough room, got "

@@ -63,13 +63,14 @@ def train(
   Raises:
     UserError: if a loss is not finite; the message names the last good
       checkpoint.
-    SystemExit: with 0 after SIGTERM, once the state is saved.
+    SystemExit: with 0 after SIGTERM or 130 after Ctrl-C, once the state is
+      saved.
   """
   folder = pathlib.Path(workdir).absolute()
   rows = cfg.batch // sharding.host_share()[1]
   for name in ("checkpoints", "logs"):
     _make_folder(folder / name)
-  with _manager(folder, cfg) as manager, Preemption() as preemption:
+  with Preemption() as preemption, _manager(folder, cfg) as manager:
     state, iterator = _restore(manager, sharding.shard_params(state), data)
     start = int(state.step)
     log = _Log(folder, start, cfg.steps)
@@ -86,7 +87,9 @@ def train(
       if is_due(cfg.save_every) or is_preempted:
         _save(manager, done, state, iterator)
       if is_preempted and done < cfg.steps:
-        _stop(manager, done)
+        _wait(manager)
+        log.close()
+        preemption.stop(f"saved step {done}")
       if evaluate and is_due(cfg.eval_every):
         log.print(evaluate(state), done)
     _wait(manager)
@@ -137,13 +140,6 @@ def _cannot_write(manager, step, error) -> UserError:
       "Expected space and permission to write, got no checkpoint written in "
       f"{manager.directory} up to step {step} ({reason[:160]}). Provide both "
       "and start again to continue from the last complete checkpoint.")
-
-
-def _stop(manager, step: int) -> None:
-  _wait(manager)
-  print(f"stopped by SIGTERM: saved step {step}; start again to continue",
-        file=sys.stderr)
-  raise SystemExit(0)
 
 
 def _restore(manager, state: TrainState, data: grain.IterDataset):

@@ -6,6 +6,8 @@ tests of training/ and runtime/.
     python -m tests.support.tiny_training --workdir DIR --kills 20
 """
 
+import train  # noqa: F401, I001 (first: Ctrl-C is then that of commands)
+
 import os
 import pathlib
 import random
