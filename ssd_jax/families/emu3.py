@@ -118,10 +118,13 @@ class Emu3(Published):
   def text_tokenizer(self):
     """The checkpoint's byte-pair encoding of text (`tiktoken.Encoding`)."""
     tiktoken = need("tiktoken", "text")
-    self.check_ids(self.tokenizer_file(VISION).read_text("utf-8").split("\n"))
-    lines = self.tokenizer_file(RANKS).read_bytes().splitlines()
-    pairs = (line.split() for line in lines if line)
-    ranks = {base64.b64decode(word): int(rank) for word, rank in pairs}
+    names, words = self.tokenizer_file(VISION), self.tokenizer_file(RANKS)
+    self.check_ids(names.read_bytes().decode("utf-8", "replace").split("\n"))
+    try:
+      pairs = (line.split() for line in words.read_bytes().splitlines() if line)
+      ranks = {base64.b64decode(word): int(rank) for word, rank in pairs}
+    except ValueError as error:
+      raise published.damaged_tokenizer(words, error) from error
     self.check_ranks(ranks)
     return tiktoken.Encoding("emu3", pat_str=_WORDS, mergeable_ranks=ranks,
                              special_tokens={})

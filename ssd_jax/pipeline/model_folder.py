@@ -31,7 +31,7 @@ from ssd_jax.models.spatial_heads import HeadsConfig, bind_heads
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import memory, sharding
 from ssd_jax.storage import checkpoints
-from ssd_jax.storage.files import read_json, write_json
+from ssd_jax.storage.files import read_json, user_path, write_json
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "assets" / "emoji"
 FAMILIES: dict[str, Callable[..., Family]] = {
@@ -74,7 +74,7 @@ def load(
   _check_names(name=name, heads=heads, drafter=drafter)
   check(choices is None or isinstance(choices, Mapping), "choices", choices,
         "a dict of settings")
-  folder = EMBEDDED if name == "emoji" else pathlib.Path(name)
+  folder = EMBEDDED if name == "emoji" else user_path(name)
   settings = read_json(folder / "model.json")
   known = settings.get("family") if isinstance(settings, dict) else None
   if not isinstance(known, str) or known not in FAMILIES:
@@ -187,7 +187,7 @@ def _pipeline(
 ) -> Pipeline:
   """Assembles a pipeline; `found` holds folders by kind, or None."""
   generator, extras = family.generator, {}
-  folders = {k: pathlib.Path(v) for k, v in found.items() if v is not None}
+  folders = {k: user_path(v) for k, v in found.items() if v is not None}
   for kind in folders.keys() & _KINDS:
     extras[kind], params[kind] = read_extra(folders[kind], kind)
   params = checkpoints.cast(params, _dtype())
@@ -273,7 +273,7 @@ def require(name: str | os.PathLike, family: str) -> None:
     name: As for `load`.
     family: The family of the model.
   """
-  if name == "emoji" or (pathlib.Path(name) / "model.json").is_file():
+  if name == "emoji" or (user_path(name) / "model.json").is_file():
     return
   if family == "emoji":
     how = ("Train it with train.tokenizer and train.ar, or take the embedded "
@@ -289,7 +289,7 @@ def write_extra(
     folder: str | os.PathLike, kind: str, cfg: Any, params: Params, dtype: Any
 ) -> None:
   """Writes spatial "heads" or a "drafter": their configuration and weights."""
-  folder = pathlib.Path(folder)
+  folder = user_path(folder)
   checkpoints.save(folder / "weights", params, dtype)
   write_json(folder / f"{kind}.json", dataclasses.asdict(cfg))
 
@@ -300,7 +300,7 @@ def read_extra(folder: str | os.PathLike, kind: str) -> tuple[Any, Params]:
   Raises:
     UserError: if the folder holds none, or is damaged.
   """
-  folder = pathlib.Path(folder)
+  folder = user_path(folder)
   values = read_json(folder / f"{kind}.json")
   return (from_config_dict(_KINDS[kind], values),
           checkpoints.restore(folder / "weights"))

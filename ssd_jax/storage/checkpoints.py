@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from ssd_jax.core.config import UserError
 from ssd_jax.runtime import interrupts, sharding
-from ssd_jax.storage.files import read_json, write_json
+from ssd_jax.storage.files import read_json, user_path, write_json
 
 CHECKSUMS = "checksums.json"  # checksums of all arrays, beside orbax's files
 
@@ -29,7 +29,7 @@ def save(folder: str | os.PathLike, tree: Any, dtype: Any = None) -> None:
     tree: Nested dicts of arrays.
     dtype: Type to store floating-point arrays in; None keeps theirs.
   """
-  folder = pathlib.Path(folder).absolute()
+  folder = user_path(folder).resolve()
   tree = sharding.fetch(tree)
   if jax.process_index() == 0:
     with interrupts.writing():
@@ -63,7 +63,7 @@ def restore(folder: str | os.PathLike) -> Any:
   Raises:
     UserError: There is no checkpoint, or it is damaged, even by a single bit.
   """
-  folder = pathlib.Path(folder).absolute()
+  folder = user_path(folder).resolve()
   if not folder.is_dir():
     raise UserError(
         "Expected a folder written by training or infer.convert, got no "
@@ -149,7 +149,7 @@ def identity(folder: str | os.PathLike) -> str:
   Raises:
     UserError: The folder has no checksums.
   """
-  path = pathlib.Path(folder) / CHECKSUMS
+  path = user_path(folder) / CHECKSUMS
   if not path.is_file():
     raise _damaged(path.parent, f"no {CHECKSUMS}")
   return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -13,17 +13,22 @@ from ssd_jax.core.config import UserError
 from ssd_jax.runtime import interrupts
 
 
+def user_path(name: str | os.PathLike) -> pathlib.Path:
+  """Returns a path as users write it, with ~ expanded where there is a home."""
+  return pathlib.Path(os.path.expanduser(name))
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a temporary path; it replaces `path` when the context exits.
 
   The temporary path is in the same folder, so the replacement is one rename;
-  each host has its own.
+  each host has its own. What a link points to is replaced, not the link.
 
   Raises:
     UserError: The disk is full, or the folder cannot be written.
   """
-  path = pathlib.Path(path)
+  path = user_path(path).resolve()
   partial = path.with_name(f".{path.name}.{jax.process_index()}.partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +53,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
   """Writes a JSON file atomically."""
-  write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+  text = json.dumps(value, indent=1, ensure_ascii=False)
+  try:
+    text.encode()
+  except UnicodeEncodeError:  # such as the name of a file that is no UTF-8
+    text = json.dumps(value, indent=1)
+  write_text(path, text + "\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -57,10 +67,10 @@ def read_json(path: str | os.PathLike) -> Any:
   Raises:
     UserError: The file is missing or not JSON.
   """
-  path = pathlib.Path(path)
+  path = user_path(path)
   try:
     return json.loads(path.read_text("utf-8"))
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(
         f"Expected a readable JSON file, got {path} (missing or damaged). "
         "Check the path, or make it again."

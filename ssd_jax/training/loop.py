@@ -25,6 +25,7 @@ from ssd_jax.core.config import LoopConfig, UserError
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import user_path
 from ssd_jax.training.preemption import Preemption
 from ssd_jax.training.state import TrainState, checksum_tree
 
@@ -66,7 +67,7 @@ def train(
     SystemExit: with 0 after SIGTERM or 130 after Ctrl-C, once the state is
       saved.
   """
-  folder = pathlib.Path(workdir).absolute()
+  folder = user_path(workdir).resolve()
   rows = cfg.batch // sharding.host_share()[1]
   for name in ("checkpoints", "logs"):
     _make_folder(folder / name)

@@ -6,7 +6,7 @@ tests of training/ and runtime/.
     python -m tests.support.tiny_training --workdir DIR --kills 20
 """
 
-import train  # noqa: F401, I001 (first: Ctrl-C is then that of commands)
+import train as _  # noqa: F401, I001 (Ctrl-C while importing, as commands)
 
 import os
 import pathlib
