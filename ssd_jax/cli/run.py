@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from ssd_jax.core.config import UserError
 from ssd_jax.runtime import distributed, interrupts, sharding
+from ssd_jax.storage import files
 
 _DEFAULT = pathlib.Path(__file__).parent.parent / "families" / "emoji.py"
 
@@ -144,9 +145,12 @@ def _split_cpu(count: int) -> None:
 
 def use_compilation_cache() -> None:
   """Keeps compiled programs in the user's cache folder between runs."""
-  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  folder = pathlib.Path(root) / "ssd_jax" / "xla"
-  jax.config.update("jax_compilation_cache_dir", str(folder))
+  folder = files.cache_folder()
+  if folder is None:
+    print("note: compiled programs are not kept, because there is no cache "
+          "folder that can be written; set XDG_CACHE_HOME", file=sys.stderr)
+    return
+  jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax.core.config import UserError, from_config_dict
+from ssd_jax.core.config import UserError, check, from_config_dict
 from ssd_jax.core.extras import need
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.types import Params, Prompt
@@ -85,8 +85,14 @@ class Published:
   def generator(self) -> Generator:
     """The trunk with its grid."""
     is_cpu = jax.default_backend() == "cpu"
+    rows = self.trunk.vocab_in
+    for name, value in self.config.get("ids", {}).items():
+      check(0 <= value < rows, f"ids.{name}", value, f"in [0, {rows})")
+    ids = self.input_ids
+    check(ids.max() < rows, "ids of image tokens", f"up to {ids.max()}",
+          f"below the {rows} rows of the input table")
     return Generator(
-        self.trunk, self.grid, self.rope, self.input_ids,
+        self.trunk, self.grid, self.rope, ids,
         jnp.float32 if is_cpu else jnp.bfloat16)
 
   def streams(self, text: str) -> tuple[Ids, Ids]:

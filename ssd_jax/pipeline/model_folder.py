@@ -87,7 +87,10 @@ def load(
     family = FAMILIES[known](settings, folder)
     shapes = _shapes(family)
     _check_memory(family, shapes, None if random_weights else folder)
-  except (KeyError, AttributeError, TypeError) as error:
+  except UserError:
+    raise
+  except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError,
+          MemoryError) as error:  # of settings that were changed
     raise UserError(
         f"Expected all settings in {folder / 'model.json'}, got it without "
         f"{error}. Write the model again."

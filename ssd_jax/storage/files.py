@@ -18,6 +18,19 @@ def user_path(name: str | os.PathLike) -> pathlib.Path:
   return pathlib.Path(os.path.expanduser(name))
 
 
+def cache_folder() -> pathlib.Path | None:
+  """Returns this package's folder in the user's cache, made if missing.
+
+  None if there is no home, or it cannot be written.
+  """
+  root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  folder = pathlib.Path(root) / "ssd_jax"
+  with contextlib.suppress(OSError):
+    folder.mkdir(parents=True, exist_ok=True)
+  is_usable = folder.is_absolute() and os.access(folder, os.W_OK | os.X_OK)
+  return folder if is_usable else None
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a temporary path; it replaces `path` when the context exits.
