@@ -20,7 +20,6 @@ from ssd_jax.models import attention, quantization
 from ssd_jax.models.rope import rotate
 from ssd_jax.runtime import sharding
 
-
 _WIDEST_HEAD = 4096
 
 

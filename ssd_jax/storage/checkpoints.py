@@ -1,8 +1,10 @@
 """Orbax checkpoints of parameters, written atomically."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
+import contextlib
 import hashlib
+import logging
 import os
 import pathlib
 import shutil
@@ -70,7 +72,7 @@ def restore(folder: str | os.PathLike) -> Any:
         f"checkpoint at {folder}. Check the path."
     )
   try:
-    with _checkpointer() as checkpointer:
+    with _silence(), _checkpointer() as checkpointer:
       tree = checkpointer.metadata(folder).item_metadata.tree
       args = jax.tree.map(
           lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
@@ -172,13 +174,34 @@ class _WaitingHandler(ocp.type_handlers.NumpyHandler):
     """Returns the arrays; raises the first failure."""
     read = super().deserialize
     args = args or [ocp.RestoreArgs()] * len(infos)
-    found = await asyncio.gather(
-        *(read([info], [arg]) for info, arg in zip(infos, args, strict=True)),
-        return_exceptions=True)
-    for one in found:
-      if isinstance(one, BaseException):
-        raise one
-    return [one[0] for one in found]
+    return await _all_of(
+        read([info], [arg]) for info, arg in zip(infos, args, strict=True))
+
+  async def metadata(self, infos):
+    """Returns what is known of the arrays; raises the first failure."""
+    read = super().metadata
+    return await _all_of(read([info]) for info in infos)
+
+
+async def _all_of(reads: Iterable[Awaitable[Sequence[Any]]]) -> list[Any]:
+  """Returns the item of each read, once all have ended."""
+  found = await asyncio.gather(*reads, return_exceptions=True)
+  for one in found:
+    if isinstance(one, BaseException):
+      raise one
+  return [one[0] for one in found]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+  """orbax logs what it cannot read; the error raised says it in one line."""
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
 
 
 def _checkpointer() -> ocp.Checkpointer:
