@@ -261,7 +261,7 @@ def _begin(folder: pathlib.Path, config, *keys: str, **more: str) -> None:
   file = folder / "settings.json"
   now = _flat({key: config.to_dict()[key] for key in keys} | more)
   if (folder / "checkpoints").is_dir() and file.is_file():
-    begun = read_json(file)
+    begun = read_json(file, dict)
     for key in sorted(begun.keys() | now.keys()):
       if begun.get(key) != now.get(key):
         raise UserError(

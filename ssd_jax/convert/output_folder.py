@@ -45,8 +45,8 @@ def report_of(out: pathlib.Path, fingerprint: str) -> dict[str, Any] | None:
   if is_moving or not (held or out.is_file()):
     return None
   file = out / "report.json"
-  report = read_json(file) if file.is_file() else {}
-  if not isinstance(report, dict) or report.get("fingerprint") != fingerprint:
+  report = read_json(file, dict) if file.is_file() else {}
+  if report.get("fingerprint") != fingerprint:
     raise UserError(f"Expected a new folder, got {out}, which holds something "
                     "else. Choose another --out or remove it.")
   shutil.rmtree(work, ignore_errors=True)

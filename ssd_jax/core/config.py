@@ -34,8 +34,9 @@ def check(ok: bool, name: str, got: Any, expected: str) -> None:
     UserError: `ok` is False.
   """
   if not ok:
+    told = " ".join(str(got).split())
     raise UserError(
-        f"Expected {name} to be {expected}, got {name}={got}.")
+        f"Expected {name} to be {expected}, got {name}={told}.")
 
 
 def check_sizes(config: "DataclassInstance", *may_be_zero: str) -> None:
@@ -69,6 +70,9 @@ def from_config_dict(cls: type[T], values: Any) -> T:
   Raises:
     UserError: A key is unknown or missing, or a value is out of range.
   """
+  if not hasattr(values, "keys"):
+    raise UserError(
+        f"Expected settings of {cls.__name__}, got {str(values)[:40]!r}.")
   fields = {f.name: f for f in dataclasses.fields(cls)}
   unknown = sorted(set(values) - set(fields))
   if unknown:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from ssd_jax.core.config import check
 from ssd_jax.core.types import Params
 
 _PROBES = 64
@@ -30,3 +31,9 @@ def same_trunk(one: Sequence[float], other: Sequence[float]) -> bool:
   # Half a unit in the last place of bfloat16 is 0.2%; float16 flushes values
   # below 6e-8 to zero.
   return len(one) == len(other) and np.allclose(one, other, 0.006, 1e-7)
+
+
+def check_fingerprint(found: tuple) -> None:
+  """Raises UserError unless a stored fingerprint is made of numbers."""
+  check(all(type(x) in (int, float) for x in found), "trunk", found[:2],
+        "a fingerprint of numbers")

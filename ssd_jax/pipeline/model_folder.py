@@ -44,6 +44,7 @@ FAMILIES: dict[str, Callable[..., Family]] = {
 }
 _CONFIGS = {"janus": "janus_pro"}  # where the file has another name
 CHOICES = {"emu3": emu3.CHOICES, "lumina": lumina.CHOICES}
+_SAMPLING = ("guidance", "temperature", "top_k", "top_p")
 _KINDS = {"heads": HeadsConfig, "drafter": DrafterConfig}
 
 
@@ -75,8 +76,8 @@ def load(
   check(choices is None or isinstance(choices, Mapping), "choices", choices,
         "a dict of settings")
   folder = EMBEDDED if name == "emoji" else user_path(name)
-  settings = read_json(folder / "model.json")
-  known = settings.get("family") if isinstance(settings, dict) else None
+  settings = read_json(folder / "model.json", dict)
+  known = settings.get("family")
   if not isinstance(known, str) or known not in FAMILIES:
     raise UserError(
         f"Expected one of {sorted(FAMILIES)}, got {folder / 'model.json'} "
@@ -85,6 +86,8 @@ def load(
   try:
     choose(settings, choices or {})
     family = FAMILIES[known](settings, folder)
+    for key in _SAMPLING:
+      _ = family.sampling[key]
     shapes = _shapes(family)
     _check_memory(family, shapes, None if random_weights else folder)
   except UserError:
@@ -304,6 +307,6 @@ def read_extra(folder: str | os.PathLike, kind: str) -> tuple[Any, Params]:
     UserError: if the folder holds none, or is damaged.
   """
   folder = user_path(folder)
-  values = read_json(folder / f"{kind}.json")
+  values = read_json(folder / f"{kind}.json", dict)
   return (from_config_dict(_KINDS[kind], values),
           checkpoints.restore(folder / "weights"))

@@ -82,7 +82,7 @@ def restore(folder: str | os.PathLike) -> Any:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise _damaged(folder, reason[:120]) from error
   if (folder / CHECKSUMS).is_file():
-    stored, found = read_json(folder / CHECKSUMS), checksums(restored)
+    stored, found = read_json(folder / CHECKSUMS, dict), checksums(restored)
     wrong = [name for name in found if stored.get(name) != found[name]]
     if wrong:
       raise _damaged(folder, f"{wrong[0]} differs from its checksum")
@@ -185,7 +185,7 @@ class _WaitingHandler(ocp.type_handlers.NumpyHandler):
 
 async def _all_of(reads: Iterable[Awaitable[Sequence[Any]]]) -> list[Any]:
   """Returns the item of each read, once all have ended."""
-  found = await asyncio.gather(*reads, return_exceptions=True)
+  found: list[Any] = await asyncio.gather(*reads, return_exceptions=True)
   for one in found:
     if isinstance(one, BaseException):
       raise one

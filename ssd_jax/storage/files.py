@@ -74,15 +74,22 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
   write_text(path, text + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike, kind: type = object) -> Any:
   """Returns the value of a JSON file.
 
+  Args:
+    path: The file.
+    kind: Expected type of the value, such as dict.
+
   Raises:
-    UserError: The file is missing or not JSON.
+    UserError: The file is missing, not JSON, or of another kind.
   """
   path = user_path(path)
   try:
-    return json.loads(path.read_text("utf-8"))
+    value = json.loads(path.read_text("utf-8"))
+    if not isinstance(value, kind):
+      raise ValueError("another kind of value")
+    return value
   except (OSError, ValueError, RecursionError) as error:
     raise UserError(
         f"Expected a readable JSON file, got {path} (missing or damaged). "

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import resource
 import shutil
 import types
@@ -15,6 +16,7 @@ from ssd_jax.convert import convert, janus, output_folder
 from ssd_jax.core.config import UserError
 from ssd_jax.families import janus as family
 from ssd_jax.storage import checkpoints
+from tests.support.damage import damaged
 from tests.support.toy_weights import write_safetensors
 
 
@@ -337,6 +339,28 @@ def test_wrong_checkpoints_are_named(source, tmp_path, damage, said):
     run(source, tmp_path / "out")
   assert "\n" not in str(error.value)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("seed", range(10))
+def test_any_damage_of_a_source_is_one_line_or_none(source, seed):
+  """Heads of safetensors, index and tokenizer: all that opens can be read."""
+  rng = random.Random(seed)
+  files = sorted(source.iterdir())
+  for _ in range(40):
+    file = rng.choice(files)
+    data = file.read_bytes()
+    head = damaged(data[:2000], rng.choice(files).read_bytes(), rng)
+    file.write_bytes(head + data[2000:])
+    try:
+      job = convert.open_job(
+          janus.recipe(tiny()), {"source": source}, "float32")
+      for unit in job.units():
+        for one in unit.row.sources:
+          job.found[0].tensors[one.name].read()
+    except UserError as error:
+      assert "\n" not in str(error)
+    file.write_bytes(data)
 
 
 @pytest.mark.parametrize("text, said", [

@@ -36,6 +36,19 @@ def test_names_that_are_no_text_survive_json(tmp_path):
   assert "\u4e2d" in (tmp_path / "y.json").read_text("utf-8")
 
 
+def test_without_a_cache_nothing_fails(tmp_path, monkeypatch):
+  """No home, or a folder that cannot be made: there is no cache."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+  assert files.cache_folder() == tmp_path / "new" / "ssd_jax"
+  (tmp_path / "file").write_text("")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  assert files.cache_folder() is None
+  monkeypatch.delenv("XDG_CACHE_HOME")
+  monkeypatch.setattr(files.os.path, "expanduser", lambda name: name)
+  assert files.cache_folder() is None
+  assert not list(tmp_path.glob("*~*"))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x80"])
 def test_what_is_no_json_is_one_line(tmp_path, text):
   """However it is damaged."""
