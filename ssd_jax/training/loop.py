@@ -112,7 +112,8 @@ def _manager(folder: pathlib.Path, cfg: LoopConfig) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(
       folder / "checkpoints",
       options=ocp.CheckpointManagerOptions(
-          max_to_keep=cfg.keep, enable_async_checkpointing=True
+          max_to_keep=cfg.keep, enable_async_checkpointing=True,
+          cleanup_tmp_directories=True  # of runs that were killed
       ),
   )
 
