@@ -58,6 +58,10 @@ def check_sizes(config: "DataclassInstance", *may_be_zero: str) -> None:
     elif field.type is float:
       check(type(value) in (int, float) and 0 < value < math.inf, name, value,
             "a number > 0")
+    elif field.type == tuple[int, ...]:
+      check(isinstance(value, tuple) and all(
+          type(x) is int and 0 <= x <= _LARGEST for x in value), name, value,
+          "whole numbers >= 0")
 
 
 def from_config_dict(cls: type[T], values: Any) -> T:

@@ -60,7 +60,7 @@ class VQConfig:
   def __post_init__(self):
     check_sizes(self)
     check(len(self.ch_mult) > 0 and all(
-        type(m) is int and m >= 1 and self.ch * m % self.groups == 0
+        m >= 1 and self.ch * m % self.groups == 0
         for m in self.ch_mult), "ch_mult", self.ch_mult,
         f"whole numbers that make ch={self.ch} channels multiples of "
         f"groups={self.groups}")
