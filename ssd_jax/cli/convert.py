@@ -9,6 +9,7 @@ from ssd_jax.convert import anole, convert, emu3, hub, janus, llamagen, lumina
 from ssd_jax.convert.recipes import Recipe
 from ssd_jax.core.config import UserError
 from ssd_jax.runtime.progress import Bar
+from ssd_jax.storage.files import user_path
 
 RECIPES = {
     "llamagen": llamagen.recipe, "lumina": lumina.recipe,
@@ -50,7 +51,7 @@ def body() -> None:
   folders = fetched(
       recipe, {name: hub.Location(source) for name, source in given.items()})
   job = convert.open_job(recipe, folders, values.dtype)
-  out = pathlib.Path(values.out)
+  out = user_path(values.out)
   if convert.existing_report(job, out) is not None:
     print(f"{out} already holds this conversion; nothing to do")
     return

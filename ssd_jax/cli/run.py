@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import inspect
+import io
 import math
 import os
 import pathlib
@@ -14,7 +15,8 @@ import jax
 from ml_collections import config_flags
 
 from ssd_jax.core.config import UserError
-from ssd_jax.runtime import distributed, sharding
+from ssd_jax.runtime import distributed, interrupts, sharding
+from ssd_jax.storage import files
 
 _DEFAULT = pathlib.Path(__file__).parent.parent / "families" / "emoji.py"
 
@@ -54,7 +56,10 @@ def main(
     draws: Whether the command generates images, which two cores of a CPU may
       share.
   """
-  argv = sys.argv if argv is None else argv
+  argv = _with_home(sys.argv if argv is None else argv)
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # any text on any terminal
+      stream.reconfigure(errors="backslashreplace")
   if {"-h", "-help", "--help", "--helpfull"} & set(argv[1:]):
     print(_help(body))
     return
@@ -66,16 +71,25 @@ def main(
   if len(rest) > 1:
     fail(f"Expected flags only, got argument {rest[1]!r}. See --help.")
   try:
-    with devices(draws) if runs_here else contextlib.nullcontext():
+    with interrupts.watched(), (
+        devices(draws) if runs_here else contextlib.nullcontext()):
       body()
   except UserError as error:
     fail(str(error))
   except OSError as error:  # such as a full disk
     fail(f"Expected files that can be read and written, got {error}. Check "
          "the path and the disk.")
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    sys.exit(130)
+
+
+def _with_home(argv: list[str]) -> list[str]:
+  """Returns the arguments with ~ expanded, which no shell does behind --x=."""
+  found = list(argv)
+  for i, arg in enumerate(argv):
+    name, equals, value = arg.rpartition("=") if arg[:1] == "-" else (
+        argv[i - 1], "", arg)
+    if value[:1] == "~" and name.lstrip("-") != "prompt":
+      found[i] = (name if equals else "") + equals + os.path.expanduser(value)
+  return found
 
 
 def _help(body: Callable[[], None]) -> str:
@@ -131,9 +145,12 @@ def _split_cpu(count: int) -> None:
 
 def use_compilation_cache() -> None:
   """Keeps compiled programs in the user's cache folder between runs."""
-  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  folder = pathlib.Path(root) / "ssd_jax" / "xla"
-  jax.config.update("jax_compilation_cache_dir", str(folder))
+  folder = files.cache_folder()
+  if folder is None:
+    print("note: compiled programs are not kept, because there is no cache "
+          "folder that can be written; set XDG_CACHE_HOME", file=sys.stderr)
+    return
+  jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

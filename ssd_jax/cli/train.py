@@ -33,6 +33,7 @@ from ssd_jax.models.vq import VQ, VQConfig
 from ssd_jax.pipeline import model_folder
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import user_path
 from ssd_jax.training import (
   ar as ar_training,
   drafter as drafter_training,
@@ -278,7 +279,7 @@ def _settings(*used: str):
 
 
 def _workdir(config) -> pathlib.Path:
-  folder = pathlib.Path(_WORKDIR.value or config.workdir)
+  folder = user_path(_WORKDIR.value or config.workdir)
   if folder.exists() and not folder.is_dir():
     raise UserError(f"Expected a folder, got --workdir {folder}, which is a "
                     "file. Choose another folder.")

@@ -43,13 +43,14 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
     parts = (Part("source", _NATIVE, table, shapes),
              chameleon_vq(family))
     tokenizer = "**/" + config.tokenizer
-    return Recipe(config.family, settings, parts, (tokenizer,))
+    return Recipe(config.family, settings, parts, (tokenizer,), family)
   vq = family.vq.cfg
   rows = (*huggingface_rows(family),
           *vq_rows(vq, "taming", "model.vqmodel."))
   part = Part("source", published.ANY_FORMAT, Table(rows),
               shapes | vq_shapes(vq))
-  return Recipe(config.family, settings, (part,), (config.tokenizer,))
+  return Recipe(config.family, settings, (part,), (config.tokenizer,),
+                family)
 
 
 def _native_rows(family: Anole) -> Iterable[Row]:

@@ -4,7 +4,7 @@ Tensors are read, converted and written one at a time, or in pieces if they are
 large, so memory use stays far below the size of a model. The conversion works
 in a folder beside the target, with a journal of completed pieces: an
 interrupted conversion resumes where it stopped, and the target appears by one
-rename.
+rename (`output_folder`).
 """
 
 from collections.abc import Callable, Container, Iterable
@@ -16,7 +16,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 import time
 from typing import Any
@@ -24,15 +23,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ssd_jax.convert import recipes, tensors
+from ssd_jax.convert import (
+  checkpoint_files,
+  checks,
+  names,
+  output_folder,
+  recipes,
+)
+from ssd_jax.convert.checkpoint_files import Checkpoint
 from ssd_jax.convert.recipes import Part, Recipe, Row
-from ssd_jax.convert.tensors import Checkpoint
 from ssd_jax.core.config import UserError
 from ssd_jax.storage import array_store, checkpoints
-from ssd_jax.storage.files import read_json, write_json
+from ssd_jax.storage.files import write_json
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-_SHOWN = 6  # names listed in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,25 +130,27 @@ def open_job(
         f"Expected --dtype to be one of {sorted(DTYPES)}, got {dtype!r}.")
   found = []
   for part in recipe.parts:
-    checkpoint = _open(part, folders)
-    _check_family(recipe, part, checkpoint)
-    check_table(part, checkpoint)
+    checkpoint = names.unwrapped(_open(part, folders), part.names)
+    checks.check_family(recipe, part, checkpoint)
+    checks.check_table(part, checkpoint)
+    checks.check_dtypes(part, checkpoint)
     found.append(checkpoint)
   assets = tuple(_asset(folders, pattern) for pattern in recipe.tokenizer)
+  checks.check_tokenizer(recipe, assets)
   return Job(recipe, tuple(found), assets, dtype)
 
 
 def _open(part: Part, folders: dict[str, pathlib.Path]) -> Checkpoint:
   if part.flag in folders:
-    return tensors.open_checkpoint(folders[part.flag], part.patterns)
+    return checkpoint_files.open_checkpoint(folders[part.flag], part.patterns)
   source = folders["source"]
   inside = source if source.is_dir() else source.parent
-  if not any(any(inside.glob(pattern)) for pattern in part.source_patterns):
+  if not checkpoint_files.matching(inside, part.source_patterns):
     raise UserError(
         f"Expected a folder with the {part.flag.replace('_', ' ')}, got "
         f"{inside} without any of {', '.join(part.source_patterns)}. Pass its "
         f"location with --{part.flag}.")
-  return tensors.open_checkpoint(inside, part.source_patterns)
+  return checkpoint_files.open_checkpoint(inside, part.source_patterns)
 
 
 def tokenizer_flags(given: Container[str]) -> tuple[str, ...]:
@@ -158,67 +164,14 @@ def _asset(folders: dict[str, pathlib.Path], pattern: str) -> pathlib.Path:
            if flag in folders]
   for path in paths:
     folder = path if path.is_dir() else path.parent
-    files = sorted(folder.glob(pattern))
+    files = checkpoint_files.matching(folder, [pattern])
     if files:
+      checkpoint_files.check_contents(files[0])
       return files[0]
   raise UserError(
       "Expected a folder with the tokenizer's files, got "
       f"{' and '.join(map(str, paths))} without {pattern}. Pass their location "
       "with --tokenizer.")
-
-
-_SIGNATURES = {  # name of a tensor that only this family has -> family
-    "layers.0.attention.wqkv.weight": "llamagen",
-    "gen_embed.weight": "janus",
-    "layers.0.attention.wq.weight": "anole",
-    "model.layers.0.self_attn.q_norm.weight": "lumina or anole:hf",
-    "encoder.block.0.layer.0.SelfAttention.q.weight": "T5",
-    "decoder.time_conv.0.conv.conv.weight": "an Emu3 tokenizer",
-}
-
-
-def _check_family(recipe: Recipe, part: Part, found: Checkpoint) -> None:
-  expected = {s.name for row in part.table.rows for s in row.sources}
-  if len(expected - set(found.tensors)) <= len(expected) // 2:
-    return
-  guess = [family for name, family in _SIGNATURES.items()
-           if name in found.tensors and name not in expected]
-  looks = f" that looks like {guess[0]}" if guess else ""
-  raise UserError(
-      f"Expected a checkpoint of {recipe.family} with tensors such as "
-      f"{min(expected)}, got a checkpoint{looks} in {found.files[0].name}. "
-      "Choose the --config of its family, or another folder.")
-
-
-def check_table(part: Part, found: Checkpoint) -> None:
-  """Raises UserError if tensors are missing, unknown or of the wrong shape."""
-  expected = {s.name: (s.shape, *s.others)
-              for row in part.table.rows for s in row.sources}
-  ignored = [re.compile(pattern) for pattern in part.table.ignored]
-  present = set(found.tensors)
-  problems = {
-      "missing": sorted(set(expected) - present),
-      "unknown": sorted(
-          name for name in present - set(expected)
-          if not any(p.fullmatch(name) for p in ignored)),
-      "misshaped": sorted(
-          f"{name} {found.tensors[name].shape} for {shapes[0]}"
-          for name, shapes in expected.items()
-          if name in present and found.tensors[name].shape not in shapes),
-  }
-  found_problems = [
-      _listing(kind, items) for kind, items in problems.items() if items]
-  if found_problems:
-    raise UserError(
-        "Expected every tensor of this family and variant once, got "
-        f"{found.files[0].name} with {'; '.join(found_problems)}. Choose the "
-        "variant of --config that matches the checkpoint.")
-
-
-def _listing(kind: str, items: list[str]) -> str:
-  rest = len(items) - _SHOWN
-  more = f" and {rest} more" if rest > 0 else ""
-  return f"{len(items)} {kind} tensors ({', '.join(items[:_SHOWN])}{more})"
 
 
 def convert(
@@ -239,12 +192,12 @@ def convert(
     UserError: `out` holds something else, the disk is too small, or another
       conversion writes to `out`.
   """
-  out = out.absolute()
+  out = output_folder.resolved(out)
   report = existing_report(job, out)
   if report is not None:
     return report
-  work = _work_folder(out)
-  _check_disk(job, out, work)
+  work = output_folder.work_folder(out)
+  output_folder.check_disk(job.size, work)
   work.mkdir(parents=True, exist_ok=True)
   with open(work / "lock", "w") as lock:
     try:
@@ -253,46 +206,26 @@ def convert(
       raise UserError(
           f"Expected one conversion to {out} at a time, got {out} while "
           "another conversion writes it. Wait for it.") from error
+    output_folder.take_back(out, work)
     start = time.monotonic()
-    done = _write_arrays(job, work, progress)
+    try:
+      done = _write_arrays(job, work, progress)
+    except checks.BadWeights:
+      shutil.rmtree(work, ignore_errors=True)
+      raise
     report = _assemble(job, work, done, time.monotonic() - start)
-    os.rename(work / "model", out)
+    output_folder.put_in_place(work / "model", out)
   shutil.rmtree(work, ignore_errors=True)
   return report
-
-
-def _work_folder(out: pathlib.Path) -> pathlib.Path:
-  return out.with_name(f".{out.name}.converting")
 
 
 def existing_report(job: Job, out: pathlib.Path) -> dict[str, Any] | None:
   """Returns the report in `out` if it holds this conversion, None if empty.
 
-  Also removes the work folder of a conversion that was interrupted at its end.
-
   Raises:
     UserError: `out` holds something else.
   """
-  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-    return None
-  file = out / "report.json"
-  report = read_json(file) if file.is_file() else {}
-  if report.get("fingerprint") != job.fingerprint:
-    raise UserError(f"Expected a new folder, got {out}, which holds something "
-                    "else. Choose another --out or remove it.")
-  shutil.rmtree(_work_folder(out.absolute()), ignore_errors=True)
-  return report
-
-
-def _check_disk(job: Job, out: pathlib.Path, work: pathlib.Path) -> None:
-  above = next(p for p in out.parents if p.is_dir())
-  written = sum(f.stat().st_size for f in work.rglob("*") if f.is_file())
-  free, needed = shutil.disk_usage(above).free, job.size - written
-  if needed * 1.02 > free:
-    raise UserError(
-        f"Expected {needed * 1.02 / 1e9:.1f} GB of free disk space, got "
-        f"{free / 1e9:.1f} GB free at {above}. Free some space, or choose "
-        "another --out.")
+  return output_folder.report_of(output_folder.resolved(out), job.fingerprint)
 
 
 def _write_arrays(job: Job, work: pathlib.Path, progress) -> dict[str, dict]:
@@ -348,7 +281,11 @@ def _write_unit(job: Job, arrays: pathlib.Path, unit: Unit) -> dict[str, Any]:
     stop = stop if unit.stop is None else first + unit.stop
     read.append(found[source.name].read(first + unit.start, stop))
   shape, dtype = job.leaves[row.target]
-  value = np.ascontiguousarray(row.convert(*read).astype(dtype))
+  with np.errstate(over="ignore"):  # reported
+    value = np.ascontiguousarray(row.convert(*read).astype(dtype))
+  names_read = [source.name for source in row.sources]
+  checks.check_finite(
+      value, read, [found[name] for name in names_read], names_read)
   is_layer = row.layer is not None
   value = value[None] if is_layer else value
   first = row.at + unit.start if row.layer is None else row.layer
@@ -356,7 +293,7 @@ def _write_unit(job: Job, arrays: pathlib.Path, unit: Unit) -> dict[str, Any]:
     array_store.array_folder(arrays, row.target), shape, value, first, is_layer
   )
   return {
-      "unit": unit.name, "sources": [s.name for s in row.sources],
+      "unit": unit.name, "sources": names_read,
       "first": first, "rows": len(value), "bytes": value.nbytes,
       "sha256": array_store.digest(value),
   }

@@ -44,7 +44,7 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
        Part("vq", published.SAFETENSORS,
             Table(tuple(vq_rows(vq, "video")), ignored), vq_shapes(vq),
             in_source=_VQ_FILES)),
-      (RANKS, VISION),
+      (RANKS, VISION), family,
   )
 
 

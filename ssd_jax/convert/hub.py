@@ -7,9 +7,10 @@ import functools
 import pathlib
 from types import ModuleType
 
-from ssd_jax.convert import tensors
+from ssd_jax.convert import checkpoint_files
 from ssd_jax.core.config import UserError
 from ssd_jax.core.extras import need
+from ssd_jax.storage.files import user_path
 
 PREFIX = "hf:"
 
@@ -32,14 +33,14 @@ class Location:
   @property
   def path(self) -> pathlib.Path:
     """Path of a local source."""
-    return pathlib.Path(self.source).expanduser()
+    return user_path(self.source)
 
   def has(self, patterns: Sequence[str]) -> bool:
     """Returns whether a file matches a glob, without downloading anything."""
     if self.is_remote:
       return bool(_first_matches(self._listing[0], patterns))
     folder = self.path if self.path.is_dir() else self.path.parent
-    return any(any(folder.glob(pattern)) for pattern in patterns)
+    return bool(checkpoint_files.matching(folder, patterns))
 
   def folder(self, patterns: Sequence[Sequence[str]]) -> pathlib.Path:
     """Returns the local folder; downloads the needed files of a remote source.
@@ -88,8 +89,8 @@ class Location:
       for file in _first_matches(present, choice):
         path = fetch(file)
         root = path.parents[file.count("/")]
-        if path.name in tensors.INDEXES:
-          for shard in tensors.index_files(path):
+        if path.name in checkpoint_files.INDEXES:
+          for shard in checkpoint_files.index_files(path):
             fetch(str(shard.relative_to(root)))
     if root is None:
       raise UserError(
@@ -121,7 +122,8 @@ class Location:
 def _first_matches(present: Iterable[str], choice: Sequence[str]) -> list[str]:
   """Returns the names that match the first matching glob."""
   for pattern in choice:
-    found = sorted(name for name in present if _matches(name, pattern))
+    found = checkpoint_files.published(
+        name for name in present if _matches(name, pattern))
     if found:
       return found
   return []

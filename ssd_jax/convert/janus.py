@@ -41,7 +41,7 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
   part = Part("source", published.ANY_FORMAT, Table(rows, _IGNORED),
               published.trunk_shapes(family.trunk) | vq_shapes(vq))
   return Recipe(config.family, published.settings_of(config, _KEEP), (part,),
-                (config.tokenizer,))
+                (config.tokenizer,), family)
 
 
 def _trunk_rows(family: Janus) -> Iterable[Row]:

@@ -52,7 +52,7 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
                     Table(tuple(t5_recipes.rows(t5)), t5_recipes.IGNORED),
                     t5_recipes.shapes(t5)))
   return Recipe(config.family, published.settings_of(config, _KEEP),
-                tuple(parts), (config.tokenizer,))
+                tuple(parts), (config.tokenizer,), family)
 
 
 def _trunk_rows(family: LlamaGen) -> Iterable[Row]:

@@ -36,7 +36,7 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
             Table(tuple(huggingface_rows(family)), (r"model\.vqmodel\..*",)),
             published.trunk_shapes(family.trunk)),
        chameleon_vq(family)),
-      (config.tokenizer,),
+      (config.tokenizer,), family,
   )
 
 

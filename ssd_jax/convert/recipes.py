@@ -18,6 +18,7 @@ import numpy as np
 
 from ssd_jax.core.config import UserError
 from ssd_jax.core.weights import leaves_by_path
+from ssd_jax.families.published import Published
 from ssd_jax.models.transformer import TrunkConfig
 from ssd_jax.models.vq import VQ, VQConfig
 
@@ -242,6 +243,11 @@ class Part:
   leaves: dict[str, jax.ShapeDtypeStruct]
   in_source: tuple[str, ...] = ()
 
+  @functools.cached_property
+  def names(self) -> frozenset[str]:
+    """Names of the published tensors that are used."""
+    return frozenset(s.name for row in self.table.rows for s in row.sources)
+
   @property
   def source_patterns(self) -> tuple[str, ...]:
     """Its files at the location of "source", as globs."""
@@ -257,12 +263,14 @@ class Recipe:
     settings: Contents of model.json beside the name.
     parts: The published checkpoints.
     tokenizer: Files of the text tokenizer, as globs; each must match.
+    speller: The family, which tries these files.
   """
 
   family: str
   settings: dict[str, Any]
   parts: tuple[Part, ...]
   tokenizer: tuple[str, ...] = ()
+  speller: Published | None = None
 
   def without_text_encoder(self) -> "Recipe":
     """Returns the recipe of a folder whose prompts are features, not text."""

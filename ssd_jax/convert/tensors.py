@@ -5,10 +5,9 @@ are read without torch: a conversion then needs neither torch nor its memory,
 and the unpickler runs nothing that a file names (docs/models.md has figures).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
 import io
-import json
 import math
 import pathlib
 import pickle
@@ -17,22 +16,20 @@ from typing import Any
 import zipfile
 import zlib
 
-import ml_dtypes
 import numpy as np
 import safetensors
 
 from ssd_jax.convert import unpickle
 from ssd_jax.core.config import UserError
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _AGAIN = "Download it again"
-_SAFE_DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
-    "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-}
-_WRAPPERS = ("model", "module", "state_dict")
+_SAFE_FLOATS = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Keys of what trainers save; the first that is there is the model.
+_WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "ema",
+             "model_ema", "ema_model", "ema_state_dict", "params_ema", "params")
 _DEEPEST = 4  # nested wrappers
+_SHOWN = 6  # keys listed in an error
 # Exceptions that parsing a damaged file may raise; they become UserErrors.
 _DAMAGE = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
@@ -57,6 +54,11 @@ class Tensor:
   shape: tuple[int, ...]
   dtype: np.dtype
   strides: tuple[int, ...] | None = None
+
+  @property
+  def kind(self) -> str:
+    """Name of its dtype."""
+    return self.dtype.name
 
   def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Reads the tensor, or its rows `start` to `stop` (exclusive)."""
@@ -92,13 +94,13 @@ class SafeTensor:
     file: The file.
     name: Name of the tensor.
     shape: Shape of the tensor.
-    dtype: Its numpy type.
+    kind: Name of its dtype.
   """
 
   file: pathlib.Path
   name: str
   shape: tuple[int, ...]
-  dtype: np.dtype
+  kind: str
 
   def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Reads the tensor, or its rows `start` to `stop` (exclusive)."""
@@ -106,79 +108,6 @@ class SafeTensor:
       if not self.shape:
         return opened.get_tensor(self.name)
       return opened.get_slice(self.name)[start:stop]
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-  """All tensors of a checkpoint by name, and the files they are in."""
-
-  tensors: dict[str, Tensor | SafeTensor]
-  files: tuple[pathlib.Path, ...]
-
-
-def open_checkpoint(
-    folder: pathlib.Path, patterns: Sequence[str]
-) -> Checkpoint:
-  """Opens the files that match the first matching pattern.
-
-  Args:
-    folder: Folder of the checkpoint, or one of its files.
-    patterns: Globs, tried in order; an index represents the files it names.
-
-  Raises:
-    UserError: No file matches, a file is missing or damaged, or two tensors
-      have the same name.
-  """
-  files = _files(folder, patterns)
-  missing = [file.name for file in files if not file.is_file()]
-  if missing:
-    raise UserError("Expected the files of the index beside it, got an index "
-                    f"in {folder} that names the missing {', '.join(missing)}. "
-                    "Download them.")
-  tensors: dict[str, Tensor | SafeTensor] = {}
-  for file in files:
-    for name, tensor in read_file(file).items():
-      if name in tensors:
-        raise UserError(
-            f"Expected each tensor once, got tensor {name!r} in both "
-            f"{tensors[name].file.name} and {file.name}. Remove the file that "
-            "does not belong to the checkpoint.")
-      tensors[name] = tensor
-  return Checkpoint(tensors, tuple(files))
-
-
-def _files(
-    folder: pathlib.Path, patterns: Sequence[str]
-) -> list[pathlib.Path]:
-  if folder.is_file():
-    return [folder]
-  if not folder.is_dir():
-    raise UserError("Expected the file or folder of a checkpoint, got no file "
-                    f"or folder at {folder}. Check the path.")
-  for pattern in patterns:
-    found = sorted(folder.glob(pattern))
-    if found and found[0].name in INDEXES:
-      return index_files(found[0])
-    if found:
-      return found
-  raise UserError(
-      f"Expected a folder with a checkpoint, got {folder} without any of "
-      f"{', '.join(patterns)}. Check the folder.")
-
-
-def index_files(index: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the files that an index names.
-
-  Raises:
-    UserError: The index is damaged or names no files.
-  """
-  try:
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    files = [index.parent / name for name in names]
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"Expected JSON with a weight_map, got a damaged {index}. "
-                    f"{_AGAIN}.") from error
-  return files
 
 
 def read_file(file: pathlib.Path) -> Mapping[str, Tensor | SafeTensor]:
@@ -197,12 +126,8 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, Tensor | SafeTensor]:
   except (safetensors.SafetensorError, OSError) as error:
     raise UserError(f"Expected a safetensors file, got a damaged {file} "
                     f"({_short(error)}). {_AGAIN}.") from error
-  for name, kind in kinds.items():
-    if kind not in _SAFE_DTYPES:
-      raise UserError(f"Expected tensors of {', '.join(_SAFE_DTYPES)}, got "
-                      f"{name} of {kind} in {file}.")
   return {name: SafeTensor(file, name, shapes[name],
-                           np.dtype(_SAFE_DTYPES[kinds[name]]))
+                           _SAFE_FLOATS.get(kinds[name], kinds[name]))
           for name in slices}
 
 
@@ -271,8 +196,9 @@ def _state_dict(
   views = {str(name): view for name, view in tree.items()
            if isinstance(view, unpickle.View)}
   if not views:
-    raise UserError(f"Expected a state dict, got {file} without tensors. "
-                    "Check the file.")
+    others = ", ".join(sorted(map(repr, tree))[:_SHOWN]) or "nothing"
+    raise UserError(f"Expected a state dict, got {file} without tensors, with "
+                    f"{others} in it. Save the model's state dict alone.")
   return {name: _tensor(view, file, offset_of) for name, view in views.items()}
 
 

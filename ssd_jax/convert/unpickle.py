@@ -20,6 +20,11 @@ _TORCH_DTYPES = {
     "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
     "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
     "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
+    "UntypedStorage": np.uint8,
+    **{name: getattr(ml_dtypes, name) for name in (
+        "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+        "float8_e8m0fnu")},
+    "uint16": np.uint16, "uint32": np.uint32, "uint64": np.uint64,
 }
 # Objects that trainers store beside the weights; they are ignored. First names
 # from Python and torch, then whole packages.
@@ -75,6 +80,17 @@ def _view(
   return View(storage, offset, shape, strides)
 
 
+def _view_of_bytes(
+    storage: Storage, offset: int, shape: Any, strides: Any, grad: Any,
+    hooks: Any, dtype: Any, *_: Any
+) -> View:
+  """Replaces torch._utils._rebuild_tensor_v3, used by types of recent years."""
+  if not isinstance(storage, Storage) or not isinstance(dtype, np.dtype):
+    raise pickle.UnpicklingError("a tensor that is no view of a storage")
+  typed = Storage(dtype, storage.key, storage.count // dtype.itemsize)
+  return _view(typed, offset, shape, strides)
+
+
 class _Ignored:
   """Replaces every object that is not a tensor."""
 
@@ -120,11 +136,13 @@ class Unpickler(pickle.Unpickler):
       return OrderedDict
     if full == "torch._utils._rebuild_tensor_v2":
       return _view
+    if full == "torch._utils._rebuild_tensor_v3":
+      return _view_of_bytes
     if full == "torch._utils._rebuild_parameter":
       return lambda data, *_: data
     if full == "torch.Size":
       return tuple
-    if module == "torch" and name in _TORCH_DTYPES:
+    if full.startswith("torch.") and name in _TORCH_DTYPES:
       return np.dtype(_TORCH_DTYPES[name])
     if full in _INERT or full.split(".")[0] in _INERT_PACKAGES:
       return _Ignored

@@ -5,12 +5,16 @@ them does not use ConfigDicts.
 """
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
   from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+
+
+_LARGEST = 2**31 - 1
 
 
 class UserError(ValueError):
@@ -30,8 +34,34 @@ def check(ok: bool, name: str, got: Any, expected: str) -> None:
     UserError: `ok` is False.
   """
   if not ok:
+    told = " ".join(str(got).split())
     raise UserError(
-        f"Expected {name} to be {expected}, got {name}={got}.")
+        f"Expected {name} to be {expected}, got {name}={told}.")
+
+
+def check_sizes(config: "DataclassInstance", *may_be_zero: str) -> None:
+  """Checks the numbers of a settings class: whole ones >= 1, others > 0.
+
+  Args:
+    config: The dataclass.
+    *may_be_zero: Fields of whole numbers whose 0 has a meaning.
+
+  Raises:
+    UserError: A number is out of range or of another kind.
+  """
+  for field in dataclasses.fields(config):
+    name, value = field.name, getattr(config, field.name)
+    if field.type is int:
+      least = 0 if name in may_be_zero else 1
+      check(type(value) is int and least <= value <= _LARGEST, name, value,
+            f"a whole number >= {least}, below 2^31")
+    elif field.type is float:
+      check(type(value) in (int, float) and 0 < value < math.inf, name, value,
+            "a number > 0")
+    elif field.type == tuple[int, ...]:
+      check(isinstance(value, tuple) and all(
+          type(x) is int and 0 <= x <= _LARGEST for x in value), name, value,
+          "whole numbers >= 0")
 
 
 def from_config_dict(cls: type[T], values: Any) -> T:
@@ -44,6 +74,9 @@ def from_config_dict(cls: type[T], values: Any) -> T:
   Raises:
     UserError: A key is unknown or missing, or a value is out of range.
   """
+  if not hasattr(values, "keys"):
+    raise UserError(
+        f"Expected settings of {cls.__name__}, got {str(values)[:40]!r}.")
   fields = {f.name: f for f in dataclasses.fields(cls)}
   if not hasattr(values, "keys"):
     raise UserError(f"Expected settings of {cls.__name__} by name, got "

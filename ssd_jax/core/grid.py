@@ -5,7 +5,10 @@ import functools
 
 import numpy as np
 
+from ssd_jax.core.config import check, check_sizes
+
 FREE = -1
+_MOST_TOKENS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,11 @@ class Grid:
   rows: int
   cols: int
   end_of_row: bool = False
+
+  def __post_init__(self):
+    check_sizes(self)
+    check(self.rows * self.cols <= _MOST_TOKENS, "rows x cols",
+          f"{self.rows} x {self.cols}", f"at most {_MOST_TOKENS} tokens")
 
   @property
   def row_slots(self) -> int:

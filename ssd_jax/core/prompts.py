@@ -20,11 +20,16 @@ def clean(prompt: str, longest: int = MAX_CHARACTERS) -> str:
     longest: Largest number of characters.
 
   Raises:
-    UserError: The prompt is empty or too long.
+    UserError: The prompt is empty, too long or was no UTF-8.
   """
   text = "".join(
       c for c in prompt
-      if c in "\t\n\r" or unicodedata.category(c) not in ("Cc", "Cs"))
+      if c in "\t\n\r" or unicodedata.category(c) != "Cc")
+  if any(unicodedata.category(c) == "Cs" for c in text):
+    raise UserError(
+        "Expected a prompt in UTF-8, got bytes of another encoding in "
+        f"{ascii(prompt[:40])}. Set the terminal to UTF-8, or write the prompt "
+        "into a file in UTF-8.")
   if not text.strip():
     raise UserError(
         "Expected a prompt of a few words, got an empty prompt "

@@ -66,7 +66,7 @@ class FolderSource(Source):
   """
 
   def __init__(self, path: str, pixels: int):
-    folder = pathlib.Path(os.path.expanduser(path))
+    folder = user_path(path)
     self.pixels = pixels
     files = find_files(folder)
     captions = find_captions(

@@ -12,7 +12,6 @@ N, M images, F features, P positions.
 
 import hashlib
 import io
-import os
 import pathlib
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ import numpy as np
 from ssd_jax.core.config import UserError, check
 from ssd_jax.data import sources
 from ssd_jax.evaluation import efficientnet
-from ssd_jax.storage.files import replacing
+from ssd_jax.storage import files
 
 TIE = 1e-6  # cosines this close differ by rounding only
 
@@ -262,9 +261,9 @@ def emoji_gallery(cache_dir: pathlib.Path | None = None) -> np.ndarray:
   Raises:
     UserError: if the weights' package is not installed.
   """
+  cache_dir = cache_dir or files.cache_folder()
   if cache_dir is None:
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    cache_dir = pathlib.Path(root) / "ssd_jax"
+    return efficientnet.image_features(emoji_images())
   path = pathlib.Path(cache_dir) / f"gallery-{_gallery_key()}.npy"
   gallery_MF = _read_array(path)
   if gallery_MF is None:
@@ -298,7 +297,7 @@ def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
   np.save(buffer, array)
   blob = buffer.getvalue()
   try:
-    with replacing(path) as partial:
+    with files.replacing(path) as partial:
       partial.write_bytes(hashlib.sha256(blob).digest() + blob)
   except UserError as error:
     logging.warning("Features were not cached: %s", error)

@@ -13,7 +13,7 @@ import unicodedata
 import ml_collections
 import numpy as np
 
-from ssd_jax.core.config import UserError
+from ssd_jax.core.config import UserError, check
 from ssd_jax.core.extras import need
 from ssd_jax.core.grid import Grid
 from ssd_jax.families import published, training_defaults
@@ -21,6 +21,7 @@ from ssd_jax.families.published import Ids, Published
 
 RANKS, VISION = "emu3.tiktoken", "emu3_vision_tokens.txt"
 CHOICES = ("ratio", "area", "suffix", "negative")  # may be set in each call
+_MOST_PIXELS = 10**9  # of area
 _MOST_SLOTS = 9216  # positions that the trunk was trained on
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -73,8 +74,10 @@ def grid_size(ratio: str, area: int, pixels_per_token: int) -> tuple[int, int]:
   Raises:
     UserError: The ratio is not one of two positive integers, or is extreme.
   """
+  check(1 <= area <= _MOST_PIXELS, "area", area, f"1 to {_MOST_PIXELS}")
   parts = ratio.split(":")
-  if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
+  if len(parts) != 2 or not all(
+      p.isdecimal() and len(p) < 5 and int(p) for p in parts):
     raise UserError("Expected ratio to be WIDTH:HEIGHT in whole numbers, such "
                     f"as 16:9, got ratio {ratio!r}.")
   width, height = map(int, parts)
@@ -118,10 +121,13 @@ class Emu3(Published):
   def text_tokenizer(self):
     """The checkpoint's byte-pair encoding of text (`tiktoken.Encoding`)."""
     tiktoken = need("tiktoken", "text")
-    self.check_ids(self.tokenizer_file(VISION).read_text("utf-8").split("\n"))
-    lines = self.tokenizer_file(RANKS).read_bytes().splitlines()
-    pairs = (line.split() for line in lines if line)
-    ranks = {base64.b64decode(word): int(rank) for word, rank in pairs}
+    names, words = self.tokenizer_file(VISION), self.tokenizer_file(RANKS)
+    self.check_ids(names.read_bytes().decode("utf-8", "replace").split("\n"))
+    try:
+      pairs = (line.split() for line in words.read_bytes().splitlines() if line)
+      ranks = {base64.b64decode(word): int(rank) for word, rank in pairs}
+    except ValueError as error:
+      raise published.damaged_tokenizer(words, error) from error
     self.check_ranks(ranks)
     return tiktoken.Encoding("emu3", pat_str=_WORDS, mergeable_ranks=ranks,
                              special_tokens={})

@@ -197,22 +197,41 @@ class LlamaGen(Published):
     return Prompt(jnp.asarray(tokens), jnp.asarray(mask),
                   self._positions(len(tokens)), jnp.asarray(features))
 
+  def check_text(self) -> None:
+    """Raises UserError unless the tokenizer's files spell a text."""
+    ids = self.text_ids("a red fox") + [self._end]
+    self._check_ids(ids, self.config.t5.vocab)
+
   def _caption_ids(
       self, prompts: Sequence[str]
   ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     slots = self.condition_slots
     ids = np.zeros((len(prompts), slots), np.int32)
     notes = []
-    end = self.text_tokenizer.token_to_id(_END)
     for i, prompt in enumerate(prompts):
-      words = self.text_ids(captions.clean(str(prompt)))
+      cleaned = captions.clean(str(prompt))
+      words = self.text_ids(cleaned)
+      if not cleaned:
+        notes.append(f"nothing is left of the prompt {prompt[:40]!r} after the "
+                     "cleaning of LlamaGen's captions, which drops Chinese, "
+                     "links and file names; the image does not depend on it")
       if len(words) > slots - 1:
         notes.append(f"the prompt {prompt[:40]!r}... is longer than the "
                      f"{slots - 1} tokens the model reads; the rest is not "
                      "used")
-      words = [*words[:slots - 1], end]
+      words = [*words[:slots - 1], self._end]
       ids[i, :len(words)] = words
     return ids, ids != 0, notes
+
+  @functools.cached_property
+  def _end(self) -> int:
+    """Id that ends a caption."""
+    end = self.text_tokenizer.token_to_id(_END)
+    if end is None:
+      raise UserError(
+          f"Expected T5's tokenizer, got a tokenizer without {_END!r}. "
+          "Convert again with flan-t5-xl's tokenizer.json.")
+    return end
 
   @functools.cached_property
   def _encode_text(self):

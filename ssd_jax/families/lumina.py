@@ -12,7 +12,7 @@ import re
 import ml_collections
 import numpy as np
 
-from ssd_jax.core.config import UserError
+from ssd_jax.core.config import UserError, check
 from ssd_jax.core.grid import Grid
 from ssd_jax.families import published, training_defaults
 from ssd_jax.families.published import Ids, Published
@@ -22,6 +22,7 @@ CHOICES = ("size", "target_size")  # may be set in each call
 _LETTERS = str.maketrans("ABCDEFGHIJ", "0123456789")  # in image tokens' names
 _PATCH = 32  # pixels per unit of the size tokens
 _MAX_RATIO = 4.0
+_MOST_PIXELS = 4096  # of target_size
 
 
 def chameleon() -> ml_collections.ConfigDict:
@@ -145,6 +146,8 @@ def parse_size(size: str, target: int) -> tuple[int, int]:
   Raises:
     UserError: The model does not support the size.
   """
+  check(_PATCH <= target <= _MOST_PIXELS, "target_size", target,
+        f"{_PATCH} to {_MOST_PIXELS}")
   known = sizes(target)
   names = [f"{w}x{h}" for w, h in known]
   if size not in names:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax.core.config import UserError, from_config_dict
+from ssd_jax.core.config import UserError, check, from_config_dict
 from ssd_jax.core.extras import need
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.types import Params, Prompt
@@ -25,6 +25,7 @@ _BUCKETS = (32, 64, 128, 256, 512, 1024)  # prompt slots, compiled once each
 SAFETENSORS = ("model.safetensors.index.json", "*.safetensors")
 ANY_FORMAT = (*SAFETENSORS, "pytorch_model.bin.index.json", "*.bin")
 Ids = tuple[int, ...]
+_SAMPLE = "a red fox in the snow"
 BYTE_IDS_NOTE = (
     "random weights have no text tokenizer, so prompts are encoded as bytes; "
     "pass --checkpoint DIR of a converted model to use its tokenizer")
@@ -84,8 +85,14 @@ class Published:
   def generator(self) -> Generator:
     """The trunk with its grid."""
     is_cpu = jax.default_backend() == "cpu"
+    rows = self.trunk.vocab_in
+    for name, value in self.config.get("ids", {}).items():
+      check(0 <= value < rows, f"ids.{name}", value, f"in [0, {rows})")
+    ids = self.input_ids
+    check(ids.max() < rows, "ids of image tokens", f"up to {ids.max()}",
+          f"below the {rows} rows of the input table")
     return Generator(
-        self.trunk, self.grid, self.rope, self.input_ids,
+        self.trunk, self.grid, self.rope, ids,
         jnp.float32 if is_cpu else jnp.bfloat16)
 
   def streams(self, text: str) -> tuple[Ids, Ids]:
@@ -122,8 +129,12 @@ class Published:
   @functools.cached_property
   def text_tokenizer(self):
     """The checkpoint's text tokenizer (`tokenizers.Tokenizer`)."""
+    library = need("tokenizers", "text")
     file = self.tokenizer_file(self.config.tokenizer)
-    tokenizer = need("tokenizers", "text").Tokenizer.from_file(str(file))
+    try:
+      tokenizer = library.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower type
+      raise damaged_tokenizer(file, error) from error
     tokenizer.no_truncation()  # files may contain settings of a trainer
     tokenizer.no_padding()
     return tokenizer
@@ -141,11 +152,30 @@ class Published:
                       "again.")
     return file
 
+  def check_text(self) -> None:
+    """Raises UserError unless the tokenizer's files spell a text."""
+    self._check_ids([*self.streams(_SAMPLE)[0]], self.trunk.vocab_in)
+
+  def _check_ids(self, ids: Sequence[int], rows: int) -> None:
+    """Raises UserError for ids beyond the rows of a table of embeddings."""
+    if max(ids) >= rows:
+      raise UserError(
+          f"Expected a tokenizer with ids below {rows}, got one that spells "
+          f"{_SAMPLE!r} with id {max(ids)}. Take the checkpoint's own.")
+
   def text_ids(self, text: str) -> list[int]:
     """Returns the ids of a text, without special tokens."""
     if self.folder is None:
       return byte_ids(text)
     return self.text_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def damaged_tokenizer(file: pathlib.Path, error: Exception) -> UserError:
+  """Returns the error for a file of a text tokenizer that cannot be read."""
+  reason = " ".join(str(error).split())[:120] or type(error).__name__
+  return UserError(
+      f"Expected a file of the text tokenizer, got a damaged {file} "
+      f"({reason}). Download it again, and convert again.")
 
 
 def byte_ids(text: str) -> list[int]:

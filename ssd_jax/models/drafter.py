@@ -16,9 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssd_jax.core.config import UserError
+from ssd_jax.core.config import UserError, check_sizes
 from ssd_jax.core.types import Drafter, KVCache, Model, Params, Queries
-from ssd_jax.models.fingerprint import fingerprint, same_trunk
+from ssd_jax.models.fingerprint import (
+  check_fingerprint,
+  fingerprint,
+  same_trunk,
+)
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.transformer import Layer, TrunkConfig
 from ssd_jax.runtime import sharding
@@ -76,6 +80,10 @@ class DrafterConfig:
   end_of_row: bool
   trunk: tuple[float, ...] = ()
   taps: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    check_sizes(self)
+    check_fingerprint(self.trunk)
 
   @classmethod
   def make(

@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssd_jax.core.config import check
+
 
 def frequencies(dim: int, theta: float) -> np.ndarray:
   """Returns the radians per position of each pair, float64 [dim / 2]."""
+  check(0 < theta < np.inf, "theta", theta, "a number > 0")
   return 1.0 / theta ** (np.arange(0, dim, 2) / dim)
 
 

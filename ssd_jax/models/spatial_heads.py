@@ -17,10 +17,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssd_jax.core.config import UserError, check
+from ssd_jax.core.config import UserError, check, check_sizes
 from ssd_jax.core.types import Model, Params
 from ssd_jax.models import quantization
-from ssd_jax.models.fingerprint import fingerprint, same_trunk
+from ssd_jax.models.fingerprint import (
+  check_fingerprint,
+  fingerprint,
+  same_trunk,
+)
 from ssd_jax.models.generator import Generator
 from ssd_jax.runtime import sharding
 
@@ -84,6 +88,10 @@ class HeadsConfig:
   cols: int
   end_of_row: bool
   trunk: tuple[float, ...] = ()
+
+  def __post_init__(self):
+    check_sizes(self)
+    check_fingerprint(self.trunk)
 
   @classmethod
   def make(

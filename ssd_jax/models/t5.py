@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssd_jax.core.config import check_sizes
 from ssd_jax.models.transformer import RMSNorm
 
 _dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -41,6 +42,9 @@ class T5Config:
   buckets: int = 32
   max_distance: int = 128
   eps: float = 1e-6
+
+  def __post_init__(self):
+    check_sizes(self)
 
 
 class T5Layer(nn.Module):

@@ -14,10 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ssd_jax.core.config import check, check_sizes
 from ssd_jax.core.types import KVCache
 from ssd_jax.models import attention, quantization
 from ssd_jax.models.rope import rotate
 from ssd_jax.runtime import sharding
+
+_WIDEST_HEAD = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,13 @@ class TrunkConfig:
   caption_dim: int = 0
   caption_slots: int = 0
   remat: bool = False
+
+  def __post_init__(self):
+    check_sizes(self, "head_hidden", "caption_dim", "caption_slots")
+    check(self.n_heads % self.n_kv_heads == 0, "n_heads", self.n_heads,
+          f"a multiple of n_kv_heads={self.n_kv_heads}")
+    check(self.head_dim % 2 == 0 and self.head_dim <= _WIDEST_HEAD, "head_dim",
+          self.head_dim, f"even, at most {_WIDEST_HEAD}")
 
 
 _dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal")

@@ -16,6 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ssd_jax.core.config import check, check_sizes
+
 
 @dataclasses.dataclass(frozen=True)
 class VQConfig:
@@ -54,6 +56,14 @@ class VQConfig:
   groups: int = 32
   priced: bool = False
   video: bool = False
+
+  def __post_init__(self):
+    check_sizes(self)
+    check(len(self.ch_mult) > 0 and all(
+        m >= 1 and self.ch * m % self.groups == 0
+        for m in self.ch_mult), "ch_mult", self.ch_mult,
+        f"whole numbers that make ch={self.ch} channels multiples of "
+        f"groups={self.groups}")
 
   @property
   def downsample(self) -> int:

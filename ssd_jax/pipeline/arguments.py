@@ -225,7 +225,7 @@ def _is_whole(value: Any) -> bool:
 def _is_number(value: Any) -> bool:
   try:
     float(value)
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     return False
   return not isinstance(value, (str, bytes, bool))
 

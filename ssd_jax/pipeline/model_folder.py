@@ -32,7 +32,7 @@ from ssd_jax.models.spatial_heads import HeadsConfig, bind_heads
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import memory, sharding
 from ssd_jax.storage import checkpoints
-from ssd_jax.storage.files import read_json, write_json
+from ssd_jax.storage.files import read_json, user_path, write_json
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "assets" / "emoji"
 FAMILIES: dict[str, Callable[..., Family]] = {
@@ -45,6 +45,7 @@ FAMILIES: dict[str, Callable[..., Family]] = {
 }
 _CONFIGS = {"janus": "janus_pro"}  # where the file has another name
 CHOICES = {"emu3": emu3.CHOICES, "lumina": lumina.CHOICES}
+_SAMPLING = ("guidance", "temperature", "top_k", "top_p")
 _KINDS = {"heads": HeadsConfig, "drafter": DrafterConfig}
 
 
@@ -79,9 +80,14 @@ def load(
   try:
     choose(settings, choices or {})
     family = FAMILIES[settings["family"]](settings, folder)
+    for key in _SAMPLING:
+      _ = family.sampling[key]
     shapes = _shapes(family)
     _check_memory(family, shapes, None if random_weights else folder)
-  except (KeyError, AttributeError, TypeError) as error:
+  except UserError:
+    raise
+  except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError,
+          MemoryError) as error:  # of settings that were changed
     raise UserError(
         f"Expected all settings in {folder / 'model.json'}, got it without "
         f"{error}. Write the model again."
@@ -104,7 +110,7 @@ def load(
 
 
 def _folder_of(name: str | os.PathLike) -> pathlib.Path:
-  return EMBEDDED if name == "emoji" else pathlib.Path(name)
+  return EMBEDDED if name == "emoji" else user_path(name)
 
 
 def read_settings(name: str | os.PathLike) -> dict[str, Any]:
@@ -223,7 +229,7 @@ def _pipeline(
 ) -> Pipeline:
   """Assembles a pipeline; `found` holds folders by kind, or None."""
   generator, extras = family.generator, {}
-  folders = {k: pathlib.Path(v) for k, v in found.items() if v is not None}
+  folders = {k: user_path(v) for k, v in found.items() if v is not None}
   for kind in folders.keys() & _KINDS:
     extras[kind], params[kind] = read_extra(folders[kind], kind)
   params = checkpoints.cast(params, _dtype())
@@ -309,7 +315,7 @@ def require(name: str | os.PathLike, family: str) -> None:
     name: As for `load`.
     family: The family of the model.
   """
-  if name == "emoji" or (pathlib.Path(name) / "model.json").is_file():
+  if name == "emoji" or (user_path(name) / "model.json").is_file():
     return
   if family == "emoji":
     how = ("Train it with train.tokenizer and train.ar, or take the embedded "
@@ -325,7 +331,7 @@ def write_extra(
     folder: str | os.PathLike, kind: str, cfg: Any, params: Params, dtype: Any
 ) -> None:
   """Writes spatial "heads" or a "drafter": their configuration and weights."""
-  folder = pathlib.Path(folder)
+  folder = user_path(folder)
   checkpoints.save(folder / "weights", params, dtype)
   write_json(folder / f"{kind}.json", dataclasses.asdict(cfg))
 
@@ -336,7 +342,7 @@ def read_extra(folder: str | os.PathLike, kind: str) -> tuple[Any, Params]:
   Raises:
     UserError: if the folder holds none, or is damaged.
   """
-  folder = pathlib.Path(folder)
-  values = read_json(folder / f"{kind}.json")
+  folder = user_path(folder)
+  values = read_json(folder / f"{kind}.json", dict)
   return (from_config_dict(_KINDS[kind], values),
           checkpoints.restore(folder / "weights"))

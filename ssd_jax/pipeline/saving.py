@@ -11,7 +11,7 @@ import flax.core
 from ssd_jax.core.config import UserError, check
 from ssd_jax.models import quantization
 from ssd_jax.storage import checkpoints
-from ssd_jax.storage.files import read_json, write_json
+from ssd_jax.storage.files import read_json, user_path, write_json
 
 if TYPE_CHECKING:
   from ssd_jax.pipeline.pipeline import Pipeline
@@ -35,7 +35,7 @@ def save(pipe: "Pipeline", folder: str | os.PathLike) -> None:
   """
   check(isinstance(folder, (str, os.PathLike)), "folder", repr(folder),
         "the name of a new folder")
-  folder = pathlib.Path(folder).absolute()
+  folder = user_path(folder).resolve()
   if "model" not in pipe.folders:
     raise UserError(
         "Expected one whose settings are in a folder, got a pipeline that "

@@ -64,9 +64,23 @@ def join(
 
 
 def _is_pod() -> bool:
-  """Returns whether JAX can find the hosts of this job automatically."""
-  if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-    return "SLURM_PROCID" in os.environ
+  """Returns whether JAX can find the hosts of this job automatically.
+
+  Raises:
+    UserError: This is a Slurm allocation of several tasks, of which nothing
+      has started the others.
+  """
+  tasks = os.environ.get("SLURM_NTASKS", "1")
+  if tasks.isdecimal() and int(tasks) > 1:
+    # srun sets these for its tasks; a script or shell has at most those of one.
+    is_step = "SLURM_STEP_NODELIST" in os.environ and (
+        os.environ.get("SLURM_STEP_NUM_TASKS", tasks) == tasks)
+    if not is_step:
+      raise UserError(
+          f"Expected a command that srun starts {tasks} times, got one process "
+          f"in a Slurm allocation of {tasks} tasks. Put srun before the "
+          "command, or run it alone with --num_processes 1.")
+    return True
   has_chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
   return bool(
       has_chips and importlib.util.find_spec("libtpu")

@@ -1,8 +1,10 @@
 """Orbax checkpoints of parameters, written atomically."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
+import contextlib
 import hashlib
+import logging
 import os
 import pathlib
 import shutil
@@ -15,8 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ssd_jax.core.config import UserError
-from ssd_jax.runtime import sharding
-from ssd_jax.storage.files import read_json, write_json
+from ssd_jax.runtime import interrupts, sharding
+from ssd_jax.storage.files import read_json, user_path, write_json
 
 CHECKSUMS = "checksums.json"  # checksums of all arrays, beside orbax's files
 
@@ -29,10 +31,11 @@ def save(folder: str | os.PathLike, tree: Any, dtype: Any = None) -> None:
     tree: Nested dicts of arrays.
     dtype: Type to store floating-point arrays in; None keeps theirs.
   """
-  folder = pathlib.Path(folder).absolute()
+  folder = user_path(folder).resolve()
   tree = sharding.fetch(tree)
   if jax.process_index() == 0:
-    _write(folder, tree, dtype)
+    with interrupts.writing():
+      _write(folder, tree, dtype)
   sharding.barrier(f"saved {folder.name}")
 
 
@@ -62,14 +65,14 @@ def restore(folder: str | os.PathLike) -> Any:
   Raises:
     UserError: There is no checkpoint, or it is damaged, even by a single bit.
   """
-  folder = pathlib.Path(folder).absolute()
+  folder = user_path(folder).resolve()
   if not folder.is_dir():
     raise UserError(
         "Expected a folder written by training or infer.convert, got no "
         f"checkpoint at {folder}. Check the path."
     )
   try:
-    with _checkpointer() as checkpointer:
+    with _silence(), _checkpointer() as checkpointer:
       tree = checkpointer.metadata(folder).item_metadata.tree
       args = jax.tree.map(
           lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
@@ -79,7 +82,7 @@ def restore(folder: str | os.PathLike) -> Any:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise _damaged(folder, reason[:120]) from error
   if (folder / CHECKSUMS).is_file():
-    stored, found = read_json(folder / CHECKSUMS), checksums(restored)
+    stored, found = read_json(folder / CHECKSUMS, dict), checksums(restored)
     wrong = [name for name in found if stored.get(name) != found[name]]
     if wrong:
       raise _damaged(folder, f"{wrong[0]} differs from its checksum")
@@ -148,7 +151,7 @@ def identity(folder: str | os.PathLike) -> str:
   Raises:
     UserError: The folder has no checksums.
   """
-  path = pathlib.Path(folder) / CHECKSUMS
+  path = user_path(folder) / CHECKSUMS
   if not path.is_file():
     raise _damaged(path.parent, f"no {CHECKSUMS}")
   return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -171,13 +174,34 @@ class _WaitingHandler(ocp.type_handlers.NumpyHandler):
     """Returns the arrays; raises the first failure."""
     read = super().deserialize
     args = args or [ocp.RestoreArgs()] * len(infos)
-    found = await asyncio.gather(
-        *(read([info], [arg]) for info, arg in zip(infos, args, strict=True)),
-        return_exceptions=True)
-    for one in found:
-      if isinstance(one, BaseException):
-        raise one
-    return [one[0] for one in found]
+    return await _all_of(
+        read([info], [arg]) for info, arg in zip(infos, args, strict=True))
+
+  async def metadata(self, infos):
+    """Returns what is known of the arrays; raises the first failure."""
+    read = super().metadata
+    return await _all_of(read([info]) for info in infos)
+
+
+async def _all_of(reads: Iterable[Awaitable[Sequence[Any]]]) -> list[Any]:
+  """Returns the item of each read, once all have ended."""
+  found: list[Any] = await asyncio.gather(*reads, return_exceptions=True)
+  for one in found:
+    if isinstance(one, BaseException):
+      raise one
+  return [one[0] for one in found]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+  """orbax logs what it cannot read; the error raised says it in one line."""
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
 
 
 def _checkpointer() -> ocp.Checkpointer:

@@ -10,6 +10,25 @@ from typing import Any
 import jax
 
 from ssd_jax.core.config import UserError
+from ssd_jax.runtime import interrupts
+
+
+def user_path(name: str | os.PathLike) -> pathlib.Path:
+  """Returns a path as users write it, with ~ expanded where there is a home."""
+  return pathlib.Path(os.path.expanduser(name))
+
+
+def cache_folder() -> pathlib.Path | None:
+  """Returns this package's folder in the user's cache, made if missing.
+
+  None if there is no home, or it cannot be written.
+  """
+  root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  folder = pathlib.Path(root) / "ssd_jax"
+  with contextlib.suppress(OSError):
+    folder.mkdir(parents=True, exist_ok=True)
+  is_usable = folder.is_absolute() and os.access(folder, os.W_OK | os.X_OK)
+  return folder if is_usable else None
 
 
 @contextlib.contextmanager
@@ -17,17 +36,18 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a temporary path; it replaces `path` when the context exits.
 
   The temporary path is in the same folder, so the replacement is one rename;
-  each host has its own.
+  each host has its own. What a link points to is replaced, not the link.
 
   Raises:
     UserError: The disk is full, or the folder cannot be written.
   """
-  path = pathlib.Path(path)
+  path = user_path(path).resolve()
   partial = path.with_name(f".{path.name}.{jax.process_index()}.partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield partial
-    os.replace(partial, path)
+    with interrupts.writing():
+      yield partial
+      os.replace(partial, path)
   except OSError as error:
     raise UserError(
         "Expected a writable folder with enough room, got "
@@ -46,19 +66,31 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
   """Writes a JSON file atomically."""
-  write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+  text = json.dumps(value, indent=1, ensure_ascii=False)
+  try:
+    text.encode()
+  except UnicodeEncodeError:  # such as the name of a file that is no UTF-8
+    text = json.dumps(value, indent=1)
+  write_text(path, text + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike, kind: type = object) -> Any:
   """Returns the value of a JSON file.
 
+  Args:
+    path: The file.
+    kind: Expected type of the value, such as dict.
+
   Raises:
-    UserError: The file is missing or not JSON.
+    UserError: The file is missing, not JSON, or of another kind.
   """
-  path = pathlib.Path(path)
+  path = user_path(path)
   try:
-    return json.loads(path.read_text("utf-8"))
-  except (OSError, ValueError) as error:
+    value = json.loads(path.read_text("utf-8"))
+    if not isinstance(value, kind):
+      raise ValueError("another kind of value")
+    return value
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(
         f"Expected a readable JSON file, got {path} (missing or damaged). "
         "Check the path, or make it again."

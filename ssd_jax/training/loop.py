@@ -25,6 +25,7 @@ from ssd_jax.core.config import LoopConfig, UserError
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage import checkpoints
+from ssd_jax.storage.files import user_path
 from ssd_jax.training.preemption import Preemption
 from ssd_jax.training.state import TrainState, checksum_tree
 
@@ -63,13 +64,14 @@ def train(
   Raises:
     UserError: if a loss is not finite; the message names the last good
       checkpoint.
-    SystemExit: with 0 after SIGTERM, once the state is saved.
+    SystemExit: with 0 after SIGTERM or 130 after Ctrl-C, once the state is
+      saved.
   """
-  folder = pathlib.Path(workdir).absolute()
+  folder = user_path(workdir).resolve()
   rows = cfg.batch // sharding.host_share()[1]
   for name in ("checkpoints", "logs"):
     _make_folder(folder / name)
-  with _manager(folder, cfg) as manager, Preemption() as preemption:
+  with Preemption() as preemption, _manager(folder, cfg) as manager:
     state, iterator = _restore(manager, sharding.shard_params(state), data)
     start = int(state.step)
     log = _Log(folder, start, cfg.steps)
@@ -86,7 +88,9 @@ def train(
       if is_due(cfg.save_every) or is_preempted:
         _save(manager, done, state, iterator)
       if is_preempted and done < cfg.steps:
-        _stop(manager, done)
+        _wait(manager)
+        log.close()
+        preemption.stop(f"saved step {done}")
       if evaluate and is_due(cfg.eval_every):
         log.print(evaluate(state), done)
     _wait(manager)
@@ -108,7 +112,8 @@ def _manager(folder: pathlib.Path, cfg: LoopConfig) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(
       folder / "checkpoints",
       options=ocp.CheckpointManagerOptions(
-          max_to_keep=cfg.keep, enable_async_checkpointing=True
+          max_to_keep=cfg.keep, enable_async_checkpointing=True,
+          cleanup_tmp_directories=True  # of runs that were killed
       ),
   )
 
@@ -137,13 +142,6 @@ def _cannot_write(manager, step, error) -> UserError:
       "Expected space and permission to write, got no checkpoint written in "
       f"{manager.directory} up to step {step} ({reason[:160]}). Provide both "
       "and start again to continue from the last complete checkpoint.")
-
-
-def _stop(manager, step: int) -> None:
-  _wait(manager)
-  print(f"stopped by SIGTERM: saved step {step}; start again to continue",
-        file=sys.stderr)
-  raise SystemExit(0)
 
 
 def _restore(manager, state: TrainState, data: grain.IterDataset):

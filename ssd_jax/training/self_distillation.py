@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 
 import grain
 import jax
@@ -114,8 +113,8 @@ def generate_images(
   """Generates one image per caption; reads those that `folder` already holds.
 
   Raises:
-    SystemExit: with 0 after SIGTERM; complete files are kept and not generated
-      again.
+    SystemExit: with 0 after SIGTERM, with 130 after Ctrl-C; complete files are
+      kept and not generated again.
     UserError: if the folder holds images of other captions or settings, or a
       damaged file.
   """
@@ -257,9 +256,7 @@ def _generate_shard(
   batch = sharding.even_batch(cfg.batch, 1 + teacher.guided)
   for start in range(0, len(images), batch):
     if preemption.is_due():
-      print("stopped by SIGTERM: complete files of images are kept; start "
-            "again to continue", file=sys.stderr)
-      raise SystemExit(0)
+      preemption.stop("complete files of images are kept")
     part = images[start:start + batch]
     # The last batch is padded, so that all batches share one compilation.
     index = np.resize(part, batch)

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import sys
 
 import jax
 import numpy as np
@@ -36,7 +37,8 @@ class Album:
       metadata = PngImagePlugin.PngInfo()
       facts = {"prompt": prompt, "index": index, "passes": picture.passes}
       for key, value in {**facts, **self._settings}.items():
-        metadata.add_itxt(key, str(value))
+        text = str(value).encode("utf-8", "backslashreplace")
+        metadata.add_itxt(key, text.decode())
       save_picture(Image.fromarray(picture.image), path, pnginfo=metadata)
     self._written[index] = (path, prompt, picture.passes)
     if index < _SHEET_IMAGES:
@@ -88,4 +90,6 @@ def file_name(prompt: str) -> str:
   >>> file_name("../a red/heart?")
   'a_red_heart'
   """
+  system = sys.getfilesystemencoding()  # which may know few letters
+  prompt = prompt.encode(system, "ignore").decode(system)
   return re.sub(r"\W+", "_", prompt).strip("_")[:40] or "prompt"

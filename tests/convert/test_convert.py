@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import random
 import resource
 import shutil
 import types
@@ -10,10 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ssd_jax.convert import convert, janus
+from ssd_jax.convert import convert, janus, output_folder
 from ssd_jax.core.config import UserError
 from ssd_jax.families import janus as family
 from ssd_jax.storage import checkpoints
+from tests.support.damage import damaged
 from tests.support.toy_weights import write_safetensors
 
 
@@ -54,7 +57,17 @@ def write_source(folder, arrays):
     index |= dict.fromkeys(part, file)
   (folder / "model.safetensors.index.json").write_text(
       json.dumps({"weight_map": index}))
-  (folder / "tokenizer.json").write_text("{}")
+  (folder / "tokenizer.json").write_text(tokenizer())
+
+
+def tokenizer(words=("a", "red")):
+  """Janus' tokenizer.json, of a few words."""
+  vocabulary = ("<unk>", "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>",
+                "<begin_of_image>", *words)
+  return json.dumps({
+      "version": "1.0", "pre_tokenizer": {"type": "Whitespace"},
+      "model": {"type": "WordLevel", "unk_token": "<unk>",
+                "vocab": {word: i for i, word in enumerate(vocabulary)}}})
 
 
 def run(source, out, dtype="float32", progress=lambda n: None):
@@ -205,7 +218,7 @@ def test_leftovers_of_a_finished_conversion_go(source, tmp_path, monkeypatch):
   remove = shutil.rmtree
 
   def kill(path, *args, **kwargs):
-    if path.name.endswith(".converting"):
+    if str(path).endswith(".converting"):
       raise Stop
     remove(path, *args, **kwargs)
 
@@ -224,7 +237,7 @@ def test_a_corrected_tokenizer_is_another_conversion(source):
       janus.recipe(tiny()), {"source": source}, "float32").fingerprint
   before = opened()
   assert opened() == before
-  (source / "tokenizer.json").write_text("[]")
+  (source / "tokenizer.json").write_text(tokenizer(("a", "blue")))
   assert opened() != before
 
 
@@ -253,6 +266,22 @@ def _rewrite(change):
     write_source(folder, arrays)
 
   return run_change
+
+
+def _number(value):
+  """Changes a number of a norm."""
+  return _rewrite(lambda a: a["language_model.model.norm.weight"].put(3, value))
+
+
+def _pointer(name):
+  """Puts a pointer of Git LFS in the place of a file."""
+  text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+  return lambda folder: (folder / name).write_text(text)
+
+
+def _integers(arrays):
+  name = "language_model.model.layers.0.self_attn.q_proj.weight"
+  arrays[name] = arrays[name].astype(np.int8)
 
 
 def _other_family(arrays):
@@ -287,6 +316,13 @@ def _twice(folder):
     (lambda f: (f / "model.safetensors.index.json").write_text("{"),
      "weight_map"),
     (_duplicate, "in both"),
+    (_number(np.nan), r"nan or inf in language_model.model.norm.weight in .*"),
+    (_number(np.inf), "nan or inf"),
+    (_rewrite(_integers), "q_proj.weight in I8 in .*not quantised"),
+    (_pointer("model-0.safetensors"), "pointer of Git LFS"),
+    (_pointer("model.safetensors.index.json"), "pointer of Git LFS"),
+    (_pointer("tokenizer.json"), "pointer of Git LFS"),
+    (lambda f: (f / "tokenizer.json").write_text(""), "the empty .*tokenizer"),
     (_rewrite(_other_family), "looks like llamagen"),
     (_rewrite(lambda a: a.update(new=np.zeros(2, np.float32))),
      r"1 unknown tensors \(new\)"),
@@ -305,10 +341,87 @@ def test_wrong_checkpoints_are_named(source, tmp_path, damage, said):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("seed", range(10))
+def test_any_damage_of_a_source_is_one_line_or_none(source, seed):
+  """Heads of safetensors, index and tokenizer: all that opens can be read."""
+  rng = random.Random(seed)
+  files = sorted(source.iterdir())
+  for _ in range(40):
+    file = rng.choice(files)
+    data = file.read_bytes()
+    head = damaged(data[:2000], rng.choice(files).read_bytes(), rng)
+    file.write_bytes(head + data[2000:])
+    try:
+      job = convert.open_job(
+          janus.recipe(tiny()), {"source": source}, "float32")
+      for unit in job.units():
+        for one in unit.row.sources:
+          job.found[0].tensors[one.name].read()
+    except UserError as error:
+      assert "\n" not in str(error)
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("{}", "a damaged .*source/tokenizer.json"),
+    (tokenizer([str(i) for i in range(90)] + ["a", "red"]), "ids below 21"),
+    (tokenizer().replace("<begin_of_image>", "x"), "Janus-Pro's tokenizer")])
+def test_a_tokenizer_is_tried_before_it_is_taken(source, text, said):
+  """One that cannot spell a text for this trunk ends in one line."""
+  pytest.importorskip("tokenizers")
+  (source / "tokenizer.json").write_text(text)
+  with pytest.raises(UserError, match=said) as error:
+    convert.open_job(janus.recipe(tiny()), {"source": source}, "float32")
+  assert "\n" not in str(error.value)
+
+
+def test_links_and_dots_lead_to_the_folder_meant(source, tmp_path, monkeypatch):
+  """An --out of ../x or a link: its target holds the model, the link stays."""
+  (tmp_path / "here").mkdir()
+  (tmp_path / "disk" / "empty").mkdir(parents=True)
+  (tmp_path / "link").symlink_to(tmp_path / "disk" / "empty")
+  monkeypatch.chdir(tmp_path / "here")
+  run(source, pathlib.Path("../x"))
+  run(source, tmp_path / "link")
+  assert (tmp_path / "x" / "model.json").is_file()
+  assert (tmp_path / "link").is_symlink()
+  assert (tmp_path / "disk" / "empty" / "model.json").is_file()
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+      "disk", "here", "link", "source", "x"]
+
+
+def test_a_mount_point_is_filled_from_inside(source, tmp_path, monkeypatch):
+  """Nothing beside it is touched; killed while parts move up, it still ends,
+  and model.json comes last."""
+  out, rename, moved = tmp_path / "out", os.rename, []
+  (out / "lost+found").mkdir(parents=True)
+  monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(out))
+
+  def kill(a, b):
+    assert not os.path.ismount(b)
+    if pathlib.Path(b).parent == out:
+      moved.append(pathlib.Path(b).name)
+      if len(moved) == 3:
+        raise Stop
+    rename(a, b)
+
+  monkeypatch.setattr(output_folder.os, "rename", kill)
+  with pytest.raises(Stop):
+    run(source, out)
+  report = run(source, out)
+  assert moved[-1] == "model.json"
+  assert sorted(p.name for p in out.iterdir()) == [
+      "lost+found", "model.json", "report.json", "tokenizer", "trunk", "vq"]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+  checkpoints.restore(out / "trunk")
+  assert run(source, out) == report
+
+
 def test_a_full_disk_is_noticed_first(source, tmp_path, monkeypatch):
   """Too little space is an error before anything is written."""
   usage = types.SimpleNamespace(free=100)
-  monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage)
+  monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda _: usage)
   with pytest.raises(UserError, match="GB free"):
     run(source, tmp_path / "out")
   assert not list(tmp_path.glob("*out*"))

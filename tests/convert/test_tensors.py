@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ssd_jax.convert import tensors
+from ssd_jax.convert import checkpoint_files, checks, recipes, tensors
 from ssd_jax.core.config import UserError
 from tests.support.torch_files import Storage, Tensor
 from tests.support.toy_weights import write_safetensors
@@ -44,6 +44,8 @@ def test_torch_files_are_read_without_torch(torch_file):
 @pytest.mark.parametrize("wrap", [
     lambda model, other: {"model": model, "rng_state": other},
     lambda model, other: {"module": model, "global_step": other},
+    lambda model, other: {"ema": model, "optimizer": {"state": other}},
+    lambda model, other: {"model": model, "ema": {"c": other}},
     lambda model, other: {"state_dict": {"model": model, "x": other}}])
 def test_tensors_beside_a_wrapper_do_not_hide_it(torch_file, wrap):
   """The model is what the wrapper holds, whatever a trainer put beside it."""
@@ -80,3 +82,23 @@ def test_damaged_headers_are_one_line(tmp_path, entry):
   with pytest.raises(UserError, match="damaged") as error:
     tensors.read_file(file)
   assert "\n" not in str(error.value)
+
+
+def test_a_dict_of_unknown_keys_is_named(torch_file):
+  """No guess: the keys that are there are said."""
+  tensor = Tensor(Storage(np.zeros(1, np.float32)), 0, (1,), (1,))
+  with pytest.raises(UserError, match="with 'netG', 'step' in it"):
+    tensors.read_file(torch_file({"netG": {"a": tensor}, "step": 3}))
+
+
+def test_float8_is_named_not_called_damaged(tmp_path):
+  """A quantised checkpoint is told by the dtype of its tensors."""
+  header = json.dumps({"x": {
+      "dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+  file = tmp_path / "x.safetensors"
+  file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+  part = recipes.Part("source", (), recipes.Table(
+      (recipes.Row("a", (recipes.Source("x", (4,)),)),)), {})
+  found = checkpoint_files.open_checkpoint(file, ())
+  with pytest.raises(UserError, match="got x in F8_E4M3 in .*x.safetensors"):
+    checks.check_dtypes(part, found)

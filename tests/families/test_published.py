@@ -271,3 +271,39 @@ def test_full_size_parameters_have_our_shapes():
   shapes = jax.eval_shape(family.generator.init, jax.random.key(0))["trunk"]
   assert shapes["layers"]["attn"]["q_norm"]["scale"].shape == (32, 32, 128)
   assert shapes["head"].shape == (4096, 8192)
+
+
+@pytest.mark.parametrize("module, key, value, said", [
+    (lumina, "target_size", 0, "target_size"),
+    (lumina, "target_size", 10**9, "target_size"),
+    (emu3, "area", -1, "area"), (emu3, "area", 10**40, "area"),
+    (emu3, "ratio", "9" * 400 + ":1", "ratio"),
+    (llamagen, "side", 0, "rows"), (llamagen, "side", 10**9, "rows x cols"),
+    (llamagen, "theta", 0.0, "theta"),
+    (llamagen, "theta", float("nan"), "theta"),
+    (llamagen, "trunk.n_layers", 0, "n_layers"),
+    (llamagen, "trunk.head_dim", 63, "head_dim"),
+    (llamagen, "trunk.n_kv_heads", 7, "n_heads"),
+    (llamagen, "trunk.norm_eps", -1.0, "norm_eps"),
+    (llamagen, "vq.groups", 0, "groups"), (llamagen, "vq.groups", 7, "ch_mult"),
+    (llamagen, "vq.ch_mult", (), "ch_mult"),
+    (lumina, "ids.end_of_row", -1, "ids.end_of_row"),
+    (lumina, "ids.first_code", 65_000, "ids of image tokens")])
+def test_sizes_out_of_range_are_one_line(module, key, value, said):
+  """Zero, below it, or far beyond: named before anything is made."""
+  config = module.get_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError, match=f"Expected {said} ") as error:
+    family = module.from_settings({"config": config.to_dict()}, None)
+    _ = family.generator, family.vq
+  assert "\n" not in str(error.value)
+
+
+def test_a_caption_that_cleaning_empties_is_noted():
+  """Chinese for LlamaGen: the note says why the image ignores it."""
+  pytest.importorskip("ftfy")
+  pytest.importorskip("bs4")
+  family = llamagen.LlamaGen(llamagen.get_config("t2i_XL_256"))
+  family.__dict__["_end"] = 1
+  _, _, notes = family._caption_ids(["\u4e2d\u6587", "a fox"])
+  assert len(notes) == 1 and "nothing is left of the prompt" in notes[0]

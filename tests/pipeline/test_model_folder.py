@@ -83,7 +83,9 @@ def test_a_model_that_cannot_be_named_so_is_one_line(given, said):
 
 @pytest.mark.parametrize("change", [
     lambda x: x.pop("config"), lambda x: x.pop("words"),
-    lambda x: x.update(family=["x"]), lambda x: x["config"].pop("trunk")])
+    lambda x: x.update(family=["x"]), lambda x: x["config"].pop("trunk"),
+    lambda x: x["config"]["sampling"].pop("top_k"),
+    lambda x: x["config"].update(trunk=3), lambda x: x.update(words=[])])
 def test_a_damaged_model_json_is_one_line(tmp_path, change):
   """Settings that lack something are refused before weights are read."""
   settings = json.loads((model_folder.EMBEDDED / "model.json").read_text())

@@ -97,6 +97,18 @@ def test_another_number_of_hosts_continues(tmp_path, alone):
   assert_same(tmp_path, alone)
 
 
+@pytest.mark.parametrize("more", [
+    {}, {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+    {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_slurm_allocation_without_srun_is_one_line(monkeypatch, more):
+  """A shell or a script, which would wait for processes without end."""
+  for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "3", **more}.items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(UserError, match="srun .*--num_processes 1"):
+    distributed.join()
+  assert not distributed.join(num_processes=1)
+
+
 @pytest.mark.parametrize("given", [
     ("localhost:1", None, None), ("localhost:1", 2, 2)])
 def test_half_a_job_is_one_line(given):

@@ -1,14 +1,17 @@
 """Checkpoints of parameters are whole or absent, and damage is noticed."""
 
 import os
+import random
 import shutil
 
+import chex
 import numpy as np
 import pytest
 
 from ssd_jax.core.config import UserError
 from ssd_jax.pipeline.model_folder import EMBEDDED
 from ssd_jax.storage import checkpoints
+from tests.support.damage import damaged
 
 
 def test_checkpoints_of_parameters_are_whole_or_absent(tmp_path):
@@ -37,3 +40,24 @@ def test_a_flipped_bit_is_found(tmp_path):
   largest.write_bytes(blob)
   with pytest.raises(UserError, match="got a damaged checkpoint"):
     checkpoints.restore(folder)
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("seed", range(20))
+def test_any_damage_is_one_line_or_none(tmp_path, capfd, seed):
+  """The arrays are those saved, or an error names the folder; nothing else,
+  such as orbax' own words, is printed."""
+  rng, folder = random.Random(seed), tmp_path / "x"
+  tree = {"a": {"b": np.arange(6.0)}, "c": np.ones((3, 2), np.float32)}
+  checkpoints.save(folder, tree)
+  files = sorted(p for p in folder.rglob("*") if p.is_file())
+  capfd.readouterr()
+  for file in rng.sample(files, 5):
+    data = file.read_bytes()
+    file.write_bytes(damaged(data, rng.choice(files).read_bytes(), rng))
+    try:
+      chex.assert_trees_all_equal(checkpoints.restore(folder), tree)
+    except UserError as error:
+      assert str(folder) in str(error) and "\n" not in str(error)
+    file.write_bytes(data)
+  assert capfd.readouterr().err == ""

@@ -6,6 +6,8 @@ tests of training/ and runtime/.
     python -m tests.support.tiny_training --workdir DIR --kills 20
 """
 
+import train as _  # noqa: F401, I001 (Ctrl-C while importing, as commands)
+
 import os
 import pathlib
 import random

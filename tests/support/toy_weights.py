@@ -10,7 +10,8 @@ import numpy as np
 
 CODES = 32
 DIM, LAYERS, HEADS, HIDDEN = 64, 2, 4, 96
-_NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
+_NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16",
+          np.dtype(np.int8): "I8"}
 
 
 def toy(name, shape):

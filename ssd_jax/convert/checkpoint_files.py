@@ -1,0 +1,135 @@
+"""The files of a checkpoint in a folder, and all of their tensors."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+import re
+
+from ssd_jax.convert import tensors
+from ssd_jax.convert.tensors import SafeTensor, Tensor
+from ssd_jax.core.config import UserError
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Files that trainers, systems and downloads leave beside the weights.
+_OTHERS = re.compile(
+    r"\..*|(training_args|optimizer|optim_states|scheduler|scaler|rng_state"
+    r"|random_states)[^/]*", re.IGNORECASE)
+_VARIANT = re.compile(r"(.*)\.[^./]+(\.[^./]+)")  # model.fp16.safetensors
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """All tensors of a checkpoint by name, and the files they are in."""
+
+  tensors: Mapping[str, Tensor | SafeTensor]
+  files: tuple[pathlib.Path, ...]
+
+
+def open_checkpoint(
+    folder: pathlib.Path, patterns: Sequence[str]
+) -> Checkpoint:
+  """Opens the files that match the first matching pattern.
+
+  Args:
+    folder: Folder of the checkpoint, or one of its files.
+    patterns: Globs, tried in order; an index represents the files it names.
+
+  Raises:
+    UserError: No file matches, a file is missing or damaged, or two tensors
+      have the same name.
+  """
+  files = _files(folder, patterns)
+  missing = [file.name for file in files if not file.is_file()]
+  if missing:
+    raise UserError("Expected the files of the index beside it, got an index "
+                    f"in {folder} that names the missing {', '.join(missing)}. "
+                    "Download them.")
+  found: dict[str, Tensor | SafeTensor] = {}
+  for file in files:
+    check_contents(file)
+    for name, tensor in tensors.read_file(file).items():
+      if name in found:
+        raise UserError(
+            f"Expected each tensor once, got tensor {name!r} in both "
+            f"{found[name].file.name} and {file.name}. Remove the file that "
+            "does not belong to the checkpoint.")
+      found[name] = tensor
+  return Checkpoint(found, tuple(files))
+
+
+def _files(
+    folder: pathlib.Path, patterns: Sequence[str]
+) -> list[pathlib.Path]:
+  if folder.is_file():
+    return [folder]
+  if not folder.is_dir():
+    raise UserError("Expected the file or folder of a checkpoint, got no file "
+                    f"or folder at {folder}. Check the path.")
+  found = matching(folder, patterns)
+  if found and found[0].name in INDEXES:
+    return index_files(found[0])
+  if found:
+    return found
+  raise UserError(
+      f"Expected a folder with a checkpoint, got {folder} without any of "
+      f"{', '.join(patterns)}. Check the folder.")
+
+
+def matching(
+    folder: pathlib.Path, patterns: Sequence[str]
+) -> list[pathlib.Path]:
+  """Returns the files that match the first matching glob."""
+  for pattern in patterns:
+    names = (x.relative_to(folder).as_posix() for x in folder.glob(pattern))
+    found = published(names)
+    if found:
+      return [folder / name for name in found]
+  return []
+
+
+def published(names: Iterable[str]) -> list[str]:
+  """Returns the names of a checkpoint's own files, sorted.
+
+  Left out are what trainers and systems write beside them, and variants such as
+  model.fp16.safetensors beside model.safetensors.
+  """
+  kept = sorted(x for x in names if not _OTHERS.fullmatch(x.split("/")[-1]))
+  is_variant = lambda name: _VARIANT.fullmatch(name) and _VARIANT.sub(
+      r"\1\2", name) in kept
+  return [name for name in kept if not is_variant(name)]
+
+
+def check_contents(file: pathlib.Path) -> None:
+  """Raises UserError if a file is empty or a pointer of Git LFS."""
+  with open(file, "rb") as f:
+    start = f.read(len(_POINTER))
+  if start == _POINTER:
+    raise UserError(
+        f"Expected the file itself, got {file}, a pointer of Git LFS. Run git "
+        "lfs pull in its folder, or download it again.")
+  if not start:
+    raise UserError(
+        f"Expected a file with contents, got the empty {file}. Download it "
+        "again.")
+
+
+def index_files(index: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the files that an index names.
+
+  Raises:
+    UserError: The index is damaged or names no files.
+  """
+  check_contents(index)
+  try:
+    named = json.loads(index.read_text("utf-8"))["weight_map"].values()
+    files = [index.parent / name for name in sorted(set(named))]
+  except (ValueError, KeyError, TypeError, AttributeError,
+          RecursionError) as error:
+    raise UserError(f"Expected JSON with a weight_map, got a damaged {index}. "
+                    "Download it again.") from error
+  if not files:
+    raise UserError(f"Expected an index of files, got {index}, which names "
+                    "none. Download it again.")
+  return files
