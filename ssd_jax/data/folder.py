@@ -22,6 +22,7 @@ from ssd_jax.core.config import UserError
 from ssd_jax.data import tables
 from ssd_jax.data.pictures import Source, Unreadable, to_square
 from ssd_jax.data.tables import Row, one_line
+from ssd_jax.storage.files import user_path
 
 T = TypeVar("T")
 

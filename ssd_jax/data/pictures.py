@@ -120,5 +120,6 @@ def read(
       return to_size(Image.open(file), width, height)
   except FAILURES as error:
     told = f" {file}" if isinstance(file, str) else ""
+    why = getattr(error, "strerror", None) or "no image that Pillow knows"
     raise UserError(f"Expected an image that can be read, got {name}{told} "
-                    f"({type(error).__name__}: {error}).") from error
+                    f"({why}).") from error
