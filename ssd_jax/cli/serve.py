@@ -47,8 +47,8 @@ def define_flags(
       f"needs a key in the environment variable {_KEY}.")
   flags.DEFINE_string(
       "bench", None, "Folder of infer.benchmark whose plot the page shows.")
-  flags.DEFINE_list(
-      "decoders", decoders, "Decoders that are compiled before the server is "
+  flags.DEFINE_string(
+      "decoders", decoders, "Decoders, separated by commas, that are compiled before the server is "
       "ready; the first is the default.")
   flags.DEFINE_bool(
       "any_decoder", any_decoder, "Serve any other decoder too; each is "
@@ -147,9 +147,9 @@ class _handling:
 
 def _decoders() -> dict[str, Decoder]:
   """Returns the decoders that flags name."""
-  labels = [x.strip() for x in flags.FLAGS.decoders if x.strip()]
-  check(bool(labels), "decoders", ",".join(flags.FLAGS.decoders),
-        "at least one decoder")
+  text = flags.FLAGS.decoders
+  labels = [x.strip() for x in text.split(",") if x.strip()]
+  check(bool(labels), "decoders", text, "at least one decoder")
   return {label: registry.parse(label) for label in labels}
 
 
