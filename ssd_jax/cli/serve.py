@@ -48,8 +48,8 @@ def define_flags(
   flags.DEFINE_string(
       "bench", None, "Folder of infer.benchmark whose plot the page shows.")
   flags.DEFINE_string(
-      "decoders", decoders, "Decoders, separated by commas, that are compiled before the server is "
-      "ready; the first is the default.")
+      "decoders", decoders, "Decoders, separated by commas, that are compiled "
+      "before the server is ready; the first is the default.")
   flags.DEFINE_bool(
       "any_decoder", any_decoder, "Serve any other decoder too; each is "
       "compiled when it is first asked for.")
