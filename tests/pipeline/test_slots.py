@@ -39,9 +39,8 @@ def alone(pipe, decoder, number, **sampling):
       [f"text {number}"], decoder, seed=number, batch=1, **sampling).tokens[0]
 
 
-@pytest.mark.parametrize("decoder", [
-    "exact", pytest.param("stair", marks=pytest.mark.slow),
-    pytest.param("eagle:tree=2-1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["exact", "stair", "eagle:tree=2-1"])
 def test_each_image_has_settings_of_its_own(pipe, decoder):
   """Seed, guidance, temperature, top-k and top-p differ within a batch, whose
   one program serves all; every image is the one that `generate` makes."""

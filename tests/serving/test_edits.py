@@ -12,6 +12,9 @@ from ssd_jax.pipeline import testing
 from tests.support import served
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def pipe():
   return testing.tiny(vocab=5, rows=4, cols=4, guidance=2.0, heads=(0, 0))
