@@ -85,13 +85,14 @@ class Lane:
         Slots(Run(programs, self.key.decoder), size) for size in self._sizes]
 
   def warm(self, item: Item) -> None:
-    """Compiles what the lane runs, by drawing an image in each size."""
+    """Compiles what the lane runs, by beginning an image in each size."""
     for slots in self._batches:
-      for is_last in (False, True):
-        slots.insert(0, item)
-        while slots.start(_MOST_PASSES if is_last else 1):
-          if not slots.finish() and not is_last:
-            slots.evict(0)
+      slots.insert(0, item)
+      slots.start(1)
+      if not slots.finish():
+        slots.evict(0)
+    grid = self._pipe.model.grid
+    self._pipe.decode_images(np.zeros((1, grid.rows, grid.cols), np.int32))
     self.reset()
 
   def drawings(self) -> Iterator[tuple[Slots, int, Drawing]]:
