@@ -85,7 +85,7 @@ def _with_home(argv: list[str]) -> list[str]:
   """Returns the arguments with ~ expanded, which no shell does behind --x=."""
   found = list(argv)
   for i, arg in enumerate(argv):
-    name, equals, value = arg.rpartition("=") if arg[:1] == "-" else (
+    name, equals, value = arg.partition("=") if arg[:1] == "-" else (
         argv[i - 1], "", arg)
     if value[:1] == "~" and name.lstrip("-") != "prompt":
       found[i] = (name if equals else "") + equals + os.path.expanduser(value)

@@ -7,13 +7,13 @@ caption per image and may add tags; the JSON may also map file names to
 captions. Images that a table names belong to the data wherever they lie.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 import os
 import pathlib
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -115,16 +115,26 @@ def read(path: pathlib.Path, use: Callable[[Image.Image], T]) -> T:
     raise Unreadable({str(path): told}) from error
 
 
-def check_headers(paths: Iterable[pathlib.Path]) -> None:
-  """Raises Unreadable, which names all images that cannot be opened."""
-  bad: dict[str, str] = {}
+def check_headers(paths: Sequence[pathlib.Path]) -> None:
+  """Raises Unreadable if an image cannot be opened.
+
+  It names all that cannot be read, pixels included: none is found later.
+  """
+  if _unreadable(paths, lambda picture: None):
+    raise Unreadable(_unreadable(paths, lambda picture: picture.load()))
+
+
+def _unreadable(
+    paths: Sequence[pathlib.Path], use: Callable[[Image.Image], Any]
+) -> dict[str, str]:
+  """Returns what is wrong with images, by their names."""
+  found: dict[str, str] = {}
   for path in paths:
     try:
-      read(path, lambda picture: None)
+      read(path, use)
     except Unreadable as error:
-      bad |= error.reasons
-  if bad:
-    raise Unreadable(bad)
+      found |= error.reasons
+  return found
 
 
 def find_pictures(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -267,7 +277,8 @@ def _entry(table: pathlib.Path, row: Row) -> tuple[pathlib.Path, Caption]:
   if name is None or text is None:
     raise UserError(
         f"Expected the fields {_NAME_COLUMNS[0]} and {_CAPTION_COLUMNS[0]}, "
-        f"got {row.where} without a file name or caption. Name them so."
+        f"got {row.where} without a file name or caption. Name them so in the "
+        "header, and fill each row."
     )
   path = table.parent / name
   if not _is_file(path):  # as Windows spells it

@@ -71,6 +71,9 @@ def read_text(path: pathlib.Path) -> str:
   Raises:
     UserError: if it cannot be read or is not UTF-8.
   """
+  if path.exists() and not path.is_file():  # a pipe would be waited for
+    raise UserError(f"Expected a text file, got {path}, which is none. Check "
+                    "the path.")
   try:
     return path.read_text("utf-8-sig")  # spreadsheets add a byte-order mark
   except UnicodeDecodeError as error:
@@ -121,6 +124,7 @@ def _separated(
     raise ValueError(f"the column {min(twice)!r} occurs twice")
   for fields in filter(None, reader):  # blank lines
     where = f"{path} line {reader.line_num}"
+    _check_commas(header, fields, where, delimiter)
     if any(fields[len(header):]):
       advice = ('Put a text with separators into "quotes"' if quotes else
                 "Take the separators out of its text")
@@ -129,6 +133,22 @@ def _separated(
           f"{len(fields)} in {where}, the last of them {fields[-1]!r}. "
           f"{advice}.")
     yield Row(dict(zip(header, fields)), where)
+
+
+def _check_commas(
+    header: list[str], fields: list[str], where: str, delimiter: str
+) -> None:
+  """Raises UserError if a row looks as if a text with commas was cut."""
+  nameless = [field for name, field in list(zip(header, fields))[1:]
+              if field and not name]
+  behind = [field[:1] == " " for field in fields[1:] if field]
+  is_cut = delimiter == "," and any(behind) and not all(behind)
+  if nameless or is_cut:
+    got = nameless[0] if nameless else next(
+        field for field in fields[1:] if field[:1] == " ")
+    raise UserError(
+        f"Expected a text with commas in quotes, got {got!r} behind a comma in "
+        f"{where}. Put the whole text into \"quotes\".")
 
 
 def _json_lines(path: pathlib.Path, text: str) -> Iterator[Row]:

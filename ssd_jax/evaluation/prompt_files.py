@@ -59,10 +59,15 @@ def read_prompts(path: str | os.PathLike) -> list[Item]:
     items = reader(path)
   except UserError:
     raise
-  except (OSError, UnicodeDecodeError) as error:
+  except OSError as error:
     raise UserError(
-        "Expected UTF-8 text with one prompt per line, got an unreadable "
-        f"--prompts_file {path}. Check the path."
+        "Expected text with one prompt per line, got --prompts_file "
+        f"{path} ({error.strerror}). Check the path."
+    ) from error
+  except UnicodeDecodeError as error:
+    raise UserError(
+        f"Expected UTF-8 text, got {path}, which is not UTF-8 ({error.reason} "
+        f"at byte {error.start}). Save it as UTF-8."
     ) from error
   except (ValueError, KeyError, TypeError, AttributeError,
           RecursionError) as error:

@@ -1,6 +1,9 @@
 """Tables of texts: any file is read whole, or refused in one line."""
 
+import os
+
 from hypothesis import HealthCheck, given, settings, strategies as st
+import pytest
 
 from ssd_jax.core.config import UserError
 from ssd_jax.data import folder, tables
@@ -56,3 +59,29 @@ def test_quoted_fields_are_whole(tmp_path):
   assert [row.values for row in rows] == [
       {"a": 'x, "y"\nz', "b": "1"}, {"a": "u", "b": "2"}]
   assert [row.where for row in rows] == [f"{table} line 3", f"{table} line 5"]
+
+
+@pytest.mark.parametrize("text, named", [
+    ("file,caption,tags\na.png,a red fox, in snow\n", "' in snow'"),
+    (",file,caption,\n0,a.png,x,lost text\n", "'lost text'"),
+])
+def test_a_cut_text_that_fits_the_columns_is_named(tmp_path, text, named):
+  """Another column, with or without a name, does not swallow a tail."""
+  file = tmp_path / "captions.csv"
+  file.write_text(text)
+  with pytest.raises(UserError, match=f"{named}.*line 2"):
+    tables.read(file)
+
+
+def test_spaces_behind_all_commas_and_an_index_are_read(tmp_path):
+  """A style and what pandas writes; nothing of the text is lost."""
+  file = tmp_path / "captions.csv"
+  file.write_text(",file, caption, tags\n0, a.png, a fox, x\n")
+  assert tables.read(file)[0].values["caption"].strip() == "a fox"
+
+
+def test_a_pipe_is_no_table(tmp_path):
+  """It would be waited for."""
+  os.mkfifo(tmp_path / "captions.csv")
+  with pytest.raises(UserError, match="which is none"):
+    tables.read(tmp_path / "captions.csv")

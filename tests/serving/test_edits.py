@@ -11,7 +11,6 @@ import pytest
 from ssd_jax.pipeline import testing
 from tests.support import served
 
-
 pytestmark = pytest.mark.slow
 
 
