@@ -111,19 +111,31 @@ def make_app(
       exception_handlers={
           ApiError: lambda request, error: _refuse(scheduler, error),
           exceptions.HTTPException: lambda request, error: _refuse(
-              scheduler, ApiError(error.status_code, f"{error.detail}.",
-                                  code="not_found")),
+              scheduler, _no_route(request, error), error.headers),
           Exception: lambda request, error: _refuse(scheduler, ApiError(
               500, "Expected to answer this request, got an error of the "
               "server.", "server_error", code="internal_error")),
       })
 
 
-def _refuse(scheduler: Scheduler, error: ApiError) -> Any:
-  """Returns an error in the API's shape."""
+def _no_route(request: Any, error: Any) -> ApiError:
+  """Returns what a client is told whose path or method is not served."""
+  allowed = (error.headers or {}).get("Allow")
+  expected, code = ((f"{allowed} for this path", "method_not_allowed")
+                    if allowed else ("a path that is served", "not_found"))
+  return ApiError(
+      error.status_code, f"Expected {expected}, got {request.method} "
+      f"{request.url.path[:60]!r}. See /openapi.json.", code=code)
+
+
+def _refuse(
+    scheduler: Scheduler, error: ApiError,
+    more: Mapping[str, str] | None = None,
+) -> Any:
+  """Returns an error in the API's shape, with more headers."""
   responses = need("starlette.responses", "serve")
   scheduler.metrics.refused.labels(str(error.status)).inc()
-  headers = {}
+  headers = dict(more or {})
   if error.retry_after is not None:
     headers["Retry-After"] = str(error.retry_after)
   elif error.status >= 500:  # it would fail again

@@ -3,11 +3,19 @@
 from typing import Any
 
 import ssd_jax
-from ssd_jax.serving.requests import FORMATS, Served
+from ssd_jax.serving.requests import (
+  FORMATS,
+  MOST_PARTIALS,
+  QUALITIES,
+  REFUSED,
+  SEEDS,
+  Served,
+)
 
 _ERRORS = {
     "400": "A field is wrong.", "401": "The key is missing or wrong.",
-    "404": "No such model.", "413": "The body is too long.",
+    "404": "No such model.", "405": "The method is another.",
+    "413": "The body is too long.",
     "415": "The body is not JSON.", "429": "Too many images wait.",
     "500": "An error of the server.", "503": "The server ends.",
     "504": "The time for a request is over."}
@@ -28,7 +36,12 @@ def document(served: Served) -> dict[str, Any]:
       "info": {"title": f"ssd_jax: {served.names[0]}",
                "version": ssd_jax.__version__},
       "paths": {
-          "/v1/images/generations": {"post": _generations(served)},
+          "/v1/images/generations": {"post": _drawing(
+              "Draws images of a prompt.",
+              {"application/json": {"schema": _reference("Request")}})},
+          "/v1/images/edits": {"post": _drawing(
+              "Completes an image below the rows that are kept.",
+              {"multipart/form-data": {"schema": _EDIT}})},
           "/v1/models": get("The models that are served.", "application/json"),
           "/health": get("Whether images are decoded.", None),
           "/ready": get("Whether requests are accepted.", None),
@@ -40,13 +53,12 @@ def document(served: Served) -> dict[str, Any]:
   }
 
 
-def _generations(served: Served) -> dict[str, Any]:
+def _drawing(summary: str, content: dict[str, Any]) -> dict[str, Any]:
   error = {"application/json": {"schema": _reference("Error")}}
   return {
-      "summary": "Draws images of a prompt.",
+      "summary": summary,
       "security": [{"key": []}, {}],
-      "requestBody": {"required": True, "content": {"application/json": {
-          "schema": _reference("Request")}}},
+      "requestBody": {"required": True, "content": content},
       "responses": {
           "200": {"description": "The images, or events of them.", "content": {
               "application/json": {"schema": _REPLY},
@@ -66,20 +78,22 @@ def _request(served: Served) -> dict[str, Any]:
   return {
       "type": "object", "required": ["prompt"],
       "properties": {
-          "prompt": {"type": "string", "minLength": 1,
-                     "maxLength": limits.prompt},
+          "prompt": {"type": "string", "maxLength": limits.prompt,
+                     "pattern": r"[^\s\x00-\x1f\x7f-\x9f]"},
           "model": one_of(*served.names),
           "n": or_null("integer", minimum=1, maximum=limits.images),
           "size": one_of("auto", served.size),
+          "quality": one_of(*QUALITIES),
+          "background": one_of("auto", "opaque"),
           "response_format": one_of("b64_json", "url"),
           "output_format": one_of(*FORMATS),
           "output_compression": or_null("integer", minimum=0, maximum=100),
           "stream": or_null("boolean"),
           "partial_images": or_null(
-              "integer", minimum=0, maximum=3,
+              "integer", minimum=0, maximum=MOST_PARTIALS,
               description="Unfinished images, with stream=true."),
           "seed": or_null(
-              "integer", minimum=0, maximum=2**32 - 1,
+              "integer", minimum=0, maximum=SEEDS - 1,
               description="The same seed gives the same images."),
           "guidance_scale": or_null("number", minimum=-10_000, maximum=10_000),
           "temperature": or_null("number", minimum=0, maximum=10_000),
@@ -88,7 +102,12 @@ def _request(served: Served) -> dict[str, Any]:
           "decoder": decoder,
           "progress": or_null(
               "boolean", description="Events with the order of commits."),
+          **{name: {"type": "null"} for name in REFUSED},
       },
+      "if": {"required": ["partial_images"], "properties": {
+          "partial_images": {"type": "integer", "minimum": 1}}},
+      "then": {"required": ["stream"], "properties": {
+          "stream": {"const": True}}},
   }
 
 
@@ -96,6 +115,16 @@ def _reference(name: str) -> dict[str, str]:
   return {"$ref": f"#/components/schemas/{name}"}
 
 
+_EDIT = {
+    "type": "object", "required": ["image", "prompt"],
+    "description": "Beside these, the fields of generations as text.",
+    "properties": {
+        "image": {"type": "string", "format": "binary"},
+        "mask": {"type": "string", "format": "binary",
+                 "description": "PNG, transparent from some row down."},
+        "rows": {"type": "integer", "minimum": 1,
+                 "description": "Rows of tokens that are kept."},
+        "prompt": {"type": "string"}}}
 _REPLY = {
     "type": "object", "required": ["created", "data", "usage"],
     "properties": {

@@ -15,9 +15,12 @@ from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding.sampling import Overrides
 
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-_QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
-_MOST_PARTIALS = 3
-_SEEDS = 2**32
+QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
+MOST_PARTIALS = 3
+SEEDS = 2**32
+# What would change the picture and is not to be had.
+REFUSED = ("svg", "frame_count", "frame_duration_ms", "negative_prompt",
+           "num_inference_steps", "image", "mask")
 
 
 class ApiError(Exception):
@@ -139,12 +142,12 @@ def parse(values: Any, served: Served, client: str) -> ImageRequest:
   fields = _Fields(values, served.limits)
   fields.check_model(served.names)
   fields.choice("size", ("auto", served.size), "auto")
-  fields.choice("quality", _QUALITIES, "auto")
+  fields.choice("quality", QUALITIES, "auto")
   fields.choice("background", ("auto", "opaque"), "auto")
   fields.refuse()
   label, decoder = fields.decoder(served)
   stream = fields.flag("stream")
-  partial_images = fields.whole("partial_images", 0, _MOST_PARTIALS, 0)
+  partial_images = fields.whole("partial_images", 0, MOST_PARTIALS, 0)
   if partial_images and not stream:
     raise _wrong("partial_images", "stream=true beside it",
                  f"partial_images={partial_images} alone")
@@ -152,7 +155,7 @@ def parse(values: Any, served: Served, client: str) -> ImageRequest:
   return ImageRequest(
       fields.prompt(), decoder, label,
       fields.whole("n", 1, served.limits.images, 1),
-      fields.whole("seed", 0, _SEEDS - 1, None), fields.sampling(),
+      fields.whole("seed", 0, SEEDS - 1, None), fields.sampling(),
       fields.choice("output_format", tuple(FORMATS), "png"),
       max(fields.whole("output_compression", 0, 100, 90), 1),
       fields.choice("response_format", ("b64_json", "url"), "b64_json")
@@ -248,8 +251,7 @@ class _Fields:
 
   def refuse(self) -> None:
     """Refuses what would change the picture and is not to be had."""
-    for name in ("svg", "frame_count", "frame_duration_ms", "negative_prompt",
-                 "num_inference_steps", "image", "mask"):
+    for name in REFUSED:
       if self._values.get(name) is not None:
         raise _wrong(name, f"no {name}, which this model does not have",
                      self._show(name))
