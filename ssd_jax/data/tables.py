@@ -115,6 +115,7 @@ def one_line(error: Exception) -> str:
 def _separated(
     path: pathlib.Path, text: str, delimiter: str, quotes: bool
 ) -> Iterator[Row]:
+  lines = io.StringIO(text, "").readlines()  # as the reader counts them
   reader = csv.reader(
       io.StringIO(text, ""), delimiter=delimiter, strict=True,
       quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE)
@@ -124,7 +125,6 @@ def _separated(
     raise ValueError(f"the column {min(twice)!r} occurs twice")
   for fields in filter(None, reader):  # blank lines
     where = f"{path} line {reader.line_num}"
-    _check_commas(header, fields, where, delimiter)
     if any(fields[len(header):]):
       advice = ('Put a text with separators into "quotes"' if quotes else
                 "Take the separators out of its text")
@@ -132,23 +132,29 @@ def _separated(
           f"Expected {len(header)} fields, as in the header, got "
           f"{len(fields)} in {where}, the last of them {fields[-1]!r}. "
           f"{advice}.")
+    if quotes and delimiter == ",":
+      _check_commas(header, fields, lines[reader.line_num - 1], where)
     yield Row(dict(zip(header, fields)), where)
 
 
 def _check_commas(
-    header: list[str], fields: list[str], where: str, delimiter: str
+    header: list[str], fields: list[str], line: str, where: str
 ) -> None:
-  """Raises UserError if a row looks as if a text with commas was cut."""
-  nameless = [field for name, field in list(zip(header, fields))[1:]
-              if field and not name]
-  behind = [field[:1] == " " for field in fields[1:] if field]
-  is_cut = delimiter == "," and any(behind) and not all(behind)
-  if nameless or is_cut:
-    got = nameless[0] if nameless else next(
-        field for field in fields[1:] if field[:1] == " ")
+  """Raises UserError if a row looks as if a text with commas was cut.
+
+  Then a column without a name holds something, or some fields without quotes
+  begin with a space, as text does behind a comma, and some do not.
+  """
+  later = [(name, field) for name, field in list(zip(header, fields))[1:]
+           if field]
+  nameless = [field for name, field in later if not name]
+  spaced = [field for _, field in later if field[:1] == " "
+            and f",{field}" in line]
+  cut = nameless or (spaced if len(spaced) < len(later) else [])
+  if cut:
     raise UserError(
-        f"Expected a text with commas in quotes, got {got!r} behind a comma in "
-        f"{where}. Put the whole text into \"quotes\".")
+        f"Expected a text with commas in quotes, got {cut[0]!r} behind a comma "
+        f"in {where}. Put the whole text into \"quotes\".")
 
 
 def _json_lines(path: pathlib.Path, text: str) -> Iterator[Row]:

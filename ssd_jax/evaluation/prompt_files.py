@@ -61,8 +61,8 @@ def read_prompts(path: str | os.PathLike) -> list[Item]:
     raise
   except OSError as error:
     raise UserError(
-        "Expected text with one prompt per line, got --prompts_file "
-        f"{path} ({error.strerror}). Check the path."
+        "Expected text with one prompt per line, got an unreadable "
+        f"--prompts_file {path} ({error.strerror}). Check the path."
     ) from error
   except UnicodeDecodeError as error:
     raise UserError(
