@@ -21,6 +21,7 @@ import http.client
 import io
 import json
 import multiprocessing
+import os
 import pathlib
 import random
 import threading
@@ -40,6 +41,7 @@ _JSON = {"Content-Type": "application/json"}
 _PATH = "/v1/images/generations"
 _OTHERS = dict(guidance_scale="guidance", temperature="temperature",
                top_k="top_k", top_p="top_p")  # by their names in `generate`
+VALUES = dict(guidance_scale=2.5, temperature=0.8, top_k=9, top_p=0.9)
 
 
 def pipeline(model):
@@ -47,11 +49,11 @@ def pipeline(model):
   return chains.pipeline(8, 8, 32) if model == "greys" else ssd_jax.load(model)
 
 
-def _serve(model, batch, connection):
+def _serve(model, decoders, batch, connection):
   """Body of the server's process."""
   cli._split_cpu(2)  # as infer.serve does
   cli.use_compilation_cache()
-  with served.site(pipeline(model), DECODERS[model], batch, images=4,
+  with served.site(pipeline(model), decoders, batch, images=4,
                    waiting=96) as (address, _):
     connection.send(address.removeprefix("http://"))
     connection.recv()
@@ -87,17 +89,24 @@ class Server:
     status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
+  def cpu(self):
+    """Seconds of processors so far."""
+    fields = pathlib.Path(
+        f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
   def places(self):
     """(busy places, idle places) of the passes so far."""
     return [self.metric("slot_passes_total", state)
             for state in ("busy", "idle")]
 
 
-def start(model, batch):
+def start(model, decoders, batch):
   """A server that is ready."""
   context = multiprocessing.get_context("spawn")
   ours, theirs = context.Pipe()
-  process = context.Process(target=_serve, args=(model, batch, theirs))
+  process = context.Process(
+      target=_serve, args=(model, decoders, batch, theirs))
   process.start()
   assert ours.poll(1200), "the server did not become ready"
   return Server(process, ours.recv(), ours)
@@ -110,14 +119,13 @@ def stop(server):
   assert server.process.exitcode == 0
 
 
-def settings_of(model, number):
+def settings_of(decoders, others, number):
   """Settings of a request; few enough that many ask for the same picture."""
   dice = random.Random(number % 60)
   values = dict(prompt=dice.choice(["red heart", "pizza", "smiling cat face"]),
                 seed=dice.randrange(5), n=dice.choice([1, 1, 2, 3]),
-                decoder=dice.choice(DECODERS[model]))
-  for name, value in dict(guidance_scale=2.5, temperature=0.8, top_k=9,
-                          top_p=0.9).items():
+                decoder=dice.choice(decoders))
+  for name, value in others.items():
     if dice.random() < 0.25:
       values[name] = value
   return values
@@ -138,15 +146,15 @@ def events_of(body):
 class Load:
   """What clients do, and what came of it."""
 
-  def __init__(self, server, model):
-    self._server, self._model = server, model
+  def __init__(self, server, decoders, others):
+    self._server, self._decoders, self._others = server, decoders, others
     self.counts = collections.Counter()
     self.seconds, self.drawn = [], []
     self._lock = threading.Lock()
 
   def visit(self, number):
     """One request; of every twenty one is nonsense and two vanish."""
-    values = settings_of(self._model, number)
+    values = settings_of(self._decoders, self._others, number)
     kind = number % 20
     if kind == 7:
       status, _, body = self._server.ask(
@@ -171,7 +179,7 @@ class Load:
 
   def read_slowly(self):
     """A stream of which a few hundred bytes are read at a time."""
-    values = settings_of(self._model, 1) | dict(
+    values = settings_of(self._decoders, self._others, 1) | dict(
         n=4, stream=True, partial_images=3)
     with contextlib.closing(http.client.HTTPConnection(
         self._server.address, timeout=300)) as connection:
@@ -197,7 +205,7 @@ class Load:
         sampling = {_OTHERS[k]: v for k, v in values.items() if k in _OTHERS}
         out = pipe.generate(
             [values["prompt"]], values["decoder"], num_images=values["n"],
-            seed=values["seed"], batch=values["n"], **sampling)
+            seed=values["seed"], batch=1, **sampling)
         expected[key] = [
             hashlib.sha256(x.tobytes()).hexdigest() for x in out.images]
       assert hashes(files) == expected[key], wanted
@@ -245,9 +253,9 @@ def watched(server, every=0.5):
     thread.join()
 
 
-def mixed(server, pipe, model, clients, requests):
+def mixed(server, pipe, decoders, clients, requests, others=VALUES):
   """Mixed settings, unruly clients; then every picture is compared."""
-  load = Load(server, model)
+  load = Load(server, decoders, others)
   begin = time.monotonic()
   with watched(server) as seen, concurrent.futures.ThreadPoolExecutor(
       clients + 1) as pool:
@@ -275,9 +283,9 @@ def mixed(server, pipe, model, clients, requests):
     assert grown < 0.02 * memory[-1] + 8, memory
 
 
-def killed(server, model, batch):
-  """Nobody hangs when the server is killed; the next one draws the same."""
-  values = settings_of(model, 2) | dict(n=4)
+def killed(server):
+  """Nobody hangs when the server is killed."""
+  values = dict(prompt="pizza", n=4)
   with concurrent.futures.ThreadPoolExecutor(32) as pool:
     asked = [pool.submit(server.ask, _PATH, values) for _ in range(32)]
     concurrent.futures.wait(asked, 60, concurrent.futures.FIRST_COMPLETED)
@@ -286,44 +294,45 @@ def killed(server, model, batch):
   assert any(isinstance(x, (OSError, http.client.HTTPException))
              for x in lost), lost
   server.process.join()
-  return start(model, batch)
 
 
-def throughput(server, pipe, model, batch, pictures):
+def throughput(server, pipe, decoder, batch, pictures):
   """(pictures a second of the server, of `generate` in such batches)."""
-  decoder, prompts = DECODERS[model][0], ["red heart"] * pictures
+  prompts = ["red heart"] * pictures
   pipe.generate(prompts[:batch], decoder, batch=batch)  # compiles
-  begin = time.monotonic()
+  begin, cpu = time.monotonic(), time.process_time()
   pipe.generate(prompts, decoder, seed=0, batch=batch)
-  own = pictures / (time.monotonic() - begin)
+  own, own_cpu = time.monotonic() - begin, time.process_time() - cpu
   ask = lambda seed: server.ask(
       _PATH, dict(prompt=prompts[0], seed=seed, decoder=decoder))[0]
-  begin = time.monotonic()
-  with watched(server, 0.2) as seen, concurrent.futures.ThreadPoolExecutor(
+  begin, cpu = time.monotonic(), server.cpu()
+  with watched(server) as seen, concurrent.futures.ThreadPoolExecutor(
       3 * batch) as pool:
     assert set(pool.map(ask, range(pictures))) == {200}
-  theirs = pictures / (time.monotonic() - begin)
+  theirs, their_cpu = time.monotonic() - begin, server.cpu() - cpu
   busy = [(b[2] - a[2], b[3] - a[3]) for a, b in zip(seen, seen[1:])
           if a[1] and b[1]]
   used, idle = np.sum(busy, 0) if busy else (0, 1)
-  print(f"one kind, {pictures} pictures in batches of {batch}: "
-        f"{theirs:.2f} a second over HTTP, {own:.2f} by generate, ratio "
-        f"{theirs / own:.2f}; {used / (used + idle):.0%} of places busy while "
-        "somebody waits")
-  return theirs, own
+  print(f"{pictures} pictures of {decoder}, batches of {batch}: "
+        f"{pictures / theirs:.2f} a second over HTTP, {pictures / own:.2f} by "
+        f"generate, ratio {own / theirs:.2f}; {their_cpu / pictures:.2f} and "
+        f"{own_cpu / pictures:.2f} CPU s a picture; "
+        f"{used / (used + idle):.0%} of places busy while somebody waits")
+  return pictures / theirs, pictures / own
 
 
 def run(model, clients, requests, batch, pictures):
   """All of it; returns (pictures a second, those of `generate`)."""
   cli._split_cpu(2)
   cli.use_compilation_cache()
-  pipe = pipeline(model)
-  server = start(model, batch)
+  pipe, decoders = pipeline(model), DECODERS[model]
+  server = start(model, decoders, batch)
   try:
-    mixed(server, pipe, model, clients, requests)
-    server = killed(server, model, batch)
-    mixed(server, pipe, model, 4, 5)
-    found = throughput(server, pipe, model, batch, pictures)
+    mixed(server, pipe, decoders, clients, requests)
+    killed(server)
+    server = start(model, decoders, batch)
+    mixed(server, pipe, decoders, 4, 5)
+    found = throughput(server, pipe, decoders[0], batch, pictures)
     stop(server)
     return found
   finally:
