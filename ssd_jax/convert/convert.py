@@ -33,7 +33,7 @@ from ssd_jax.convert import (
 from ssd_jax.convert.checkpoint_files import Checkpoint
 from ssd_jax.convert.recipes import Part, Recipe, Row
 from ssd_jax.core.config import UserError
-from ssd_jax.storage import array_store, checkpoints
+from ssd_jax.storage import array_store, checkpoints, model_settings
 from ssd_jax.storage.files import write_json
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -323,7 +323,7 @@ def _assemble(
   (model / "tokenizer").mkdir(exist_ok=True)
   for file in job.assets:
     shutil.copyfile(file, model / "tokenizer" / file.name)
-  write_json(
+  model_settings.write(
       model / "model.json",
       {"family": job.recipe.family, **job.recipe.settings})
   report = _report(job, done, seconds)

@@ -26,8 +26,7 @@ from ssd_jax.models.generator import Generator
 from ssd_jax.models.transformer import TrunkConfig
 from ssd_jax.models.vocabulary import Vocabulary
 from ssd_jax.models.vq import VQ, VQConfig, to_uint8
-from ssd_jax.storage import checkpoints
-from ssd_jax.storage.files import write_json
+from ssd_jax.storage import checkpoints, model_settings
 
 _THETA = 10_000.0
 
@@ -207,7 +206,7 @@ def write_settings(
   """
   keep = ("pixels", "prompt_slots", "vq", "trunk", "sampling")
   settings = {k: v for k, v in config.to_dict().items() if k in keep}
-  write_json(
+  model_settings.write(
       folder / "model.json",
       {"family": "emoji", "config": settings, "words": " ".join(words.words),
        "tokenizer": checkpoints.identity(folder / "vq")},

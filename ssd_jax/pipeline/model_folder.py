@@ -31,7 +31,7 @@ from ssd_jax.models.quantization import quantize
 from ssd_jax.models.spatial_heads import HeadsConfig, bind_heads
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import memory, sharding
-from ssd_jax.storage import checkpoints
+from ssd_jax.storage import checkpoints, model_settings
 from ssd_jax.storage.files import read_json, user_path, write_json
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "assets" / "emoji"
@@ -123,8 +123,8 @@ def read_settings(name: str | os.PathLike) -> dict[str, Any]:
     UserError: if it is damaged or of no known family.
   """
   file = _folder_of(name) / "model.json"
-  settings = read_json(file)
-  known = settings.get("family") if isinstance(settings, dict) else None
+  settings = model_settings.read(file)
+  known = settings.get("family")
   if not isinstance(known, str) or known not in FAMILIES:
     raise UserError(
         f"Expected one of {sorted(FAMILIES)}, got {file} without a known "

@@ -10,8 +10,8 @@ import flax.core
 
 from ssd_jax.core.config import UserError, check
 from ssd_jax.models import quantization
-from ssd_jax.storage import checkpoints
-from ssd_jax.storage.files import read_json, user_path, write_json
+from ssd_jax.storage import checkpoints, model_settings
+from ssd_jax.storage.files import user_path
 
 if TYPE_CHECKING:
   from ssd_jax.pipeline.pipeline import Pipeline
@@ -57,10 +57,10 @@ def save(pipe: "Pipeline", folder: str | os.PathLike) -> None:
     params = flax.core.unfreeze({**pipe.params, "vq": pipe.vq_params})
     for kind in ("trunk", "vq"):
       checkpoints.save(new / kind, params[kind])
-    settings = read_json(new / "model.json")
+    settings = model_settings.read(new / "model.json")
     if "tokenizer" in settings:
       settings["tokenizer"] = checkpoints.identity(new / "vq")
-      write_json(new / "model.json", settings)
+      model_settings.write(new / "model.json", settings)
     for kind in params.keys() & {"heads", "drafter"}:
       checkpoints.save(new / kind / "weights", params[kind])
       shutil.copy2(pipe.folders[kind] / f"{kind}.json", new / kind)

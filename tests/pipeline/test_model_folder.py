@@ -82,6 +82,23 @@ def test_a_model_that_cannot_be_named_so_is_one_line(given, said):
 
 
 @pytest.mark.parametrize("change", [
+    lambda x: x.update(words=x["words"].replace("red", "rad", 1)),
+    lambda x: x["config"]["trunk"].update(interleaved=False),
+    lambda x: x["config"].update(prompt_slots=23)])
+def test_settings_that_mean_another_model_are_one_line(tmp_path, change):
+  """A changed word or layout would draw, but as another model."""
+  settings = json.loads((model_folder.EMBEDDED / "model.json").read_text())
+  assert model_folder.read_settings("emoji") == settings
+  settings["config"]["sampling"]["temperature"] = 0.5  # the user's to change
+  (tmp_path / "model.json").write_text(json.dumps(settings))
+  assert model_folder.read_settings(tmp_path) == settings
+  change(settings)
+  (tmp_path / "model.json").write_text(json.dumps(settings))
+  with pytest.raises(UserError, match="Expected the settings .*got changed"):
+    ssd_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
     lambda x: x.pop("config"), lambda x: x.pop("words"),
     lambda x: x.update(family=["x"]), lambda x: x["config"].pop("trunk"),
     lambda x: x["config"]["sampling"].pop("top_k"),
@@ -90,6 +107,7 @@ def test_a_damaged_model_json_is_one_line(tmp_path, change):
   """Settings that lack something are refused before weights are read."""
   settings = json.loads((model_folder.EMBEDDED / "model.json").read_text())
   change(settings)
+  del settings["checksum"]
   (tmp_path / "model.json").write_text(json.dumps(settings))
   with pytest.raises(UserError, match="model.json") as error:
     ssd_jax.load(tmp_path)
