@@ -40,7 +40,7 @@ def alone(pipe, decoder, number, **sampling):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["exact", "stair", "eagle:tree=2-1"])
+@pytest.mark.parametrize("decoder", ["exact", "eagle:tree=2-1"])
 def test_each_image_has_settings_of_its_own(pipe, decoder):
   """Seed, guidance, temperature, top-k and top-p differ within a batch, whose
   one program serves all; every image is the one that `generate` makes."""

@@ -89,15 +89,15 @@ time.sleep(0.1)
 
 
 @pytest.mark.slow
-def test_twenty_tries_at_random_moments(tmp_path):
+def test_tries_at_many_moments(tmp_path):
   """Before, in and after steps and saves: whatever was saved goes on, no
   traceback, no crash."""
-  for i in range(20):
+  for i in range(8):
     child = subprocess.Popen(
         [sys.executable, "-m", "tests.support.tiny_training", "--workdir",
          tmp_path, "--steps=100000"], stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)})
-    time.sleep(1.0 + 0.4 * i)
+    time.sleep(1.0 + 0.7 * i)
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=100)[1]
     assert child.returncode in (130, -signal.SIGINT), said
