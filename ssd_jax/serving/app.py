@@ -119,7 +119,7 @@ def make_app(
 
 
 def _no_route(request: Any, error: Any) -> ApiError:
-  """Returns what a client is told whose path or method is not served."""
+  """Returns the error for a path or method that is not served."""
   allowed = (error.headers or {}).get("Allow")
   expected, code = ((f"{allowed} for this path", "method_not_allowed")
                     if allowed else ("a path that is served", "not_found"))

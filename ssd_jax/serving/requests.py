@@ -24,7 +24,7 @@ REFUSED = ("svg", "frame_count", "frame_duration_ms", "negative_prompt",
 
 
 class ApiError(Exception):
-  """An error that a client is told in the API's shape.
+  """An error in the API's shape, sent to the client.
 
   Attributes:
     status: HTTP status.

@@ -112,7 +112,7 @@ class Ticket:
 
     Args:
       reason: See `reason`.
-      error: What the client is told.
+      error: The error sent to the client.
     """
     with self._lock:
       if self._reason is not None:

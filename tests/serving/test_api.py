@@ -136,7 +136,7 @@ def test_errors_are_those_of_the_official_client(client, values, error, code):
 
 
 def test_bodies_that_are_no_request(site):
-  """Wrong types, broken JSON and long bodies are told so, never a 500."""
+  """Wrong types, broken JSON and long bodies get a 4xx error, never a 500."""
   path = "/v1/images/generations"
   for body, status in ((b"{", 400), (b"\xff", 400), (b"[" * 60_000, 400),
                        (b'{"n": 1' + b"0" * 5000 + b"}", 400), (b"null", 400),

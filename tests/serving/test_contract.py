@@ -81,7 +81,7 @@ def test_the_document_is_openapi(site):
           suppress_health_check=list(HealthCheck))
 @given(of_request(SCHEMA).filter(VALIDATOR.is_valid))
 def test_what_the_schema_allows_is_drawn(site, values):
-  """Any valid request gets its pictures, or is told to come back."""
+  """Any valid request gets its pictures, or a 429."""
   status, body = generations(site, values)
   assert status in (200, 429), (values, body)
 
@@ -90,7 +90,7 @@ def test_what_the_schema_allows_is_drawn(site, values):
           suppress_health_check=list(HealthCheck))
 @given(of_request(SCHEMA), st.sampled_from(sorted(SCHEMA["properties"])), JSON)
 def test_what_the_schema_forbids_is_refused(site, values, name, wrong):
-  """A request with a wrong field is told so; it is never a 500."""
+  """A request with a wrong field gets a 4xx error, never a 500."""
   values = {**values, name: wrong}
   status, body = generations(site, values)
   is_valid = VALIDATOR.is_valid(values)
