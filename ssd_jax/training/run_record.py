@@ -61,15 +61,29 @@ class Listing:
       found.append(digest(f"{name}\n{seen[name]}"))
     return {_NAMES: np.array(found, np.uint64), **self.columns}
 
-  def changes(self, before: Mapping[str, np.ndarray]) -> Iterator[str]:
-    """Yields how the listing differs from recorded arrays."""
+  def changes(
+      self, before: Mapping[str, np.ndarray], everywhere_before: set[int],
+      everywhere: set[int],
+  ) -> Iterator[str]:
+    """Yields how the listing differs from recorded arrays.
+
+    Args:
+      before: The recorded arrays of the split.
+      everywhere_before: Recorded digests of names in all splits.
+      everywhere: Digests of names in all splits.
+    """
     now = self.arrays()
+    names = now[_NAMES].tolist()
     old = {name: i for i, name in enumerate(before[_NAMES].tolist())}
-    at = [old.get(name, -1) for name in now[_NAMES].tolist()]
-    new = [i for i, j in enumerate(at) if j < 0]
+    at = [old.get(name, -1) for name in names]
+    added = [i for i, j in enumerate(at) if j < 0]
+    new = [i for i in added if names[i] not in everywhere_before]
     if new:
       yield self._told(f"the new {self.kind}", new)
-    lost = len(old) - len(at) + len(new)
+    moved = [i for i in added if names[i] in everywhere_before]
+    if moved:
+      yield self._told("another split for", moved)
+    lost = len(old.keys() - everywhere)
     if lost:
       yield f"{lost} {self.kind}{'s' * (lost > 1)} fewer"
     for column in self.columns.keys() & before.keys():
@@ -77,7 +91,7 @@ class Listing:
                if j >= 0 and now[column][i] != before[column][j]]
       if other:
         yield self._told(f"another {column} for", other)
-    if at != sorted(at) and not new and not lost:
+    if at != sorted(at) and not added and not lost:
       yield f"another order of the {self.kind}s"
 
   def _told(self, what: str, found: list[int]) -> str:
@@ -144,15 +158,22 @@ def _read_settings(file: pathlib.Path) -> dict[str, Any]:
 
 def _check_data(folder, found, data: Mapping[str, Listing]) -> None:
   told: list[str] = []
+  everywhere_before = _union(
+      values for name, values in found.items() if name.endswith(f"/{_NAMES}"))
+  everywhere = _union(listing.arrays()[_NAMES] for listing in data.values())
   for split, listing in data.items():
     before = {name.removeprefix(f"{split}/"): values
               for name, values in found.items() if name.startswith(f"{split}/")}
     if _NAMES in before:
-      told += listing.changes(before)
+      told += listing.changes(before, everywhere_before, everywhere)
   if told:
     raise UserError(
         f"Expected the data with which the run began, got {', '.join(told)} "
         f"for the run in {folder}. Put them back or choose another --workdir.")
+
+
+def _union(arrays: Iterable[np.ndarray]) -> set[int]:
+  return set().union(*(array.tolist() for array in arrays))
 
 
 def _check_parts(folder, begun: Any, parts: Mapping[str, str]) -> None:

@@ -67,6 +67,20 @@ def test_moved_data_are_the_same_data(tmp_path):
     start(tmp_path / "run", Listing.of_texts(["b", "a", "a"]), moved)
 
 
+def test_what_moves_between_splits_is_no_loss(tmp_path):
+  """A new image that moves another one: both are named, nothing is fewer."""
+  split = lambda train, other: {
+      "train": Listing.of_texts(train), "validation": Listing.of_texts(other)}
+  run = tmp_path / "run"
+  run_record.begin(run, SETTINGS, {}, split(["a", "b"], ["c"]))
+  (run / "checkpoints").mkdir()
+  with pytest.raises(UserError, match=re.escape(
+      "got another split for 'b', the new caption 'd' for the run")):
+    run_record.begin(run, SETTINGS, {}, split(["a"], ["b", "c", "d"]))
+  with pytest.raises(UserError, match="got 1 caption fewer for the run"):
+    run_record.begin(run, SETTINGS, {}, split(["a", "b"], []))
+
+
 def test_settings_and_parts_belong_to_the_run(tmp_path):
   """Steps may change; a batch, a trunk or a text tokenizer may not."""
   listing, run = Listing.of_texts(["a"]), tmp_path / "run"
