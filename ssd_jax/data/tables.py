@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import re
 from typing import Any
 
 from ssd_jax.core.config import UserError
@@ -120,6 +121,9 @@ def _separated(
       io.StringIO(text, ""), delimiter=delimiter, strict=True,
       quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE)
   header = [name.strip().lower() for name in next(reader, [])]
+  others, name = ("[;\t]", "commas") if delimiter == "," else ("[;,]", "tabs")
+  if len(header) == 1 and re.search(others, header[0]):
+    raise ValueError(f"no {name} between the columns of its header")
   twice = {name for name in header if name and header.count(name) > 1}
   if twice:
     raise ValueError(f"the column {min(twice)!r} occurs twice")

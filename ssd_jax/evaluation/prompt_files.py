@@ -45,9 +45,9 @@ def read_prompts(path: str | os.PathLike) -> list[Item]:
   """Returns the prompts of a file or folder, in order.
 
   Text files hold one prompt per line. Other formats are .csv and .tsv (as
-  PartiPrompts) with a header and a column of prompts, .jsonl (GenEval), .json
-  (COCO captions, the first of each image) and a folder of .txt files
-  (DPG-Bench).
+  PartiPrompts) with a header and a column of prompts, .jsonl (GenEval, or a
+  text on each line), .json (COCO captions, the first of each image, or a list
+  of texts) and a folder of .txt files (DPG-Bench).
 
   Raises:
     UserError: if the file is unreadable, of another format or without prompts.
@@ -94,10 +94,18 @@ def _lines(path: pathlib.Path) -> list[Item]:
 def _geneval(path: pathlib.Path) -> list[Item]:
   """Reads `evaluation_metadata.jsonl`; line numbers name the folders."""
   rows = [json.loads(line) for line in _read_lines(path) if line.strip()]
-  for number, row in enumerate(rows, 1):
-    if not isinstance(row["prompt"], str):
-      raise ValueError(f"entry {number} has no text as its prompt")
-  return [Item(row["prompt"], f"{i:05d}", row) for i, row in enumerate(rows)]
+  return _items(rows)
+
+
+def _items(rows: list[Any]) -> list[Item]:
+  """Returns prompts that are texts, or objects with a text as "prompt"."""
+  items = []
+  for number, row in enumerate(rows):
+    data = {"prompt": row} if isinstance(row, str) else row
+    if not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
+      raise ValueError(f'entry {number + 1} has no text as its "prompt"')
+    items.append(Item(data["prompt"], f"{number:05d}", data))
+  return items
 
 
 def _table(path: pathlib.Path) -> list[Item]:
@@ -138,10 +146,17 @@ def _dpg(path: pathlib.Path) -> list[Item]:
 
 
 def _coco(path: pathlib.Path) -> list[Item]:
-  """Reads the first caption of each image of `captions_val2014.json`."""
+  """Reads the first caption of each image of `captions_val2014.json`.
+
+  A file that is a list holds the prompts themselves.
+  """
+  found = json.loads(path.read_text("utf-8-sig"))
+  if isinstance(found, list):
+    return _items(found)
+  if not isinstance(found, dict) or "annotations" not in found:
+    raise ValueError('it is neither a list nor has it "annotations"')
   first: dict[int, str] = {}
-  for row in sorted(json.loads(path.read_text("utf-8-sig"))["annotations"],
-                    key=lambda row: row["id"]):
+  for row in sorted(found["annotations"], key=lambda row: row["id"]):
     first.setdefault(row["image_id"], row["caption"].strip())
   return [Item(text, f"{image:012d}") for image, text in sorted(first.items())]
 

@@ -76,6 +76,27 @@ def test_other_files_end_in_one_line(tmp_path, name, text):
 
 
 @pytest.mark.parametrize("name, text", [
+    ("a.json", '["red", "a cat"]'), ("a.jsonl", '"red"\n\n"a cat"\n'),
+    ("a.json", '[{"prompt": "red"}, {"id": 3, "prompt": "a cat"}]')])
+def test_texts_in_json_are_prompts(tmp_path, name, text):
+  """Lists and lines of texts mean one thing."""
+  items = prompt_files.read_prompts(write(tmp_path / name, text))
+  assert [item.prompt for item in items] == ["red", "a cat"]
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("a.json", '["red", 3]', 'entry 2 has no text as its "prompt"'),
+    ("a.json", '{"x": 1}', 'neither a list nor has it "annotations"'),
+    ("a.csv", "id;prompt\n1;red\n", "no commas between the columns"),
+    ("a.tsv", "id,prompt\n1,red\n", "no tabs between the columns"),
+])
+def test_the_fault_is_named_as_users_see_it(tmp_path, name, text, said):
+  """Not as Python's name of an exception about types."""
+  with pytest.raises(UserError, match=re.escape(said)):
+    prompt_files.read_prompts(write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize("name, text", [
     ("a.csv", 'id,Prompt\n1,"a ""STOP"" sign, red"\n\n2,a cat,\n'),
     ("b.CSV", '\ufeffcaption\r\n"a ""STOP"" sign, red"\r\na cat\r\n'),
     ("c.tsv", 'prompt\ta\na "STOP" sign, red\t1\na cat\n')])
