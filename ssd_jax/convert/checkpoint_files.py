@@ -9,6 +9,7 @@ import re
 from ssd_jax.convert import tensors
 from ssd_jax.convert.tensors import SafeTensor, Tensor
 from ssd_jax.core.config import UserError
+from ssd_jax.storage.files import is_pointer
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # Files that trainers, systems and downloads leave beside the weights.
@@ -16,7 +17,6 @@ _OTHERS = re.compile(
     r"\..*|(training_args|optimizer|optim_states|scheduler|scaler|rng_state"
     r"|random_states)[^/]*", re.IGNORECASE)
 _VARIANT = re.compile(r"(.*)\.[^./]+(\.[^./]+)")  # model.fp16.safetensors
-_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +103,11 @@ def published(names: Iterable[str]) -> list[str]:
 
 def check_contents(file: pathlib.Path) -> None:
   """Raises UserError if a file is empty or a pointer of Git LFS."""
-  with open(file, "rb") as f:
-    start = f.read(len(_POINTER))
-  if start == _POINTER:
+  if is_pointer(file):
     raise UserError(
         f"Expected the file itself, got {file}, a pointer of Git LFS. Run git "
         "lfs pull in its folder, or download it again.")
-  if not start:
+  if not file.stat().st_size:
     raise UserError(
         f"Expected a file with contents, got the empty {file}. Download it "
         "again.")

@@ -22,7 +22,7 @@ from ssd_jax.core.config import UserError
 from ssd_jax.data import tables
 from ssd_jax.data.pictures import Source, Unreadable, to_square
 from ssd_jax.data.tables import Row, one_line
-from ssd_jax.storage.files import user_path
+from ssd_jax.storage.files import is_pointer, user_path
 
 T = TypeVar("T")
 
@@ -112,6 +112,8 @@ def read(path: pathlib.Path, use: Callable[[Image.Image], T]) -> T:
       return use(picture)
   except Exception as error:  # a decoder may raise anything on bad bytes
     told = re.sub(f":? {re.escape(repr(str(path)))}", "", one_line(error))
+    if path.is_file() and os.access(path, os.R_OK) and is_pointer(path):
+      told = "a pointer of Git LFS: run git lfs pull in its folder"
     raise Unreadable({str(path): told}) from error
 
 

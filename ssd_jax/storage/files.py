@@ -12,6 +12,14 @@ import jax
 from ssd_jax.core.config import UserError
 from ssd_jax.runtime import interrupts
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_pointer(path: str | os.PathLike) -> bool:
+  """Returns whether a file is the pointer that Git LFS leaves for another."""
+  with open(path, "rb") as file:
+    return file.read(len(_POINTER)) == _POINTER
+
 
 def user_path(name: str | os.PathLike) -> pathlib.Path:
   """Returns a path as users write it, with ~ expanded where there is a home."""

@@ -239,12 +239,14 @@ def test_all_damaged_headers_are_named(tmp_path):
   folder = captioned_folder(tmp_path, 6)
   (folder / "01.png").write_bytes(b"")
   (folder / "03.png").write_bytes(b"<html>")
+  (folder / "05.png").write_text("version https://git-lfs.github.com/spec/v1")
   (folder / "04.png").unlink()
   (folder / "04.png").symlink_to("nowhere.png")
-  with pytest.raises(Unreadable, match="got 3 images") as error:
+  with pytest.raises(Unreadable, match="got 4 images") as error:
     FolderSource(str(folder), 8)
+  assert "05.png (a pointer of Git LFS: run git lfs pull" in str(error.value)
   assert [os.path.basename(name) for name in error.value.reasons] == [
-      "01.png", "03.png", "04.png"]
+      "01.png", "03.png", "04.png", "05.png"]
 
 
 def test_a_name_that_is_no_utf8_is_a_key(tmp_path):
