@@ -86,6 +86,8 @@ def load_pipeline() -> Pipeline:
     model_folder.require(checkpoint, config.family)
   cli.refuse_unused(
       "checkpoint", "sampling", *model_folder.CHOICES.get(config.family, ()))
+  if config_overrides.names_variant():
+    config_overrides.check_variant(checkpoint, config)
   pipe = model_folder.load(
       checkpoint or "emoji", random_weights=flags.FLAGS.random_weights,
       choices=config_overrides.choices(config), heads=heads, drafter=drafter,

@@ -19,11 +19,17 @@ def choices(config: ml_collections.ConfigDict) -> dict[str, Any]:
   flag = flags.FLAGS["config"]
   open_ = model_folder.CHOICES.get(config.family, ())
   chosen = {"sampling": config.sampling.to_dict()} if flag.present else {}
-  if flag.present and ":" in config_flags.get_config_filename(flag):
+  if names_variant():
     chosen |= {key: config[key] for key in open_}
   given = config_flags.get_override_values(flag)
   return chosen | {key: value for key, value in given.items()
                    if key.partition(".")[0] in ("sampling", *open_)}
+
+
+def names_variant() -> bool:
+  """Returns whether --config names a variant after a colon."""
+  flag = flags.FLAGS["config"]
+  return bool(flag.present) and ":" in config_flags.get_config_filename(flag)
 
 
 def flags_of(config: ml_collections.ConfigDict) -> list[str]:
@@ -44,15 +50,18 @@ def check_variant(
   """Raises UserError if a checkpoint is of another variant than --config.
 
   Args:
-    folder: Model folder of a published family; others have no variants.
+    folder: Model folder; only published families have variants.
     config: Settings, whose overridden keys are not compared.
   """
   if config.family == "emoji":
     return
+  settings = model_folder.read_settings(folder)
+  if settings["family"] != config.family:
+    return  # which `check_family` says
   flag = flags.FLAGS["config"]
   given = config_flags.get_override_values(flag)
   wanted = _variant(config.to_dict())
-  found = _variant(model_folder.read_settings(folder).get("config"))
+  found = _variant(settings.get("config"))
   for key in sorted(wanted.keys() & found.keys() - given.keys()):
     if wanted[key] != found[key]:
       raise UserError(

@@ -243,6 +243,15 @@ def test_a_checkpoint_of_another_variant_is_one_line(tmp_path, variant):
   assert "with target_size=512" in err
 
 
+def test_a_variant_that_is_named_is_the_checkpoints(tmp_path):
+  """Drawing refuses what training refuses, by the same rule."""
+  lumina_512(tmp_path)
+  status, err, _ = bad_inputs.feed(
+      "generate", ["--config", "configs/lumina.py:768", "--prompt", "a",
+                   "--checkpoint", f"{tmp_path}/model"], tmp_path)
+  assert status == 2 and "target_size=768, as --config" in err
+
+
 @pytest.mark.parametrize("args", [
     ["configs/lumina.py:512"],
     ["configs/lumina.py:512", "--config.size=1024x256"],
