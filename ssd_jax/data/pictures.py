@@ -1,5 +1,6 @@
 """The interface of captioned image sources, and the fitting of images."""
 
+import abc
 import hashlib
 import struct
 from typing import BinaryIO
@@ -34,7 +35,7 @@ class Unreadable(UserError):
         f"{told}. {advice} {'it' if len(reasons) == 1 else 'them'}.")
 
 
-class Source:
+class Source(abc.ABC):
   """Captioned images with random access.
 
   A source has `__len__` and `__getitem__`, which returns `{"image": uint8
@@ -52,8 +53,8 @@ class Source:
   def __len__(self) -> int:
     return len(self.keys)
 
-  def __getitem__(self, index: int) -> dict:
-    raise NotImplementedError
+  @abc.abstractmethod
+  def __getitem__(self, index: int) -> dict: ...
 
   def caption(self, index: int) -> str:
     """Returns the caption of item `index`."""

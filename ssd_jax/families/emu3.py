@@ -17,7 +17,7 @@ from ssd_jax.core.config import UserError, check
 from ssd_jax.core.extras import need
 from ssd_jax.core.grid import Grid
 from ssd_jax.families import published, training_defaults
-from ssd_jax.families.published import Ids, Published
+from ssd_jax.families.published import Ids, PromptedByIds
 
 RANKS, VISION = "emu3.tiktoken", "emu3_vision_tokens.txt"
 CHOICES = ("ratio", "area", "suffix", "negative")  # may be set in each call
@@ -90,7 +90,7 @@ def grid_size(ratio: str, area: int, pixels_per_token: int) -> tuple[int, int]:
   return rows, cols
 
 
-class Emu3(Published):
+class Emu3(PromptedByIds):
   """The Emu3-Gen family."""
 
   @functools.cached_property

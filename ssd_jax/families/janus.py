@@ -16,7 +16,7 @@ import numpy as np
 from ssd_jax.core.config import UserError
 from ssd_jax.core.grid import Grid
 from ssd_jax.families import published, training_defaults
-from ssd_jax.families.published import Ids, Published
+from ssd_jax.families.published import Ids, PromptedByIds
 
 VARIANTS = ("1b", "7b")
 _START, _PAD, _IMAGE = (
@@ -57,7 +57,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   return config
 
 
-class Janus(Published):
+class Janus(PromptedByIds):
   """The Janus-Pro family."""
 
   @functools.cached_property

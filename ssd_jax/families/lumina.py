@@ -15,7 +15,7 @@ import numpy as np
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.grid import Grid
 from ssd_jax.families import published, training_defaults
-from ssd_jax.families.published import Ids, Published
+from ssd_jax.families.published import Ids, PromptedByIds
 
 VARIANTS = ("512", "768", "1024")
 CHOICES = ("size", "target_size")  # may be set in each call
@@ -78,7 +78,7 @@ def sizes(target: int) -> list[tuple[int, int]]:
   return found
 
 
-class Chameleon(Published):
+class Chameleon(PromptedByIds):
   """Base class of families with Chameleon's text tokenizer."""
 
   @functools.cached_property

@@ -1,5 +1,6 @@
 """Base class of published families: prompts of token ids, files and sizes."""
 
+import abc
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -33,7 +34,7 @@ CHAMELEON_VQ = ("**/vqgan.ckpt", "**/vqgan.safetensors")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Published:
+class Published(abc.ABC):
   """Base class of families of published checkpoints.
 
   Attributes:
@@ -65,15 +66,15 @@ class Published:
     """Default guidance, temperature, top_k and top_p."""
     return self.config.sampling.to_dict()
 
-  @functools.cached_property
+  @property
+  @abc.abstractmethod
   def grid(self) -> Grid:
     """The image as a sequence."""
-    raise NotImplementedError
 
-  @functools.cached_property
+  @property
+  @abc.abstractmethod
   def input_ids(self) -> np.ndarray:
     """Rows of the input table of image and forced tokens, int32 [V + kinds]."""
-    raise NotImplementedError
 
   @functools.cached_property
   def rope(self) -> np.ndarray:
@@ -95,13 +96,7 @@ class Published:
         self.trunk, self.grid, self.rope, ids,
         jnp.float32 if is_cpu else jnp.bfloat16)
 
-  def streams(self, text: str) -> tuple[Ids, Ids]:
-    """Returns the conditional and the unconditional prompt of a text.
-
-    Both are ids of the input table; the last id predicts the first image token.
-    """
-    raise NotImplementedError
-
+  @abc.abstractmethod
   def encode_prompts(
       self, prompts: Sequence[str], guided: bool
   ) -> tuple[Prompt, list[str]]:
@@ -114,12 +109,6 @@ class Published:
     Returns:
       The encoded prompts, and notes for the user.
     """
-    pairs = [self.streams(text) for text in prompts]
-    rows = [pair[0] for pair in pairs]
-    if guided:
-      rows += [pair[1] for pair in pairs]
-    notes = [BYTE_IDS_NOTE] if self.folder is None else []
-    return left_padded(rows, self.grid.length), notes
 
   def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
     """Decodes image tokens to images, uint8 [B, H, W, 3]."""
@@ -152,9 +141,9 @@ class Published:
                       "again.")
     return file
 
+  @abc.abstractmethod
   def check_text(self) -> None:
     """Raises UserError unless the tokenizer's files spell a text."""
-    self._check_ids([*self.streams(_SAMPLE)[0]], self.trunk.vocab_in)
 
   def _check_ids(self, ids: Sequence[int], rows: int) -> None:
     """Raises UserError for ids beyond the rows of a table of embeddings."""
@@ -168,6 +157,32 @@ class Published:
     if self.folder is None:
       return byte_ids(text)
     return self.text_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+class PromptedByIds(Published):
+  """Base class of families whose prompts are ids of the input table."""
+
+  @abc.abstractmethod
+  def streams(self, text: str) -> tuple[Ids, Ids]:
+    """Returns the conditional and the unconditional prompt of a text.
+
+    Both are ids of the input table; the last id predicts the first image token.
+    """
+
+  def encode_prompts(
+      self, prompts: Sequence[str], guided: bool
+  ) -> tuple[Prompt, list[str]]:
+    """Encodes texts as inputs of the trunk; see `Published`."""
+    pairs = [self.streams(text) for text in prompts]
+    rows = [pair[0] for pair in pairs]
+    if guided:
+      rows += [pair[1] for pair in pairs]
+    notes = [BYTE_IDS_NOTE] if self.folder is None else []
+    return left_padded(rows, self.grid.length), notes
+
+  def check_text(self) -> None:
+    """Raises UserError unless the tokenizer's files spell a text."""
+    self._check_ids([*self.streams(_SAMPLE)[0]], self.trunk.vocab_in)
 
 
 def damaged_tokenizer(file: pathlib.Path, error: Exception) -> UserError:

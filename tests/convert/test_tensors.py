@@ -92,7 +92,7 @@ def test_a_dict_of_unknown_keys_is_named(torch_file):
 
 
 def test_float8_is_named_not_called_damaged(tmp_path):
-  """A quantised checkpoint is told by the dtype of its tensors."""
+  """A quantised checkpoint is refused by the dtype of its tensors."""
   header = json.dumps({"x": {
       "dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
   file = tmp_path / "x.safetensors"

@@ -8,6 +8,7 @@ is the whole row above, these are the accepted raster prefix and the first
 resampled token: `Exact`.
 """
 
+import abc
 import dataclasses
 import functools
 
@@ -40,7 +41,7 @@ _MOST_QUERIES = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Staircase(DecoderBase):
+class _Staircase(DecoderBase, abc.ABC):
   """Base class of both staircases.
 
   Attributes:
@@ -153,8 +154,9 @@ class _Staircase(DecoderBase):
     """Returns the number of rows whose first open slot is guessed."""
     return min(self.rows, grid.rows)
 
+  @abc.abstractmethod
   def _lookahead(self, cols: int) -> int:
-    raise NotImplementedError
+    """Returns how many final tokens of the row above a token needs."""
 
   def _lenience(self, grid: Grid) -> float:
     """Returns the factor that a draft's q is multiplied by in its test."""
