@@ -6,10 +6,9 @@ import pathlib
 import signal
 import socket
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
-import jax
 
 from ssd_jax.cli import common, run as cli
 from ssd_jax.core.config import UserError, check
@@ -17,7 +16,9 @@ from ssd_jax.core.extras import need
 from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding import registry
 from ssd_jax.pipeline.pipeline import Pipeline
+from ssd_jax.runtime import distributed, interrupts
 from ssd_jax.serving import app as app_lib
+from ssd_jax.serving.batches import Batches
 from ssd_jax.serving.metrics import Metrics
 from ssd_jax.serving.requests import Limits, Served
 from ssd_jax.serving.scheduler import Scheduler
@@ -70,16 +71,12 @@ def body() -> None:
   for module in ("starlette", "prometheus_client"):
     need(module, "serve")
   values = flags.FLAGS
-  key = _key(values.host)
   batch = _BATCH if values.batch is None else values.batch
   check(batch >= 1, "batch", batch, ">= 1")
   check(0 <= values.port < 2**16, "port", values.port, "in [0, 65535]")
-  check(jax.process_count() == 1, "num_processes", jax.process_count(),
-        "1 for a server: start one on each host, behind a balancer")
   check(values.drain >= 0, "drain", values.drain, ">= 0")
   decoders, limits = _decoders(), _limits()
-  bench = app_lib.read_bench(values.bench)
-  listener = _listen(values.host, values.port)
+  door = distributed.on_first_host(_open_door)
   cli.use_compilation_cache()
   pipe = common.load_pipeline()
   for label, decoder in decoders.items():
@@ -88,16 +85,37 @@ def body() -> None:
     except UserError as error:
       raise UserError(
           f"{str(error).rstrip('.')}, from --decoders {label}.") from error
+  batches = Batches(pipe, batch)
+  if door is None:
+    with interrupts.deferred():  # the first host drains, and says when to end
+      batches.follow()
+    return
   scheduler = Scheduler(
-      pipe, _served(pipe, decoders, limits), batch, Metrics())
+      pipe, _served(pipe, decoders, limits), batches, Metrics())
   hosts = list(_LOCAL) if values.host in _LOCAL else ["*"]
-  app = app_lib.make_app(scheduler, pipe, hosts, key, bench)
+  app = app_lib.make_app(scheduler, pipe, hosts, door.key, door.bench)
   server = uvicorn.Server(uvicorn.Config(
       app, log_level="warning", server_header=False,
       timeout_keep_alive=_WAIT_FOR_BODY, h11_max_incomplete_event_size=65_536))
   host = f"[{values.host}]" if ":" in values.host else values.host
-  print(f"http://{host}:{listener.getsockname()[1]}  (Ctrl-C ends)", flush=True)
-  run_until_signal(server, scheduler, [listener], values.drain)
+  port = door.listener.getsockname()[1]
+  print(f"http://{host}:{port}  (Ctrl-C ends)", flush=True)
+  run_until_signal(server, scheduler, [door.listener], values.drain)
+  batches.end()
+
+
+class _Door(NamedTuple):
+  """What the first host alone needs, checked before the model is loaded."""
+
+  key: str | None
+  bench: app_lib.Bench
+  listener: socket.socket
+
+
+def _open_door() -> _Door:
+  values = flags.FLAGS
+  return _Door(_key(values.host), app_lib.read_bench(values.bench),
+               _listen(values.host, values.port))
 
 
 def run_until_signal(

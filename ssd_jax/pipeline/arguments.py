@@ -152,21 +152,25 @@ def grids_of(
 
 
 def prefix_of(
-    prefix: np.ndarray | None, grid: Grid, vocab: int, count: int
-) -> np.ndarray:
-  """Returns the given rows of each image, int32 [I, rows, C]; rows may be 0.
+    prefix: np.ndarray | None, grid: Grid, vocab: int, count: int, batch: int
+) -> np.ndarray | None:
+  """Returns the given rows of each image, then of what pads the last batch.
 
   Args:
-    prefix: Tokens of all images [rows, C] or of each [I, rows, C], or None.
+    prefix: Tokens of all images [rows, C] or of each, or None.
     grid: The image as a sequence.
     vocab: Image tokens V.
-    count: Number of images I.
+    count: Number of images.
+    batch: Images decoded together.
+
+  Returns:
+    int32 [I, rows, C], I a multiple of `batch`, or None.
 
   Raises:
     UserError: if they are not rows of such a grid.
   """
   if prefix is None:
-    return np.zeros((count, 0, grid.cols), np.int32)
+    return None
   given = np.asarray(prefix)
   if given.ndim == 2:
     given = np.broadcast_to(given, (count, *given.shape))
@@ -181,6 +185,7 @@ def prefix_of(
     raise UserError(
         f"Expected codes in [0, {vocab}), got a prefix from {given.min()} to "
         f"{given.max()}. Take those of this model.")
+  given = np.pad(given, ((0, -count % batch), (0, 0), (0, 0)), "edge")
   return given.astype(np.int32)
 
 

@@ -51,14 +51,18 @@ def _below(drafter: Drafter, given: int) -> Drafter:
   return dataclasses.replace(drafter, cache=cache, forward=forward)
 
 
-def extend(prompt: Prompt, model: Model, given_BRC: np.ndarray) -> Prompt:
+def extend(
+    prompt: Prompt, model: Model, given_BRC: np.ndarray | None
+) -> Prompt:
   """Returns prompts that end with the given rows.
 
   Args:
     prompt: Prompts of B images, and of their unconditional streams.
     model: Functions of the whole grid.
-    given_BRC: int32 [B, rows, C], image tokens.
+    given_BRC: int32 [B, rows, C], image tokens; None if nothing is given.
   """
+  if given_BRC is None:
+    return prompt
   batch, rows, cols = given_BRC.shape
   grid = model.grid
   count = rows * grid.row_slots
@@ -77,8 +81,10 @@ def extend(prompt: Prompt, model: Model, given_BRC: np.ndarray) -> Prompt:
           [nothing, jnp.tile(jnp.asarray(forced), (streams, 1))], axis=1))
 
 
-def join(given_BRC: np.ndarray, decoded: Any) -> Any:
+def join(given_BRC: np.ndarray | None, decoded: Any) -> Any:
   """Returns a `Decoded` of whole grids; the prefill made given rows final."""
+  if given_BRC is None:
+    return decoded
 
   def below(rows: np.ndarray, x: Any) -> Any:
     rows = np.broadcast_to(rows, (*x.shape[:-2], *rows.shape[-2:]))

@@ -125,36 +125,32 @@ class Pipeline:
     decoder = arguments.decoder_of(decoder)
     index_I = arguments.indices_of(first_image, len(texts), batch)
     given_IRC = arguments.prefix_of(
-        prefix, self.model.grid, self.model.vocab, len(texts))
-    rows = given_IRC.shape[1]
-    check(not (rows and on_pass), "on_pass", on_pass, "None with a prefix")
-    run = Run(self.programs.completing(rows), decoder)
+        prefix, self.model.grid, self.model.vocab, len(texts), batch)
+    given_rows = 0 if given_IRC is None else given_IRC.shape[1]
+    check(not (given_rows and on_pass), "on_pass", on_pass,
+          "None with a prefix")
+    run = Run(self.programs, decoder, given_rows)
+    padded = texts + texts[-1:] * (-len(texts) % batch)
     chunks, notes = [], []
     for start in range(0, len(texts), batch):
-      part = texts[start:start + batch]
-      padded = part + [part[-1]] * (batch - len(part))
-      prompt, new_notes = self.family.encode_prompts(padded, guided)
-      given = given_IRC[start:start + batch]
-      given = np.pad(given, ((0, batch - len(given)), (0, 0), (0, 0)), "edge")
-      if rows:
-        prompt = completion.extend(prompt, self.model, given)
-      prompt = run.pad(prompt)
+      here, count = slice(start, start + batch), len(texts[start:start + batch])
+      given = None if given_IRC is None else given_IRC[here]
+      prompt, new_notes = self.family.encode_prompts(padded[here], guided)
+      prompt = run.prepare(prompt, given)
       if start == 0 and not on_pass:  # each device would call it
         run.choose_devices(prompt, settings, batch)
       listener = self.programs.listener if on_pass else None
-      with self.programs.listener.forward_to(on_pass, len(part)):
-        decoded = sharding.fetch(run(
+      with self.programs.listener.forward_to(on_pass, count):
+        decoded = completion.join(given, sharding.fetch(run(
             engine.decode, run.place(prompt), settings, jax.random.key(seed),
-            index_I[start:start + batch], trace=trace, on_pass=listener))
-      decoded = completion.join(given, decoded)
+            index_I[here], trace=trace, on_pass=listener)))
       images = sharding.fetch(run.decode_images(decoded.tokens))
       chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,
                decoded.history)
-      without_padding = operator.itemgetter(slice(len(part)))
-      chunks.append(jax.tree.map(without_padding, chunk))
+      chunks.append(jax.tree.map(operator.itemgetter(slice(count)), chunk))
       notes += [note for note in new_notes if note not in notes]
       if on_batch:
-        on_batch(len(part))
+        on_batch(count)
     images, tokens, passes, commit_pass, history = jax.tree.map(
         lambda *x: np.concatenate(x), *chunks)
     return Output(

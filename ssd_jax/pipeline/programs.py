@@ -31,13 +31,14 @@ class Programs:
   """Compiled programs of one model with one set of parameters.
 
   Attributes:
+    model: The network's functions.
     listener: What programs with a progress callback call.
   """
 
   def __init__(
       self, family: Family, params: Params, vq_params: Params, model: Model
   ):
-    self._family, self._model = family, model
+    self._family, self.model = family, model
     self._params, self._vq_params = flax.core.unfreeze(params), vq_params
     self._executables: dict[Any, Any] = {}
     self._layouts: dict[bool, Params] = {}
@@ -56,7 +57,7 @@ class Programs:
     """
     other = copy.copy(self)
     if rows:
-      other._model = completion.remainder(self._model, rows)
+      other.model = completion.remainder(self.model, rows)
     return other
 
   def __len__(self) -> int:
@@ -66,10 +67,10 @@ class Programs:
       self, decoder: Decoder, prompt: Prompt, settings: Sampling, batch: int
   ) -> int:
     """Returns the number of slots that a pass feeds for one image."""
-    key = (decoder, self._model.grid, len(prompt.tokens), batch)
+    key = (decoder, self.model.grid, len(prompt.tokens), batch)
     if key not in self._queries:
       self._queries[key] = engine.count_queries(
-          self._model, decoder, self.params_for(decoder), prompt, settings,
+          self.model, decoder, self.params_for(decoder), prompt, settings,
           batch)
     return self._queries[key]
 
@@ -81,14 +82,14 @@ class Programs:
     See `sharding.cpu_mesh`.
     """
     rows = len(prompt.tokens)
-    if sharding.cpu_mesh(rows, self._model.grid.length) is None:
+    if sharding.cpu_mesh(rows, self.model.grid.length) is None:
       return None  # no number of queries would change that
     queries = self.num_queries(decoder, prompt, settings, batch)
     return sharding.cpu_mesh(rows, queries)
 
   def prompt_slots(self, decoder: Decoder, length: int) -> int:
     """Returns the slots to pad a prompt to; see `layouts.prompt_slots`."""
-    model = self._model
+    model = self.model
     return layouts.prompt_slots(
         length, model.grid.length + decoder.scratch(model),
         jax.default_backend())
@@ -107,7 +108,7 @@ class Programs:
       mesh: What `mesh_for` returned.
     """
     params = self._layout()
-    count = decoder.needs(self._model).neighbours
+    count = decoder.needs(self.model).neighbours
     if count >= 1 and "neighbours" not in params:
       if count not in self._tables:
         table_VK = neighbour_table(self._codebook_VE(), count)
@@ -131,8 +132,8 @@ class Programs:
     if self._vq_params is not None:
       return np.asarray(
           self._family.vq.apply({"params": self._vq_params}, method="codes"))
-    tokens_V = jnp.arange(self._model.vocab)
-    return np.asarray(self._model.embed(self._params, tokens_V), np.float32)
+    tokens_V = jnp.arange(self.model.vocab)
+    return np.asarray(self.model.embed(self._params, tokens_V), np.float32)
 
   def compile(
       self, function: Any, decoder: Decoder, *args: Any, **static: Any
@@ -144,11 +145,11 @@ class Programs:
     """
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), args[1:])
     leaves, structure = jax.tree.flatten(shapes)
-    key = (decoder, self._model.grid, function.__name__, tuple(static.items()),
+    key = (decoder, self.model.grid, function.__name__, tuple(static.items()),
            tuple(map(str, leaves)), structure, sharding.current())
     if key not in self._executables:
       self._executables[key] = function.lower(
-          self._model, decoder, *args, **static).compile()
+          self.model, decoder, *args, **static).compile()
     return cast(Callable[..., Any], self._executables[key])
 
   def forget(self, decoder: Decoder) -> None:

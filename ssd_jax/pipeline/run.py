@@ -9,6 +9,7 @@ from ssd_jax.core.protocols import Decoder
 from ssd_jax.core.types import Prompt
 from ssd_jax.decoding import continuous_batching
 from ssd_jax.decoding.sampling import Sampling
+from ssd_jax.pipeline import completion
 from ssd_jax.pipeline.programs import Programs
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Clock
@@ -17,12 +18,21 @@ from ssd_jax.runtime.progress import Clock
 class Run:
   """Runs programs of one decoder on the devices that share its batch.
 
+  Args:
+    programs: Programs of whole images.
+    decoder: Settings.
+    given_rows: Rows that are given of each image; see `completion`.
+
   Attributes:
     clock: Time spent compiling, and the rest.
   """
 
-  def __init__(self, programs: Programs, decoder: Decoder):
-    self._programs, self._decoder = programs, decoder
+  def __init__(
+      self, programs: Programs, decoder: Decoder, given_rows: int = 0
+  ):
+    self._whole = programs.model
+    self._programs = programs.completing(given_rows)
+    self._decoder = decoder
     self._mesh: jax.sharding.Mesh | None = None
     self.clock = Clock()
 
@@ -36,8 +46,14 @@ class Run:
     self._mesh = self.clock.compile(
         self._programs.mesh_for, self._decoder, prompt, settings, batch)
 
-  def pad(self, prompt: Prompt) -> Prompt:
-    """Returns the prompt with as many slots as the devices read at once."""
+  def prepare(self, prompt: Prompt, given_BRC: np.ndarray | None) -> Prompt:
+    """Returns prompts with as many slots as the devices read at once.
+
+    Args:
+      prompt: Encoded prompts of B images.
+      given_BRC: The given rows, int32 [B, rows, C], with which they end.
+    """
+    prompt = completion.extend(prompt, self._whole, given_BRC)
     return continuous_batching.widen(prompt, self._programs.prompt_slots(
         self._decoder, prompt.tokens.shape[1]))
 

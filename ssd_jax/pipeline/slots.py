@@ -21,21 +21,25 @@ class Item:
 
   Attributes:
     name: What the caller knows it by.
-    index: Its index, which keys its noise.
-    key: Random key.
+    index: Its index, which with the seed keys its noise.
+    seed: Seed of the noise.
     prompt: The prompt of one image.
     sampling: Settings of the target distribution; all images of a batch have
       the same filters.
-    given: int32 [rows, C], first rows of the image, with which the prompt ends;
-      see `completion`. All images of a batch have as many.
+    given: int32 [rows, C], first rows of the image, or None; see `completion`.
+      All images of a batch have as many.
   """
 
   name: Any
   index: int
-  key: jax.Array
+  seed: int
   prompt: Prompt
   sampling: Sampling
   given: np.ndarray | None = None
+
+  def __getstate__(self) -> dict[str, Any]:
+    """Returns what other hosts need; a name stays with its caller."""
+    return {**self.__dict__, "name": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +93,8 @@ class Slots:
 
   def insert(self, slot: int, item: Item) -> None:
     """Prefills the prompt of an image into a free slot."""
-    prompt, loop = self._run.pad(item.prompt), self._loop
+    given = None if item.given is None else item.given[None]
+    prompt, loop = self._run.prepare(item.prompt, given), self._loop
     if loop is None:
       batch = len(self._items)
       rows = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), prompt)
@@ -102,7 +107,7 @@ class Slots:
     prompt = continuous_batching.widen(prompt, loop.prompt.tokens.shape[1])
     self._loop = self._run(
         continuous_batching.insert, self._run.place(prompt), item.sampling,
-        item.key, loop, np.int32(item.index), np.int32(slot))
+        jax.random.key(item.seed), loop, np.int32(item.index), np.int32(slot))
     self._items[slot], self._passes_B[slot] = item, 1
 
   def evict(self, slot: int) -> None:
@@ -133,7 +138,7 @@ class Slots:
   def finish(self) -> list[Finished]:
     """Waits for the passes, and frees the slots of the images they finished."""
     decoded, is_done_B = sharding.fetch(self._running)
-    decoded = self._whole(decoded)
+    decoded = completion.join(self._given(), decoded)
     self._running, self._decoded = [], decoded
     self.passes += int(max(decoded.passes - self._passes_B))
     self._passes_B = np.asarray(decoded.passes, np.int64)
@@ -150,15 +155,14 @@ class Slots:
     self._ended += len(found)
     return found
 
-  def _whole(self, decoded: Any) -> Any:
-    """Returns grids with the rows that were given."""
-    given = [item.given for _, item in self.items()]
-    if not given or given[0] is None:
-      return decoded
-    given_BRC = np.zeros((self.batch, *given[0].shape), np.int32)
-    for (slot, _), rows in zip(self.items(), given, strict=True):
-      given_BRC[slot] = rows
-    return completion.join(given_BRC, decoded)
+  def _given(self) -> np.ndarray | None:
+    """Returns the rows that were given, int32 [B, rows, C], or None."""
+    given = {slot: item.given for slot, item in self.items()
+             if item.given is not None}
+    if not given:
+      return None
+    nothing = np.zeros_like(next(iter(given.values())))
+    return np.stack([given.get(slot, nothing) for slot in range(self.batch)])
 
   def in_progress(self) -> list[tuple[Any, np.ndarray, np.ndarray]]:
     """Returns (name, tokens, commit_pass) of each unfinished image.

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import itertools
 
-import jax
 import numpy as np
 
 from ssd_jax.core.outputs import Picture
@@ -95,7 +94,7 @@ class Stream:
   def _waiting(self) -> Iterator[Item]:
     """Yields each image, by the name (index, text)."""
     request = self._request
-    first, key = request.first_image, jax.random.key(request.seed)
+    first = request.first_image
     indices = (itertools.count(first) if isinstance(first, (int, np.integer))
                else iter(first))
     for text in request.prompts:
@@ -103,4 +102,5 @@ class Stream:
       self.notes += [note for note in new_notes if note not in self.notes]
       for _ in range(request.num_images):
         index = int(next(indices))
-        yield Item((index, text), index, key, prompt, request.sampling)
+        yield Item(
+            (index, text), index, request.seed, prompt, request.sampling)

@@ -1,15 +1,20 @@
 """Multi-host jobs: joining the hosts, and exiting together."""
 
+from collections.abc import Callable
 import glob
 import importlib.util
 import os
 import sys
 import traceback
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import jax
+import numpy as np
 
 from ssd_jax.core.config import UserError
+from ssd_jax.runtime import sharding
+
+T = TypeVar("T")
 
 _HEARTBEAT_SECONDS = 30  # a host that is silent for longer counts as dead
 
@@ -61,6 +66,25 @@ def join(
         f"({_first_line(error)}). Start all processes."
     ) from error
   return True
+
+
+def on_first_host(function: Callable[[], T]) -> T | None:
+  """Returns `function()`, on the other hosts None.
+
+  Raises:
+    UserError: on all hosts, if the function raises it.
+  """
+  found, error = None, None
+  if not jax.process_index():
+    try:
+      found = function()
+    except UserError as raised:
+      error = raised
+  if sharding.broadcast_from_host0(np.int32(error is not None)):
+    raise error or UserError(
+        "Expected a first host that starts, got one that ends. See what it "
+        "says.")
+  return found
 
 
 def _is_pod() -> bool:

@@ -108,7 +108,7 @@ class ImagesApi:
     to_thread = need("anyio.to_thread", "serve")
     given = await to_thread.run_sync(
         edits.kept_rows, fields, files, self._scheduler.grid,
-        self._pipe.image_shape, self._pipe.encode_images)
+        self._pipe.image_shape, self._scheduler.encode_images)
     return await self._draw(request, wanted, given)
 
   async def _draw(

@@ -6,17 +6,15 @@ import logging
 import threading
 import time
 
-import jax
 import numpy as np
 
 from ssd_jax.core.config import UserError
 from ssd_jax.core.types import Prompt
 from ssd_jax.decoding import continuous_batching
-from ssd_jax.pipeline import completion
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.pipeline.slots import Item
-from ssd_jax.runtime import sharding
-from ssd_jax.serving.lanes import Lane, LaneKey
+from ssd_jax.serving.batches import Batches, LaneKey
+from ssd_jax.serving.lanes import Lane
 from ssd_jax.serving.metrics import Metrics
 from ssd_jax.serving.requests import ApiError
 
@@ -28,7 +26,7 @@ class PromptEncoder:
   """Encodes prompts in one width, so that none needs another program."""
 
   def __init__(self, pipe: Pipeline):
-    self._family, self._model = pipe.family, pipe.model
+    self._family = pipe.family
     short, _ = self._family.encode_prompts([_TEXT], False)
     try:
       longer, _ = self._family.encode_prompts([_TEXT * 9], False)
@@ -39,14 +37,13 @@ class PromptEncoder:
       self._slots = max(_PROMPT_SLOTS, self._slots)
 
   def __call__(
-      self, text: str, guided: bool, given: np.ndarray | None = None
+      self, text: str, guided: bool
   ) -> tuple[Prompt, tuple[str, ...]]:
     """Returns the encoded prompt, and notes for the client.
 
     Args:
       text: The prompt.
       guided: Whether an unconditional stream follows.
-      given: int32 [rows, C], rows of tokens that the image begins with.
 
     Raises:
       ApiError: if it is too long.
@@ -56,10 +53,7 @@ class PromptEncoder:
     if width > self._slots:
       raise ApiError(400, f"Expected a prompt of at most {self._slots} tokens, "
                           f"got {width} tokens. Shorten it.", param="prompt")
-    prompt = continuous_batching.widen(prompt, self._slots)
-    if given is not None:
-      prompt = completion.extend(prompt, self._model, given[None])
-    return prompt, tuple(notes)
+    return continuous_batching.widen(prompt, self._slots), tuple(notes)
 
 
 class LanePool:
@@ -68,7 +62,7 @@ class LanePool:
   Args:
     pipe: The model.
     encode: Encodes prompts.
-    sizes: Slots of a lane's batches.
+    batches: The batches of the lanes.
     always: Lanes that are made ready at once and kept.
     most: Most lanes that are kept.
     change: Held whenever the pool is read or changed; notified of new lanes.
@@ -77,16 +71,15 @@ class LanePool:
   """
 
   def __init__(
-      self, pipe: Pipeline, encode: PromptEncoder, sizes: tuple[int, ...],
+      self, pipe: Pipeline, encode: PromptEncoder, batches: Batches,
       always: Collection[LaneKey], most: int, change: threading.Condition,
       on_failure: Callable[[LaneKey], None], metrics: Metrics,
   ):
-    self._pipe, self._encode, self._sizes = pipe, encode, sizes
+    self._pipe, self._encode, self._batches = pipe, encode, batches
     self._always, self._most = always, max(most, len(always))
     self._change, self._on_failure = change, on_failure
     self._metrics = metrics
     self._lanes: dict[LaneKey, Lane | None] = {}  # None: being made
-    self._mesh = sharding.current()
     self._maker = concurrent.futures.ThreadPoolExecutor(1, "compiling")
     for key in always:
       self.ask(key)
@@ -124,8 +117,7 @@ class LanePool:
             and lane.key not in self._always and lane.key not in wanted]
     for lane in sorted(idle, key=lambda lane: lane.used)[:extra]:
       del self._lanes[lane.key]
-      if all(key.decoder != lane.key.decoder for key in self._lanes):
-        self._pipe.programs.forget(lane.key.decoder)
+      self._batches.close(lane.key)
 
   def close(self) -> None:
     """Makes no more lanes."""
@@ -135,9 +127,7 @@ class LanePool:
     """Compiles what a lane runs; in the thread for that."""
     start = time.monotonic()
     try:
-      with sharding.use_mesh(self._mesh):
-        lane = Lane(self._pipe, key, self._sizes)
-        lane.warm(self._item(key))
+      self._batches.open(key, self._item(key))
     except Exception:
       logging.exception("a decoder could not be made ready")
       with self._change:
@@ -146,7 +136,7 @@ class LanePool:
       return
     self._metrics.compile_seconds.inc(time.monotonic() - start)
     with self._change:
-      self._lanes[key] = lane
+      self._lanes[key] = Lane(self._batches, key)
       self._change.notify_all()
 
   def _item(self, key: LaneKey) -> Item:
@@ -157,5 +147,5 @@ class LanePool:
     given = None
     if key.rows:
       given = np.zeros((key.rows, self._pipe.model.grid.cols), np.int32)
-    prompt, _ = self._encode(_TEXT, key.guided, given)
-    return Item(None, 0, jax.random.key(0), prompt, settings, given)
+    prompt, _ = self._encode(_TEXT, key.guided)
+    return Item(None, 0, 0, prompt, settings, given)

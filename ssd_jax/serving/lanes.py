@@ -3,34 +3,15 @@
 from collections.abc import Callable, Iterator
 import dataclasses
 import time
-from typing import NamedTuple
 
 import numpy as np
 
-from ssd_jax.core.protocols import Decoder
-from ssd_jax.pipeline.pipeline import Pipeline
-from ssd_jax.pipeline.run import Run
-from ssd_jax.pipeline.slots import Finished, Item, Slots
+from ssd_jax.pipeline.slots import Finished
+from ssd_jax.serving.batches import Batches, LaneKey
 from ssd_jax.serving.tickets import Drawing
 
 _TURN = 0.15  # seconds of passes after which others are looked at
 _MOST_PASSES = 16
-
-
-class LaneKey(NamedTuple):
-  """What images of a batch must have in common.
-
-  Attributes:
-    decoder: Settings of the decoder.
-    guided: Whether two guidance streams run.
-    filtered: Whether top-k and top-p are applied, with numbers of each image.
-    rows: Rows that are given.
-  """
-
-  decoder: Decoder
-  guided: bool
-  filtered: bool
-  rows: int = 0
 
 
 def lane_key(drawing: Drawing) -> LaneKey:
@@ -70,36 +51,28 @@ class Lane:
     used: Time at which it last decoded.
   """
 
-  def __init__(self, pipe: Pipeline, key: LaneKey, sizes: tuple[int, ...]):
+  def __init__(self, batches: Batches, key: LaneKey):
     self.key = key
     self.used = time.monotonic()
-    self._pipe, self._sizes = pipe, sizes
+    self._batches = batches
     self._pass_seconds = 0.0
-    self._batches: list[Slots] = []
-    self.reset()
 
-  def reset(self) -> None:
-    """Forgets all images; programs are kept."""
-    programs = self._pipe.programs.completing(self.key.rows)
-    self._batches = [
-        Slots(Run(programs, self.key.decoder), size) for size in self._sizes]
+  def drawings(self) -> Iterator[Drawing]:
+    """Iterates over the images in slots."""
+    for slots in self._batches.of(self.key):
+      for _, item in slots.items():
+        yield item.name
 
-  def warm(self, item: Item) -> None:
-    """Compiles what the lane runs, by beginning an image in each size."""
-    for slots in self._batches:
-      slots.insert(0, item)
-      slots.start(1)
-      if not slots.finish():
-        slots.evict(0)
-    grid = self._pipe.model.grid
-    self._pipe.decode_images(np.zeros((1, grid.rows, grid.cols), np.int32))
-    self.reset()
-
-  def drawings(self) -> Iterator[tuple[Slots, int, Drawing]]:
-    """Iterates over (batch, slot, image) of the images in slots."""
-    for slots in self._batches:
+  def evict(self, is_unwanted: Callable[[Drawing], bool]) -> None:
+    """Frees the slots of images that are not wanted any more."""
+    for number, slots in enumerate(self._batches.of(self.key)):
       for slot, item in slots.items():
-        yield slots, slot, item.name
+        if is_unwanted(item.name):
+          self._batches.evict(self.key, number, slot)
+
+  def clear(self) -> None:
+    """Forgets all images."""
+    self._batches.clear(self.key)
 
   def fill(self, take: Callable[[], Drawing | None], waiting: int) -> None:
     """Puts waiting images into free slots.
@@ -110,14 +83,15 @@ class Lane:
       take: Returns the next waiting image, or None.
       waiting: How many wait.
     """
-    small, large = self._batches[0], self._batches[-1]
-    is_alone = waiting == 1 and small.free() and not large.items()
-    slots = small if is_alone else large
-    for slot in slots.free():
+    batches = self._batches.of(self.key)
+    is_alone = (
+        waiting == 1 and batches[0].free() and not batches[-1].items())
+    number = 0 if is_alone else len(batches) - 1
+    for slot in batches[number].free():
       drawing = take()
       if drawing is None:
         return
-      slots.insert(slot, drawing.item)
+      self._batches.insert(self.key, number, slot, drawing.item)
       drawing.started = time.monotonic()
 
   def turn(self) -> Iterator[Turn]:
@@ -125,11 +99,11 @@ class Lane:
     most = 1  # to measure how long it takes
     if self._pass_seconds:
       most = int(np.clip(_TURN / self._pass_seconds, 1, _MOST_PASSES))
-    for slots in self._batches:
+    for number, slots in enumerate(self._batches.of(self.key)):
       busy, passes, start = len(slots.items()), slots.passes, time.monotonic()
-      if not slots.start(most):
+      if not busy:
         continue
-      finished = slots.finish()
+      finished = self._batches.advance(self.key, number, most)
       self.used = time.monotonic()
       seconds, passes = self.used - start, slots.passes - passes
       self._pass_seconds = seconds / max(passes, 1)

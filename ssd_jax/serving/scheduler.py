@@ -2,22 +2,20 @@
 
 from collections.abc import Callable
 import concurrent.futures
-import functools
 import logging
 import math
 import threading
 import time
 
-import jax
 import numpy as np
 
 from ssd_jax.core.config import UserError
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.pipeline.slots import Finished, Item
-from ssd_jax.runtime import sharding
+from ssd_jax.serving.batches import Batches, LaneKey
 from ssd_jax.serving.fair_queue import FairQueue
 from ssd_jax.serving.lane_pool import LanePool, PromptEncoder
-from ssd_jax.serving.lanes import Lane, LaneKey, Turn, lane_key
+from ssd_jax.serving.lanes import Lane, Turn, lane_key
 from ssd_jax.serving.metrics import Metrics
 from ssd_jax.serving.requests import ApiError, ImageRequest, Served
 from ssd_jax.serving.tickets import (
@@ -46,7 +44,7 @@ class Scheduler:
   """
 
   def __init__(
-      self, pipe: Pipeline, served: Served, batch: int, metrics: Metrics
+      self, pipe: Pipeline, served: Served, batches: Batches, metrics: Metrics
   ):
     self.served, self.metrics = served, metrics
     self._pipe, self.grid = pipe, pipe.model.grid
@@ -55,13 +53,12 @@ class Scheduler:
     self._seconds_per_image = 1.0
     self._is_open, self._is_draining, self._is_alive = True, False, True
     self._is_busy = False
-    mesh = sharding.current()  # which each thread has to set
-    self._use_mesh = functools.partial(sharding.use_mesh, mesh)
+    self._batches = batches
     self._painter = concurrent.futures.ThreadPoolExecutor(1, "painting")
     self._encode = PromptEncoder(pipe)
     self._lanes = LanePool(
-        pipe, self._encode, tuple(sorted({1, batch})), self._defaults(),
-        served.limits.lanes, self._change, self._fail_lane, metrics)
+        pipe, self._encode, batches, self._defaults(), served.limits.lanes,
+        self._change, self._fail_lane, metrics)
     metrics.gauge("requests_waiting", "Images that wait for a slot.",
                   lambda: len(self._queue))
     metrics.gauge("requests_running", "Images in slots.", self._count_running)
@@ -96,21 +93,24 @@ class Scheduler:
     Raises:
       ApiError: if it is not accepted.
     """
-    with self._use_mesh():
-      ticket, key = self._ticket(request, listen, given)
+    ticket, key = self._ticket(request, listen, given)
     with self._change:
       self._admit(request.images)
       self._lanes.ask(key)
       for number in range(request.images):
         drawing = Drawing(ticket, number)
         drawing.item = Item(
-            drawing, number, jax.random.key(request.seed), ticket.prompt,
-            ticket.sampling, given)
+            drawing, number, request.seed, ticket.prompt, ticket.sampling,
+            given)
         self._queue.put(request.client, drawing)
       self._is_busy = True
       self._change.notify_all()
     self.metrics.prompt_tokens.inc(int(np.sum(ticket.prompt.mask[0])))
     return ticket
+
+  def encode_images(self, images: np.ndarray) -> np.ndarray:
+    """Returns the token grids of images; see `Pipeline.encode_images`."""
+    return self._batches.encode_images(images)
 
   def cancel(self, ticket: Ticket) -> None:
     """Ends a request that nobody waits for any more."""
@@ -167,10 +167,10 @@ class Scheduler:
     """Returns the ticket of a request, and the lane that it needs."""
     try:
       settings, guided = self._pipe.sampling(**request.sampling)
-      prompt, notes = self._encode(request.prompt, guided, given)
+      prompt, notes = self._encode(request.prompt, guided)
       if request.decoder not in self.served.decoders.values():
-        self._pipe.num_queries(request.decoder, [request.prompt],
-                               **request.sampling)
+        self._batches.check(
+            request.decoder, request.prompt, request.sampling)
     except UserError as error:
       raise ApiError(400, str(error)) from error
     filtered = settings.use_top_k or settings.use_top_p
@@ -213,8 +213,7 @@ class Scheduler:
 
   def _work(self) -> None:
     try:
-      with self._use_mesh():
-        self._serve_lanes()
+      self._serve_lanes()
     except Exception:
       logging.exception("the scheduler ended")
       self._is_alive = False
@@ -227,6 +226,8 @@ class Scheduler:
         self._end_overdue()
         self._lanes.forget(self._keys())
         lanes = list(self._lanes)
+      if not self._count_running():
+        self._batches.idle()
       for lane in lanes:
         self._serve(lane)
       with self._change:
@@ -236,9 +237,7 @@ class Scheduler:
   def _serve(self, lane: Lane) -> None:
     """Fills a lane's slots and runs a few passes."""
     try:
-      for slots, slot, drawing in list(lane.drawings()):
-        if drawing.ticket.reason is not None:
-          slots.evict(slot)
+      lane.evict(lambda drawing: drawing.ticket.reason is not None)
       with self._change:
         waiting = sum(lane_key(d) == lane.key for d in self._queue)
       lane.fill(lambda: self._take(lane.key), waiting)
@@ -247,7 +246,7 @@ class Scheduler:
     except Exception:
       logging.exception("a batch failed")
       self._fail_lane(lane.key)
-      lane.reset()
+      lane.clear()
 
   def _take(self, key: LaneKey) -> Drawing | None:
     with self._change:
@@ -285,8 +284,7 @@ class Scheduler:
       if drawing.ticket.reason is not None:
         return
       try:
-        with self._use_mesh():
-          function(drawing, *args)
+        function(drawing, *args)
       except Exception:
         logging.exception("an image could not be painted")
         self._fail([drawing.ticket])
@@ -297,10 +295,10 @@ class Scheduler:
       self, drawing: Drawing, index: int, tokens: np.ndarray,
       commit_pass: np.ndarray,
   ) -> None:
-    image = self._pipe.decode_images(tokens[None], 1)[0]
+    image = self._batches.decode_image(tokens)
     file = encode_file(image, drawing.ticket.request)
     self._count_first(drawing, index)
-    drawing.ticket.listen(Partial(drawing.number, index, file, commit_pass))
+    drawing.ticket.listen(Partial(drawing.number, commit_pass, index, file))
 
   def _send_completed(
       self, drawing: Drawing, found: Finished, seconds: float
@@ -313,7 +311,7 @@ class Scheduler:
     self.metrics.tokens.labels(name).inc(found.tokens.size)
     self.metrics.image_passes.labels(name).inc(found.passes)
     if ticket.complete(Completed(
-        drawing.number, file, found.passes, seconds, found.commit_pass)):
+        drawing.number, found.commit_pass, file, found.passes, seconds)):
       self._count_end(ticket)
 
   def _count_first(self, drawing: Drawing, index: int) -> None:
@@ -329,7 +327,7 @@ class Scheduler:
     """Returns the requests that wait or are drawn."""
     with self._change:
       drawings = list(self._queue) + [
-          d for lane in self._lanes for _, _, d in lane.drawings()]
+          d for lane in self._lanes for d in lane.drawings()]
     return list({id(d.ticket): d.ticket for d in drawings if is_wanted(d)}
                 .values())
 

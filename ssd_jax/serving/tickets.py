@@ -16,8 +16,8 @@ from ssd_jax.serving.requests import ApiError, ImageRequest
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
-  """Commits of an unfinished image so far.
+class _OfImage:
+  """What is known of an image so far.
 
   Attributes:
     image: Number of the image within its request.
@@ -29,39 +29,36 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
-class Partial:
+class Progress(_OfImage):
+  """Commits of an unfinished image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial(_OfImage):
   """An unfinished image.
 
   Attributes:
-    image: Number of the image within its request.
     index: Number of this event among those of the image.
     file: The image, encoded.
-    commit_pass: int32 [R, C], pass in which each token became final, else 0.
   """
 
-  image: int
   index: int
   file: bytes
-  commit_pass: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
-class Completed:
-  """A finished image.
+class Completed(_OfImage):
+  """A finished image, all of whose tokens are committed.
 
   Attributes:
-    image: Number of the image within its request.
     file: The image, encoded.
     passes: Forward passes, the prefill among them.
     seconds: Time from the prefill to the last pass, in its company.
-    commit_pass: int32 [R, C], pass in which each token became final.
   """
 
-  image: int
   file: bytes
   passes: int
   seconds: float
-  commit_pass: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,22 +1,31 @@
 """Several processes on this machine work as one, and end together."""
 
+import base64
+import contextlib
+import http.client
+import io
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from ssd_jax.core.config import UserError
+from ssd_jax.pipeline import testing
 from ssd_jax.runtime import distributed
 from ssd_jax.storage import checkpoints
-from tests.support import QUICK_FLAGS, ROOT
+from tests.support import QUICK_FLAGS, ROOT, tiny_server
 
 DEVICES = 4
 
 
-def start(workdir, count, *args):
+def start(count, program, *args):
   """`count` processes of one job with DEVICES virtual devices in all."""
   with socket.socket() as s:
     s.bind(("localhost", 0))
@@ -25,13 +34,17 @@ def start(workdir, count, *args):
       "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
       "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}"
                    + QUICK_FLAGS}
+  job = (f"--coordinator=localhost:{port}", f"--num_processes={count}")
   each = lambda i: [
-      sys.executable, "-m", "tests.support.tiny_training", "--workdir", workdir,
-      *args,
-      *((f"--coordinator=localhost:{port}", f"--num_processes={count}",
-         f"--process_id={i}") if count > 1 else ())]
+      sys.executable, "-m", f"tests.support.{program}", *args,
+      *((*job, f"--process_id={i}") if count > 1 else ())]
   return [subprocess.Popen(each(i), env=environment, stderr=subprocess.PIPE,
                            text=True) for i in range(count)]
+
+
+def train(workdir, count, *args):
+  """Starts the training of a tiny model."""
+  return start(count, "tiny_training", "--workdir", workdir, *args)
 
 
 def finish(processes, seconds=240):
@@ -56,7 +69,7 @@ def assert_same(one, other):
 def alone(tmp_path_factory):
   """What one process without a mesh makes."""
   folder = tmp_path_factory.mktemp("alone")
-  [(status, said)] = finish(start(folder, 1, "--draws"))
+  [(status, said)] = finish(train(folder, 1, "--draws"))
   assert status == 0, said
   return folder
 
@@ -64,12 +77,12 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 def test_a_job_survives_the_death_of_a_host(tmp_path, alone):
   """The other ends with an error; together again they end as one process."""
-  died = finish(start(tmp_path, 2, "--draws", "--die_at=5"))
+  died = finish(train(tmp_path, 2, "--draws", "--die_at=5"))
   assert all(status != 0 for status, _ in died)
   shards = sorted((tmp_path / "tokens").glob("*.npz"))
   written = [path.stat().st_mtime_ns for path in shards]
   assert len(shards) == 3
-  for status, said in finish(start(tmp_path, 2, "--draws")):
+  for status, said in finish(train(tmp_path, 2, "--draws")):
     assert status == 0, said
   assert written == [path.stat().st_mtime_ns for path in shards]
   assert_same(tmp_path, alone)
@@ -78,11 +91,11 @@ def test_a_job_survives_the_death_of_a_host(tmp_path, alone):
 @pytest.mark.slow
 def test_all_hosts_stop_when_one_gets_sigterm_while_generating(tmp_path, alone):
   """Status 0 on both, whole files kept; the end is that of one process."""
-  for status, said in finish(start(tmp_path, 2, "--draws", "--is_reported")):
+  for status, said in finish(train(tmp_path, 2, "--draws", "--is_reported")):
     assert status == 0 and "stopped by SIGTERM: complete files" in said, said
   kept = len(list((tmp_path / "tokens").glob("*.npz")))
   assert kept < 3 and not (tmp_path / "drawn.npy").exists()
-  for status, said in finish(start(tmp_path, 2, "--draws")):
+  for status, said in finish(train(tmp_path, 2, "--draws")):
     assert status == 0, said
   assert_same(tmp_path, alone)
 
@@ -90,11 +103,64 @@ def test_all_hosts_stop_when_one_gets_sigterm_while_generating(tmp_path, alone):
 @pytest.mark.slow
 def test_another_number_of_hosts_continues(tmp_path, alone):
   """A run of one process, stopped, is ended by two: the same batches."""
-  [(status, _)] = finish(start(tmp_path, 1, "--draws", "--steps=6"))
+  [(status, _)] = finish(train(tmp_path, 1, "--draws", "--steps=6"))
   assert status == 0
-  for status, said in finish(start(tmp_path, 2, "--draws")):
+  for status, said in finish(train(tmp_path, 2, "--draws")):
     assert status == 0, said
   assert_same(tmp_path, alone)
+
+
+def ask(port, path, **fields):
+  """(status, answer) of a request to a server of this machine."""
+  with contextlib.closing(
+      http.client.HTTPConnection("127.0.0.1", port, timeout=100)) as connection:
+    if fields:
+      connection.request("POST", path, json.dumps(fields),
+                         {"Content-Type": "application/json"})
+    else:
+      connection.request("GET", path)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+@pytest.mark.slow
+def test_two_hosts_serve_as_one():
+  """The first answers, the other repeats what it does: images are those of
+  one host, a decoder that is new or that the model lacks is no end, SIGTERM
+  to the first ends both."""
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    port = s.getsockname()[1]
+  hosts = start(2, "tiny_server", f"--port={port}", "--decoders=ar",
+                "--any_decoder", "--max_images=3")
+  try:
+    pipe = testing.tiny(**tiny_server.SIZES)
+    made = pipe.generate(["a"], num_images=3, seed=4).images
+    while True:
+      with contextlib.suppress(OSError):
+        if ask(port, "/ready")[0] == 200:
+          break
+      assert all(host.poll() is None for host in hosts)
+      time.sleep(0.1)
+    path = "/v1/images/generations"
+    status, events = ask(port, path, prompt="a", n=3, seed=4, stream=True,
+                         partial_images=1)
+    assert status == 200
+    found = [json.loads(line[6:]) for line in events.decode().splitlines()
+             if line.startswith("data: {")]
+    assert sum("partial" in event["type"] for event in found) == 3
+    pictures = {event["image_index"]: event["b64_json"] for event in found
+                if event["type"].endswith("completed")}
+    for i in range(3):
+      np.testing.assert_array_equal(
+          Image.open(io.BytesIO(base64.b64decode(pictures[i]))), made[i])
+    for decoder, said in (("pjd", 200), ("ssd:vertical=9", 400)):
+      assert ask(port, path, prompt="a", decoder=decoder)[0] == said
+    hosts[0].send_signal(signal.SIGTERM)
+    assert [status for status, _ in finish(hosts, 60)] == [0, 0]
+  finally:
+    for host in hosts:
+      host.kill()
 
 
 @pytest.mark.parametrize("more", [

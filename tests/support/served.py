@@ -9,6 +9,7 @@ import uvicorn
 
 from ssd_jax.decoding import registry
 from ssd_jax.serving.app import make_app
+from ssd_jax.serving.batches import Batches
 from ssd_jax.serving.metrics import Metrics
 from ssd_jax.serving.requests import Limits, Served
 from ssd_jax.serving.scheduler import Scheduler
@@ -21,7 +22,7 @@ def scheduler_of(pipe, decoders=("ar",), batch=4, any_decoder=False, **limits):
       (pipe.family.name, "gpt-image-1"), f"{width}x{height}",
       {name: registry.parse(name) for name in decoders},
       registry.parse if any_decoder else None, Limits(**limits))
-  scheduler = Scheduler(pipe, served, batch, Metrics())
+  scheduler = Scheduler(pipe, served, Batches(pipe, batch), Metrics())
   while not scheduler.is_ready:
     assert scheduler.is_alive
     time.sleep(0.01)
