@@ -75,7 +75,7 @@ def test_what_moves_between_splits_is_no_loss(tmp_path):
   run_record.begin(run, SETTINGS, {}, split(["a", "b"], ["c"]))
   (run / "checkpoints").mkdir()
   with pytest.raises(UserError, match=re.escape(
-      "got another split for 'b', the new caption 'd' for the run")):
+      "got the new caption 'd', another split for 'b' for the run")):
     run_record.begin(run, SETTINGS, {}, split(["a"], ["b", "c", "d"]))
   with pytest.raises(UserError, match="got 1 caption fewer for the run"):
     run_record.begin(run, SETTINGS, {}, split(["a", "b"], []))
