@@ -156,7 +156,12 @@ class Published(abc.ABC):
     """Returns the ids of a text, without special tokens."""
     if self.folder is None:
       return byte_ids(text)
-    return self.text_tokenizer.encode(text, add_special_tokens=False).ids
+    tokenizer = self.text_tokenizer
+    try:
+      return tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # the library raises no narrower type
+      file = self.tokenizer_file(self.config.tokenizer)
+      raise damaged_tokenizer(file, error) from error
 
 
 class PromptedByIds(Published):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, bad_inputs
 
 FIELDS = {
     "family", "decoder", "settings", "topology", "devices", "mesh", "batch",
@@ -75,7 +75,7 @@ def test_gpus_without_a_gpu(tmp_path):
 @pytest.mark.parametrize("args", [
     ["--topology=h100:0"], ["--topology=h100:two"], ["--hlo=."],
     ["--mesh=tensor=3"], ["--batch=0"], ["--train", "--batch=-1"]])
-def test_bad_plans_are_one_line(args):
+def test_bad_plans_are_one_line(tmp_path, args):
   """What does not divide, exist or make sense."""
-  status, _, err = plan_of(*args)
+  status, err, _ = bad_inputs.feed("plan", args, tmp_path)
   assert status == 2 and "Expected " in err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Every decoder on two families, at toy size, with random weights.
+"""Every decoder on one family or two, at toy size, with random weights.
 
 Lumina and Emu3 end rows with a forced token; Lumina, Anole and Emu3 start their
 two streams at different positions; LlamaGen has positions in two dimensions and
@@ -89,14 +89,14 @@ def draw(name, decoder):
 
 
 def pairs():
-  """Each decoder on Lumina and on one of the other families, in turn.
+  """Each decoder on one family, in turn; `stair` and `ssd` on all.
 
   What a decoder sees of a family is its grid and forced tokens; positions and
-  hidden slots are the trunk's, whose families have each three decoders here.
+  hidden slots are the trunk's, whose families have each three decoders or more.
   """
-  first, *others = _NAMES
   for i, decoder in enumerate(sorted(DECODERS)):
-    for name in (first, others[i % 5]):
+    everywhere = decoder in ("ssd", "stair")
+    for name in _NAMES if everywhere else (_NAMES[i % len(_NAMES)],):
       yield name, decoder
 
 

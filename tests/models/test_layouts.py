@@ -26,7 +26,7 @@ def tiny_is_large(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guidance, decoder", [
-    (3.0, "sjd"), (3.0, "eagle:tree=2-1"), (1.0, "ssd")])
+    (3.0, "eagle:tree=2-1"), (1.0, "ssd")])
 def test_layers_apart_generate_what_stacked_layers_do(guidance, decoder):
   """Decoders see the same model in both forms of its parameters."""
   pipe = testing.tiny(7, 3, 3, guidance=guidance)
@@ -130,18 +130,15 @@ def _least_bytes(stack):
 
 @pytest.mark.slow
 @pytest.mark.as_users_compile
-@pytest.mark.parametrize("decoder", ["ar", "ssd"])
-def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles, decoder):
+def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
   """The loop multiplies by weights of layers, tiles and heads where they lie,
   of which a pass of SSD's asks one head or all; stacked ones it copies."""
-  heads = (2, 2) if decoder == "ssd" else (0, 0)
-  pipe = testing.tiny(8, 3, 3, guidance=3.0, heads=heads)
+  pipe = testing.tiny(8, 3, 3, guidance=3.0, heads=(2, 2))
   params = pipe.params
-  stack = (params["heads"]["vertical"] if any(heads)
-           else params["trunk"]["layers"]["mlp"])
   kinds = ("copy", "transpose", "slice", "dynamic-slice")
-  stacked, apart = _moves(monkeypatch, kinds, pipe, decoder,
-                          _least_bytes(stack), params, inference_layout(params))
+  least = _least_bytes(params["heads"]["vertical"])
+  stacked, apart = _moves(monkeypatch, kinds, pipe, "ssd", least, params,
+                          inference_layout(params))
   assert stacked and not apart
 
 

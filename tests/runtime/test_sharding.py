@@ -34,15 +34,9 @@ def found():
 
 
 @pytest.mark.slow
-def test_a_mesh_generates_the_same_tokens(found):
-  """AR and a decoder of many queries, float32, token for token, on a mesh that
-  shares rows and weights in both ways."""
-  assert found["tokens"] == [1.0, 1.0]
-
-
-@pytest.mark.slow
-def test_a_mesh_generates_the_same_tokens_as_users_compile():
-  """The same promise of programs with all of XLA's optimisations."""
+def test_a_mesh_generates_the_same_tokens():
+  """A decoder of many queries, float32, token for token, on a mesh that shares
+  rows and weights in both ways, by programs with all of XLA's optimisations."""
   assert on_eight_devices("tokens") == [1.0]
 
 
@@ -63,7 +57,7 @@ def test_cores_share_the_streams_of_an_image(found):
   enough queries for two; they read the same weights."""
   shares = found["cores"]["shares"]
   assert shares["ar"] == [1.0, None]
-  assert shares["stair"] == shares["eagle"] == [1.0, 2]
+  assert shares["stair"] == [1.0, 2]
   assert shares["stream"] == 1.0
   assert found["cores"]["places"] == 1
 

@@ -46,7 +46,7 @@ def own(pipe):
 
 
 @pytest.mark.parametrize("more, rows", [
-    ({}, 2), (dict(mask=mask_below(6)), 3), (dict(mask=mask_below(48, 64)), 3),
+    ({}, 2), (dict(mask=mask_below(48, 64)), 3),
     (dict(extra_body=dict(rows=1)), 1)])
 def test_the_rest_is_what_generate_makes(client, pipe, own, more, rows):
   """Half of the rows are kept, or those above the mask, or so many."""

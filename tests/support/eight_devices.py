@@ -22,7 +22,6 @@ from ssd_jax.core.grid import Grid
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.rows.stair import Stair
-from ssd_jax.decoding.trees.eagle import Eagle
 from ssd_jax.models.drafter import DraftNet
 from ssd_jax.models.spatial_heads import HeadsConfig, HeadsOptions, SpatialHeads
 from ssd_jax.models.vocabulary import Vocabulary
@@ -165,7 +164,7 @@ def on_cores(pipe):
   whether weights lie in one place.
   """
   shares, one = {}, sharding.make_mesh("data=1")
-  for decoder in (AR(), Stair(), Eagle(tree="2-1")):
+  for decoder in (AR(), Stair()):
     with jax.set_mesh(one):
       alone = pipe.generate(["a"], decoder, seed=4).tokens
     together = pipe.generate(["a"], decoder, seed=4).tokens
@@ -221,7 +220,6 @@ def main():
   found["cores"] = on_cores(testing.tiny(7, 4, 4, guidance=2.0, heads=(2, 1)))
   found["served"] = served_on(MESH)
   kinds = ("heads", "drafter")
-  found["tokens"] = same_tokens(pipe, AR(), Stair())
   weights = {"muon": trained(pipe, "muon", 1)[1]}
   weights |= {kind: distilled(pipe, kind) for kind in kinds}
   found["accumulated"] = distance(weights["muon"], trained(pipe, "muon", 2)[1])

@@ -20,11 +20,9 @@ _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("grid, decoder, group", [
     (_WIDE, Exact(), 1),
-    (_ENDED, Stair(lookahead=2, drafts="above", queries=5), 4),
-    _slow(_WIDE, Exact(drafts="copy", queries=2), 4),
+    (_ENDED, Stair(lookahead=2, drafts="copy", queries=5, row_causal=True), 4),
     _slow(dict(rows=4, cols=2, vocab=2), Exact(rows=2), 4),  # rows wait
-    _slow(_WIDE, Exact(drafts="around", entry=0), 4),
-    _slow(_ENDED, Stair(lookahead=2, row_causal=True, rows=2), 4),
+    _slow(_WIDE, Exact(drafts="around", entry=0, queries=2), 4),
     _slow(dict(_ENDED, vocab=3, rows=2, guidance=2.0, top_k=2),
           Exact(drafts="above"), 4),
 ])
@@ -74,13 +72,10 @@ def test_coupled_gives_the_tokens_of_ar(grid, decoder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end_of_row, decoder", [
-    (False, Stair(sure=0.3, queries=9)),
-    (True, Stair(lookahead=0, rows=9, row_causal=True, entry=0)),
-])
-def test_images_do_not_depend_on_the_batch(end_of_row, decoder):
+def test_images_do_not_depend_on_the_batch():
   """Batch 1 and batch 4 give the same tokens and passes."""
-  kit.assert_independent_of_batch(kit.chain(5, 4, end_of_row), decoder)
+  kit.assert_independent_of_batch(
+      kit.chain(5, 4, True), Stair(lookahead=0, rows=9, row_causal=True))
 
 
 @pytest.mark.slow
@@ -155,7 +150,7 @@ def test_few_queries_cost_passes(queries):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lookahead, rows, entry", [
-    (0, 6, 0), (0, 3, 2), (1, 6, 8), (8, 1, 2),
+    (0, 3, 2), (1, 6, 8),
 ])
 def test_passes_are_bounded(lookahead, rows, entry):
   """A token per row and pass once the rows above are far enough."""
