@@ -37,15 +37,18 @@ def init(
     sampling: Settings of any one image; later ones must have its filters.
     batch: Number of slots; static.
   """
-  template = engine.template_context(
-      jax.random.key(0), None, None, params, sampling, model)
-  rows = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), prompt)
-  begin = functools.partial(engine.begin, decoder, template)
-  shapes = jax.eval_shape(begin, rows, jnp.zeros(batch, jnp.int32))
-  keys = jnp.broadcast_to(template.key, (batch,))  # which cannot be zeros
+  begin = functools.partial(engine.begin_image, model, decoder)
+  key = jax.random.key(0)
+  one = jax.eval_shape(begin, params, prompt, sampling, key, jnp.int32(0))
+
+  def rows(axis, x):
+    before, after = x.shape[:axis], x.shape[axis + 1:]
+    return jnp.zeros((*before, x.shape[axis] * batch, *after), x.dtype)
+
+  cache = jax.tree.map(functools.partial(rows, 1), one.cache)
   loop = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), shapes.replace(key=None))
-  loop = loop.replace(key=keys)
+      functools.partial(rows, 0), one.replace(cache=None, key=None))
+  loop = loop.replace(cache=cache, key=jnp.broadcast_to(key, (batch,)))
   final = jnp.ones_like(loop.decoder.final)
   return _in_place(loop.replace(decoder=loop.decoder.replace(final=final)))
 
@@ -73,8 +76,8 @@ def insert(
   Returns:
     The batch after the image's prefill.
   """
-  template = engine.template_context(key, None, None, params, sampling, model)
-  new = engine.begin(decoder, template, prompt, image[None])
+  new = engine.begin_image(
+      model, decoder, params, prompt, sampling, key, image)
   batch = len(loop.image)
 
   def put(axis, old, new):

@@ -180,16 +180,38 @@ def count_queries(
   The functions are traced only; nothing is computed.
   """
 
-  def first_queries(params, prompt, image_B):
-    template = template_context(
-        jax.random.key(0), None, None, params, sampling, model)
-    loop = begin(decoder, template, prompt, image_B)
-    ctx = template.replace(key=loop.key, image=image_B, sampling=loop.sampling,
-                           index=loop.passes)
+  def first_queries(params, prompt, sampling, key, image):
+    one = jax.tree.map(lambda x: x[::batch], prompt)
+    loop = begin_image(model, decoder, params, one, sampling, key, image)
+    ctx = template_context(
+        loop.key, loop.image, loop.passes, params, loop.sampling, model)
     return _over_images(model, decoder.propose)(ctx, loop.decoder)
 
-  queries = jax.eval_shape(first_queries, params, prompt, jnp.arange(batch))
+  queries = jax.eval_shape(
+      first_queries, params, prompt, sampling, jax.random.key(0), jnp.int32(0))
   return queries.tokens.shape[-1]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "decoder"), inline=True)
+def begin_image(
+    model: Model, decoder: Decoder, params: Params, prompt: Prompt,
+    sampling: Sampling, key: jax.Array, image: jax.Array,
+) -> LoopState:
+  """Runs the first pass of one image; see `begin`.
+
+  Programs for batches of any size share it, and JAX traces it once for all.
+
+  Args:
+    model: The network's functions; static.
+    decoder: Decoder settings; static.
+    params: Parameters of the network.
+    prompt: The prompt of the image.
+    sampling: Settings of the target distribution.
+    key: Random key of the image.
+    image: int32 [], index of the image over the whole call.
+  """
+  template = template_context(key, None, None, params, sampling, model)
+  return begin(decoder, template, prompt, image[None])
 
 
 def begin(

@@ -44,7 +44,7 @@ class Programs:
     self._layouts: dict[bool, Params] = {}
     self._tables: dict[int, jax.Array] = {}
     self._replicas: dict[tuple[jax.sharding.Mesh, int], Params] = {}
-    self._queries: dict[tuple[Decoder, Grid, int, int], int] = {}
+    self._queries: dict[tuple[Decoder, Grid, int], int] = {}
     self.listener = Listener()
 
   def completing(self, rows: int) -> "Programs":
@@ -67,7 +67,7 @@ class Programs:
       self, decoder: Decoder, prompt: Prompt, settings: Sampling, batch: int
   ) -> int:
     """Returns the number of slots that a pass feeds for one image."""
-    key = (decoder, self.model.grid, len(prompt.tokens), batch)
+    key = (decoder, self.model.grid, len(prompt.tokens) // batch)
     if key not in self._queries:
       self._queries[key] = engine.count_queries(
           self.model, decoder, self.params_for(decoder), prompt, settings,
