@@ -13,6 +13,7 @@ from ssd_jax.core.config import UserError
 from ssd_jax.core.prompts import clean
 from ssd_jax.core.protocols import Decoder
 from ssd_jax.decoding.sampling import Overrides
+from ssd_jax.pipeline import arguments
 
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
@@ -21,6 +22,10 @@ SEEDS = 2**32
 # What would change the picture and is not to be had.
 REFUSED = ("svg", "frame_count", "frame_duration_ms", "negative_prompt",
            "num_inference_steps", "image", "mask")
+
+_SAMPLING = {"guidance_scale": "guidance", "temperature": "temperature",
+             "top_k": "top_k", "top_p": "top_p"}  # fields, and what they set
+_NO_SAMPLING = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 class ApiError(Exception):
@@ -197,6 +202,8 @@ class _Fields:
     value = self._values.get(name)
     if value is None:
       return secrets.randbelow(high) if default is None else default
+    if isinstance(value, float) and value.is_integer():  # such as 1.0
+      value = int(value)
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if not is_whole or not low <= value <= high:
       raise _wrong(name, f"{name} to be a whole number in [{low}, {high}]",
@@ -236,16 +243,17 @@ class _Fields:
       raise ApiError(400, str(error), param="decoder") from error
 
   def sampling(self) -> Overrides:
-    """Numbers alone; their ranges are those of the pipeline."""
+    """Numbers, in the ranges of the pipeline."""
     found: dict[str, Any] = {}
-    names = {"guidance_scale": "guidance", "temperature": "temperature",
-             "top_k": "top_k", "top_p": "top_p"}
-    for name, setting in names.items():
+    for name, setting in _SAMPLING.items():
       value = self._values.get(name)
       if value is None:
         continue
-      if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise _wrong(name, f"{name} to be a number", self._show(name))
+      try:
+        arguments.check_sampling({**_NO_SAMPLING, setting: value})
+      except UserError as error:
+        told = str(error).replace(setting, name)
+        raise ApiError(400, told, param=name) from error
       found[setting] = value
     return cast(Overrides, found)
 

@@ -3,6 +3,7 @@
 import base64
 import io
 
+from hypothesis import HealthCheck, given, settings, strategies as st
 import numpy as np
 import openai
 from PIL import Image
@@ -29,6 +30,12 @@ def png(pixels):
   file = io.BytesIO()
   Image.fromarray(pixels).save(file, "png")
   return file.getvalue()
+
+
+def post(client, fields, files):
+  """Sends a form as it is."""
+  client.post("/images/edits", body=fields, files=files, cast_to=object,
+              options={"headers": {"Content-Type": "multipart/form-data"}})
 
 
 def mask_below(row, size=8):
@@ -84,6 +91,29 @@ def test_forms_that_cannot_be_honoured(client, own, form, error):
     client.images.edit(**{"image": own[0], "prompt": "b", **form})
 
 
+_TEXTS = st.sampled_from(["", "-1", "3", "1e9", "null", "true", "[", "{}", "a",
+                          "\0", "\U0001f600", "9" * 400])
+_FIELDS = st.dictionaries(st.sampled_from([
+    "prompt", "n", "seed", "size", "rows", "decoder", "top_p", "stream",
+    "guidance_scale", "partial_images", "output_format", "model", "x"]), _TEXTS)
+_WHOLE = png(np.zeros((8, 8, 3), np.uint8))
+_FILES = st.dictionaries(
+    st.sampled_from(["image", "image[]", "mask", "prompt", "y"]), st.one_of(
+        st.binary(max_size=40), st.just(_WHOLE), st.just(mask_below(4)),
+        st.integers(1, len(_WHOLE)).map(lambda n: _WHOLE[:n])))
+
+
+@settings(max_examples=25, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fields=_FIELDS, files=_FILES)
+def test_any_form_has_an_answer(client, fields, files):
+  """An image, or the API's error object; never a 500."""
+  try:
+    post(client, fields, files or {"y": b""})
+  except (openai.BadRequestError, openai.NotFoundError) as error:
+    assert error.body["message"] and error.type == "invalid_request_error"
+
+
 def test_a_form_without_an_image_is_told_so(client):
   """Two of the same part, no part, a part of the wrong kind."""
   files = {"image": ("a.png", png(np.zeros((8, 8, 3), np.uint8)))}
@@ -91,5 +121,4 @@ def test_a_form_without_an_image_is_told_so(client):
                       (dict(prompt="a", image="text"), {"mask": b"1"}),
                       (dict(prompt="a"), {**files, "prompt": b"file"})):
     with pytest.raises(openai.BadRequestError, match="Expected"):
-      client.post("/images/edits", body=body, files=parts, cast_to=object,
-                  options={"headers": {"Content-Type": "multipart/form-data"}})
+      post(client, body, parts)
