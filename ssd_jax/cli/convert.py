@@ -5,7 +5,17 @@ import pathlib
 from absl import flags, logging
 
 from ssd_jax.cli import run as cli
-from ssd_jax.convert import anole, convert, emu3, hub, janus, llamagen, lumina
+from ssd_jax.convert import (
+  anole,
+  convert,
+  emu3,
+  hub,
+  janus,
+  liquid,
+  llamagen,
+  lumina,
+  simplear,
+)
 from ssd_jax.convert.recipes import Recipe
 from ssd_jax.core.config import UserError
 from ssd_jax.runtime.progress import Bar
@@ -14,6 +24,7 @@ from ssd_jax.storage.files import user_path
 RECIPES = {
     "llamagen": llamagen.recipe, "lumina": lumina.recipe,
     "anole": anole.recipe, "janus": janus.recipe, "emu3": emu3.recipe,
+    "liquid": liquid.recipe, "simplear": simplear.recipe,
 }
 _WHAT = {"source": "trunk", "vq": "image tokenizer",
          "text_encoder": "T5 encoder", "tokenizer": "tokenizer of texts"}

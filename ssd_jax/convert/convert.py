@@ -23,13 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ssd_jax.convert import (
-  checkpoint_files,
-  checks,
-  names,
-  output_folder,
-  recipes,
-)
+from ssd_jax.convert import checkpoint_files, checks, names, output_folder
 from ssd_jax.convert.checkpoint_files import Checkpoint
 from ssd_jax.convert.recipes import Part, Recipe, Row
 from ssd_jax.core.config import UserError
@@ -102,10 +96,12 @@ class Job:
     """Yields all pieces of the conversion."""
     for index, part in enumerate(self.recipe.parts):
       for row in part.table.rows:
-        if row.convert is not recipes.copy or row.layer is not None:
+        if not row.is_divisible:
           yield Unit(index, row, 0, None)
           continue
-        shape = row.sources[0].shape
+        source = row.sources[0]
+        first, stop = source.rows or (0, source.shape[0])
+        shape = (stop - first, *source.shape[1:])
         step = array_store.rows_per_piece(shape)
         for start in range(0, shape[0], step):
           yield Unit(index, row, start, min(start + step, shape[0]))
@@ -128,15 +124,17 @@ def open_job(
   if dtype not in DTYPES:
     raise UserError(
         f"Expected --dtype to be one of {sorted(DTYPES)}, got {dtype!r}.")
-  found = []
+  found, parts = [], []
   for part in recipe.parts:
-    checkpoint = names.unwrapped(_open(part, folders), part.names)
+    checkpoint = names.unwrapped(_open(part, folders), part.required)
+    parts.append(part := part.resolved(checkpoint.tensors))
     checks.check_family(recipe, part, checkpoint)
     checks.check_table(part, checkpoint)
     checks.check_dtypes(part, checkpoint)
     found.append(checkpoint)
   assets = tuple(_asset(folders, pattern) for pattern in recipe.tokenizer)
   checks.check_tokenizer(recipe, assets)
+  recipe = dataclasses.replace(recipe, parts=tuple(parts))
   return Job(recipe, tuple(found), assets, dtype)
 
 

@@ -8,7 +8,7 @@ Linear weights are (out, in) in torch and (in, out) here; convolutions
 (O, I, h, w) become (h, w, I, O).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 import dataclasses
 import functools
 from typing import Any
@@ -32,12 +32,15 @@ class Source:
     shape: Published shape.
     others: Other known shapes.
     rows: (start, stop) of the leading rows to use; None for all.
+    otherwise: Name of the tensor to use in a checkpoint without this one, such
+      as that of the input table for a tied head.
   """
 
   name: str
   shape: tuple[int, ...]
   others: tuple[tuple[int, ...], ...] = ()
   rows: tuple[int, int] | None = None
+  otherwise: str = ""
 
 
 def copy(x: np.ndarray) -> np.ndarray:
@@ -55,6 +58,8 @@ class Row:
     convert: Function from the published arrays to ours.
     layer: Index on the leading axis of a stacked array, or None.
     at: First row to fill, for arrays made of several tensors.
+    by_rows: Whether `convert` treats each row alone, so that the array can be
+      converted in pieces.
   """
 
   target: str
@@ -62,6 +67,12 @@ class Row:
   convert: Callable[..., np.ndarray] = copy
   layer: int | None = None
   at: int = 0
+  by_rows: bool = False
+
+  @property
+  def is_divisible(self) -> bool:
+    """Whether the array can be converted in pieces of rows."""
+    return self.layer is None and (self.by_rows or self.convert is copy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +96,11 @@ def linear(x: np.ndarray) -> np.ndarray:
 def split_heads(n: int) -> Callable[[np.ndarray], np.ndarray]:
   """Returns a function from (n * H, D) to (D, n, H)."""
   return lambda x: x.T.reshape(x.shape[1], n, -1)
+
+
+def head_vectors(n: int) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns a function from (n * H,) to (n, H)."""
+  return lambda x: x.reshape(n, -1)
 
 
 def join_heads(n: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -143,6 +159,13 @@ def llama_layers(cfg: TrunkConfig, prefix: str) -> Iterable[Row]:
                     ("v", cfg.n_kv_heads)):
       yield row(f"attn/{ours}", f"self_attn.{ours}_proj", (n * h, d),
                 split_heads(n))
+      if cfg.qkv_bias:
+        yield Row(f"trunk/layers/attn/{ours}_bias",
+                  (Source(at(f"self_attn.{ours}_proj.bias"), (n * h,)),),
+                  head_vectors(n), i)
+      if cfg.qk_rms and ours != "v":
+        yield row(f"attn/{ours}_rms/scale", f"self_attn.{ours}_norm", (h,),
+                  copy)
     yield row("attn/o", "self_attn.o_proj", (d, cfg.n_heads * h),
               join_heads(cfg.n_heads))
     for ours, shape in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f))):
@@ -201,7 +224,8 @@ def table_rows(name: str, rows: int, width: int, at: int = 0) -> Row:
 
 
 def image_head(
-    name: str, published: tuple[int, int], first: int, count: int
+    name: str, published: tuple[int, int], first: int, count: int,
+    tied: str = "",
 ) -> Row:
   """Returns the row of our head, the image tokens' part of a published head.
 
@@ -210,8 +234,9 @@ def image_head(
     published: Its shape.
     first: Id of the first image token.
     count: Number of image tokens.
+    tied: Name of the input table, if the head may be tied to it.
   """
-  source = Source(name, published, rows=(first, first + count))
+  source = Source(name, published, rows=(first, first + count), otherwise=tied)
   return Row("trunk/head", (source,), linear)
 
 
@@ -247,6 +272,24 @@ class Part:
   def names(self) -> frozenset[str]:
     """Names of the published tensors that are used."""
     return frozenset(s.name for row in self.table.rows for s in row.sources)
+
+  @functools.cached_property
+  def required(self) -> frozenset[str]:
+    """Names of the tensors that every checkpoint has."""
+    return frozenset(s.name for row in self.table.rows for s in row.sources
+                     if not s.otherwise)
+
+  def resolved(self, present: Container[str]) -> "Part":
+    """Returns the part for a checkpoint with tensors of these names."""
+    def resolve(row: Row) -> Row:
+      sources = tuple(
+          dataclasses.replace(s, name=s.otherwise)
+          if s.otherwise and s.name not in present else s for s in row.sources)
+      return dataclasses.replace(row, sources=sources)
+
+    rows = tuple(map(resolve, self.table.rows))
+    return dataclasses.replace(
+        self, table=dataclasses.replace(self.table, rows=rows))
 
   @property
   def source_patterns(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Reads tensors of published checkpoints from disk, in pieces.
 
 safetensors files are read by their library. The zip archives of `torch.save`
-are read without torch: a conversion then needs neither torch nor its memory,
+and `torch.jit.save` are read without torch: a conversion then needs neither torch nor its memory,
 and the unpickler runs nothing that a file names (docs/models.md has figures).
 """
 
@@ -187,6 +187,7 @@ def _state_dict(
 ) -> dict[str, Tensor]:
   """Returns the tensors of an unpickled object, without its wrappers."""
   for _ in range(_DEEPEST):  # a wrapper may have tensors beside it
+    tree = tree.tensors() if isinstance(tree, unpickle.Module) else tree
     inner = [tree[name] for name in _WRAPPERS
              if isinstance(tree, dict) and isinstance(tree.get(name), dict)]
     tree = inner[0] if inner else tree

@@ -1,4 +1,4 @@
-"""Parses the pickle in a file of `torch.save`, without torch.
+"""Parses the pickle in a file of `torch.save` or `torch.jit.save`, without torch.
 
 The unpickler supports only tensors: it neither imports nor calls anything that
 the file names.
@@ -40,6 +40,7 @@ _INERT = frozenset((
 ))
 _INERT_PACKAGES = ("omegaconf", "pytorch_lightning", "lightning",
                    "lightning_fabric", "numpy")
+_SCRIPT_CLASSES, _SCRIPT_LISTS = "__torch__", "torch.jit._pickle."
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
@@ -122,6 +123,28 @@ class _Ignored:
     return id(self)
 
 
+class Module:
+  """Replaces a module of TorchScript: tensors and modules by attribute."""
+
+  def __init__(self):
+    self._state: dict[str, Any] = {}
+
+  def __setstate__(self, state: Any) -> None:
+    if not isinstance(state, dict):
+      raise pickle.UnpicklingError("a module without attributes")
+    self._state = state
+
+  def tensors(self) -> dict[str, View]:
+    """Returns its tensors and those of its parts, named as by a state dict."""
+    found: dict[str, View] = {}
+    for name, value in self._state.items():
+      if isinstance(value, View):
+        found[name] = value
+      elif isinstance(value, Module):
+        found |= {f"{name}.{inner}": x for inner, x in value.tensors().items()}
+    return found
+
+
 class Unpickler(pickle.Unpickler):
   """Reads tensors as views of storages; imports nothing."""
 
@@ -144,6 +167,10 @@ class Unpickler(pickle.Unpickler):
       return tuple
     if full.startswith("torch.") and name in _TORCH_DTYPES:
       return np.dtype(_TORCH_DTYPES[name])
+    if full.split(".")[0] == _SCRIPT_CLASSES:
+      return Module
+    if full.startswith(_SCRIPT_LISTS):
+      return _Ignored
     if full in _INERT or full.split(".")[0] in _INERT_PACKAGES:
       return _Ignored
     raise UserError(

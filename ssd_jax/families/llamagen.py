@@ -111,11 +111,6 @@ class LlamaGen(Published):
     zeros = np.zeros((self.condition_slots, *image.shape[1:]), np.float32)
     return np.concatenate([zeros, image])
 
-  def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
-    """Decodes image tokens to images, uint8 [B, H, W, 3]; rounds pixels."""
-    x: Any = self.vq.apply({"params": vq_params}, tokens_BRC, method="decode")
-    return jnp.clip(127.5 * x + 128.0, 0.0, 255.0).astype(jnp.uint8)
-
   def encode_prompts(
       self, prompts: Sequence[str | int], guided: bool
   ) -> tuple[Prompt, list[str]]:

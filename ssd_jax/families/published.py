@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from ssd_jax.core.weights import leaves_by_path
 from ssd_jax.models import rope
 from ssd_jax.models.generator import Generator
 from ssd_jax.models.transformer import Trunk, TrunkConfig
-from ssd_jax.models.vq import VQ, VQConfig, to_uint8
+from ssd_jax.models.vq import VQ, VQConfig, to_uint8, to_uint8_rounded
 
 _BUCKETS = (32, 64, 128, 256, 512, 1024)  # prompt slots, compiled once each
 SAFETENSORS = ("model.safetensors.index.json", "*.safetensors")
@@ -41,7 +41,10 @@ class Published(abc.ABC):
     config: Settings stored in model.json.
     folder: Model folder with the text tokenizer; None with random weights, for
       which prompts are encoded as bytes.
+    rounds_pixels: Whether the authors round pixels; others truncate.
   """
+
+  rounds_pixels: ClassVar[bool] = False
 
   config: ml_collections.ConfigDict
   folder: pathlib.Path | None = None
@@ -113,7 +116,7 @@ class Published(abc.ABC):
   def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
     """Decodes image tokens to images, uint8 [B, H, W, 3]."""
     x: Any = self.vq.apply({"params": vq_params}, tokens_BRC, method="decode")
-    return to_uint8(x)
+    return to_uint8_rounded(x) if self.rounds_pixels else to_uint8(x)
 
   @functools.cached_property
   def text_tokenizer(self):

@@ -1,13 +1,13 @@
 """The decoder-only trunk of every family: one module, driven by its config.
 
-Pre-norm RMSNorm, SwiGLU, no biases, rotary positions given per slot, optional
-per-head LayerNorm of queries and keys (Chameleon). Layers are stacked along
-axis 0 of their parameters and run by `nn.scan`; the cache is part of the carry,
-so that it is not copied. Alternatively the layers are unstacked and run one
-after another, see models/layouts.py.
+Pre-norm RMSNorm, gated MLP, rotary positions given per slot. Layers are stacked
+along axis 0 of their parameters and run by `nn.scan`; the cache is part of the
+carry, so that it is not copied. Alternatively the layers are unstacked and run
+one after another, see models/layouts.py.
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -21,6 +21,8 @@ from ssd_jax.models.rope import rotate
 from ssd_jax.runtime import sharding
 
 _WIDEST_HEAD = 4096
+GATES = {"silu": nn.silu,
+         "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +35,18 @@ class TrunkConfig:
     n_heads: Query heads.
     n_kv_heads: Key/value heads K.
     head_dim: Head dimension H.
-    d_ff: SwiGLU hidden width F.
+    d_ff: Hidden width F of the gated MLP.
     vocab_in: Rows of the input table.
     vocab_out: Number of image tokens V, the outputs of the head.
     norm_eps: Epsilon of RMSNorm.
+    norm_offset: Whether the scales of RMSNorm are stored as differences from 1
+      (Gemma).
     qk_norm: LayerNorm with scale and bias on each head of q and k, before the
       rotation (Chameleon).
+    qk_rms: RMSNorm on each head of q and k, before the rotation, with one scale
+      for all heads of a layer (Qwen3).
+    qkv_bias: Whether q, k and v have biases (Qwen2).
+    gate: Activation of the MLP's gate, "silu" or "gelu_tanh" (Gemma).
     interleaved: Whether rotary pairs are adjacent entries (LlamaGen) instead
       of entries of the two halves.
     head_hidden: Width of the head's hidden layer, which has biases and an
@@ -58,7 +66,11 @@ class TrunkConfig:
   vocab_in: int
   vocab_out: int
   norm_eps: float = 1e-5
+  norm_offset: bool = False
   qk_norm: bool = False
+  qk_rms: bool = False
+  qkv_bias: bool = False
+  gate: str = "silu"
   interleaved: bool = False
   head_hidden: int = 0
   caption_dim: int = 0
@@ -71,22 +83,35 @@ class TrunkConfig:
           f"a multiple of n_kv_heads={self.n_kv_heads}")
     check(self.head_dim % 2 == 0 and self.head_dim <= _WIDEST_HEAD, "head_dim",
           self.head_dim, f"even, at most {_WIDEST_HEAD}")
+    check(self.gate in GATES, "gate", self.gate, f"one of {', '.join(GATES)}")
+    check(not (self.qk_norm and self.qk_rms), "qk_rms", self.qk_rms,
+          "False with qk_norm=True")
 
 
 _dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 class RMSNorm(nn.Module):
-  """Root-mean-square norm with statistics in float32."""
+  """Root-mean-square norm with statistics in float32.
+
+  Attributes:
+    eps: Added to the mean square.
+    offset: Whether the scale is stored as its difference from 1; it is then
+      added and multiplied in float32, as a sum in bfloat16 would lose it.
+  """
 
   eps: float
+  offset: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns an array of the input's shape and dtype."""
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    init = nn.initializers.zeros if self.offset else nn.initializers.ones
+    scale = self.param("scale", init, (x.shape[-1],))
     y = x.astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.eps)
+    if self.offset:
+      return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
     return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -157,13 +182,21 @@ class Attention(nn.Module):
       shape = (count, cfg.head_dim)
       w = self.param(name, into, matrix_shape((cfg.d_model,), shape, self.tile))
       if self.tile:
-        return matmul(x_SQD, w).reshape(*x_SQD.shape[:2], *shape)
-      return jnp.einsum("sqd,dnh->sqnh", x_SQD, w.astype(x_SQD.dtype))
+        y = matmul(x_SQD, w).reshape(*x_SQD.shape[:2], *shape)
+      else:
+        y = jnp.einsum("sqd,dnh->sqnh", x_SQD, w.astype(x_SQD.dtype))
+      if not cfg.qkv_bias:
+        return y
+      bias = self.param(f"{name}_bias", nn.initializers.zeros, shape)
+      return y + bias.astype(y.dtype)
 
     q, k, v = (heads("q", cfg.n_heads), heads("k", cfg.n_kv_heads),
                heads("v", cfg.n_kv_heads))
     if cfg.qk_norm:
       q, k = HeadNorm(name="q_norm")(q), HeadNorm(name="k_norm")(k)
+    if cfg.qk_rms:
+      q, k = (RMSNorm(cfg.norm_eps, name=f"{name}_rms")(x)
+              for name, x in (("q", q), ("k", k)))
     q = rotate(q, cos_sin_SQh2, cfg.interleaved)
     k = rotate(k, cos_sin_SQh2, cfg.interleaved)
     if cache is not None:
@@ -183,15 +216,17 @@ class Attention(nn.Module):
     return matmul(y.reshape(*y.shape[:2], -1), o), cache
 
 
-class SwiGLU(nn.Module):
-  """down(silu(gate(x)) * up(x)), bias-free.
+class GatedMLP(nn.Module):
+  """down(activation(gate(x)) * up(x)), bias-free.
 
   Attributes:
     features: Hidden width.
+    activation: A key of GATES.
     tile: As in `Attention`.
   """
 
   features: int
+  activation: str = "silu"
   tile: int = 0
 
   @nn.compact
@@ -201,7 +236,8 @@ class SwiGLU(nn.Module):
     gate = self.param("gate", _dense, matrix_shape(outer, inner, self.tile))
     up = self.param("up", _dense, matrix_shape(outer, inner, self.tile))
     down = self.param("down", _dense, matrix_shape(inner, outer, self.tile))
-    return matmul(nn.silu(matmul(x, gate)) * matmul(x, up), down)
+    gated = GATES[self.activation](matmul(x, gate)) * matmul(x, up)
+    return matmul(gated, down)
 
 
 class Layer(nn.Module):
@@ -224,12 +260,14 @@ class Layer(nn.Module):
     """Returns ((x, cache), x or None)."""
     x, cache = carry
     cfg = self.cfg
-    y = RMSNorm(cfg.norm_eps, name="attn_norm")(x) if self.input_norm else x
+    norm = functools.partial(RMSNorm, cfg.norm_eps, cfg.norm_offset)
+    y = norm(name="attn_norm")(x) if self.input_norm else x
     y, cache = Attention(cfg, self.tile, name="attn")(
         y, cos_sin, visible, cache, layer, slots)
     x = sharding.replicate_axis(x + y)
-    y = RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
-    x = sharding.replicate_axis(x + SwiGLU(cfg.d_ff, self.tile, name="mlp")(y))
+    y = norm(name="mlp_norm")(x)
+    y = GatedMLP(cfg.d_ff, cfg.gate, self.tile, name="mlp")(y)
+    x = sharding.replicate_axis(x + y)
     return (x, cache), x if self.emit else None
 
 
@@ -271,7 +309,7 @@ class Trunk(nn.Module):
           length=cfg.n_layers,
           metadata_params={nn.PARTITION_NAME: "layers"},
       )(cfg, emit=bool(self.taps))
-    self.final_norm = RMSNorm(cfg.norm_eps)
+    self.final_norm = RMSNorm(cfg.norm_eps, cfg.norm_offset)
     width = cfg.head_hidden or cfg.d_model
     self.head = self.param(
         "head", _dense, matrix_shape((width,), (cfg.vocab_out,), self.tile))

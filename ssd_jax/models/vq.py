@@ -2,7 +2,7 @@
 
 Encoder -> quantiser -> decoder of VQGAN (Esser et al. 2021, arXiv:2012.09841),
 configured to hold the published tokenizers (LlamaGen and Janus VQ-16/VQ-8,
-Chameleon, Emu3 for single images) and our own. Levels are numbered in the
+Chameleon, MoVQ, IBQ, Emu3 and Cosmos for single images) and our own. Levels are numbered in the
 encoder's order: level 0 has the highest resolution. All arrays are NHWC.
 
 B batch, H height, W width, C channels, R rows and C columns of the grid,
@@ -11,12 +11,14 @@ V codebook entries, Z codebook dimension.
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ssd_jax.core.config import check, check_sizes
+from ssd_jax.models import fsq
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +36,23 @@ class VQConfig:
     l2_norm: Whether codebook entries are compared and looked up on the unit
       sphere (LlamaGen, Janus).
     attn_levels: Levels whose residual blocks are followed by self-attention.
+    dot: Whether latents take the entry of the largest dot product instead of
+      the nearest one (IBQ).
+    levels: Values per dimension of a codebook that is not stored but computed,
+      the first one varying fastest (FSQ; Cosmos); () for a stored codebook.
     patch: Side of the pixel blocks folded into channels at the input, and
-      unfolded at the output; 1 in all published tokenizers.
+      unfolded at the output; 1 in all published tokenizers but Cosmos.
     groups: Groups of the group norm.
     priced: Whether each codebook entry has a price, which is added to its
       squared distance in quantisation; training sets it by the entry's rarity
       (our own tokenizer).
-    video: Whether latents pass through a video tokenizer's temporal layers and
-      the quantised latents modulate the decoder's norms (Emu3).
+    spatial: Whether the quantised latents modulate the decoder's norms (MoVQ).
+    video: Whether latents pass through a video tokenizer's temporal layers, and
+      then modulate as with `spatial` (Emu3).
+    frame_levels: Levels whose upsampling also repeats frames in a video
+      tokenizer of separate layers for space and time (Cosmos). What remains of
+      its temporal layers for a single image are 1x1 convolutions there and
+      after the attention of the lowest resolution.
   """
 
   ch: int = 128
@@ -56,6 +67,10 @@ class VQConfig:
   groups: int = 32
   priced: bool = False
   video: bool = False
+  spatial: bool = False
+  dot: bool = False
+  levels: tuple[int, ...] = ()
+  frame_levels: tuple[int, ...] = ()
 
   def __post_init__(self):
     check_sizes(self)
@@ -64,6 +79,16 @@ class VQConfig:
         for m in self.ch_mult), "ch_mult", self.ch_mult,
         f"whole numbers that make ch={self.ch} channels multiples of "
         f"groups={self.groups}")
+    is_fsq = math.prod(self.levels) == self.n_codes and len(
+        self.levels) == self.code_dim and min(self.levels, default=0) > 1
+    check(not self.levels or is_fsq, "levels", self.levels,
+          f"code_dim={self.code_dim} numbers above 1 whose product is n_codes="
+          f"{self.n_codes}")
+
+  @property
+  def is_modulated(self) -> bool:
+    """Whether the quantised latents modulate the decoder's norms."""
+    return self.spatial or self.video
 
   @property
   def downsample(self) -> int:
@@ -82,7 +107,7 @@ def _norm(cfg: VQConfig, name: str, codes_BRCZ: jax.Array | None = None):
 
 
 class SpatialNorm(nn.Module):
-  """Group norm, scaled and shifted by the quantised latents (Emu3).
+  """Group norm, scaled and shifted by the quantised latents.
 
   Source: Zheng et al. 2022, MoVQ, arXiv:2209.09002, section 3.2.
   """
@@ -168,6 +193,18 @@ class AttnBlock(nn.Module):
     return x_BHWC + _conv(c, 1, "proj_out")(y.reshape(b, h, w, c))
 
 
+class FrameAttn(nn.Module):
+  """Attention over frames, applied to a single one: it has itself as value."""
+
+  cfg: VQConfig
+
+  @nn.compact
+  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    """Returns an array of the input's shape."""
+    y = _norm(self.cfg, "norm")(x_BHWC)
+    return x_BHWC + _conv(x_BHWC.shape[-1], 1, "value")(y)
+
+
 class MidBlock(nn.Module):
   """Residual block, attention, residual block at the lowest resolution."""
 
@@ -181,6 +218,8 @@ class MidBlock(nn.Module):
     features = x_BHWC.shape[-1]
     x = ResBlock(self.cfg, features, name="block_1")(x_BHWC, codes_BRCZ)
     x = AttnBlock(self.cfg, name="attn_1")(x, codes_BRCZ)
+    if self.cfg.frame_levels:
+      x = FrameAttn(self.cfg, name="frame_attn_1")(x)
     return ResBlock(self.cfg, features, name="block_2")(x, codes_BRCZ)
 
 
@@ -229,7 +268,7 @@ class Decoder(nn.Module):
     """Returns [B, H * downsample, W * downsample, 3], about [-1, 1]."""
     cfg = self.cfg
     if cfg.video:
-      assert codes_BRCZ is not None, "a video decoder needs the latents"
+      assert codes_BRCZ is not None, "a modulated decoder needs the latents"
       z_BHWC, codes_BRCZ = self._first_frame(z_BHWC, codes_BRCZ)
     x = _conv(cfg.ch * cfg.ch_mult[-1], 3, "conv_in")(z_BHWC)
     x = MidBlock(cfg, name="mid")(x, codes_BRCZ)
@@ -240,6 +279,8 @@ class Decoder(nn.Module):
         x = ResBlock(cfg, features, name=name)(x, codes_BRCZ)
         if level in cfg.attn_levels:
           x = AttnBlock(cfg, name=f"up_{level}_attn_{block}")(x, codes_BRCZ)
+      if level in cfg.frame_levels:
+        x += _conv(features, 1, f"up_{level}_frames")(x)
       if level:
         x = _conv(features, 3, f"up_{level}_upsample")(_nearest(x, 2))
     x = nn.swish(_norm(cfg, "norm_out", codes_BRCZ)(x))
@@ -269,9 +310,10 @@ class VQ(nn.Module):
     self.decoder = Decoder(cfg)
     self.quant_conv = nn.Conv(cfg.code_dim, (1, 1))
     self.post_quant_conv = nn.Conv(cfg.z_channels, (1, 1))
-    self.codebook = self.param(
-        "codebook", nn.initializers.normal(1.0), (cfg.n_codes, cfg.code_dim)
-    )
+    if not cfg.levels:
+      self.codebook = self.param(
+          "codebook", nn.initializers.normal(1.0), (cfg.n_codes, cfg.code_dim)
+      )
     if cfg.priced:
       self.price = self.param("price", nn.initializers.zeros, (cfg.n_codes,))
 
@@ -284,7 +326,11 @@ class VQ(nn.Module):
     return self.quant_conv(self.encoder(x_BHWC))
 
   def quantize(self, z_BRCZ: jax.Array) -> jax.Array:
-    """Returns the nearest codebook entry of each latent, int32 [B, R, C]."""
+    """Returns the codebook entry of each latent, int32 [B, R, C]."""
+    if self.cfg.levels:
+      return fsq.quantize(z_BRCZ, self.cfg.levels)
+    if self.cfg.dot:
+      return jnp.argmax(_dots(z_BRCZ, self.codes()), -1).astype(jnp.int32)
     price = self.price if self.cfg.priced else 0.0
     return nearest_code(z_BRCZ, self.codes(), price)
 
@@ -294,11 +340,13 @@ class VQ(nn.Module):
 
   def decode_latents(self, z_BRCZ: jax.Array) -> jax.Array:
     """Decodes quantised latents to images; training differentiates this."""
-    codes_BRCZ = z_BRCZ if self.cfg.video else None
+    codes_BRCZ = z_BRCZ if self.cfg.is_modulated else None
     return self.decoder(self.post_quant_conv(z_BRCZ), codes_BRCZ)
 
   def codes(self) -> jax.Array:
     """Returns the codebook [V, Z] as it is compared and looked up."""
+    if self.cfg.levels:
+      return fsq.codebook(self.cfg.levels)
     return unit(self.codebook) if self.cfg.l2_norm else self.codebook
 
 
@@ -323,9 +371,13 @@ def nearest_code(
   Returns:
     int32 [B, R, C], indices of codebook entries.
   """
-  dots = jnp.einsum("brcz,vz->brcv", z_BRCZ, codes_VZ)
+  dots = _dots(z_BRCZ, codes_VZ)
   distance = jnp.sum(codes_VZ**2, axis=-1) + price_V - 2.0 * dots
   return jnp.argmin(distance, axis=-1).astype(jnp.int32)
+
+
+def _dots(z_BRCZ: jax.Array, codes_VZ: jax.Array) -> jax.Array:
+  return jnp.einsum("brcz,vz->brcv", z_BRCZ, codes_VZ)
 
 
 def to_float(image_BHWC: jax.Array) -> jax.Array:
@@ -336,6 +388,11 @@ def to_float(image_BHWC: jax.Array) -> jax.Array:
 def to_uint8(x: jax.Array) -> jax.Array:
   """Converts pixels in [-1, 1] to uint8 by truncation (Chameleon, Janus)."""
   return (jnp.clip((x + 1.0) / 2.0, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def to_uint8_rounded(x: jax.Array) -> jax.Array:
+  """Converts pixels in [-1, 1] to uint8 by rounding (LlamaGen, MoVQ, Cosmos)."""
+  return jnp.clip(127.5 * x + 128.0, 0.0, 255.0).astype(jnp.uint8)
 
 
 def _nearest(x_BHWC: jax.Array, factor: int) -> jax.Array:

@@ -25,7 +25,16 @@ from ssd_jax.core.config import UserError, check, from_config_dict
 from ssd_jax.core.protocols import Family
 from ssd_jax.core.types import Params
 from ssd_jax.core.weights import leaves_by_path
-from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
+from ssd_jax.families import (
+  anole,
+  emoji,
+  emu3,
+  janus,
+  liquid,
+  llamagen,
+  lumina,
+  simplear,
+)
 from ssd_jax.models.drafter import DrafterConfig, bind_drafter
 from ssd_jax.models.quantization import quantize
 from ssd_jax.models.spatial_heads import HeadsConfig, bind_heads
@@ -40,11 +49,14 @@ FAMILIES: dict[str, Callable[..., Family]] = {
     "emoji": lambda settings, folder: emoji.from_settings(settings),
     "emu3": emu3.from_settings,
     "janus": janus.from_settings,
+    "liquid": liquid.from_settings,
     "llamagen": llamagen.from_settings,
     "lumina": lumina.from_settings,
+    "simplear": simplear.from_settings,
 }
 _CONFIGS = {"janus": "janus_pro"}  # where the file has another name
-CHOICES = {"emu3": emu3.CHOICES, "lumina": lumina.CHOICES}
+CHOICES = {"emu3": emu3.CHOICES, "lumina": lumina.CHOICES,
+           "simplear": simplear.CHOICES}
 _SAMPLING = ("guidance", "temperature", "top_k", "top_p")
 _KINDS = {"heads": HeadsConfig, "drafter": DrafterConfig}
 

@@ -23,6 +23,14 @@ def frozen(model):
   return model.eval().requires_grad_(False)
 
 
+def tied_tensors(model):
+  """Fills a model whose head is its input table; a save omits the head."""
+  tensors = dict(model.state_dict())
+  del tensors["lm_head.weight"]
+  fill(tensors)
+  return tensors
+
+
 def renamed(tensors, prefix="", suffix=""):
   """Tensors with longer names."""
   return {f"{prefix}{name}{suffix}": x for name, x in tensors.items()}

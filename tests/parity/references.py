@@ -13,12 +13,13 @@ import torch
 import transformers
 from transformers.models.chameleon import modeling_chameleon
 
-from tests.parity import torch_gpt, torch_vq, transformers_vq
+from tests.parity import torch_cosmos, torch_gpt, torch_vq, transformers_vq
 from tests.parity.original_files import (
   fill,
   frozen,
   read_ids,
   renamed,
+  tied_tensors,
   write_safetensors,
   write_shards,
   write_tokenizer,
@@ -312,6 +313,78 @@ class Emu3(Reference):
     return logits[len(prompt) - 1:, 304:].numpy()
 
 
+class SimpleAR(Reference):
+  """transformers' Qwen2 with a tied head; the tokenizer for whole clips."""
+
+  name = "simplear"
+  rows, cols = 2, 2
+  mult = (1, 1, 2)
+  first_added, first_code = 57, 64
+
+  def make_tokenizer(self):
+    return torch_cosmos.Tokenizer(32, self.mult, 1, 16, (8, 4), (1,))
+
+  def make_trunk(self):
+    self.model = frozen(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=self.first_code + CODES, hidden_size=DIM,
+        intermediate_size=HIDDEN, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=2, rms_norm_eps=1e-6,
+        tie_word_embeddings=True, rope_parameters=dict(
+            rope_type="default", rope_theta=1_000_000.0))))
+    return tied_tensors(self.model)
+
+  def save(self, folder):
+    self.folder = folder
+    added = ("t2i", "i2t", "soi", "vtokens", "t2v", "v2t", "sov")
+    write_tokenizer(folder / "tokenizer.json", {
+        f"<|{name}|>": self.first_added + i for i, name in enumerate(added)})
+    self.tokenizer.save(folder, self.rows, self.cols)
+    unused = {"model.mm_projector.0.weight": torch.ones(2, 2)}
+    write_shards(folder, self.trunk | unused, "model", "safetensors")
+
+  def prompt(self, text, conditional):
+    words = "in the rain " + text if conditional else "blue dog"
+    return [self.first_added, *self.ids(words), self.first_added + 2]
+
+  def logits(self, text, conditional, tokens):
+    prompt = self.prompt(text, conditional)
+    codes = [t + self.first_code for t in tokens]
+    logits = self.model(torch.tensor([prompt + codes])).logits[0]
+    return logits[len(prompt) - 1:, self.first_code:].numpy()
+
+
+class Liquid(Reference):
+  """transformers' Gemma with a tied head, Chameleon's tokenizer."""
+
+  name = "liquid"
+  first_code = 64
+
+  def make_trunk(self):
+    self.model = frozen(transformers.GemmaForCausalLM(transformers.GemmaConfig(
+        vocab_size=self.first_code + CODES, hidden_size=DIM,
+        intermediate_size=HIDDEN, num_hidden_layers=LAYERS, head_dim=24,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS,
+        rms_norm_eps=1e-6, hidden_act="gelu")))
+    return tied_tensors(self.model)
+
+  def save(self, folder):
+    self.folder = folder
+    write_tokenizer(folder / "tokenizer.json", {
+        "<bos>": 2, "<boi>": 7, "<eoi>": 8, "<unconditional>": 9})
+    torch.save({"state_dict": self.vq_tensors()}, folder / "vqgan.ckpt")
+    write_shards(folder, self.trunk, "model", "safetensors")
+
+  def prompt(self, text, conditional):
+    words = self.ids(text + " Generate an image based on this description.")
+    return [2, *(words if conditional else [9]), 7]
+
+  def logits(self, text, conditional, tokens):
+    prompt = self.prompt(text, conditional)
+    codes = [t + self.first_code for t in tokens]
+    logits = self.model(torch.tensor([prompt + codes])).logits[0]
+    return logits[len(prompt) - 1:, self.first_code:].numpy()
+
+
 class LlamaGenClass(Reference):
   """LlamaGen for classes, in its own trainer's file."""
 
@@ -392,5 +465,6 @@ class LlamaGenText(Reference):
 
 FAMILIES = {
     family.name: family for family in (
-        Lumina, AnoleNative, AnoleHF, Janus, Emu3, LlamaGenClass, LlamaGenText)
+        Lumina, AnoleNative, AnoleHF, Janus, Emu3, SimpleAR, Liquid,
+        LlamaGenClass, LlamaGenText)
 }

@@ -1,6 +1,14 @@
 """Settings of every published family at toy size."""
 
-from ssd_jax.families import anole, emu3, janus, llamagen, lumina
+from ssd_jax.families import (
+  anole,
+  emu3,
+  janus,
+  liquid,
+  llamagen,
+  lumina,
+  simplear,
+)
 from tests.support.toy_weights import CODES, shrink_trunk, shrink_vq
 
 _IDS = dict(first_code=4, end_of_row=40, image=37, end_of_turn=41, size=42)
@@ -43,6 +51,25 @@ def emu3_config():
   return config
 
 
+def simplear_config():
+  config = simplear.get_config()
+  config.side, config.first_added = 2, 57
+  config.prefix, config.negative = "in the rain ", "blue dog"
+  shrink_trunk(config, 64 + CODES, kv=2)
+  shrink_vq(config, levels=3, dim=2)
+  config.vq.levels = (8, 4)
+  return config
+
+
+def liquid_config():
+  config = liquid.get_config()
+  config.side = 4
+  shrink_trunk(config, 64 + CODES)
+  config.trunk.head_dim = 24
+  shrink_vq(config)
+  return config
+
+
 def llamagen_class_config():
   config = llamagen.get_config("c2i_B_256_ds8")
   config.classes, config.side = 10, 4
@@ -69,6 +96,8 @@ CONFIGS = {
     "anole_hf": lambda: anole_config("hf"),
     "janus": janus_config,
     "emu3": emu3_config,
+    "simplear": simplear_config,
+    "liquid": liquid_config,
     "llamagen_class": llamagen_class_config,
     "llamagen_text": llamagen_text_config,
 }
