@@ -9,11 +9,13 @@ from ssd_jax.convert import (
   anole,
   convert,
   emu3,
+  emu3_5,
   hub,
   janus,
   liquid,
   llamagen,
   lumina,
+  lumina2,
   simplear,
 )
 from ssd_jax.convert.recipes import Recipe
@@ -24,7 +26,8 @@ from ssd_jax.storage.files import user_path
 RECIPES = {
     "llamagen": llamagen.recipe, "lumina": lumina.recipe,
     "anole": anole.recipe, "janus": janus.recipe, "emu3": emu3.recipe,
-    "liquid": liquid.recipe, "simplear": simplear.recipe,
+    "emu3_5": emu3_5.recipe, "liquid": liquid.recipe,
+    "lumina2": lumina2.recipe, "simplear": simplear.recipe,
 }
 _WHAT = {"source": "trunk", "vq": "image tokenizer",
          "text_encoder": "T5 encoder", "tokenizer": "tokenizer of texts"}

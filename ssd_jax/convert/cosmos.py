@@ -87,7 +87,7 @@ def _merged(
     return ((f"{name}.conv2", space(fan_out, fan_in)),
             (f"{name}.conv3", mix)), _upsampling
   if module.endswith("downsample"):
-    level = int(re.search(r"down_(\d)", module)[1])
+    level = int(re.sub(r".*down_(\d).*", r"\1", module))
     with_time = ((f"{name}.conv2", time),) * (level + 1 in cfg.frame_levels)
     return ((f"{name}.conv1", space(fan_out, fan_in)), *with_time,
             (f"{name}.conv3", mix)), _downsampling

@@ -39,7 +39,7 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
   return Recipe(
       config.family, published.settings_of(config, _KEEP),
       (Part("source", published.ANY_FORMAT,
-            Table(tuple(_trunk_rows(family)), (r".*rotary_emb\.inv_freq",)),
+            Table(tuple(trunk_rows(family)), (r".*rotary_emb\.inv_freq",)),
             published.trunk_shapes(family.trunk)),
        Part("vq", published.SAFETENSORS,
             Table(tuple(vq_rows(vq, "video")), ignored), vq_shapes(vq),
@@ -48,7 +48,8 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
   )
 
 
-def _trunk_rows(family: Emu3) -> Iterable[Row]:
+def trunk_rows(family: Emu3) -> Iterable[Row]:
+  """Yields the rows of a trunk with image tokens behind those of the text."""
   cfg, first = family.trunk, family.config.ids.first_code
   size = (cfg.vocab_in, cfg.d_model)
   yield table_rows("model.embed_tokens.weight", *size)

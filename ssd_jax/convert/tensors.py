@@ -1,8 +1,9 @@
 """Reads tensors of published checkpoints from disk, in pieces.
 
 safetensors files are read by their library. The zip archives of `torch.save`
-and `torch.jit.save` are read without torch: a conversion then needs neither torch nor its memory,
-and the unpickler runs nothing that a file names (docs/models.md has figures).
+and `torch.jit.save` are read without torch: a conversion then needs neither
+torch nor its memory, and the unpickler runs nothing that a file names
+(docs/models.md has figures).
 """
 
 from collections.abc import Mapping

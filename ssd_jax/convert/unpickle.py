@@ -1,4 +1,4 @@
-"""Parses the pickle in a file of `torch.save` or `torch.jit.save`, without torch.
+"""Parses the pickle in a file of torch.save or torch.jit.save, without torch.
 
 The unpickler supports only tensors: it neither imports nor calls anything that
 the file names.

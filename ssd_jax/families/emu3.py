@@ -157,8 +157,8 @@ class Emu3(PromptedByIds):
     for name, index in expected.items():
       if ids.image + line_of.get(name, -1) != index:
         raise UserError(
-            f"Expected {VISION} of Emu3-Gen, got {VISION} without {name!r} at "
-            f"id {index}. Convert again with its own tokenizer files.")
+            f"Expected {VISION} of this model, got one without {name!r} at id "
+            f"{index}. Convert again with its own tokenizer files.")
 
   def text_ids(self, text: str) -> list[int]:
     """Returns the ids of a text in NFC; special tokens are not recognised."""

@@ -8,7 +8,6 @@ condition slots have equal attention logits.
 from collections.abc import Sequence
 import functools
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +84,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 class LlamaGen(Published):
   """The LlamaGen family."""
+
+  rounds_pixels = True
 
   @functools.cached_property
   def grid(self) -> Grid:

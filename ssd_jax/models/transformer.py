@@ -6,6 +6,7 @@ carry, so that it is not copied. Alternatively the layers are unstacked and run
 one after another, see models/layouts.py.
 """
 
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
@@ -21,8 +22,9 @@ from ssd_jax.models.rope import rotate
 from ssd_jax.runtime import sharding
 
 _WIDEST_HEAD = 4096
-GATES = {"silu": nn.silu,
-         "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+GATES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Encoder -> quantiser -> decoder of VQGAN (Esser et al. 2021, arXiv:2012.09841),
 configured to hold the published tokenizers (LlamaGen and Janus VQ-16/VQ-8,
-Chameleon, MoVQ, IBQ, Emu3 and Cosmos for single images) and our own. Levels are numbered in the
-encoder's order: level 0 has the highest resolution. All arrays are NHWC.
+Chameleon, MoVQ, IBQ, Emu3 and Cosmos for single images) and our own. Levels are
+numbered in the encoder's order: level 0 has the highest resolution. All arrays
+are NHWC.
 
 B batch, H height, W width, C channels, R rows and C columns of the grid,
 V codebook entries, Z codebook dimension.
@@ -391,7 +392,7 @@ def to_uint8(x: jax.Array) -> jax.Array:
 
 
 def to_uint8_rounded(x: jax.Array) -> jax.Array:
-  """Converts pixels in [-1, 1] to uint8 by rounding (LlamaGen, MoVQ, Cosmos)."""
+  """Converts pixels in [-1, 1] to uint8 by rounding (LlamaGen, MoVQ)."""
   return jnp.clip(127.5 * x + 128.0, 0.0, 255.0).astype(jnp.uint8)
 
 

@@ -29,10 +29,12 @@ from ssd_jax.families import (
   anole,
   emoji,
   emu3,
+  emu3_5,
   janus,
   liquid,
   llamagen,
   lumina,
+  lumina2,
   simplear,
 )
 from ssd_jax.models.drafter import DrafterConfig, bind_drafter
@@ -48,14 +50,17 @@ FAMILIES: dict[str, Callable[..., Family]] = {
     "anole": anole.from_settings,
     "emoji": lambda settings, folder: emoji.from_settings(settings),
     "emu3": emu3.from_settings,
+    "emu3_5": emu3_5.from_settings,
     "janus": janus.from_settings,
     "liquid": liquid.from_settings,
     "llamagen": llamagen.from_settings,
     "lumina": lumina.from_settings,
+    "lumina2": lumina2.from_settings,
     "simplear": simplear.from_settings,
 }
 _CONFIGS = {"janus": "janus_pro"}  # where the file has another name
-CHOICES = {"emu3": emu3.CHOICES, "lumina": lumina.CHOICES,
+CHOICES = {"emu3": emu3.CHOICES, "emu3_5": emu3_5.CHOICES,
+           "lumina": lumina.CHOICES, "lumina2": lumina2.CHOICES,
            "simplear": simplear.CHOICES}
 _SAMPLING = ("guidance", "temperature", "top_k", "top_p")
 _KINDS = {"heads": HeadsConfig, "drafter": DrafterConfig}

@@ -8,7 +8,17 @@ import pytest
 
 from ssd_jax.cli.convert import RECIPES
 from ssd_jax.convert.recipes import copy
-from ssd_jax.families import anole, emu3, janus, llamagen, lumina
+from ssd_jax.families import (
+  anole,
+  emu3,
+  emu3_5,
+  janus,
+  liquid,
+  llamagen,
+  lumina,
+  lumina2,
+  simplear,
+)
 
 _CONFIGS = {
     **{f"llamagen:{v}": (llamagen, v)
@@ -17,6 +27,9 @@ _CONFIGS = {
     **{f"anole:{v}": (anole, v) for v in anole.VARIANTS},
     **{f"janus:{v}": (janus, v) for v in janus.VARIANTS},
     "emu3:1:1": (emu3, "1:1"), "emu3:16:9": (emu3, "16:9"),
+    "emu3_5:4:3": (emu3_5, "4:3"), "liquid": (liquid, ""),
+    "lumina2": (lumina2, ""),
+    **{f"simplear:{v}": (simplear, v) for v in simplear.VARIANTS},
 }
 
 
@@ -62,16 +75,20 @@ def test_tables_convert_to_our_shapes(name):
         shape = source.shape
         if source.rows:
           shape = (source.rows[1] - source.rows[0], *shape[1:])
+        elif row.by_rows:
+          shape = (2, *shape[1:])
         arrays.append(np.broadcast_to(np.int8(0), shape))
       shape = part.leaves[row.target].shape
       if row.layer is not None:
         shape = shape[1:]
       got = row.convert(*arrays).shape
-      assert got[1:] == shape[1:] and (got == shape or row.convert is copy)
+      assert got[1:] == shape[1:]
+      assert got == shape or row.is_divisible
 
 
 def published_size(part):
   """(tensors, parameters) as published."""
+  part = part.resolved(part.required)  # tied heads are stored once
   shapes = {s.name: s.shape for row in part.table.rows for s in row.sources}
   return len(shapes), sum(map(math.prod, shapes.values()))
 
@@ -94,6 +111,15 @@ def published_size(part):
     ("anole:native", 0, None, 7_013_158_912),
     ("anole:hf", 0, None, 7_081_877_379),
     ("llamagen:t2i_XL_256", 2, None, 1_223_527_424),
+    ("simplear:0.5b", 0, 290, 551_140_224),
+    ("simplear:1.5b", 0, 338, 1.642e9),
+    ("liquid", 0, 254, 8.56e9),
+    ("emu3_5:4:3", 0, 707, 34.1e9),
+    ("emu3_5:4:3", 1, 543, 455.3e6),
+    ("lumina2", 0, None, 7_880_273_920),
+    ("lumina2", 1, 431, 270_669_103),
+    # Of 112.5 million; the rest are temporal layers that an image does not use.
+    ("simplear:0.5b", 1, 310, 109_847_670),
 ])
 def test_published_sizes(name, part, tensors, parameters):
   """Numbers of tensors and parameters are the published ones."""
@@ -104,3 +130,16 @@ def test_published_sizes(name, part, tensors, parameters):
   assert tensors in (None, count)
   is_exact = isinstance(parameters, int)
   assert size == pytest.approx(parameters, rel=0 if is_exact else 2e-3)
+
+
+def test_a_tied_head_is_taken_from_the_input_table():
+  """Without a stored head, its rows are those of the table; else its own."""
+  part = recipe_of("simplear:0.5b").parts[0]
+  head = lambda part: next(
+      row.sources[0] for row in part.table.rows if row.target == "trunk/head")
+  names = part.required
+  tied, own = (head(part.resolved(present)) for present in (
+      names, names | {"lm_head.weight"}))
+  assert (tied.name, own.name) == ("model.embed_tokens.weight",
+                                   "lm_head.weight")
+  assert tied.rows == own.rows == (151_672, 215_672)

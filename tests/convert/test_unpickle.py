@@ -1,6 +1,8 @@
 """Pickles are read without executing anything, or refused in one line."""
 
 import pickle
+import sys
+import types
 import zipfile
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from ssd_jax.convert import tensors
 from ssd_jax.core.config import UserError
+from tests.support.torch_files import Storage, Tensor
 
 
 def test_pickles_are_not_executed(torch_file, tmp_path):
@@ -33,6 +36,29 @@ def test_nothing_but_known_names_passes(tmp_path, module, name):
     archive.writestr("model/data.pkl", data)
   with pytest.raises(UserError, match=f"{module}.{name}"):
     tensors.read_file(tmp_path / "model.pt")
+
+
+def _script_module(kind, **attributes):
+  """A module as TorchScript pickles it, of a class that is nowhere."""
+  known = sys.modules["__torch__.net"]
+  setattr(known, kind, type(kind, (), {"__module__": known.__name__}))
+  module = getattr(known, kind)()
+  module.__dict__.update(attributes)
+  return module
+
+
+def test_modules_of_torchscript(torch_file, monkeypatch):
+  """Tensors of torch.jit.save are named by the path of their attributes."""
+  for name in ("__torch__", "__torch__.net"):
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+  weight = np.arange(6, dtype=np.float32)
+  tensor = Tensor(Storage(weight), 0, (2, 3), (3, 1))
+  inner = _script_module("Conv", weight=tensor, training=False, bias=None)
+  file = torch_file(_script_module("Net", conv_in=inner))
+  found = tensors.read_file(file)
+  assert list(found) == ["conv_in.weight"]
+  np.testing.assert_array_equal(
+      found["conv_in.weight"].read(), weight.reshape(2, 3))
 
 
 def _pickles():

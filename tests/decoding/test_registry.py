@@ -30,7 +30,7 @@ from ssd_jax.pipeline.pipeline import Pipeline
 from tests.support.toy_families import CONFIGS
 
 _NAMES = ("lumina", "anole", "janus", "emu3", "llamagen_class",
-          "llamagen_text")
+          "llamagen_text", "simplear", "emu3_5")
 _ROWS = ([60, 61, 37], [60, 62, 63, 61, 37], [37, 43], [37, 43])  # cond, uncond
 
 
@@ -41,7 +41,9 @@ def settings_of(name):
     config.size = "64x64"
   elif name == "emu3":
     config.ratio, config.area = "1:1", 3 * 3 * 4 * 4
-  else:
+  elif name == "emu3_5":
+    config.ratio = "3x3"
+  elif "side" in config:
     config.side = 3
   heads = 1 if name == "emu3" else 2
   config.trunk.update(d_model=16, n_heads=2, n_kv_heads=heads, head_dim=8,
@@ -92,7 +94,7 @@ def pairs():
   """Each decoder on one family, in turn; `stair` and `ssd` on all.
 
   What a decoder sees of a family is its grid and forced tokens; positions and
-  hidden slots are the trunk's, whose families have each three decoders or more.
+  hidden slots are the trunk's, whose families have two decoders or more each.
   """
   for i, decoder in enumerate(sorted(DECODERS)):
     everywhere = decoder in ("ssd", "stair")

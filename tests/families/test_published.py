@@ -1,5 +1,7 @@
 """Published families: sizes, tables, prompts; no weights needed."""
 
+import dataclasses
+import pathlib
 import types
 
 import jax
@@ -12,10 +14,14 @@ from ssd_jax.families import (
   anole,
   captions,
   emu3,
+  emu3_5,
   janus,
+  liquid,
   llamagen,
   lumina,
+  lumina2,
   published,
+  simplear,
 )
 from ssd_jax.pipeline import model_folder
 from tests.support.toy_families import CONFIGS
@@ -27,6 +33,8 @@ _CONFIGS = {
     **{f"anole:{v}": (anole, v) for v in anole.VARIANTS},
     **{f"janus:{v}": (janus, v) for v in janus.VARIANTS},
     "emu3:1:1": (emu3, "1:1"), "emu3:16:9": (emu3, "16:9"),
+    "emu3_5:4:3": (emu3_5, "4:3"), "liquid": (liquid, ""),
+    "lumina2": (lumina2, ""), "simplear": (simplear, ""),
 }
 
 
@@ -37,6 +45,10 @@ _CONFIGS = {
     ("anole:native", 3.0, 0.7, 0, 0.9),
     ("janus:1b", 5.0, 1.0, 0, 1.0),
     ("emu3:1:1", 3.0, 1.0, 2048, 1.0),
+    ("emu3_5:4:3", 5.0, 1.0, 5120, 1.0),
+    ("liquid", 7.0, 0.99, 4096, 0.96),
+    ("lumina2", 4.0, 1.0, 4096, 1.0),  # README
+    ("simplear", 6.0, 1.0, 0, 1.0),  # generate.py
 ])
 def test_published_sampling(name, guidance, temperature, top_k, top_p):
   """Guidance and sampling are by default those of the authors' scripts."""
@@ -63,7 +75,8 @@ def test_emu3_ratios():
       emu3.grid_size(ratio, 720 * 720, 8)
 
 
-@pytest.mark.parametrize("family", [llamagen, lumina, anole, janus, emu3])
+@pytest.mark.parametrize("family", [
+    llamagen, lumina, anole, janus, emu3, emu3_5, liquid, lumina2, simplear])
 def test_unknown_variants_are_named(family):
   """A wrong variant is an error of one line."""
   with pytest.raises(ValueError, match="got .*'tiny'") as error:
@@ -104,6 +117,102 @@ def test_emu3_prompt():
   cond, uncond = family.streams("cat")
   assert list(cond) == [151849, *map(ord, "cat" + config.suffix), *header]
   assert list(uncond) == [151849, *map(ord, "bad"), *header]
+
+
+def test_emu3_5_prompt():
+  """The task with and without the text, the second with two spaces."""
+  family = spelled(emu3_5.Emu35(emu3_5.get_config()))
+  header = [151746, 151852, *map(ord, "55*73"), 151851]
+  cond, uncond = family.streams("a cat")
+  assert list(cond) == [151849, *map(
+      ord, "You are a helpful assistant for t2i task. USER: a cat ASSISTANT: "),
+      *header]
+  assert list(uncond) == [151849, *map(
+      ord, "You are a helpful assistant. USER:  ASSISTANT: "), *header]
+  assert family.input_ids[[0, -2, -1]].tolist() == [151854, 282925, 151846]
+  assert family.grid.length == 55 * 74 - 1
+
+
+def test_emu3_5_grids():
+  """Published ratios and explicit grids are known; others are refused."""
+  assert emu3_5.grid_size("9:16") == (85, 47)
+  assert emu3_5.grid_size("32x32") == (32, 32)
+  for ratio in ("5:4", "0x3", "9999x9999", "32", ""):
+    with pytest.raises(UserError, match="Expected ratio to be one of 4:3"):
+      emu3_5.grid_size(ratio)
+
+
+def test_simplear_prompt():
+  """The prefix before the text; a negative prompt guides."""
+  family = spelled(simplear.SimpleAR(simplear.get_config()))
+  cond, uncond = family.streams("a cat")
+  assert list(cond) == [
+      151665, *map(ord, "A highly realistic image of a cat"), 151667]
+  assert bytes(uncond[1:-1]).startswith(b"An image of aerial view, overexposed")
+  assert (uncond[0], uncond[-1]) == (151665, 151667)
+  assert family.input_ids[[0, -1]].tolist() == [151672, 215671]
+
+
+def named_ids(family, ids):
+  """The family with letters for a tokenizer and these special tokens."""
+  family = spelled(dataclasses.replace(family, folder=pathlib.Path("folder")))
+  family.__dict__["text_tokenizer"] = types.SimpleNamespace(
+      token_to_id=ids.get)
+  return family
+
+
+def test_liquid_prompt():
+  """The instruction behind the text; its names are the tokenizer's."""
+  ids = {"<bos>": 2, "<boi>": 7, "<unconditional>": 9}
+  family = named_ids(liquid.Liquid(liquid.get_config()), ids)
+  cond, uncond = family.streams("a cat")
+  words = "a cat Generate an image based on this description."
+  assert list(cond) == [2, *map(ord, words), 7]
+  assert list(uncond) == [2, 9, 7]
+  assert family.input_ids[[0, -1]].tolist() == [256000, 264191]
+  with pytest.raises(UserError, match="without '<boi>'. Convert again"):
+    named_ids(family, {"<bos>": 2}).streams("a cat")
+
+
+def test_lumina2_prompt():
+  """Height before width in units of 32 px, four tokens each."""
+  config = lumina2.get_config()
+  config.size = "1024x512"
+  names = {"<reserved08706>": 5, "<reserved08816>": 16, "<reserved08832>": 32}
+  family = named_ids(lumina2.Lumina2(config), names)
+  family.__dict__["_start"] = 1
+  assert (family.grid.rows, family.grid.cols) == (64, 128)
+  cond, uncond = family.streams("a cat")
+  words = ("Generate an image of 1024x512 according to the following prompt:\n"
+           "a cat")
+  opening = [151665, 16, 32]
+  assert list(cond) == [1, *map(ord, words), 5, *opening]
+  assert list(uncond) == opening
+  assert family.input_ids[[0, -2, -1]].tolist() == [155000, 171383, 151670]
+  for size in ("700x512", "512", "0x32", "4096x32", "axb", "64x"):
+    config.size = size
+    with pytest.raises(UserError, match="Expected size to be WIDTHxHEIGHT"):
+      _ = lumina2.Lumina2(config).grid
+
+
+def test_simplear_ids_are_checked(monkeypatch):
+  """Its own tokenizer and Qwen2.5's are taken; another one is refused."""
+  def tokenizer(first, count):
+    added = {name: first + i for i, name in enumerate(simplear.ADDED)}
+    return types.SimpleNamespace(
+        token_to_id=(added if first else {}).get,
+        get_vocab_size=lambda: count)
+
+  for first, count, is_right in ((151_665, 151_672, True), (0, 151_665, True),
+                                 (151_643, 151_650, False), (0, 50, False)):
+    monkeypatch.setattr(
+        published.Published, "text_tokenizer", tokenizer(first, count))
+    family = simplear.SimpleAR(simplear.get_config())
+    if is_right:
+      assert family.text_tokenizer.get_vocab_size() == count
+      continue
+    with pytest.raises(UserError, match="Expected SimpleAR's tokenizer"):
+      _ = family.text_tokenizer
 
 
 def test_long_prompts_are_refused():
@@ -168,9 +277,12 @@ def test_features_that_are_none_are_one_line(tmp_path):
       read()
 
 
-@pytest.mark.parametrize("name", ["lumina", "janus", "llamagen_class"])
+_ROUNDING = ("llamagen_class", "simplear", "lumina2")
+
+
+@pytest.mark.parametrize("name", ["lumina", "janus", *_ROUNDING])
 def test_pixels_as_the_originals_store_them(name):
-  """LlamaGen rounds to whole numbers, the others cut."""
+  """Some round to whole numbers, the others cut."""
   config = CONFIGS[name]()
   family = model_folder.FAMILIES[config.family](
     {"config": config.to_dict()}, None
@@ -178,7 +290,7 @@ def test_pixels_as_the_originals_store_them(name):
   x = np.linspace(-1.2, 1.2, 99, dtype=np.float32)
   family.__dict__["vq"] = types.SimpleNamespace(apply=lambda *a, **k: x)
   scaled = np.clip((x.astype(np.float64) + 1) / 2 * 255, 0, 255)
-  whole = np.floor(scaled + 0.5) if name == "llamagen_class" else scaled
+  whole = np.floor(scaled + 0.5) if name in _ROUNDING else scaled
   np.testing.assert_allclose(
       family.decode({}, None), whole.astype(np.uint8), atol=0)
 
@@ -278,6 +390,10 @@ def test_full_size_parameters_have_our_shapes():
     (lumina, "target_size", 10**9, "target_size"),
     (emu3, "area", -1, "area"), (emu3, "area", 10**40, "area"),
     (emu3, "ratio", "9" * 400 + ":1", "ratio"),
+    (emu3_5, "ratio", "5:4", "ratio"), (lumina2, "size", "9x9", "size"),
+    (simplear, "side", 0, "rows"), (simplear, "vq.levels", (8, 8), "levels"),
+    (simplear, "trunk.gate", "relu", "gate"),
+    (lumina2, "trunk.qk_rms", True, "qk_rms"),
     (llamagen, "side", 0, "rows"), (llamagen, "side", 10**9, "rows x cols"),
     (llamagen, "theta", 0.0, "theta"),
     (llamagen, "theta", float("nan"), "theta"),

@@ -13,7 +13,13 @@ import torch
 import transformers
 from transformers.models.chameleon import modeling_chameleon
 
-from tests.parity import torch_cosmos, torch_gpt, torch_vq, transformers_vq
+from tests.parity import (
+  diffusers_vq,
+  torch_cosmos,
+  torch_gpt,
+  torch_vq,
+  transformers_vq,
+)
 from tests.parity.original_files import (
   fill,
   frozen,
@@ -294,8 +300,10 @@ class Emu3(Reference):
     (folder / "emu3_vision_tokens.txt").write_text(
         "".join(f"<|{name}|>\n" for name in names))
     write_shards(folder, self.trunk, "model", "safetensors")
-    write_safetensors(folder / "vision_tokenizer" / "model.safetensors",
-                      self.vq_tensors())
+    self.save_tokenizer(folder / "vision_tokenizer")
+
+  def save_tokenizer(self, folder):
+    write_safetensors(folder / "model.safetensors", self.vq_tensors())
 
   def ids(self, text):
     """Bytes, but for the four pieces that have ids of their own."""
@@ -311,6 +319,76 @@ class Emu3(Reference):
     codes = [301 if t == CODES else t + 304 for t in tokens]
     logits = self.model(torch.tensor([prompt + codes])).logits[0]
     return logits[len(prompt) - 1:, 304:].numpy()
+
+
+class Emu35(Emu3):
+  """transformers' Qwen3 behind Emu3's text; IBQ's codes by dot products."""
+
+  name = "emu3_5"
+  mult = (1, 2)
+
+  def make_tokenizer(self):
+    return torch_vq.IBQ(32, self.mult, 1, 16, CODES, 8)
+
+  def make_trunk(self):
+    self.model = frozen(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=304 + CODES, hidden_size=DIM, intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS, num_attention_heads=HEADS, head_dim=24,
+        num_key_value_heads=2, rms_norm_eps=1e-6, tie_word_embeddings=False,
+        rope_parameters=dict(
+            rope_type="default", rope_theta=1_000_000.0))))
+    fill(self.model.state_dict())
+    return self.model.state_dict()
+
+  def save_tokenizer(self, folder):
+    folder.mkdir()
+    unused = {"loss.discriminator.weight": torch.ones(2)}
+    torch.save({"state_dict": self.vq_tensors() | unused},
+               folder / "model.ckpt")
+
+  def prompt(self, text, conditional):
+    words = ("You are a helpful assistant for t2i task. USER: "
+             f"{text} ASSISTANT: " if conditional else
+             "You are a helpful assistant. USER:  ASSISTANT: ")
+    return [300, *self.ids(words), 299, 303, *b"2*3", 302]
+
+
+class Lumina2(Reference):
+  """transformers' Chameleon, diffusers' tokenizer with spatial norms."""
+
+  name = "lumina2"
+  row_ends = True
+  mult = (1, 1, 1, 2)
+  norm_rows, first_code = 1, 60
+  make_trunk = Lumina.make_trunk
+
+  def make_tokenizer(self):
+    return diffusers_vq.MoVQ(32, self.mult, 1, 4, CODES, 4)
+
+  def save(self, folder):
+    self.folder = folder
+    special = {"<|endoftext|>": 36, "<racm3:break>": 37,
+               "<reserved08799>": 40, "<reserved08706>": 41,
+               "<reserved08801>": 43}
+    write_tokenizer(folder / "tokenizer.json", special)
+    (folder / "tokenizer_config.json").write_text(
+        '{"bos_token": null, "eos_token": {"content": "<|endoftext|>"}}')
+    torch.save(self.vq_tensors(), folder / "movqgan_270M.ckpt")
+    write_shards(folder, self.trunk, "model", "safetensors")
+
+  def prompt(self, text, conditional):
+    grid = [37, 43, 43]  # 32 px each
+    if not conditional:
+      return grid
+    words = "Generate an image of 32x32 according to the following prompt:\n"
+    return [36, *self.ids(words + text), 41, *grid]
+
+  def logits(self, text, conditional, tokens):
+    prompt = self.prompt(text, conditional)
+    codes = [40 if t == CODES else t + self.first_code for t in tokens]
+    hidden = self.model(torch.tensor([prompt + codes])).last_hidden_state[0]
+    logits = hidden[len(prompt) - 1:] @ self.trunk["lm_head.weight"].T
+    return logits[:, self.first_code:self.first_code + CODES].numpy()
 
 
 class SimpleAR(Reference):
@@ -357,6 +435,7 @@ class Liquid(Reference):
   """transformers' Gemma with a tied head, Chameleon's tokenizer."""
 
   name = "liquid"
+  rows, cols = 3, 3
   first_code = 64
 
   def make_trunk(self):
@@ -465,6 +544,7 @@ class LlamaGenText(Reference):
 
 FAMILIES = {
     family.name: family for family in (
-        Lumina, AnoleNative, AnoleHF, Janus, Emu3, SimpleAR, Liquid,
+        Lumina, AnoleNative, AnoleHF, Janus, Emu3, Emu35, Lumina2, SimpleAR,
+        Liquid,
         LlamaGenClass, LlamaGenText)
 }

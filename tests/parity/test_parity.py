@@ -120,7 +120,8 @@ def test_pictures(case):
 
 
 _VOCABULARIES = {"lumina": 8192, "anole": 8192, "janus": 16384,
-                 "emu3": 32768, "llamagen": 16384}
+                 "emu3": 32768, "llamagen": 16384, "simplear": 64_000,
+                 "liquid": 8192, "lumina2": 16384, "emu3_5": 131_072}
 
 
 @pytest.mark.parametrize("name", _VOCABULARIES)

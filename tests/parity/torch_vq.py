@@ -124,9 +124,10 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
   """`style` is "raster" (LlamaGen) or "taming" (Chameleon)."""
 
-  def __init__(self, ch, mult, n_res, z, style):
+  def __init__(self, ch, mult, n_res, z, style, with_attn=False):
     super().__init__()
     self.raster = style == "raster"
+    with_attn = with_attn or self.raster
     c = ch * mult[-1]
     self.conv_in = nn.Conv2d(z, c, 3, padding=1)
     self.mid = (nn.ModuleList([Res(c, c), Attn(c), Res(c, c)]) if self.raster
@@ -134,7 +135,7 @@ class Decoder(nn.Module):
     levels = []  # in the order they run
     for i in reversed(range(len(mult))):
       last = i == len(mult) - 1
-      levels.append(Level(c, ch * mult[i], n_res + 1, self.raster and last,
+      levels.append(Level(c, ch * mult[i], n_res + 1, with_attn and last,
                           "res" if self.raster else "block"))
       c = ch * mult[i]
       if i:
@@ -198,4 +199,56 @@ class Tokenizer(nn.Module):
   def decode(self, ids):
     """Pixels [B, 3, H, W] of ids [B, R, C]."""
     z = self.codes()[ids].permute(0, 3, 1, 2)
+    return self.decoder(self.post_quant_conv(z))
+
+
+class IBQEncoder(nn.Module):
+  """The encoder with taming-transformers' names."""
+
+  def __init__(self, ch, mult, n_res, z):
+    super().__init__()
+    self.conv_in, c = nn.Conv2d(3, ch, 3, padding=1), ch
+    self.down = nn.ModuleList()
+    for i, m in enumerate(mult):
+      last = i == len(mult) - 1
+      self.down.append(Level(c, ch * m, n_res, last, "block"))
+      c = ch * m
+      if not last:
+        self.down[-1].downsample = Down(c)
+    self.mid = Middle(c)
+    self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, z, 3, padding=1)
+
+  def forward(self, x):
+    x = self.conv_in(x)
+    for level in self.down:
+      x = level(x)
+      if hasattr(level, "downsample"):
+        x = level.downsample(x)
+    return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class IBQ(nn.Module):
+  """Emu3.5's: taming's names, attention at the lowest level, dot products."""
+
+  def __init__(self, ch, mult, n_res, z, codes, dim):
+    super().__init__()
+    self.encoder = IBQEncoder(ch, mult, n_res, z)
+    self.decoder = Decoder(ch, mult, n_res, z, "taming", with_attn=True)
+    self.quantize = Quantizer(codes, dim)
+    self.quant_conv = nn.Conv2d(z, dim, 1)
+    self.post_quant_conv = nn.Conv2d(dim, z, 1)
+
+  def tensors(self):
+    return self.state_dict()
+
+  @torch.no_grad()
+  def encode(self, pixels):
+    """int64 [B, R, C] of pixels [B, 3, H, W] in [-1, 1]."""
+    z = self.quant_conv(self.encoder(pixels)).permute(0, 2, 3, 1)
+    return (z @ self.quantize.embedding.weight.T).argmax(-1)
+
+  @torch.no_grad()
+  def decode(self, ids):
+    """Pixels [B, 3, H, W] of ids [B, R, C]."""
+    z = self.quantize.embedding(ids).permute(0, 3, 1, 2)
     return self.decoder(self.post_quant_conv(z))

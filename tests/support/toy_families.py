@@ -3,10 +3,12 @@
 from ssd_jax.families import (
   anole,
   emu3,
+  emu3_5,
   janus,
   liquid,
   llamagen,
   lumina,
+  lumina2,
   simplear,
 )
 from tests.support.toy_weights import CODES, shrink_trunk, shrink_vq
@@ -51,6 +53,25 @@ def emu3_config():
   return config
 
 
+def emu3_5_config():
+  config = emu3_5.get_config("2x3")
+  config.ids.update(specials=260, start=300, end_of_row=301, image=302,
+                    begin_of_image=303, begin_of_answer=299, first_code=304)
+  shrink_trunk(config, 304 + CODES, kv=2)
+  config.trunk.head_dim = 24
+  shrink_vq(config, levels=2)
+  return config
+
+
+def lumina2_config():
+  config = lumina2.get_config()
+  config.size = "32x32"  # 4 x 4 tokens
+  config.ids.update(first_code=60, end_of_row=40, image=37)
+  shrink_trunk(config, 96)
+  shrink_vq(config, levels=4, dim=4, z=4)
+  return config
+
+
 def simplear_config():
   config = simplear.get_config()
   config.side, config.first_added = 2, 57
@@ -63,7 +84,7 @@ def simplear_config():
 
 def liquid_config():
   config = liquid.get_config()
-  config.side = 4
+  config.side = 3
   shrink_trunk(config, 64 + CODES)
   config.trunk.head_dim = 24
   shrink_vq(config)
@@ -96,6 +117,8 @@ CONFIGS = {
     "anole_hf": lambda: anole_config("hf"),
     "janus": janus_config,
     "emu3": emu3_config,
+    "emu3_5": emu3_5_config,
+    "lumina2": lumina2_config,
     "simplear": simplear_config,
     "liquid": liquid_config,
     "llamagen_class": llamagen_class_config,
