@@ -242,7 +242,7 @@ def _write_report(
   device = jax.devices()[0]
   sampling, _ = pipe.sampling(**job.sampling)
   settings = dict(
-      checkpoint=flags.FLAGS.checkpoint or "emoji", prompts=list(job.prompts),
+      checkpoint=common.model_name() or "emoji", prompts=list(job.prompts),
       num_images=job.num_images, batch=job.batch,
       **{k: round(float(getattr(sampling, k)), 6)
          for k in job.sampling})
@@ -283,7 +283,7 @@ def _profile() -> None:
   """Measures passes of the flags' model."""
   _refuse_flags(
       "profile", "batch", "checkpoint", "drafter", "guidance", "heads", "int8",
-      "out", "prompts_file", "random_weights", "split", "temperature", "top_k",
+      "model", "out", "prompts_file", "random_weights", "split", "temperature", "top_k",
       "top_p")
   batch = 1 if flags.FLAGS.batch is None else flags.FLAGS.batch
   check(batch >= 1, "batch", batch, ">= 1")

@@ -10,8 +10,9 @@ from absl import flags
 from ssd_jax.cli import config_overrides, run as cli
 from ssd_jax.core.config import UserError
 from ssd_jax.decoding.sampling import Overrides
-from ssd_jax.pipeline import model_folder
+from ssd_jax.pipeline import model_folder, published_models
 from ssd_jax.pipeline.pipeline import Pipeline
+from ssd_jax.storage.files import user_path
 
 # Flags that several commands read; each command defines those that it reads.
 _FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
@@ -37,6 +38,10 @@ _FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
     "checkpoint": (
         flags.DEFINE_string, None, "Model folder; default: the config's, else "
         "the embedded model."),
+    "model": (
+        flags.DEFINE_string, None, "Published model: a name, `list` for all "
+        "names, hf:ORG/NAME or a model folder. It is downloaded and converted "
+        "once. Needs the extras 'hub' and 'text'."),
     "heads": (
         flags.DEFINE_string, None, "Folder of spatial heads; default: the "
         "model's own."),
@@ -54,7 +59,7 @@ _FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
         "decoders; it is executed."),
 }
 SAMPLING = ("guidance", "temperature", "top_k", "top_p")
-MODEL = ("checkpoint", "heads", "drafter", "random_weights", "int8")
+MODEL = ("checkpoint", "model", "heads", "drafter", "random_weights", "int8")
 
 
 def define_flags(*names: str) -> None:
@@ -69,8 +74,13 @@ def define_flags(*names: str) -> None:
       define(name, default, text)
 
 
+def model_name() -> str | None:
+  """Returns what --model or --checkpoint names, None without them."""
+  return flags.FLAGS.model or flags.FLAGS.checkpoint
+
+
 def load_pipeline() -> Pipeline:
-  """Loads the pipeline of --checkpoint, else of the config, else emoji.
+  """Loads the pipeline of --model or --checkpoint, of the config, else emoji.
 
   With --random_weights a published family needs no --checkpoint.
 
@@ -78,9 +88,15 @@ def load_pipeline() -> Pipeline:
     UserError: when --config is given and names another family.
   """
   config = flags.FLAGS.config
-  checkpoint = flags.FLAGS.checkpoint or config.get("checkpoint", "")
+  if flags.FLAGS.model and flags.FLAGS.checkpoint:
+    raise UserError(
+        "Expected one model, got --model and --checkpoint. Leave one out.")
+  named = flags.FLAGS.checkpoint or _named_model()
+  if isinstance(named, Pipeline):
+    return named
+  checkpoint = named or config.get("checkpoint", "")
   heads, drafter = flags.FLAGS.heads, flags.FLAGS.drafter
-  if config.family != "emoji" and not flags.FLAGS.checkpoint:
+  if config.family != "emoji" and not named:
     if flags.FLAGS.random_weights:
       return model_folder.from_config(config, heads, drafter, flags.FLAGS.int8)
     model_folder.require(checkpoint, config.family)
@@ -94,6 +110,25 @@ def load_pipeline() -> Pipeline:
       int8=flags.FLAGS.int8)
   config_overrides.check_family(pipe, config)
   return pipe
+
+
+def _named_model() -> str | Pipeline | None:
+  """Returns the folder of --model, or its pipeline with random weights."""
+  name = flags.FLAGS.model
+  if not name:
+    return None
+  known = published_models.find(name)
+  if known is None and name != "emoji" and not (
+      user_path(name) / "model.json").is_file():
+    raise UserError(
+        "Expected a model folder or a name that --model list shows, got "
+        f"--model {name}. Check its spelling.")
+  if known is None or not flags.FLAGS.random_weights:
+    return os.fspath(published_models.resolve(name))
+  cli.refuse_unused()
+  return model_folder.from_config(
+      published_models.CATALOG[known].config, flags.FLAGS.heads,
+      flags.FLAGS.drafter, flags.FLAGS.int8)
 
 
 def sampling() -> Overrides:

@@ -137,7 +137,7 @@ def _settings(pipe: Pipeline) -> dict:
       "guidance": round(float(sampling.guidance), 6),
       "temperature": round(float(sampling.temperature), 6),
       "top_k": int(sampling.top_k), "top_p": round(float(sampling.top_p), 6),
-      "checkpoint": flags.FLAGS.checkpoint or pipe.family.name,
+      "checkpoint": common.model_name() or pipe.family.name,
       "software": f"ssd_jax {__version__}",
   }
 

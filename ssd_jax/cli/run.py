@@ -14,6 +14,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
+from ssd_jax.cli import model_list
 from ssd_jax.core.config import UserError
 from ssd_jax.runtime import distributed, interrupts, sharding
 from ssd_jax.storage import files
@@ -70,6 +71,8 @@ def main(
     fail(_bad_flag(error, argv))
   if len(rest) > 1:
     fail(f"Expected flags only, got argument {rest[1]!r}. See --help.")
+  if "model" in flags.FLAGS and flags.FLAGS.model == "list":
+    body = model_list.show
   try:
     with interrupts.watched(), (
         devices(draws) if runs_here else contextlib.nullcontext()):

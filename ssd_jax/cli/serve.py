@@ -194,7 +194,7 @@ def _served(
 
 def _name(pipe: Pipeline) -> str:
   """Returns the name that clients call the model by."""
-  folder = flags.FLAGS.checkpoint
+  folder = common.model_name()
   return pathlib.Path(folder).resolve().name if folder else pipe.family.name
 
 

@@ -13,6 +13,7 @@ from ssd_jax.core.extras import need
 from ssd_jax.storage.files import user_path
 
 PREFIX = "hf:"
+_PATIENCE = 30.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,9 @@ class Location:
     """Names of the files, and whether only cached files are available."""
     (name, revision), hub = self._named, self._hub
     try:
-      return hub.HfApi().list_repo_files(name, revision=revision), False
+      # Unlike a listing of the tree, this does not try again for half a minute.
+      found = hub.HfApi().model_info(name, revision=revision, timeout=_PATIENCE)
+      return [file.rfilename for file in found.siblings], False
     except Exception as error:  # of many types; cached files may suffice
       try:
         root = pathlib.Path(hub.snapshot_download(

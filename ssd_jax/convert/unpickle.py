@@ -126,7 +126,7 @@ class _Ignored:
 class Module:
   """Replaces a module of TorchScript: tensors and modules by attribute."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._state: dict[str, Any] = {}
 
   def __setstate__(self, state: Any) -> None:

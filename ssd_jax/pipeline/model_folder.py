@@ -40,6 +40,7 @@ from ssd_jax.families import (
 from ssd_jax.models.drafter import DrafterConfig, bind_drafter
 from ssd_jax.models.quantization import quantize
 from ssd_jax.models.spatial_heads import HeadsConfig, bind_heads
+from ssd_jax.pipeline import published_models
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import memory, sharding
 from ssd_jax.storage import checkpoints, model_settings
@@ -73,10 +74,12 @@ def load(
     choices: Mapping[str, Any] | None = None, extras: bool = True,
     int8: bool = False,
 ) -> Pipeline:
-  """Loads a pipeline from "emoji" (the embedded model) or a model folder.
+  """Loads a pipeline of a model folder or of a published model.
 
   Args:
-    name: "emoji", or a folder written by training or infer.convert.
+    name: "emoji" (the embedded model), a folder written by training or
+      infer.convert, or the name of a published model, such as "simplear", which
+      is downloaded and converted once (`published_models.CATALOG`).
     random_weights: Use random parameters for the trunk; the model's own heads
       and drafter, which belong to its trunk, are left out.
     heads: Folder of spatial heads, instead of the model's own.
@@ -91,6 +94,7 @@ def load(
       belong together, if memory is too small, or if int8 is impossible here.
   """
   _check_names(name=name, heads=heads, drafter=drafter)
+  name = published_models.resolve(name)
   check(choices is None or isinstance(choices, Mapping), "choices", choices,
         "a dict of settings")
   folder, settings = _folder_of(name), read_settings(name)
@@ -297,17 +301,15 @@ def _check_memory(
     shapes: Shapes of its arrays.
     folder: The model's folder; None for random weights.
   """
-  free, size = memory.free_bytes(), np.dtype(_dtype()).itemsize
+  free = memory.free_bytes()
   counts = [math.prod(x.shape) for x in jax.tree.leaves(shapes["trunk"])]
-  trunk = sum(counts)
-  num_shards = sharding.num_param_shards()
-  needed = (trunk + _cached(family)) * size // num_shards + 4 * sum(
-      math.prod(x.shape) for x in jax.tree.leaves(shapes["vq"]))  # float32
+  trunk, vq = sum(counts), sum(
+      math.prod(x.shape) for x in jax.tree.leaves(shapes["vq"]))
+  stored = None if folder is None else sum(
+      file.stat().st_size for file in (folder / "trunk").rglob("*"))
+  needed = needed_bytes(family, trunk, vq, stored)
   if folder is None:  # the largest array while it is drawn
-    needed = max(needed, 4 * 4 * max(counts) // num_shards)
-  elif jax.default_backend() == "cpu":  # what was read, until it is cast
-    needed += sum(
-        file.stat().st_size for file in (folder / "trunk").rglob("*"))
+    needed = max(needed, 4 * 4 * max(counts) // sharding.num_param_shards())
   if free is not None and needed > free:
     raise UserError(
         f"Expected at most the {free / 1e9:.1f} GB of free memory, got a "
@@ -315,6 +317,25 @@ def _check_memory(
         f"{needed / 1e9:.1f} GB for one image in {np.dtype(_dtype())}. "
         "Choose a smaller model or a larger machine, or share it by --mesh "
         "tensor=8.")
+
+
+def needed_bytes(
+    family: Family, trunk: int, vq: int, stored: int | None
+) -> int:
+  """Returns the bytes per device of a model and the cache of one image.
+
+  Args:
+    family: The model's family.
+    trunk: Number of the trunk's parameters.
+    vq: Number of the image tokenizer's parameters.
+    stored: Bytes of the trunk on disk; None for random weights.
+  """
+  size = np.dtype(_dtype()).itemsize
+  needed = (trunk + _cached(family)) * size // sharding.num_param_shards()
+  needed += 4 * vq  # float32
+  if stored is not None and jax.default_backend() == "cpu":
+    needed += stored  # what was read, until it is cast
+  return needed
 
 
 def _cached(family: Family) -> int:

@@ -15,9 +15,9 @@ from PIL import Image
 import pytest
 
 from ssd_jax.cli import common, config_overrides, generate, run, train
-from ssd_jax.cli.convert import RECIPES
 from ssd_jax.convert import convert
 from ssd_jax.convert.checkpoint_files import Checkpoint
+from ssd_jax.convert.registry import RECIPES
 from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
 from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
 from ssd_jax.models.spatial_heads import HeadsOptions

@@ -6,11 +6,11 @@ import types
 
 import pytest
 
-from ssd_jax.cli import convert as cli
 from ssd_jax.convert import (
   hub,
   janus as convert_janus,
   llamagen as convert_llamagen,
+  registry,
 )
 from ssd_jax.core.config import UserError
 from ssd_jax.families import janus, llamagen
@@ -44,11 +44,12 @@ class FakeHub(types.ModuleType):
   def HfApi(self):
     return self
 
-  def list_repo_files(self, name, revision=None):
+  def model_info(self, name, revision=None, timeout=None):
     if self.error:
       raise self.error
-    return [str(p.relative_to(self.folders[name]))
-            for p in self.folders[name].rglob("*") if p.is_file()]
+    return types.SimpleNamespace(siblings=[
+        types.SimpleNamespace(rfilename=str(p.relative_to(self.folders[name])))
+        for p in self.folders[name].rglob("*") if p.is_file()])
 
   def snapshot_download(self, name, revision=None, local_files_only=False):
     assert local_files_only
@@ -72,7 +73,7 @@ def test_only_what_is_needed_is_downloaded(source, monkeypatch):
   fake = FakeHub({"a/b": source})
   (source / "pytorch_model.bin").write_text("not needed")
   given = places(monkeypatch, fake, source="hf:a/b")
-  assert cli.fetched(_recipe(), given) == {"source": source}
+  assert registry.fetched(_recipe(), given) == {"source": source}
   assert sorted(fake.fetched) == _NEEDED
 
 
@@ -82,7 +83,7 @@ def test_nothing_is_downloaded_before_all_is_found(source, monkeypatch):
   (source / "tokenizer.json").unlink()
   given = places(monkeypatch, fake, source="hf:a/b")
   with pytest.raises(UserError, match="--tokenizer"):
-    cli.fetched(_recipe(), given)
+    registry.fetched(_recipe(), given)
   assert not fake.fetched
 
 
@@ -100,7 +101,7 @@ def test_the_text_encoder_brings_its_tokenizer(tmp_path, monkeypatch):
     fake = FakeHub({name: tmp_path / name for name in repositories})
     given = places(monkeypatch, fake, source=f"{prefix}a/trunk",
                    text_encoder=f"{prefix}a/t5")
-    assert cli.fetched(recipe, given)["text_encoder"] == tmp_path / "a/t5"
+    assert registry.fetched(recipe, given)["text_encoder"] == tmp_path / "a/t5"
     assert fake.fetched == ([] if prefix != "hf:" else [
         "t2i_XL_stage1_256.pt", "vq_ds16_t2i.pt", "model.safetensors",
         "tokenizer.json"])
@@ -110,7 +111,7 @@ def test_what_was_fetched_serves_without_a_network(source, monkeypatch):
   """Out of reach, the files that are kept on this machine are taken."""
   fake = FakeHub({}, OSError("no route"), kept=source)
   given = places(monkeypatch, fake, source="hf:a/b")
-  assert cli.fetched(_recipe(), given) == {"source": source}
+  assert registry.fetched(_recipe(), given) == {"source": source}
   assert sorted(fake.fetched) == _NEEDED
 
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from ssd_jax.cli.convert import RECIPES
 from ssd_jax.convert.recipes import copy
+from ssd_jax.convert.registry import RECIPES
 from ssd_jax.families import (
   anole,
   emu3,

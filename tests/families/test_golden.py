@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssd_jax.cli.convert import RECIPES
 from ssd_jax.convert import convert
 from ssd_jax.convert.checkpoint_files import Checkpoint
+from ssd_jax.convert.registry import RECIPES
 from ssd_jax.families.published import left_padded
 from ssd_jax.models.t5 import T5Config, T5Encoder
 from ssd_jax.pipeline.model_folder import FAMILIES

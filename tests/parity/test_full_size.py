@@ -8,7 +8,7 @@ import transformers
 from transformers.models.chameleon import modeling_chameleon
 
 from ssd_jax import families
-from ssd_jax.cli.convert import RECIPES
+from ssd_jax.convert.registry import RECIPES
 from tests.parity import (
   diffusers_vq,
   torch_cosmos,

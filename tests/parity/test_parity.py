@@ -9,8 +9,8 @@ import transformers
 
 import ssd_jax
 from ssd_jax import families
-from ssd_jax.cli.convert import RECIPES
 from ssd_jax.convert import convert
+from ssd_jax.convert.registry import RECIPES
 from ssd_jax.decoding import engine, sampling
 from ssd_jax.decoding.ar import AR
 from tests.parity.references import FAMILIES, TEXTS

@@ -67,6 +67,9 @@ SHARED = {
     "a checkpoint with broken JSON": ["--checkpoint", "{dir}/broken"],
     "a checkpoint without weights": ["--checkpoint", "{dir}/weightless"],
     "a checkpoint with a cut file": ["--checkpoint", "{dir}/cut"],
+    "a model of no known name": ["--model", "nosuch"],
+    "a repository of no known model": ["--model", "hf:a/b"],
+    "two models": ["--model", "simplear", "--checkpoint", "{dir}/cut"],
     "heads that are not there": ["--heads", "{dir}/nowhere"],
     "a drafter that is not there": ["--drafter", "{dir}/nowhere"],
     "a config of another family": ["--config", "configs/janus_pro.py:1b"],
@@ -258,6 +261,11 @@ def cases():
     yield "compare", what, args
   for what, args in CONVERT.items():
     yield "convert", what, ["--config", "configs/llamagen.py", *args]
+  yield "convert", "a ratio that a family lacks", [
+      "--config", "configs/emu3_5.py:5:4"]
+  yield "convert", "a size that a family lacks", [
+      "--config", "configs/lumina2.py", "--config.size=9x9", "--source",
+      "{dir}/empty", "--out", "{out}"]
   yield "convert", "a family that is not converted", [
       "--source", "{dir}/empty", "--out", "{out}"]
   for name in TRAINING:

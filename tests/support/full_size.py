@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 import resource
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from ssd_jax.cli.convert import RECIPES
+from ssd_jax.convert.registry import RECIPES
 
 _DTYPES = {"float32": (np.float32, "F32", "FloatStorage"),
            "bfloat16": (ml_dtypes.bfloat16, "BF16", "BFloat16Storage")}
@@ -73,10 +74,12 @@ def write_part(
     folder: pathlib.Path, part, dtype: str, is_pickled: bool
 ) -> None:
   """Shards of random tensors and their index, or the one file looked for."""
+  part = part.resolved(part.required)  # tied heads are stored once
   shapes = {s.name: s.shape for row in part.table.rows for s in row.sources}
   folder.mkdir()
   if not any("index" in pattern for pattern in part.patterns):
-    name = part.patterns[0].removeprefix("**/")
+    # A glob such as [de][en]coder.jit stands for the file of its first letters.
+    name = re.sub(r"\[(.).*?\]", r"\1", part.patterns[0].removeprefix("**/"))
     write_shard(folder / name, shapes, dtype)
     return
   shards, size = [[]], 0
