@@ -283,8 +283,8 @@ def _profile() -> None:
   """Measures passes of the flags' model."""
   _refuse_flags(
       "profile", "batch", "checkpoint", "drafter", "guidance", "heads", "int8",
-      "model", "out", "prompts_file", "random_weights", "split", "temperature", "top_k",
-      "top_p")
+      "model", "out", "prompts_file", "random_weights", "split", "temperature",
+      "top_k", "top_p")
   batch = 1 if flags.FLAGS.batch is None else flags.FLAGS.batch
   check(batch >= 1, "batch", batch, ">= 1")
   need("matplotlib.figure", "bench")
