@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ssd_jax.core.config import check, check_sizes
-from ssd_jax.models import fsq
+from ssd_jax.models import codebook_search, fsq
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,10 +330,14 @@ class VQ(nn.Module):
     """Returns the codebook entry of each latent, int32 [B, R, C]."""
     if self.cfg.levels:
       return fsq.quantize(z_BRCZ, self.cfg.levels)
+    codes_VZ = self.codes()
     if self.cfg.dot:
-      return jnp.argmax(_dots(z_BRCZ, self.codes()), -1).astype(jnp.int32)
-    price = self.price if self.cfg.priced else 0.0
-    return nearest_code(z_BRCZ, self.codes(), price)
+      find = functools.partial(codebook_search.best_code, codes_VZ=codes_VZ)
+    else:
+      find = functools.partial(
+          codebook_search.nearest_code, codes_VZ=codes_VZ,
+          price_V=self.price if self.cfg.priced else 0.0)
+    return codebook_search.in_rows(find, z_BRCZ, len(codes_VZ))
 
   def decode(self, ids_BRC: jax.Array) -> jax.Array:
     """Decodes image tokens to images [B, H, W, 3], about [-1, 1]."""
@@ -348,37 +352,9 @@ class VQ(nn.Module):
     """Returns the codebook [V, Z] as it is compared and looked up."""
     if self.cfg.levels:
       return fsq.codebook(self.cfg.levels)
-    return unit(self.codebook) if self.cfg.l2_norm else self.codebook
-
-
-def unit(x: jax.Array) -> jax.Array:
-  """Scales vectors to unit length along the last axis."""
-  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def nearest_code(
-    z_BRCZ: jax.Array, codes_VZ: jax.Array, price_V: jax.Array | float = 0.0
-) -> jax.Array:
-  """Finds the codebook entry with the least squared distance plus price.
-
-  On a unit-norm codebook this is the entry with the largest cosine, whatever
-  the latent's length, so the latents need no normalisation.
-
-  Args:
-    z_BRCZ: Latents.
-    codes_VZ: Codebook.
-    price_V: Price of each entry.
-
-  Returns:
-    int32 [B, R, C], indices of codebook entries.
-  """
-  dots = _dots(z_BRCZ, codes_VZ)
-  distance = jnp.sum(codes_VZ**2, axis=-1) + price_V - 2.0 * dots
-  return jnp.argmin(distance, axis=-1).astype(jnp.int32)
-
-
-def _dots(z_BRCZ: jax.Array, codes_VZ: jax.Array) -> jax.Array:
-  return jnp.einsum("brcz,vz->brcv", z_BRCZ, codes_VZ)
+    if not self.cfg.l2_norm:
+      return self.codebook
+    return codebook_search.unit(self.codebook)
 
 
 def to_float(image_BHWC: jax.Array) -> jax.Array:

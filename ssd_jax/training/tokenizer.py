@@ -28,7 +28,8 @@ import optax
 
 from ssd_jax.core.config import LoopConfig, OptimizerConfig, check
 from ssd_jax.data import stream as data_stream
-from ssd_jax.models.vq import VQ, VQConfig, nearest_code, to_float
+from ssd_jax.models.codebook_search import nearest_code
+from ssd_jax.models.vq import VQ, VQConfig, to_float
 from ssd_jax.storage import checkpoints
 from ssd_jax.training import loop
 from ssd_jax.training.state import TrainState, apply_gradients, make_optimizer

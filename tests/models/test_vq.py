@@ -1,12 +1,14 @@
 """The tokenizer module and what its training promises."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssd_jax.models import vq as vq_lib
+from ssd_jax.models import codebook_search, vq as vq_lib
 from ssd_jax.models.vq import VQ, VQConfig
 
 CFG = VQConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, n_codes=32,
@@ -46,7 +48,7 @@ def test_nearest_code_is_the_nearest(l2_norm):
     want = (z @ codes.T / np.linalg.norm(z, axis=-1, keepdims=True)).argmax(-1)
   else:
     want = ((z[..., None, :] - codes) ** 2).sum(-1).argmin(-1)
-  got = vq_lib.nearest_code(jnp.asarray(z), jnp.asarray(codes))
+  got = codebook_search.nearest_code(jnp.asarray(z), jnp.asarray(codes))
   np.testing.assert_array_equal(got, want)
 
 
@@ -62,6 +64,20 @@ def test_a_price_decides_between_codes_that_serve_alike():
   """Of two codes about as near, the cheaper one is looked up."""
   codes = jnp.array([[0.0, 0.0], [1.0, 0.0]])
   z = jnp.array([[[[0.6, 0.0], [0.9, 0.0]]]])
-  assert vq_lib.nearest_code(z, codes).tolist() == [[[1, 1]]]
+  assert codebook_search.nearest_code(z, codes).tolist() == [[[1, 1]]]
   price = jnp.array([0.0, 0.5])
-  assert vq_lib.nearest_code(z, codes, price).tolist() == [[[0, 1]]]
+  assert codebook_search.nearest_code(z, codes, price).tolist() == [[[0, 1]]]
+
+
+def test_a_large_codebook_is_searched_row_by_row(monkeypatch):
+  """By dot products and by distances, the same entries in less memory."""
+  z = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))
+  codes = jax.random.normal(jax.random.key(1), (32, 4))
+  for find in (codebook_search.best_code, codebook_search.nearest_code):
+    find = functools.partial(find, codes_VZ=codes)
+    monkeypatch.setattr(codebook_search, "MOST_DISTANCES", 2**20)
+    whole = codebook_search.in_rows(find, z, 32)
+    monkeypatch.setattr(codebook_search, "MOST_DISTANCES", 64)
+    np.testing.assert_array_equal(codebook_search.in_rows(find, z, 32), whole)
+  best = np.argmax(np.einsum("brcz,vz->brcv", z, codes), -1)
+  np.testing.assert_array_equal(codebook_search.best_code(z, codes), best)

@@ -18,7 +18,7 @@ from ssd_jax.decoding.trees.relaxed import (
   neighbour_table,
 )
 from ssd_jax.evaluation import exactness
-from ssd_jax.models.vq import unit
+from ssd_jax.models.codebook_search import unit
 from ssd_jax.pipeline import testing
 
 WIDE = "0/1/2/00/01/000"
