@@ -3,9 +3,10 @@
 import io
 import sys
 
+from absl import flags
 import pytest
 
-from ssd_jax.cli import run
+from ssd_jax.cli import common, run
 from ssd_jax.core.config import UserError
 from ssd_jax.core.prompts import clean
 from ssd_jax.visualization.album import file_name
@@ -48,3 +49,27 @@ def test_a_file_name_has_letters_that_the_system_knows(monkeypatch):
   assert file_name("a \u4e2d") == "a_\u4e2d"
   monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "latin-1")
   assert file_name("a \u4e2d") == "a" and file_name("\u4e2d") == "prompt"
+
+
+def test_models_are_listed_only_where_they_are_named(capsys):
+  """`--model list` prints the table; a command without that flag runs."""
+  ran = []
+  body = lambda: ran.append(True)
+  known = flags.FLAGS["model"] if "model" in flags.FLAGS else None
+  if "config" not in flags.FLAGS:
+    run.define_config()
+  try:
+    common.define_flags("model")
+    run.main(body, ["name", "--model", "list"], runs_here=False)
+    assert not ran and "simplear-1.5b" in capsys.readouterr().out
+    delattr(flags.FLAGS, "model")
+    run.main(body, ["name"], runs_here=False)
+    assert ran
+  finally:
+    if "model" in flags.FLAGS:
+      flags.FLAGS["model"].unparse()
+    else:
+      common.define_flags("model")
+    if known is not None:
+      known.unparse()
+      flags.FLAGS["model"] = known
