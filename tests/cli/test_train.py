@@ -19,7 +19,18 @@ from ssd_jax.convert import convert
 from ssd_jax.convert.checkpoint_files import Checkpoint
 from ssd_jax.convert.registry import RECIPES
 from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
-from ssd_jax.families import anole, emoji, emu3, janus, llamagen, lumina
+from ssd_jax.families import (
+  anole,
+  emoji,
+  emu3,
+  emu3_5,
+  janus,
+  liquid,
+  llamagen,
+  lumina,
+  lumina2,
+  simplear,
+)
 from ssd_jax.models.spatial_heads import HeadsOptions
 from ssd_jax.pipeline import model_folder
 from ssd_jax.storage import checkpoints
@@ -33,8 +44,9 @@ from tests.support.made_pictures import captioned_folder, truncate
 from tests.support.toy_families import llamagen_class_config
 from tests.support.toy_weights import InMemory
 
-GET_CONFIGS = (anole.get_config, emoji.get_config, emu3.get_config,
-               janus.get_config, llamagen.get_config, lumina.get_config)
+GET_CONFIGS = tuple(family.get_config for family in (
+    anole, emoji, emu3, emu3_5, janus, liquid, llamagen, lumina, lumina2,
+    simplear))
 
 
 @pytest.fixture(scope="module", autouse=True)
