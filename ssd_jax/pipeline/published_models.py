@@ -10,6 +10,7 @@ import dataclasses
 import os
 import pathlib
 
+from absl import logging
 import ml_collections
 
 from ssd_jax.convert import convert, hub, registry
@@ -197,5 +198,10 @@ def make(model: Published, folder: pathlib.Path, label: str) -> None:
   places = {flag: hub.Location(at) for flag, at in model.places.items()}
   job = convert.open_job(recipe, registry.fetched(recipe, places), _DTYPE)
   folder.parent.mkdir(parents=True, exist_ok=True)
-  with Bar(total=job.size, unit="B", unit_scale=True, desc=label) as bar:
-    convert.convert(job, folder, bar.update)
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)  # orbax warns of empty checkpoints
+  try:
+    with Bar(total=job.size, unit="B", unit_scale=True, desc=label) as bar:
+      convert.convert(job, folder, bar.update)
+  finally:
+    logging.set_verbosity(verbosity)
