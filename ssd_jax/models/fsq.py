@@ -15,12 +15,7 @@ import numpy as np
 
 
 def codebook(levels: tuple[int, ...]) -> jax.Array:
-  """Returns the codebook of finite scalar quantisation, float32 [V, Z].
-
-  A dimension of L levels has the values (digit - L // 2) / (L // 2), and the
-  first dimension's digit is the lowest one of an index.
-
-  Source: Mentzer et al. 2023, arXiv:2309.15505, section 3.
+  """Returns all entries, float32 [V, Z].
 
   Args:
     levels: Levels L of each dimension.
@@ -33,7 +28,7 @@ def codebook(levels: tuple[int, ...]) -> jax.Array:
 
 
 def quantize(z_BRCZ: jax.Array, levels: tuple[int, ...]) -> jax.Array:
-  """Returns the index of each latent by finite scalar quantisation.
+  """Returns the index of each latent's entry.
 
   Each dimension is bounded by a tanh, shifted for even numbers of levels, and
   rounded; the margin of 0.1% is that of the published code.
