@@ -189,12 +189,9 @@ def _teacher(config, workdir: pathlib.Path) -> Teacher:
   config_overrides.check_variant(folder, config)
   pipe = model_folder.load(
       folder, extras=False, choices=config_overrides.choices(config))
-  settings, guided = pipe.sampling(**config.sampling)
   chosen = {key: str(pipe.family.config[key]) for key in _choices(config)}
-  return Teacher(
-      pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
-      guided, model_folder.identity(folder) | chosen,
-  )
+  return Teacher.of(
+      pipe, model_folder.identity(folder) | chosen, **config.sampling)
 
 
 def _export(workdir: pathlib.Path, kind: str, cfg, state) -> None:

@@ -118,6 +118,18 @@ def settings(decoder: Decoder) -> dict[str, Any]:
   }
 
 
+def text(decoder: Decoder) -> str:
+  """The text that `parse` reads as this decoder.
+
+  >>> text(SJD(window=8))
+  'sjd:window=8'
+  """
+  parts = "+".join(
+      f"{key}={','.join(map(str, x)) if isinstance(x, tuple) else x}"
+      for key, x in settings(decoder).items())
+  return f"{decoder.name}:{parts}" if parts else decoder.name
+
+
 def _value(name: str, key: str, text: str, kind: Any) -> Any:
   """`text` as a value of the field's type."""
   kinds = kind.split(" | ") if isinstance(kind, str) else (

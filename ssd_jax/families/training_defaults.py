@@ -48,7 +48,7 @@ def mtp(
       # distribution (ours).
       heads=dict(horizontal=5, vertical=vertical, inputs="h+e", target="pre",
                  wrap=False),
-      draw=dict(batch=16, shard=256, seed=0),
+      draw=dict(batch=16, shard=256, seed=0, decoder="exact"),
       optimizer=_optimizer(
           learning_rate=1e-4, warmup_steps=20, weight_decay=0.01,
           clip=math.inf),

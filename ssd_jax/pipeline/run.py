@@ -24,6 +24,7 @@ class Run:
     given_rows: Rows that are given of each image; see `completion`.
 
   Attributes:
+    decoder: Settings.
     clock: Time spent compiling, and the rest.
   """
 
@@ -32,7 +33,7 @@ class Run:
   ):
     self._whole = programs.model
     self._programs = programs.completing(given_rows)
-    self._decoder = decoder
+    self.decoder = decoder
     self._mesh: jax.sharding.Mesh | None = None
     self.clock = Clock()
 
@@ -44,7 +45,7 @@ class Run:
     Otherwise, and before, the mesh that the user has set is used, if any.
     """
     self._mesh = self.clock.compile(
-        self._programs.mesh_for, self._decoder, prompt, settings, batch)
+        self._programs.mesh_for, self.decoder, prompt, settings, batch)
 
   def prepare(self, prompt: Prompt, given_BRC: np.ndarray | None) -> Prompt:
     """Returns prompts with as many slots as the devices read at once.
@@ -55,7 +56,7 @@ class Run:
     """
     prompt = completion.extend(prompt, self._whole, given_BRC)
     return continuous_batching.widen(prompt, self._programs.prompt_slots(
-        self._decoder, prompt.tokens.shape[1]))
+        self.decoder, prompt.tokens.shape[1]))
 
   def place(self, prompt: Prompt) -> Prompt:
     """Returns the prompt with its rows on the devices that read them."""
@@ -67,9 +68,9 @@ class Run:
     The function is compiled when it first meets arguments of such shapes.
     """
     with sharding.use_mesh(self._mesh):
-      args = (self._programs.params_for(self._decoder, self._mesh), *args)
+      args = (self._programs.params_for(self.decoder, self._mesh), *args)
       program = self.clock.compile(
-          self._programs.compile, function, self._decoder, *args, **static)
+          self._programs.compile, function, self.decoder, *args, **static)
       return program(*args)
 
   def decode_images(self, tokens: np.ndarray) -> jax.Array:

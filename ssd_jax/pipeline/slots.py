@@ -51,26 +51,32 @@ class Finished:
     tokens: int32 [R, C].
     passes: Forward passes, the prefill among them.
     commit_pass: int32 [R, C], pass in which each token became final.
-    pixels: uint8 [1, H, W, 3] on the device, maybe still in the making.
+    pixels: uint8 [1, H, W, 3] on the device, maybe still in the making; None
+      if the batch decodes no images.
   """
 
   name: Any
   tokens: np.ndarray
   passes: int
   commit_pass: np.ndarray
-  pixels: jax.Array
+  pixels: jax.Array | None
 
 
 class Slots:
   """The slots of a batch and the image in each.
+
+  Args:
+    run: Programs of one decoder.
+    batch: Number of slots.
+    decodes_images: Whether finished images come with their pixels.
 
   Attributes:
     passes: Forward passes of all slots together, prefills not counted.
     images_done: Images so far, unfinished ones in part.
   """
 
-  def __init__(self, run: Run, batch: int):
-    self._run = run
+  def __init__(self, run: Run, batch: int, decodes_images: bool = True):
+    self._run, self._decodes_images = run, decodes_images
     self._items: list[Item | None] = [None] * batch
     self._passes_B = np.zeros(batch, np.int64)
     self._loop: engine.LoopState | None = None
@@ -148,9 +154,11 @@ class Slots:
     for slot, item in self.items():
       if is_done_B[slot]:
         tokens = decoded.tokens[slot]
+        pixels = (self._run.decode_images(tokens[None])
+                  if self._decodes_images else None)
         found.append(Finished(
             item.name, tokens, int(decoded.passes[slot]),
-            decoded.commit_pass[slot], self._run.decode_images(tokens[None])))
+            decoded.commit_pass[slot], pixels))
         self._items[slot] = None
     self._ended += len(found)
     return found

@@ -139,10 +139,11 @@ def generate_splits(
   workdir: pathlib.Path,
 ) -> dict[str, GeneratedTokens]:
   """Generates the images of every split (stage one), each with its own seed."""
+  programs = teacher.programs()
   return {
       name: self_distillation.generate_images(
           teacher, texts, dataclasses.replace(cfg, seed=cfg.seed + index),
-          workdir / "tokens" / name,
+          workdir / "tokens" / name, programs,
       )
       for index, (name, texts) in enumerate(sorted(captions.items()))
   }

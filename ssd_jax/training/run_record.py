@@ -186,8 +186,8 @@ def _check_parts(folder, begun: Any, parts: Mapping[str, str]) -> None:
 
 def _check_settings(folder, begun, now, has_data: bool) -> None:
   skipped = {"parts", *(_PLACES if has_data else ())}
-  for key in sorted((begun.keys() | now.keys()) - skipped):
-    if begun.get(key) != now.get(key):
+  for key in sorted(begun.keys() - skipped):  # newer settings had no values yet
+    if begun[key] != now.get(key):
       raise UserError(
           f"Expected {key}={begun.get(key)}, with which the run began, got "
           f"{key}={now.get(key)} for the run in {folder}. Set it back or "

@@ -110,7 +110,7 @@ def test_convert_train_generate(capsys, model, tmp_path, monkeypatch):
   assert status == 0, err
   assert "| vertical | 1 |" in out and "--decoder ssd" in out
   monkeypatch.setattr(
-    self_distillation, "_generate_shard", None
+    self_distillation, "_items", None
   )  # nothing drawn anew
   other = write_config(tmp_path / "b.py", rate=0.5, checkpoint=str(model))
   status, _, err = call(capsys, train.mtp, other, *args[1:])

@@ -116,10 +116,8 @@ def trained(pipe, kind, parts):
 
 def distilled(pipe, kind):
   """Weights of heads or of a drafter after two steps on a frozen trunk."""
-  settings, guided = pipe.sampling()
   trunk = sharding.shard_params({"trunk": pipe.params["trunk"]})
-  teacher = Teacher(pipe.family.generator, trunk, pipe.family.encode_prompts,
-                    settings, guided)
+  teacher = Teacher.of(dataclasses.replace(pipe, params=trunk))
   cfg = OptimizerConfig(warmup_steps=0)
   optimizer = make_optimizer(cfg, LoopConfig(steps=9))
   if kind == "heads":

@@ -27,6 +27,7 @@ from ssd_jax.data import stream as data_stream
 from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.models.vocabulary import Vocabulary
 from ssd_jax.pipeline import testing
+from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import sharding
 from ssd_jax.storage import checkpoints
 from ssd_jax.training import loop, self_distillation
@@ -64,20 +65,24 @@ def train(workdir, steps=STEPS, die_at=None, save_every=2, batch=8, width=4):
 
 
 def teacher(is_reported=False):
-  """A tiny trunk that generates 2x2 images; it may hear SIGTERM in each
-  batch."""
-  family = testing.TinyFamily(
-      ml_collections.ConfigDict(), Vocabulary((), 8), Grid(2, 2), 3)
-  params = jax.jit(family.generator.init)(jax.random.key(0))
+  """A tiny trunk that generates 2x2 images; it may hear SIGTERM as it begins
+  the seventh."""
+  kind = SignalledFamily if is_reported else testing.TinyFamily
+  family = kind(ml_collections.ConfigDict(), Vocabulary((), 8), Grid(2, 2), 3)
+  params = sharding.shard_params(
+      jax.jit(family.generator.init)(jax.random.key(0)))
+  pipe = Pipeline(family, params, None, family.generator.model())
+  return Teacher(pipe, Sampling.make(), False)
 
-  def encode(texts, guided):
-    if is_reported:
+
+class SignalledFamily(testing.TinyFamily):
+  """Sends SIGTERM to its process as it encodes the prompt "6"."""
+
+  def encode_prompts(self, prompts, guided):
+    if "6" in prompts:
       os.kill(os.getpid(), signal.SIGTERM)
       time.sleep(2)  # until all hosts know
-    return family.encode_prompts(texts, guided)
-
-  return Teacher(family.generator, sharding.shard_params(params), encode,
-                 Sampling.make(), False)
+    return super().encode_prompts(prompts, guided)
 
 
 def body():

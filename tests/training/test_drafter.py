@@ -36,10 +36,7 @@ def test_softening_spreads_over_alike_slots_alone():
 def test_training_learns_to_draft_and_resumes(tmp_path):
   """Better drafts after a few steps; a second run continues the first."""
   pipe = testing.tiny(2, 2, 2, heads=(0, 0), guidance=2.0)
-  settings, guided = pipe.sampling()
-  teacher = Teacher(
-      pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
-      guided)
+  teacher = Teacher.of(pipe)
   tokens = np.random.default_rng(0).integers(0, 2, (16, 4))
   drawn = dict.fromkeys(
       ("train", "validation"),
@@ -83,10 +80,7 @@ def _named(batch):
 def test_accepted_length_is_that_of_decoding():
   """The figure is what `eagle` reaches with that tree, to the pass."""
   pipe = testing.tiny(3, 2, 3, end_of_row=True, heads=(0, 0), guidance=2.0)
-  settings, guided = pipe.sampling()
-  teacher = Teacher(
-      pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
-      guided)
+  teacher = Teacher.of(pipe)
   images, grid = 32, pipe.model.grid
   draw = functools.partial(
       pipe.generate, ["ab"], num_images=images, batch=images)

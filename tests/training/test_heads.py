@@ -33,11 +33,7 @@ def make_pipe():
 
 
 def make_teacher(pipe):
-  settings, guided = pipe.sampling()
-  return Teacher(
-      pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
-      guided,
-  )
+  return Teacher.of(pipe)
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,16 @@ def test_settings_and_parts_belong_to_the_run(tmp_path):
   start(run, listing, parts={"trunk": "3"})
 
 
+def test_a_setting_that_came_since_is_taken_over(tmp_path):
+  """Runs begun before it existed go on, and hold to it from then on."""
+  listing, run = Listing.of_texts(["a"]), tmp_path / "run"
+  start(run, listing)
+  newer = {**SETTINGS, "ar": {**SETTINGS["ar"], "decoder": "exact"}}
+  start(run, listing, newer)
+  with pytest.raises(UserError, match="Expected ar.decoder=exact, with which"):
+    start(run, listing, SETTINGS)
+
+
 def test_a_damaged_record_is_one_line(tmp_path):
   """Cut, flipped or foreign, nothing is compared with it."""
   run, listing = tmp_path / "run", Listing.of_texts(["a"])

@@ -1,6 +1,8 @@
 """Self-distillation: images generated in shards, resumed, never repeated."""
 
 import dataclasses
+import functools
+import json
 import os
 import pathlib
 import signal
@@ -11,7 +13,6 @@ import numpy as np
 import pytest
 
 from ssd_jax.core.config import UserError
-from ssd_jax.decoding.ar import AR
 from ssd_jax.pipeline import testing
 from ssd_jax.training import self_distillation
 from ssd_jax.training.self_distillation import GenerationConfig, Teacher
@@ -40,15 +41,23 @@ DRAW = GenerationConfig(batch=3, shard=4, seed=5)
 
 
 def make_pipe():
-  return testing.tiny(vocab=5, rows=3, cols=3, end_of_row=True, guidance=2.0)
+  pipe = testing.tiny(vocab=5, rows=3, cols=3, end_of_row=True, guidance=2.0,
+                      heads=(0, 0))
+  return dataclasses.replace(  # as loaded without heads and drafter
+      pipe, params={"trunk": pipe.params["trunk"]},
+      model=pipe.family.generator.model())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+  """Runs of one teacher share their programs."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Teacher, "programs", functools.cache(Teacher.programs))
+    yield
 
 
 def make_teacher(pipe):
-  settings, guided = pipe.sampling()
-  return Teacher(
-      pipe.family.generator, pipe.params, pipe.family.encode_prompts, settings,
-      guided,
-  )
+  return Teacher.of(pipe)
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +78,57 @@ def drawn(teacher, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_images_are_those_of_ar(pipe, drawn):
-  """Stage one stores what generate() generates for the same seed, in codes."""
-  out = pipe.generate(list(CAPTIONS), AR(), seed=5, batch=11)
+@pytest.mark.parametrize("decoder", ["exact", "ar"])
+def test_images_are_those_of_the_decoder(
+    pipe, teacher, drawn, tmp_path, decoder
+):
+  """Stage one stores what generate() generates for the same seed, in codes,
+  whichever images shared a batch."""
+  if decoder != DRAW.decoder:
+    drawn = self_distillation.generate_images(
+        teacher, CAPTIONS, dataclasses.replace(DRAW, decoder=decoder), tmp_path)
+  out = pipe.generate(list(CAPTIONS), decoder, seed=5, batch=11)
   np.testing.assert_array_equal(drawn.tokens, out.tokens.reshape(11, -1))
   assert drawn.tokens.dtype == np.uint8
   np.testing.assert_array_equal(
       drawn.sequences(np.arange(11)), pipe.sequence(out.tokens)
   )
+
+
+@pytest.mark.parametrize("decoder, said", [
+    ("ssd", "lossless"), ("stair", "lossless"), ("eagle", "needs no drafter"),
+    ("exact:drafts=heads", "needs no heads")])
+def test_only_lossless_decoders_that_can_run_generate(
+    teacher, tmp_path, decoder, said
+):
+  """Heads learn from samples of the model's own distribution."""
+  cfg = dataclasses.replace(DRAW, decoder=decoder)
+  with pytest.raises(UserError, match=f"draw.decoder to be .*{said}"):
+    self_distillation.generate_images(teacher, CAPTIONS, cfg, tmp_path / "no")
+  assert not (tmp_path / "no").exists()
+
+
+def test_a_folder_goes_on_with_its_own_decoder(
+    teacher, tmp_path, monkeypatch, capsys
+):
+  """Manifests of before name none: theirs was ar; another one is refused."""
+  used = []
+  monkeypatch.setattr(self_distillation, "_decode", lambda run, *args: (
+      used.append(run), iter(()))[1])
+  monkeypatch.setattr(self_distillation, "_read", lambda path, images, *_: (
+      np.zeros((len(images), 9), np.uint8)))
+  draw = lambda cfg: self_distillation.generate_images(
+      teacher, CAPTIONS, cfg, tmp_path)
+  draw(DRAW)
+  with pytest.raises(UserError, match="whose decoder differs"):
+    draw(dataclasses.replace(DRAW, decoder="ar"))
+  path = tmp_path / "manifest.json"
+  manifest = json.loads(path.read_text())
+  assert manifest.pop("decoder") == "exact"
+  path.write_text(json.dumps(manifest))
+  draw(DRAW)
+  assert [run.decoder.name for run in used] == ["exact", "ar"]
+  assert "was begun with ar" in capsys.readouterr().err
 
 
 def draw_until_killed(folder):
@@ -109,13 +161,13 @@ def test_a_killed_generation_loses_and_repeats_nothing(
   assert child.returncode == -signal.SIGKILL, child.stderr
   assert [f.name for f in tmp_path.glob("*.npz")] == [
       "tokens-00000-of-00003.npz"]
-  real, calls = self_distillation._generate_shard, []
+  real, begun = self_distillation._items, []
   monkeypatch.setattr(
-      self_distillation, "_generate_shard",
-      lambda *args: (calls.append(args[2][0]), real(*args))[1])
+      self_distillation, "_items",
+      lambda *args: (begun.extend(args[2]), real(*args))[1])
   again = self_distillation.generate_images(teacher, CAPTIONS, DRAW, tmp_path)
   np.testing.assert_array_equal(again.tokens, drawn.tokens)
-  assert calls == [4, 8]  # the first shard was not drawn again
+  assert begun == list(range(4, 11))  # the first shard was not drawn again
   assert not list(tmp_path.glob(".*"))
 
 
