@@ -35,9 +35,8 @@ SLICES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 DECODERS = ("ssd", "ar", "exact")  # the first is compiled, all share its pass
 COUNTED = ("ssd", "ar")  # whose passes do not depend on the picture
 MESH = "tensor=4"
-TRAINED = ("lumina", "janus_pro:7b")
-TRAINED_ON = ("v5e:4x4",)
-TRAINED_MESH = "data=4,tensor=4"
+TRAINED = ("lumina", "janus_pro:7b", "emu3")
+TRAINED_ON = {"v5e:4x4": "data=4,tensor=4", "h100:8": "data=8"}
 ROWS = FOLDER / "plans.jsonl"
 PAGE = FOLDER / "plan.md"
 MARK = "<!-- written by docs/plans.py -->\n"
@@ -80,8 +79,8 @@ def drawing(name, topology, memory):
 
 def training(name, topology):
   """What `infer.plan --train` reports."""
-  network, mesh, chip = _of(name, topology, TRAINED_MESH)
-  return training_plan.report(network, settings_of(name), mesh, chip, None)
+  network, mesh, chip = _of(name, topology, TRAINED_ON[topology])
+  return training_plan.whole(network, settings_of(name), mesh, chip, None)
 
 
 def _of(name, topology, mesh):
@@ -142,18 +141,37 @@ def drawn_table(found):
   return "\n".join(lines)
 
 
+def images_table(found):
+  """One line per slice and family."""
+  lines = [
+      "| slice, mesh | family | images | passes | batch: hours by `exact`, by "
+      "`ar` | largest batch: hours by `exact`, by `ar` |", "|---" * 6 + "|"]
+  for (_, name, topology), row in found.items():
+    cells = []
+    for batch in (row["draw_batch"], row["draw_largest_batch"]):
+      cells.append(f"{batch['batch']}: {batch['hours']:.2f}, "
+                   f"{batch['hours_by_ar']:.2f}"
+                   if batch.get("fits", batch["batch"]) else "-")
+    lines.append(" | ".join([
+        f"| {topology}, {TRAINED_ON[topology]}", name, f"{row['images']:,}",
+        f"{row['draw_passes']:.0f}", *cells]) + " |")
+  return "\n".join(lines)
+
+
 def trained_table(found):
   """One line per slice and family."""
   lines = [
       "| slice | family | 10^9 trained | batch | largest that fits at once | "
-      "accumulated in | GB per device | s per step | hours | dollars |",
-      "|---" * 10 + "|"]
+      "accumulated in | GB per device | s per step | hours of steps | "
+      "hours with images | dollars |",
+      "|---" * 11 + "|"]
   for (_, name, topology), row in found.items():
     lines.append(" | ".join(str(x) for x in [
         f"| {topology}", name, f"{row['trained_parameters'] / 1e9:.2f}",
         row["batch"], row["largest_batch"], row["accumulate"],
         f"{row['memory_per_device'] / 1e9:.2f}", f"{row['step_seconds']:.2f}",
-        f"{row['hours']:.2f}", row["dollars"]]) + " |")
+        f"{row['train_hours']:.2f}", f"{row['hours']:.2f}",
+        row["dollars"] or "-"]) + " |")
   return "\n".join(lines)
 
 
@@ -162,7 +180,8 @@ def tables(found):
   of_kind = lambda kind: {k: v for k, v in found.items() if k[0] == kind}
   return "\n\n".join([
       f"## One image, `--mesh {MESH}`", drawn_table(of_kind("draw")),
-      f"## A step of train.mtp, `--train --mesh {TRAINED_MESH}`",
+      "## The images of train.mtp, `--train`", images_table(of_kind("train")),
+      "## Its steps, and the whole, `--train`",
       trained_table(of_kind("train"))]) + "\n"
 
 

@@ -52,10 +52,14 @@ def define_flags() -> None:
   flags.DEFINE_string("decoder", "ssd", "NAME or NAME:key=value+key=value.")
   flags.DEFINE_integer("batch", None, "Images decoded together; default: 1. "
                        "With --train images of a step; default: the config's.")
-  flags.DEFINE_bool("train", False, "Plan train.mtp instead of generation.")
+  flags.DEFINE_bool("train", False, "Plan train.mtp instead of generation: "
+                    "its images, then its steps.")
   flags.DEFINE_integer(
       "passes", None, "Measured passes per image, for a decoder whose count "
-      "depends on the image.")
+      "depends on the image; with --train, of config.mtp.draw.decoder.")
+  flags.DEFINE_float(
+      "price", None, "Dollars per device and hour; with --train. Default: the "
+      "list price of a TPU.")
   flags.DEFINE_bool(
       "measure", False, "Instead try settings of decoders that may suit "
       "the devices at hand, and report the time of each. With the embedded "
@@ -72,9 +76,9 @@ def body() -> None:
   """Reports the plan that the flags ask for."""
   args = flags.FLAGS
   decoder = registry.parse(args.decoder)
-  for name in ("batch", "passes"):
+  for name, least in (("batch", 1), ("passes", 1), ("price", 0)):
     value = getattr(args, name)
-    check(value is None or value >= 1, name, value, ">= 1")
+    check(value is None or value >= least, name, value, f">= {least}")
   _check_mode(args)
   if args.measure:
     _measure(args.config, args.batch or 1, args.json)
@@ -83,10 +87,13 @@ def body() -> None:
   text = cli.MESH.value or f"tensor={_fitting(len(devices))}"
   mesh = sharding.make_mesh(text, devices)
   chip = chips.chip_of(devices[0])
+  if args.price is not None:
+    chip = dataclasses.replace(chip, dollars=args.price)
   dtype = jnp.float32 if devices[0].platform == "cpu" else jnp.bfloat16
   network = planning.Network.of(args.config, dtype)
   if args.train:
-    found = training_plan.report(network, args.config, mesh, chip, args.batch)
+    found = training_plan.whole(
+        network, args.config, mesh, chip, args.batch, args.passes)
   else:
     plan = planning.Plan(network, decoder, mesh, args.batch or 1)
     found = generation_report(plan, chip, args.passes, args.hlo)
@@ -102,14 +109,18 @@ def body() -> None:
 
 def _check_mode(args: flags.FlagValues) -> None:
   """Raises UserError for a flag that the mode does not read."""
-  modes = {"train": ("decoder", "passes", "plot", "hlo"),
-           "measure": ("decoder", "passes", "plot", "hlo", "topology", "train")}
+  modes = {"train": ("decoder", "plot", "hlo"),
+           "measure": ("decoder", "passes", "price", "plot", "hlo", "topology",
+                       "train")}
   for mode, unread in modes.items():
     for name in unread:
       if args[mode].value and args[name].present:
         raise UserError("Expected only --batch, --config, --json and --mesh, "
                         f"got --{name} with --{mode}, which does not read it. "
                         "Leave it out.")
+  if args.price is not None and not args.train:
+    raise UserError("Expected --train with --price, got --price alone. Leave "
+                    "it out, or add --train.")
   for name in ("plot", "hlo"):
     path = pathlib.Path(args[name].value or "")
     if args[name].value and path.is_dir():

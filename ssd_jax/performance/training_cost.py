@@ -17,6 +17,7 @@ from ssd_jax.performance import (
   chips,
   compiled as compiled_lib,
   cost_model as planning,
+  image_cost,
 )
 from ssd_jax.runtime import sharding
 from ssd_jax.training import heads as heads_lib
@@ -67,7 +68,7 @@ def report(
     network: planning.Network, config: ml_collections.ConfigDict, mesh: Mesh,
     chip: chips.Chip, batch: int | None,
 ) -> dict:
-  """Returns the training plan as JSON values.
+  """Returns the plan of the steps as JSON values.
 
   Args:
     network: The network.
@@ -113,9 +114,31 @@ def report(
                                "bytes": x.bytes * repeats} for x in sent},
       "roofline_ms": {}, "passes": None, "image_seconds": None, "best": None,
       "step_seconds": round(seconds, 4), "steps": cfg.loop.steps,
-      "hours": round(hours, 4),
-      "dollars": chip.dollars and round(hours * mesh.size * chip.dollars, 2),
+      "train_hours": round(hours, 4),
   }
+
+
+def whole(
+    network: planning.Network, config: ml_collections.ConfigDict, mesh: Mesh,
+    chip: chips.Chip, batch: int | None, passes: float | None = None,
+) -> dict[str, Any]:
+  """Returns the plan of train.mtp, images and then steps, as JSON values.
+
+  Args:
+    network: The network.
+    config: Config of the command.
+    mesh: Mesh of the devices.
+    chip: Figures of each device.
+    batch: Images per step; None for the config's.
+    passes: Measured passes of an image; see `image_cost.report`.
+  """
+  found = report(network, config, mesh, chip, batch)
+  found |= image_cost.report(network, config, mesh, chip, passes)
+  hours = found["draw_hours"] and found["draw_hours"] + found["train_hours"]
+  price = chip.dollars and mesh.size * chip.dollars
+  return found | {
+      "hours": hours and round(hours, 3),
+      "dollars": hours and price and round(hours * price, 2)}
 
 
 def with_batch(cfg: heads_lib.MTPConfig, batch: int) -> heads_lib.MTPConfig:

@@ -32,7 +32,7 @@ def test_a_step_of_training_is_planned(network):
   assert found["fits"] and found["largest_batch"] > 0
   assert found["accumulate"] * found["largest_batch"] >= 64
   assert found["memory_per_device"] <= chip.memory
-  assert found["step_seconds"] > 0 and found["dollars"] is not None
+  assert found["step_seconds"] > 0 and found["train_hours"] >= 0
   small = chips.Chip(1e12, 1e11, 1e6, 1e9, 1.0)
   found = training_plan.report(network, config, mesh, small, 64)
   assert not found["fits"] and found["largest_batch"] == 0
