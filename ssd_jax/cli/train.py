@@ -30,6 +30,7 @@ from ssd_jax.evaluation import prompt_files
 from ssd_jax.families import emoji
 from ssd_jax.models.vocabulary import Vocabulary
 from ssd_jax.models.vq import VQ, VQConfig
+from ssd_jax.performance import chips
 from ssd_jax.pipeline import model_folder
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage import checkpoints
@@ -118,7 +119,7 @@ def mtp() -> None:
   teacher = _teacher(config, workdir)
   _begin_distilling(workdir, config, "mtp", teacher, captions)
   state, heads_cfg = mtp_training.run(
-      teacher, captions, cfg, workdir / "mtp")
+      teacher, captions, cfg, workdir / "mtp", chips.listed_flops())
   _export(workdir, "heads", heads_cfg, state)
   table = workdir / "mtp" / mtp_training.TABLE
   decoder = "ssd" if cfg.heads.vertical else "mtp"

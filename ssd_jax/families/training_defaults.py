@@ -54,6 +54,8 @@ def mtp(
           clip=math.inf),
       loop=_loop(steps, batch),
       drop_caption=0.1, eval_images=64,
+      # Decodes the first held-out prompts every so many steps; 0 never.
+      watch=dict(every=500, prompts=8, decoders=()),
   ))
 
 

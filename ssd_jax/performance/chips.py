@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ssd_jax.core.config import UserError
 from ssd_jax.performance import gpu_targets
+from ssd_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,20 @@ HOP_SECONDS = 1e-6  # latency of a collective's step from device to device
 
 def chip_of(device: Any) -> Chip:
   """Returns the figures of a device; measures kinds that are not listed."""
+  return _listed(device) or _measured(device)
+
+
+def _listed(device: Any) -> Chip | None:
   fits = [kind for kind in _CHIPS if device.device_kind.startswith(kind)]
-  return _CHIPS[max(fits, key=len)] if fits else _measured(device)
+  return _CHIPS[max(fits, key=len)] if fits else None
+
+
+def listed_flops() -> float | None:
+  """Returns the FLOPs per second of the devices in use; None if not listed."""
+  mesh = sharding.current()
+  devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+  chip = _listed(devices[0])
+  return chip.flops * len(devices) if chip else None
 
 
 def devices_of(topology: str) -> list[Any]:

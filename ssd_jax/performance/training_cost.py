@@ -50,18 +50,10 @@ def compile_step(
 
 
 def counts(network: planning.Network, cfg: heads_lib.MTPConfig) -> float:
-  """Returns the FLOPs of a step, counted by hand.
-
-  The frozen trunk runs forward only, the heads forward and backward.
-  """
-  trunk, grid = network.generator.cfg, network.model.grid
-  slots = network.prompt(1, False).tokens.shape[1] + grid.length
-  weights = planning.count({
-      k: v for k, v in network.params["trunk"]["layers"].items()})
-  attention = 4 * slots**2 * trunk.n_layers * trunk.n_heads * trunk.head_dim
-  heads = planning.count(network.params["heads"])
-  each = 2 * slots * weights + attention + 6 * grid.num_tokens * heads
-  return cfg.loop.batch * each
+  """Returns the FLOPs of a step, counted by hand."""
+  return heads_lib.step_flops(
+      network.generator, network.params["trunk"], network.params["heads"],
+      network.prompt(1, False).tokens.shape[1], cfg.loop.batch)
 
 
 def report(

@@ -26,7 +26,9 @@ from ssd_jax.core.config import (
   check,
   from_config_dict,
 )
+from ssd_jax.core.types import Params
 from ssd_jax.models.fingerprint import same_trunk
+from ssd_jax.models.generator import Generator
 from ssd_jax.models.spatial_heads import (
   DIRECTIONS,
   HeadsConfig,
@@ -35,7 +37,7 @@ from ssd_jax.models.spatial_heads import (
 )
 from ssd_jax.runtime import sharding
 from ssd_jax.storage.files import read_json, write_json, write_text
-from ssd_jax.training import loop, losses, self_distillation
+from ssd_jax.training import loop, losses, self_distillation, watch as watch_lib
 from ssd_jax.training.self_distillation import (
   GeneratedTokens,
   GenerationConfig,
@@ -47,6 +49,7 @@ from ssd_jax.training.state import (
   make_optimizer,
   mean_gradients,
 )
+from ssd_jax.training.watch import WatchConfig
 
 TABLE = "acceptance.md"
 
@@ -63,6 +66,7 @@ class MTPConfig:
     loop: Steps, batch and logging.
     drop_caption: Share of examples shown to the unconditional stream.
     eval_images: Most held-out images on which acceptance is measured.
+    watch: Decoding with the heads now and then.
   """
 
   heads: HeadsOptions = HeadsOptions()
@@ -74,6 +78,7 @@ class MTPConfig:
   loop: LoopConfig = LoopConfig()
   drop_caption: float = 0.1
   eval_images: int = 64
+  watch: WatchConfig = WatchConfig()
 
   def __post_init__(self):
     check(0 <= self.drop_caption < 1, "drop_caption", self.drop_caption,
@@ -83,7 +88,7 @@ class MTPConfig:
 
 def run(
     teacher: Teacher, captions: Mapping[str, Sequence[str]], cfg: MTPConfig,
-    workdir: str | os.PathLike,
+    workdir: str | os.PathLike, peak: float | None = None,
 ) -> tuple[TrainState, HeadsConfig]:
   """Trains spatial heads in `workdir`.
 
@@ -92,6 +97,7 @@ def run(
     captions: Captions of the splits "train" and "validation".
     cfg: Settings.
     workdir: Folder of tokens, checkpoints, logs, heads.json and acceptance.md.
+    peak: FLOPs per second of all devices, for the log's utilisation.
 
   Returns:
     (state whose params are the heads', description of the heads).
@@ -115,20 +121,24 @@ def run(
       cfg.drop_caption,
   )
   measure = make_measure(heads, teacher)
+  held_out = lambda batch: plain_batches(
+      splits["validation"], teacher, batch, cfg.eval_images)
 
   def evaluate(state):
-    held_out = plain_batches(
-        splits["validation"], teacher, cfg.loop.batch, cfg.eval_images
-    )
-    figures = measure(state.eval_params, held_out)
+    figures = measure(state.eval_params, held_out(cfg.loop.batch))
     write_table(workdir / TABLE, figures)
     return {f"{d}_{k}/{i + 1}": float(x) for d, values in figures.items()
             for k, xs in values.items() for i, x in enumerate(xs)}
 
+  watch = watch_lib.make_watch(
+      heads.model(), teacher, splits["validation"], cfg.watch)
+  flops = step_flops(
+      teacher.generator, teacher.params["trunk"], state.params,
+      next(held_out(1))["prompt"].tokens.shape[1], cfg.loop.batch)
   state = loop.train(
       str(workdir), state, functools.partial(step, teacher.params), data,
-      cfg.loop, evaluate,
-  )
+      cfg.loop, evaluate, lambda state: watch(state.eval_params),
+      cfg.watch.every, peak and flops / peak)
   return state, heads_cfg
 
 
@@ -180,6 +190,29 @@ def make_step(
     return state, metrics | {"gradient": optax.global_norm(grads)}
 
   return step
+
+
+def step_flops(
+    generator: Generator, trunk: Params, heads: Params, prompt_slots: int,
+    batch: int,
+) -> float:
+  """Returns the FLOPs of a step, counted by hand.
+
+  The frozen trunk runs forward only, the heads forward and backward.
+
+  Args:
+    generator: The trunk.
+    trunk: Its parameters, or their shapes.
+    heads: Parameters of the heads, or their shapes.
+    prompt_slots: Slots of a prompt.
+    batch: Images of a step.
+  """
+  cfg, grid = generator.cfg, generator.grid
+  count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+  slots = prompt_slots + grid.length
+  attention = 4 * slots**2 * cfg.n_layers * cfg.n_heads * cfg.head_dim
+  each = 2 * slots * count(trunk["layers"]) + attention
+  return batch * (each + 6 * grid.num_tokens * count(heads))
 
 
 def make_measure(heads: SpatialHeads, teacher: Teacher):

@@ -6,7 +6,8 @@ any moment continues from the last complete checkpoint without a difference.
 Where a mesh is set, it holds the state and batches; see `sharding`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from ssd_jax.training.state import TrainState, checksum_tree
 
 Metrics = Mapping[str, jax.Array]
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+Evaluate = Callable[[TrainState], Mapping[str, float]]
 
 # Errors of orbax and tensorstore for lost, truncated or altered files.
 _DAMAGED = (ValueError, KeyError, TypeError, EOFError, FileNotFoundError,
@@ -46,7 +48,10 @@ def train(
     step_fn: StepFn,
     data: grain.IterDataset,
     cfg: LoopConfig,
-    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
+    decode: Evaluate | None = None,
+    decode_every: int = 0,
+    least_seconds: float | None = None,
 ) -> TrainState:
   """Trains to `cfg.steps` steps, continuing from the checkpoints in `workdir`.
 
@@ -57,6 +62,9 @@ def train(
     data: Endless stream of this host's share of the batches.
     cfg: Numbers of steps.
     evaluate: Returns figures to log; called every `cfg.eval_every` steps.
+    decode: As `evaluate`; called every `decode_every` steps, 0 for never.
+    decode_every: Steps between two calls of `decode`.
+    least_seconds: Seconds of a step at the devices' peak, for the log's "mfu".
 
   Returns:
     The state after the last step.
@@ -74,7 +82,7 @@ def train(
   with Preemption() as preemption, _manager(folder, cfg) as manager:
     state, iterator = _restore(manager, sharding.shard_params(state), data)
     start = int(state.step)
-    log = _Log(folder, start, cfg.steps)
+    log = _Log(folder, start, cfg.steps, least_seconds)
     for step in log.bar:
       batch = sharding.global_rows(next(iterator), rows)
       state, metrics = step_fn(state, batch)
@@ -91,8 +99,11 @@ def train(
         _wait(manager)
         log.close()
         preemption.stop(f"saved step {done}")
-      if evaluate and is_due(cfg.eval_every):
-        log.print(evaluate(state), done)
+      with log.pause():
+        if evaluate and is_due(cfg.eval_every):
+          log.print(evaluate(state), done)
+        if decode and 0 < decode_every <= done and is_due(decode_every):
+          log.print(decode(state), done)
     _wait(manager)
     log.close()
   return state
@@ -256,8 +267,14 @@ def _check_finite(values: Mapping[str, float], step: int, manager) -> None:
 class _Log:
   """Progress bar and TensorBoard log of the first host."""
 
-  def __init__(self, folder: pathlib.Path, start: int, steps: int):
+  def __init__(
+      self, folder: pathlib.Path, start: int, steps: int,
+      least_seconds: float | None,
+  ):
     is_first = jax.process_index() == 0
+    self._steps, self._least = steps, least_seconds
+    self._timed = start  # the step that the clock counts from
+    self._clock: float | None = None  # starts behind what is compiled
     self._writer = None
     if is_first:
       self._writer = tensorboardX.SummaryWriter(
@@ -269,7 +286,28 @@ class _Log:
   def write(self, values: Mapping[str, float], step: int) -> None:
     """Shows figures beside the bar and logs them."""
     self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
-    self._record(values, step)
+    self._record({**values, **self._speed(step)}, step)
+
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[None]:
+    """Leaves the time of what runs inside out of the steps' time."""
+    start = time.perf_counter()
+    yield
+    if self._clock is not None:
+      self._clock += time.perf_counter() - start
+
+  def _speed(self, step: int) -> dict[str, float]:
+    """Returns the time of a step since the last call, and what follows."""
+    now, begun = time.perf_counter(), self._clock
+    steps, self._clock, self._timed = step - self._timed, now, step
+    if begun is None or not steps:
+      return {}
+    seconds = (now - begun) / steps
+    found = {"step_seconds": seconds,
+             "hours_left": (self._steps - step) * seconds / 3600}
+    if self._least:
+      found["mfu"] = self._least / seconds
+    return found
 
   def print(self, values: Mapping[str, float], step: int) -> None:
     """Prints figures on a line of their own and logs them."""

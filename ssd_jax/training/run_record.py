@@ -20,7 +20,8 @@ from ssd_jax.core.config import UserError
 from ssd_jax.data.survey import Survey, digest
 from ssd_jax.storage.files import read_json, replacing, write_json
 
-_MAY_CHANGE = re.compile(r"\.loop\.(steps|keep|\w+_every)$")
+_MAY_CHANGE = re.compile(
+    r"\.loop\.(steps|keep|\w+_every)$|\.watch\.|\.draw\.batch$")
 _PLACES = ("data", "prompts_file")  # what is there counts, once recorded
 _NAMES = "names"
 

@@ -7,39 +7,40 @@ with one rename and depends on the manifest alone, so a run that is killed at
 any moment continues without losing or repeating an image.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
-import json
 import os
 import pathlib
-import sys
+import time
 from typing import Any, Unpack
 
 import grain
 import jax
 import numpy as np
+import tensorboardX
 
-from ssd_jax.core.config import UserError, check
+from ssd_jax.core.config import check
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.protocols import Decoder
 from ssd_jax.core.types import Params, Prompt
 from ssd_jax.data import stream as data_stream
 from ssd_jax.decoding import continuous_batching, registry
 from ssd_jax.decoding.sampling import Overrides, Sampling
-from ssd_jax.models.fingerprint import fingerprint, same_trunk
+from ssd_jax.models.fingerprint import fingerprint
 from ssd_jax.models.generator import Generator
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.pipeline.programs import Programs
 from ssd_jax.pipeline.run import Run
-from ssd_jax.pipeline.slots import Item, Slots
+from ssd_jax.pipeline.slots import Finished, Item, Slots
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
-from ssd_jax.storage.files import replacing
+from ssd_jax.training import image_shards
 from ssd_jax.training.preemption import Preemption
 
 _PASSES = 16  # between two looks for a request to stop
 _PROMPT_BLOCK = 32  # slots; prompts of many lengths share a few programs
-_FIRST_DECODER = "ar"  # of folders whose manifest names none
+_LOG_SECONDS = 10.0  # between two records of the speed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,27 +169,26 @@ def generate_images(
   check(len(captions) > 0, "captions", captions, "at least one")
   decoder = lossless_decoder(teacher, cfg)
   folder.mkdir(parents=True, exist_ok=True)
-  decoder = _claim(
-      folder, _manifest(teacher, captions, cfg, decoder), teacher.parts)
-  shards = _shards(folder, len(captions), cfg.shard)
+  decoder = registry.parse(image_shards.claim(
+      folder, _manifest(teacher, captions, cfg, decoder), teacher.parts))
+  shards = image_shards.paths(folder, len(captions), cfg.shard)
   is_first = jax.process_index() == 0
   # All hosts generate every shard together, so they must skip the same ones.
   exists = sharding.broadcast_from_host0(
     np.array([path.exists() for path, _ in shards])
   )
   missing = [x for x, skip in zip(shards, exists, strict=True) if not skip]
-  total = sum(len(images) for _, images in missing)
-  with Bar(total=len(captions), initial=len(captions) - total,
-           desc=folder.name, unit="image", disable=not is_first) as bar:
+  begun = len(captions) - sum(len(images) for _, images in missing)
+  with contextlib.closing(_Log(folder, len(captions), begun)) as log:
     run = Run(programs or teacher.programs(), decoder)
     for path, shard, images in _generate(
-        run, teacher, captions, missing, cfg, bar):
+        run, teacher, captions, missing, cfg, log):
       if is_first:
-        _write_shard(path, shard, images)
+        image_shards.write(path, shard, images)
   sharding.barrier(f"generated {folder.name}")
   grid, vocab = teacher.generator.grid, teacher.generator.cfg.vocab_out
   tokens = [
-    _read(path, images, (len(images), grid.num_tokens), vocab)
+    image_shards.read(path, images, (len(images), grid.num_tokens), vocab)
     for path, images in shards
   ]
   return GeneratedTokens(captions, np.concatenate(tokens), grid, vocab)
@@ -265,69 +265,10 @@ def _manifest(
   }
 
 
-def _claim(
-    folder: pathlib.Path, manifest: dict[str, Any],
-    newer: Container[str] = (),
-) -> Decoder:
-  """Writes the manifest, or checks that the existing one is equal.
-
-  Args:
-    folder: Folder of the images.
-    manifest: What they depend on.
-    newer: Names of entries that older manifests do not hold.
-
-  Returns:
-    The decoder with which the folder was begun.
-  """
-  path = folder / "manifest.json"
-  if not path.exists():
-    _replace(path, lambda file: file.write(
-        json.dumps(manifest, indent=1).encode("utf-8")))
-  try:
-    found = dict(json.loads(path.read_text("utf-8")))
-  except (ValueError, TypeError) as error:
-    raise UserError(
-        f"Expected a manifest, got a damaged {path}. Remove {folder}."
-    ) from error
-  if "decoder" not in found:
-    found["decoder"] = _FIRST_DECODER
-    if manifest["decoder"] != _FIRST_DECODER:
-      print(f"note: {folder} was begun with {_FIRST_DECODER}, which generates "
-            f"what is missing of it, not {manifest['decoder']}",
-            file=sys.stderr)
-    manifest = manifest | {"decoder": _FIRST_DECODER}
-  for name, value in manifest.items():
-    same = same_trunk if name == "trunk" else lambda a, b: a == b
-    if name in newer and name not in found:
-      continue
-    if name not in found or not same(found[name], value):
-      raise UserError(
-          f"Expected the images of this run, got images in {folder} whose "
-          f"{name} differs. Use another workdir or remove the folder."
-      )
-  return registry.parse(found["decoder"])
-
-
-def _shards(folder: pathlib.Path, count: int, size: int):
-  """Returns the path and the image indices of each shard."""
-  starts = range(0, count, size)
-  return [
-      (_shard_file(folder / f"tokens-{i:05d}-of-{len(starts):05d}"),
-       np.arange(start, min(start + size, count)))
-      for i, start in enumerate(starts)
-  ]
-
-
-def _shard_file(stem: pathlib.Path) -> pathlib.Path:
-  """Returns the file of a shard; .npy, without checksums, is an older form."""
-  older = stem.with_name(f"{stem.name}.npy")
-  return older if older.exists() else stem.with_name(f"{stem.name}.npz")
-
-
 def _generate(
     run: Run, teacher: Teacher, captions: Sequence[str],
     shards: Sequence[tuple[pathlib.Path, np.ndarray]], cfg: GenerationConfig,
-    bar: Bar,
+    log: "_Log",
 ) -> Iterator[tuple[pathlib.Path, np.ndarray, np.ndarray]]:
   """Yields (path, tokens [images, tokens], images) of each shard once complete.
 
@@ -339,9 +280,9 @@ def _generate(
   waiting = dict(enumerate(shards))
   items = _items(
       teacher, captions, [i for _, images in shards for i in images], cfg)
-  for image, found in _decode(run, items, cfg.batch, teacher.guided):
-    tokens[image] = found.ravel()
-    bar.update(1)
+  for found in _decode(run, items, cfg.batch, teacher.guided):
+    tokens[found.name] = found.tokens.ravel()
+    log.add(found)
     for number, (path, images) in list(waiting.items()):
       if all(i in tokens for i in images):
         yield path, np.stack(
@@ -363,8 +304,8 @@ def _items(
 
 def _decode(
     run: Run, items: Iterator[Item], batch: int, guided: bool
-) -> Iterator[tuple[int, np.ndarray]]:
-  """Yields (image, tokens [R, C]) in the order in which images finish."""
+) -> Iterator[Finished]:
+  """Yields images in the order in which they finish."""
   slots = Slots(
       run, sharding.even_batch(batch, 1 + guided), decodes_images=False)
   with Preemption() as preemption:
@@ -375,47 +316,42 @@ def _decode(
         slots.insert(slot, item)
       if not slots.start(_PASSES):
         return
-      for x in slots.finish():
-        yield x.name, x.tokens
+      yield from slots.finish()
 
 
-def _write_shard(
-    path: pathlib.Path, tokens: np.ndarray, images: np.ndarray
-) -> None:
-  _replace(path, lambda file: np.savez(file, tokens=tokens, images=images))
+class _Log:
+  """Progress bar and TensorBoard log of the first host, in FOLDER/logs."""
 
+  def __init__(self, folder: pathlib.Path, images: int, begun: int):
+    is_first = jax.process_index() == 0
+    self._bar = Bar(total=images, initial=begun, desc=folder.name,
+                    unit="image", disable=not is_first)
+    self._writer = None
+    if is_first and begun < images:
+      self._writer = tensorboardX.SummaryWriter(str(folder / "logs"))
+    self._done, self._left = begun, images - begun
+    self._start = self._last = time.perf_counter()
+    self._since: list[Finished] = []
 
-def _replace(path: pathlib.Path, write: Callable) -> None:
-  """Writes a file atomically; once visible, it survives a power cut."""
-  with replacing(path) as partial, open(partial, "wb") as file:
-    write(file)
-    file.flush()
-    os.fsync(file.fileno())
+  def add(self, image: Finished) -> None:
+    """Counts an image, and logs the speed every few seconds."""
+    self._bar.update(1)
+    self._done, self._left = self._done + 1, self._left - 1
+    self._since.append(image)
+    seconds = time.perf_counter() - self._last
+    if self._writer and (seconds >= _LOG_SECONDS or not self._left):
+      rate = len(self._since) / seconds
+      figures = {
+          "tokens_per_second": rate * image.tokens.size,
+          "passes": float(np.mean([x.passes for x in self._since])),
+          "hours_left": self._left / rate / 3600}
+      for name, value in figures.items():
+        self._writer.add_scalar(f"draw/{name}", value, self._done)
+      self._writer.flush()
+      self._last, self._since = time.perf_counter(), []
 
-
-def _read(
-    path: pathlib.Path, images: np.ndarray, shape: tuple[int, int], vocab: int
-) -> np.ndarray:
-  """Returns the tokens of a shard of these images."""
-  try:
-    tokens = np.load(path)
-    if path.suffix == ".npz":
-      with tokens as file:  # zip verifies its own checksums
-        tokens, known = file["tokens"], file["images"]
-      if not np.array_equal(known, images):
-        raise ValueError("of other images")
-  except Exception as error:  # zip and numpy raise many types
-    raise UserError(
-        f"Expected {shape[0]} images, got a damaged {path}. Remove it to "
-        "generate them again."
-    ) from error
-  if tokens.shape != shape:
-    raise UserError(
-        f"Expected tokens of shape {shape}, got {path} of shape "
-        f"{tokens.shape}. Remove it to generate them again."
-    )
-  if tokens.dtype.kind != "u" or tokens.max() >= vocab:
-    raise UserError(
-        f"Expected tokens below {vocab}, got a damaged {path}. Remove it to "
-        "generate them again.")
-  return tokens
+  def close(self) -> None:
+    """Closes bar and log."""
+    self._bar.close()
+    if self._writer:
+      self._writer.close()

@@ -11,12 +11,13 @@ import pytest
 from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
 from ssd_jax.models.spatial_heads import HeadsOptions
 from ssd_jax.pipeline import testing
-from ssd_jax.training import heads as heads_lib
+from ssd_jax.training import heads as heads_lib, loop
 from ssd_jax.training.heads import MTPConfig
 from ssd_jax.training.self_distillation import GenerationConfig, Teacher
+from ssd_jax.training.watch import WatchConfig
 
 CAPTIONS = tuple("abcdefghijk")
-DRAW = GenerationConfig(batch=3, shard=4, seed=5)
+DRAW = GenerationConfig(batch=3, shard=4, seed=5, decoder="ar")
 CONFIG = MTPConfig(
     HeadsOptions(2, 1), DRAW,
     OptimizerConfig(
@@ -29,7 +30,11 @@ CONFIG = MTPConfig(
 
 
 def make_pipe():
-  return testing.tiny(vocab=5, rows=3, cols=3, end_of_row=True, guidance=2.0)
+  pipe = testing.tiny(vocab=5, rows=3, cols=3, end_of_row=True, guidance=2.0,
+                      heads=(0, 0))
+  return dataclasses.replace(  # as loaded without heads and drafter
+      pipe, params={"trunk": pipe.params["trunk"]},
+      model=pipe.family.generator.model())
 
 
 def make_teacher(pipe):
@@ -85,13 +90,27 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_training_reports_acceptance(teacher, tmp_path):
-  """A row per direction and offset; another kind of heads is refused."""
+def test_training_reports_acceptance(teacher, tmp_path, monkeypatch):
+  """A row per direction and offset; another kind of heads is refused. How they
+  decode, the speed and what is left are logged."""
   captions = {"train": CAPTIONS, "validation": CAPTIONS[:5]}
   short = dataclasses.replace(
-      CONFIG, loop=dataclasses.replace(CONFIG.loop, steps=1, save_every=1)
-  )
-  heads_lib.run(teacher, captions, short, tmp_path)
+      CONFIG, loop=dataclasses.replace(CONFIG.loop, steps=2, save_every=2),
+      watch=WatchConfig(every=2, prompts=3))
+  logged = {}
+  monkeypatch.setattr(
+      loop.tensorboardX.SummaryWriter, "add_scalar",
+      lambda self, name, value, step: logged.update({(name, step): value}))
+  heads_lib.run(teacher, captions, short, tmp_path, peak=1e12)
+  passes = logged["ssd/passes", 2]
+  assert 1 < passes < 12 and math.isfinite(logged["ssd/excess_nll", 2])
+  assert logged["hours_left", 2] == 0 < logged["mfu", 2]
+  assert logged["step_seconds", 2] > 0
+  assert logged["draw/tokens_per_second", 11] > 0
+  assert logged["draw/hours_left", 11] == 0
+  with pytest.raises(UserError, match="watch.decoders .*got .*=eagle"):
+    heads_lib.run(teacher, captions, dataclasses.replace(
+        short, watch=WatchConfig(decoders=("eagle",))), tmp_path)
   rows = (tmp_path / heads_lib.TABLE).read_text().splitlines()
   assert [row.split(" | ")[:2] for row in rows[2:]] == [
       ["| horizontal", "1"], ["| horizontal", "2"], ["| vertical", "1"]

@@ -14,7 +14,7 @@ import pytest
 
 from ssd_jax.core.config import UserError
 from ssd_jax.pipeline import testing
-from ssd_jax.training import self_distillation
+from ssd_jax.training import image_shards, self_distillation
 from ssd_jax.training.self_distillation import GenerationConfig, Teacher
 from tests.support import ROOT, tiny_training as tiny
 
@@ -115,7 +115,7 @@ def test_a_folder_goes_on_with_its_own_decoder(
   used = []
   monkeypatch.setattr(self_distillation, "_decode", lambda run, *args: (
       used.append(run), iter(()))[1])
-  monkeypatch.setattr(self_distillation, "_read", lambda path, images, *_: (
+  monkeypatch.setattr(image_shards, "read", lambda path, images, *_: (
       np.zeros((len(images), 9), np.uint8)))
   draw = lambda cfg: self_distillation.generate_images(
       teacher, CAPTIONS, cfg, tmp_path)
