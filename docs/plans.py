@@ -12,6 +12,7 @@ renew them.
 
 import importlib
 import json
+import math
 import pathlib
 import sys
 
@@ -24,6 +25,7 @@ from ssd_jax.decoding import registry  # noqa: E402
 from ssd_jax.performance import (  # noqa: E402
   chips,
   cost_model as planning,
+  image_cost,
   pass_counts,
   training_cost as training_plan,
 )
@@ -78,9 +80,16 @@ def drawing(name, topology, memory):
 
 
 def training(name, topology):
-  """What `infer.plan --train` reports."""
+  """What `infer.plan --train` reports of the steps."""
   network, mesh, chip = _of(name, topology, TRAINED_ON[topology])
-  return training_plan.whole(network, settings_of(name), mesh, chip, None)
+  found = training_plan.report(network, settings_of(name), mesh, chip, None)
+  return found | {"price": chip.dollars}
+
+
+def images(name, topology):
+  """What `infer.plan --train` reports of the images."""
+  network, mesh, chip = _of(name, topology, TRAINED_ON[topology])
+  return dict(image_cost.report(network, settings_of(name), mesh, chip))
 
 
 def _of(name, topology, mesh):
@@ -100,7 +109,7 @@ def rows():
   """{(kind, config, slice): report}, of which missing ones are compiled."""
   wanted = [("draw", name, topology)
             for topology in SLICES for name in CONFIGS]
-  wanted += [("train", name, topology)
+  wanted += [(kind, name, topology) for kind in ("images", "train")
              for topology in TRAINED_ON for name in TRAINED]
   found = kept()
   for key in wanted:
@@ -108,8 +117,8 @@ def rows():
       continue
     print(*key, flush=True)
     kind, name, topology = key
-    if kind == "train":
-      found[key] = training(name, topology)
+    if kind != "draw":
+      found[key] = {"train": training, "images": images}[kind](name, topology)
     else:
       whole = found.get((kind, name, SLICES[0]))
       found[key] = drawing(name, topology, whole and whole["memory"])
@@ -158,20 +167,28 @@ def images_table(found):
   return "\n".join(lines)
 
 
-def trained_table(found):
-  """One line per slice and family."""
+def trained_table(found, drawn):
+  """One line per slice and family.
+
+  Args:
+    found: Reports of the steps.
+    drawn: Reports of the images, by the same family and slice.
+  """
   lines = [
       "| slice | family | 10^9 trained | batch | largest that fits at once | "
       "accumulated in | GB per device | s per step | hours of steps | "
       "hours with images | dollars |",
       "|---" * 11 + "|"]
   for (_, name, topology), row in found.items():
+    hours = row["train_hours"] + drawn["images", name, topology]["draw_hours"]
+    devices = math.prod(sharding.parse(TRAINED_ON[topology]).values())
     lines.append(" | ".join(str(x) for x in [
         f"| {topology}", name, f"{row['trained_parameters'] / 1e9:.2f}",
         row["batch"], row["largest_batch"], row["accumulate"],
         f"{row['memory_per_device'] / 1e9:.2f}", f"{row['step_seconds']:.2f}",
-        f"{row['train_hours']:.2f}", f"{row['hours']:.2f}",
-        row["dollars"] or "-"]) + " |")
+        f"{row['train_hours']:.2f}", f"{hours:.2f}",
+        f"{hours * devices * row['price']:.0f}" if row["price"] else "-"])
+        + " |")
   return "\n".join(lines)
 
 
@@ -180,9 +197,9 @@ def tables(found):
   of_kind = lambda kind: {k: v for k, v in found.items() if k[0] == kind}
   return "\n\n".join([
       f"## One image, `--mesh {MESH}`", drawn_table(of_kind("draw")),
-      "## The images of train.mtp, `--train`", images_table(of_kind("train")),
+      "## The images of train.mtp, `--train`", images_table(of_kind("images")),
       "## Its steps, and the whole, `--train`",
-      trained_table(of_kind("train"))]) + "\n"
+      trained_table(of_kind("train"), of_kind("images"))]) + "\n"
 
 
 def main():

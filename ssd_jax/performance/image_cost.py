@@ -99,8 +99,9 @@ class Drawing:
 
   def even(self, batch: int) -> int:
     """Returns the smallest batch >= `batch` that the mesh shards evenly."""
-    with jax.set_mesh(self.mesh):
-      return sharding.even_batch(batch, self._plan(batch).streams)
+    streams = self._plan(batch).streams
+    with jax.set_mesh(self.mesh):  # nothing may run here
+      return sharding.even_batch(batch, streams)
 
   def image_seconds(
       self, batch: int, passes: float, decoder: Decoder | None = None

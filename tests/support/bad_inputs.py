@@ -23,8 +23,8 @@ SERVING = ("port", "host", "bench", "decoders", "any_decoder", "aliases",
 OWN = {
     "evidence": ("num_prompts",), "demo": SERVING, "serve": SERVING,
     "convert": ("source", "out", "vq", "text_encoder", "tokenizer", "dtype"),
-    "plan": ("topology", "decoder", "batch", "train", "passes", "measure",
-             "plot", "hlo", "json"),
+    "plan": ("topology", "decoder", "batch", "train", "passes", "price",
+             "measure", "plot", "hlo", "json"),
     "compare": ("size", "layers", "width", "vocab", "dtype", "tokens",
                 "prompt_tokens", "rounds", "loops"),
 }
