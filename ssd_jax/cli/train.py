@@ -42,7 +42,11 @@ from ssd_jax.training import (
   run_record,
   tokenizer as tokenizer_training,
 )
-from ssd_jax.training.self_distillation import GenerationConfig, Teacher
+from ssd_jax.training.self_distillation import (
+  GenerationConfig,
+  Teacher,
+  lossless_decoder,
+)
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of checkpoints, logs and the model; default: the "
@@ -117,6 +121,7 @@ def mtp() -> None:
   cfg = from_config_dict(mtp_training.MTPConfig, config.mtp)
   captions = _captions(config)
   teacher = _teacher(config, workdir)
+  lossless_decoder(teacher, cfg.draw)
   _begin_distilling(workdir, config, "mtp", teacher, captions)
   state, heads_cfg = mtp_training.run(
       teacher, captions, cfg, workdir / "mtp", chips.listed_flops())
@@ -133,6 +138,7 @@ def drafter() -> None:
   generation_cfg = from_config_dict(GenerationConfig, config.mtp.draw)
   captions = _captions(config)
   teacher = _teacher(config, workdir)
+  lossless_decoder(teacher, generation_cfg)
   _begin_distilling(workdir, config, "drafter", teacher, captions)
   # Shared with train.mtp: the first of both commands generates the images.
   splits = mtp_training.generate_splits(

@@ -108,9 +108,11 @@ def run(
   workdir = pathlib.Path(workdir)
   _check_offsets(teacher.generator.grid, cfg.heads)
   heads_cfg = HeadsConfig.make(teacher.generator, cfg.heads, teacher.params)
+  heads = SpatialHeads(teacher.generator, heads_cfg)
+  model = heads.model()
+  watch_lib.decoders_of(model, cfg.watch)  # refused before images are generated
   claim(workdir / "heads.json", heads_cfg)
   splits = generate_splits(teacher, captions, cfg.draw, workdir)
-  heads = SpatialHeads(teacher.generator, heads_cfg)
   optimizer = make_optimizer(cfg.optimizer, cfg.loop)
   state = sharding.create(
       lambda key: TrainState.make(heads.init(key), optimizer, cfg.optimizer),
@@ -131,7 +133,7 @@ def run(
             for k, xs in values.items() for i, x in enumerate(xs)}
 
   watch = watch_lib.make_watch(
-      heads.model(), teacher, splits["validation"], cfg.watch)
+      model, teacher, splits["validation"], cfg.watch)
   flops = step_flops(
       teacher.generator, teacher.params["trunk"], state.params,
       next(held_out(1))["prompt"].tokens.shape[1], cfg.loop.batch)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax.core.config import check
+from ssd_jax.core.protocols import Decoder
 from ssd_jax.core.types import Model, Params
 from ssd_jax.decoding import engine, registry
 from ssd_jax.pipeline import likelihood
@@ -42,6 +43,20 @@ class WatchConfig:
       registry.parse(name)
 
 
+def decoders_of(model: Model, cfg: WatchConfig) -> dict[str, Decoder]:
+  """Returns the decoders by the names of the settings.
+
+  Raises:
+    UserError: if one needs what the model lacks.
+  """
+  names = cfg.decoders or ("ssd" if model.heads[1] else "mtp",)
+  decoders = {name: registry.parse(name) for name in names}
+  for name, decoder in decoders.items():
+    missing = decoder.needs(model).missing(model)
+    check(not missing, "watch.decoders", name, f"one that needs no {missing}")
+  return decoders
+
+
 def make_watch(
     model: Model, teacher: Teacher, held_out: GeneratedTokens, cfg: WatchConfig
 ) -> Callable[[Params], dict[str, float]]:
@@ -55,15 +70,8 @@ def make_watch(
     teacher: The frozen trunk.
     held_out: Images of the held-out prompts.
     cfg: Settings.
-
-  Raises:
-    UserError: if a decoder needs what the model lacks.
   """
-  names = cfg.decoders or ("ssd" if model.heads[1] else "mtp",)
-  decoders = {name: registry.parse(name) for name in names}
-  for name, decoder in decoders.items():
-    missing = decoder.needs(model).missing(model)
-    check(not missing, "watch.decoders", name, f"one that needs no {missing}")
+  decoders = decoders_of(model, cfg)
   count = min(cfg.prompts, len(held_out))
   token_nll = likelihood.token_nll(teacher.generator)
   slots_RC = model.grid.slot_of
