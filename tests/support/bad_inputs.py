@@ -142,6 +142,7 @@ PLAN = {
     "a program's text that is a folder": ["--hlo", "{dir}/empty"],
     "a program's text while training": ["--train", "--hlo", "{dir}/x.txt"],
     "no GPUs": ["--topology", "h100:0"],
+    "a price of what costs nothing": ["--price", "2"],
     "a plot below a file": ["--plot", "{dir}/words.txt/plot.png"],
 }
 TRAINED = {
@@ -164,6 +165,11 @@ LEARNED = {
         "--config.checkpoint=emoji", "--config.prompts_file={dir}/no.txt"],
     "a single prompt": [
         "--config.checkpoint=emoji", "--config.prompts_file={dir}/one.txt"],
+    "a lossy decoder of the images": [
+        "--config.checkpoint=emoji", "--config.mtp.draw.decoder=stair"],
+    "a decoder of the images that needs heads": [
+        "--config.checkpoint=emoji",
+        "--config.mtp.draw.decoder=exact:drafts=heads"],
 }
 CONVERT = {
     "no source": ["--out", "{out}"],
