@@ -147,7 +147,8 @@ def drafter() -> None:
       teacher, splits, cfg, workdir / "drafter")
   _export(workdir, "drafter", drafter_cfg, state)
   table = workdir / "drafter" / drafter_training.TABLE
-  _print_table(config, workdir, "drafter", "eagle", table, captions)
+  decoder = "cascade" if cfg.redundancy else "eagle"
+  _print_table(config, workdir, "drafter", decoder, table, captions)
 
 
 def _begin_distilling(

@@ -172,19 +172,19 @@ def generate_images(
   decoder = registry.parse(image_shards.claim(
       folder, _manifest(teacher, captions, cfg, decoder), teacher.parts))
   shards = image_shards.paths(folder, len(captions), cfg.shard)
-  is_first = jax.process_index() == 0
   # All hosts generate every shard together, so they must skip the same ones.
   exists = sharding.broadcast_from_host0(
     np.array([path.exists() for path, _ in shards])
   )
   missing = [x for x, skip in zip(shards, exists, strict=True) if not skip]
-  begun = len(captions) - sum(len(images) for _, images in missing)
-  with contextlib.closing(_Log(folder, len(captions), begun)) as log:
+  if missing:
+    begun = len(captions) - sum(len(images) for _, images in missing)
     run = Run(programs or teacher.programs(), decoder)
-    for path, shard, images in _generate(
-        run, teacher, captions, missing, cfg, log):
-      if is_first:
-        image_shards.write(path, shard, images)
+    with contextlib.closing(_Log(folder, len(captions), begun)) as log:
+      for path, shard, images in _generate(
+          run, teacher, captions, missing, cfg, log):
+        if jax.process_index() == 0:
+          image_shards.write(path, shard, images)
   sharding.barrier(f"generated {folder.name}")
   grid, vocab = teacher.generator.grid, teacher.generator.cfg.vocab_out
   tokens = [
@@ -327,7 +327,7 @@ class _Log:
     self._bar = Bar(total=images, initial=begun, desc=folder.name,
                     unit="image", disable=not is_first)
     self._writer = None
-    if is_first and begun < images:
+    if is_first:
       self._writer = tensorboardX.SummaryWriter(str(folder / "logs"))
     self._done, self._left = begun, images - begun
     self._start = self._last = time.perf_counter()

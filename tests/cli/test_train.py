@@ -218,6 +218,7 @@ def test_prompts_and_parts_belong_to_a_run_of_heads(tmp_path, monkeypatch):
   monkeypatch.setattr(train.mtp_training, "run", learn)
   monkeypatch.setattr(
       train, "_teacher", lambda *_: types.SimpleNamespace(parts=parts))
+  monkeypatch.setattr(train, "lossless_decoder", lambda *_: None)
 
   def feed(name, text):
     (tmp_path / name).write_text(text)

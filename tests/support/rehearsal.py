@@ -322,8 +322,8 @@ def outcome(folder):
         key = shard.parent.name, int(image)
         assert key not in tokens, f"{key} is there twice"
         tokens[key] = row
-  return (tokens, checkpoints.restore(work / "model" / "heads"),
-          checkpoints.restore(work / "model" / "drafter"))
+  return (tokens, checkpoints.restore(work / "model" / "heads" / "weights"),
+          checkpoints.restore(work / "model" / "drafter" / "weights"))
 
 
 def leaves(tree):

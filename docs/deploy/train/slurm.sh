@@ -22,8 +22,8 @@ set -euo pipefail
 mesh=${MESH:-data=16}
 srun python -m train.mtp --config configs/lumina.py --mesh "$mesh" \
   --config.mtp.draw.batch=128
-test -d runs/lumina_768/model/heads &&
+test -f runs/lumina_768/model/heads/heads.json &&
   srun python -m train.drafter --config configs/lumina.py --mesh "$mesh" \
     --config.drafter.redundancy=0.1
-test -d runs/lumina_768/model/drafter ||
+test -f runs/lumina_768/model/drafter/drafter.json ||
   scontrol requeue "$SLURM_JOB_ID"

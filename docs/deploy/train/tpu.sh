@@ -42,7 +42,8 @@ for try in $(seq "${TRIES:-20}"); do
   done
   # SIGTERM ends a run with status 0, so what was written decides.
   if on_all "$setup" && on_all "$train" &&
-    on_all "test -d /mnt/shared/ssd_jax/runs/lumina_768/model/drafter"
+    on_all "cd /mnt/shared/ssd_jax &&
+      test -f runs/lumina_768/model/drafter/drafter.json"
   then
     exit 0
   fi
