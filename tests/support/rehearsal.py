@@ -290,6 +290,7 @@ def run(folder, module, args, processes=1, devices=2, kill_after=None):
   environment = os.environ | {
       "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
       "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
   logs = [open(folder / f"log_{i}.txt", "ab") for i in range(processes)]
   started = [subprocess.Popen(
