@@ -24,15 +24,23 @@ def network():
 
 @pytest.mark.slow
 def test_a_step_of_training_is_planned(network):
-  """What fits at once is accumulated to the batch; a small chip fits none."""
+  """Images, then steps: what fits at once is accumulated to the batch; a small
+  chip fits none."""
   config = emoji.get_config("smoke")
   mesh = sharding.make_mesh("", jax.devices()[:1])
   chip = chips.Chip(1e12, 1e11, 6e8, 1e9, 1.0)
-  found = training_plan.report(network, config, mesh, chip, 64)
+  found = training_plan.whole(network, config, mesh, chip, 64)
   assert found["fits"] and found["largest_batch"] > 0
   assert found["accumulate"] * found["largest_batch"] >= 64
   assert found["memory_per_device"] <= chip.memory
   assert found["step_seconds"] > 0 and found["train_hours"] >= 0
+  drawn, most = found["draw_batch"], found["draw_largest_batch"]
+  assert found["draw_passes_assumed"] and 50 < found["draw_passes"] < 80
+  assert drawn["fits"] and most["batch"] > drawn["batch"] == 16
+  assert 0 < most["hours"] <= drawn["hours"] == found["draw_hours"]
+  hours = found["draw_hours"] + found["train_hours"]
+  assert found["hours"] == pytest.approx(hours, abs=1e-3)
+  assert found["dollars"] == pytest.approx(hours, abs=0.01)  # a dollar an hour
   small = chips.Chip(1e12, 1e11, 1e6, 1e9, 1.0)
   found = training_plan.report(network, config, mesh, small, 64)
   assert not found["fits"] and found["largest_batch"] == 0

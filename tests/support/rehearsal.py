@@ -314,7 +314,7 @@ def run(folder, module, args, processes=1, devices=2, kill_after=None):
 
 
 def outcome(folder):
-  """(tokens by split, heads, drafter) that a rehearsal left."""
+  """(tokens by split, heads, drafter if there is one) of a rehearsal."""
   work = folder / "runs" / "lumina_768"
   tokens = {}
   for shard in sorted(work.glob("mtp/tokens/*/tokens-*.npz")):
@@ -323,8 +323,9 @@ def outcome(folder):
         key = shard.parent.name, int(image)
         assert key not in tokens, f"{key} is there twice"
         tokens[key] = row
-  return (tokens, checkpoints.restore(work / "model" / "heads" / "weights"),
-          checkpoints.restore(work / "model" / "drafter" / "weights"))
+  return tokens, *(
+      checkpoints.restore(work / "model" / kind / "weights")
+      for kind in ("heads", "drafter") if (work / "model" / kind).exists())
 
 
 def leaves(tree):
@@ -344,7 +345,9 @@ def compare(one, other, atol=1e-3):
   return largest
 
 
-def rehearse(folder, size, processes, kills, last, longest=90.0):
+def rehearse(
+    folder, size, processes, kills, last, longest=90.0, leave_out=()
+):
   """Runs the page's commands; trainings are killed and started again.
 
   Args:
@@ -354,9 +357,12 @@ def rehearse(folder, size, processes, kills, last, longest=90.0):
     kills: Number of kills of each training.
     last: Processes of the start that ends a training.
     longest: Most seconds after which one is killed.
+    leave_out: Words; commands with one of them are not run.
   """
   make(folder, size)
   for module, args in commands():
+    if set(leave_out) & {module, *args}:
+      continue
     is_training = module.startswith("train.")
     for number in range(kills if is_training else 0):
       seconds = random.uniform(longest / 6, longest)
