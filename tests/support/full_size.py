@@ -45,7 +45,8 @@ def main(config_file: str, layers: int, dtype: str) -> None:
   layers = layers or config.trunk.n_layers
   config.trunk.n_layers = layers
   recipe = RECIPES[config.family](config)
-  folder = pathlib.Path(tempfile.mkdtemp(dir="."))
+  pathlib.Path("build").mkdir(exist_ok=True)  # which git ignores
+  folder = pathlib.Path(tempfile.mkdtemp(dir="build"))
   try:
     places = {part.flag: folder / part.flag for part in recipe.parts}
     for part in recipe.parts:
