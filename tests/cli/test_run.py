@@ -66,10 +66,7 @@ def test_models_are_listed_only_where_they_are_named(capsys):
     run.main(body, ["name"], runs_here=False)
     assert ran
   finally:
-    if "model" in flags.FLAGS:
-      flags.FLAGS["model"].unparse()
-    else:
-      common.define_flags("model")
-    if known is not None:
-      known.unparse()
+    if "model" not in flags.FLAGS and known is not None:
       flags.FLAGS["model"] = known
+    common.define_flags("model")
+    flags.FLAGS["model"].unparse()
