@@ -7,16 +7,13 @@ stream is the prompt with all tokens but the first and last replaced by padding,
 which is visible.
 """
 
-import functools
 import pathlib
 
 import ml_collections
-import numpy as np
 
 from ssd_jax.core.config import UserError
-from ssd_jax.core.grid import Grid
 from ssd_jax.families import published, training_defaults
-from ssd_jax.families.published import Ids, PromptedByIds
+from ssd_jax.families.published import Ids, SquareAfterText
 
 VARIANTS = ("1b", "7b")
 _START, _PAD, _IMAGE = (
@@ -57,24 +54,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   return config
 
 
-class Janus(PromptedByIds):
+class Janus(SquareAfterText):
   """The Janus-Pro family."""
-
-  @functools.cached_property
-  def grid(self) -> Grid:
-    """A square grid without end-of-row tokens."""
-    return Grid(self.config.side, self.config.side)
-
-  @property
-  def text_rows(self) -> int:
-    """Number of rows of the input table for text."""
-    return self.trunk.vocab_in - self.trunk.vocab_out
-
-  @functools.cached_property
-  def input_ids(self) -> np.ndarray:
-    """Rows of image tokens, which follow those of the text."""
-    image = np.arange(self.trunk.vocab_out)
-    return (self.text_rows + image).astype(np.int32)
 
   def streams(self, text: str) -> tuple[Ids, Ids]:
     """Returns one turn of a conversation, and as much padding."""

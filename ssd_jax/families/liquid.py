@@ -5,16 +5,13 @@ unconditional stream is one token in the place of the text. The image tokenizer
 is Chameleon's, its tokens in the order of the codebook.
 """
 
-import functools
 import pathlib
 
 import ml_collections
-import numpy as np
 
 from ssd_jax.core.config import UserError
-from ssd_jax.core.grid import Grid
 from ssd_jax.families import lumina, published, training_defaults
-from ssd_jax.families.published import Ids, PromptedByIds
+from ssd_jax.families.published import Ids, SquareAfterText
 
 VARIANTS = ("7b",)
 _INSTRUCTION = " Generate an image based on this description."
@@ -43,19 +40,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   return config
 
 
-class Liquid(PromptedByIds):
+class Liquid(SquareAfterText):
   """The Liquid family."""
-
-  @functools.cached_property
-  def grid(self) -> Grid:
-    """A square grid without end-of-row tokens."""
-    return Grid(self.config.side, self.config.side)
-
-  @functools.cached_property
-  def input_ids(self) -> np.ndarray:
-    """Rows of the image tokens, which follow those of the text."""
-    first = self.trunk.vocab_in - self.trunk.vocab_out
-    return (first + np.arange(self.trunk.vocab_out)).astype(np.int32)
 
   def streams(self, text: str) -> tuple[Ids, Ids]:
     """Returns the text with an instruction, and the token of no text."""

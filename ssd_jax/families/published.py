@@ -193,6 +193,29 @@ class PromptedByIds(Published):
     self._check_ids([*self.streams(_SAMPLE)[0]], self.trunk.vocab_in)
 
 
+class SquareAfterText(PromptedByIds):
+  """Base class of families of square images without end-of-row tokens.
+
+  In the input table the image tokens follow those of the text.
+  """
+
+  @functools.cached_property
+  def grid(self) -> Grid:
+    """A square grid without end-of-row tokens."""
+    return Grid(self.config.side, self.config.side)
+
+  @property
+  def text_rows(self) -> int:
+    """Number of rows of the input table for text."""
+    return self.trunk.vocab_in - self.trunk.vocab_out
+
+  @functools.cached_property
+  def input_ids(self) -> np.ndarray:
+    """Rows of image tokens, which follow those of the text."""
+    image = np.arange(self.trunk.vocab_out)
+    return (self.text_rows + image).astype(np.int32)
+
+
 def damaged_tokenizer(file: pathlib.Path, error: Exception) -> UserError:
   """Returns the error for a file of a text tokenizer that cannot be read."""
   reason = " ".join(str(error).split())[:120] or type(error).__name__

@@ -12,12 +12,10 @@ import functools
 import pathlib
 
 import ml_collections
-import numpy as np
 
 from ssd_jax.core.config import UserError
-from ssd_jax.core.grid import Grid
 from ssd_jax.families import published, training_defaults
-from ssd_jax.families.published import Ids, PromptedByIds
+from ssd_jax.families.published import Ids, SquareAfterText
 
 VARIANTS = ("0.5b", "1.5b")
 CHOICES = ("side", "prefix", "negative")  # may be set in each call
@@ -66,21 +64,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   return config
 
 
-class SimpleAR(PromptedByIds):
+class SimpleAR(SquareAfterText):
   """The SimpleAR family."""
 
   rounds_pixels = True
-
-  @functools.cached_property
-  def grid(self) -> Grid:
-    """A square grid without end-of-row tokens."""
-    return Grid(self.config.side, self.config.side)
-
-  @functools.cached_property
-  def input_ids(self) -> np.ndarray:
-    """Rows of the image tokens, which follow those of the text."""
-    first = self.trunk.vocab_in - self.trunk.vocab_out
-    return (first + np.arange(self.trunk.vocab_out)).astype(np.int32)
 
   def streams(self, text: str) -> tuple[Ids, Ids]:
     """Returns the prefix and the text, and the negative prompt."""
