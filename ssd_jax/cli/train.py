@@ -34,7 +34,7 @@ from ssd_jax.performance import chips
 from ssd_jax.pipeline import model_folder
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage import checkpoints
-from ssd_jax.storage.files import user_path
+from ssd_jax.storage.files import storable_folder, user_path
 from ssd_jax.training import (
   ar as ar_training,
   drafter as drafter_training,
@@ -288,6 +288,7 @@ def _workdir(config) -> pathlib.Path:
   if folder.exists() and not folder.is_dir():
     raise UserError(f"Expected a folder, got --workdir {folder}, which is a "
                     "file. Choose another folder.")
+  storable_folder(folder)  # fails before anything is trained
   return folder
 
 

@@ -66,10 +66,13 @@ def check_table(part: Part, found: Checkpoint) -> None:
       _listing(kind, items) for kind, items in problems.items() if items]
   if found_problems:
     file = found.tensors[unknown[0]].file if unknown else found.files[0]
+    used = {found.tensors[name].file for name in present & set(expected)}
+    advice = "Choose the variant of --config that matches the checkpoint"
+    if file not in used and len(found_problems) == 1:
+      advice = f"Take {file.name} out of the folder"
     raise UserError(
         "Expected every tensor of this family and variant once, got "
-        f"{file.name} with {'; '.join(found_problems)}. Choose the "
-        "variant of --config that matches the checkpoint.")
+        f"{file.name} with {'; '.join(found_problems)}. {advice}.")
 
 
 def _listing(kind: str, items: list[str]) -> str:

@@ -12,16 +12,17 @@ import shutil
 from typing import Any
 
 from ssd_jax.core.config import UserError
-from ssd_jax.storage.files import read_json, user_path
+from ssd_jax.storage.files import read_json, storable_folder
 
 _INSIDE = ".converting"
 _LAST = "model.json"
+_FILES = 2_000_000  # bytes for settings, indices and half-filled blocks
 _SYSTEMS = ("lost+found",)  # what a new file system holds
 
 
 def resolved(out: str | os.PathLike) -> pathlib.Path:
   """Returns the folder that a name stands for, links and ".." resolved."""
-  return user_path(out).resolve()
+  return storable_folder(out)
 
 
 def work_folder(out: pathlib.Path) -> pathlib.Path:
@@ -58,11 +59,15 @@ def check_disk(size: int, work: pathlib.Path) -> None:
   above = next(p for p in work.parents if p.is_dir())
   written = sum(f.stat().st_size for f in work.rglob("*") if f.is_file())
   free, needed = shutil.disk_usage(above).free, size - written
-  if needed * 1.02 > free:
+  if needed * 1.02 + _FILES > free:
     raise UserError(
-        f"Expected {needed * 1.02 / 1e9:.1f} GB of free disk space, got "
-        f"{free / 1e9:.1f} GB free at {above}. Free some space, or choose "
-        "another --out.")
+        f"Expected {_size(needed * 1.02 + _FILES)} of free disk space, got "
+        f"{_size(free)} free at {above}. Free some space, or choose another "
+        "--out.")
+
+
+def _size(count: float) -> str:
+  return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def put_in_place(model: pathlib.Path, out: pathlib.Path) -> None:

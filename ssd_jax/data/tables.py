@@ -15,6 +15,7 @@ from typing import Any
 
 from ssd_jax.core.config import UserError
 
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
 
 
@@ -94,7 +95,10 @@ def clean(text: str, where: str) -> str:
 
 
 def check_text(text: str, where: str) -> None:
-  """Raises UserError if a text holds half a character, which JSON can spell.
+  """Raises UserError if a text holds what is no text.
+
+  That is half a character, which JSON can spell, or control characters, as of a
+  file that a disk filled with zeros.
 
   Args:
     text: The text.
@@ -106,6 +110,10 @@ def check_text(text: str, where: str) -> None:
     raise UserError(
         f"Expected Unicode text, got half of a surrogate pair in {where}. "
         "Correct it.") from error
+  if found := _CONTROL.search(text):
+    raise UserError(
+        f"Expected text, got the control character {found[0]!r} in {where}. "
+        "Correct it.")
 
 
 def one_line(error: Exception) -> str:
@@ -127,7 +135,7 @@ def _separated(
   twice = {name for name in header if name and header.count(name) > 1}
   if twice:
     raise ValueError(f"the column {min(twice)!r} occurs twice")
-  for fields in filter(None, reader):  # blank lines
+  for fields in filter(None, _rows(reader, path)):  # blank lines
     where = f"{path} line {reader.line_num}"
     if any(fields[len(header):]):
       advice = ('Put a text with separators into "quotes"' if quotes else
@@ -139,6 +147,16 @@ def _separated(
     if quotes and delimiter == ",":
       _check_commas(header, fields, lines[reader.line_num - 1], where)
     yield Row(dict(zip(header, fields)), where)
+
+
+def _rows(reader: Any, path: pathlib.Path) -> Iterator[list[str]]:
+  """Yields a reader's rows; its errors name the line."""
+  try:
+    yield from reader
+  except csv.Error as error:
+    raise UserError(
+        f"Expected a row of a table, got {path} line {reader.line_num} "
+        f"({one_line(error)}). Correct its quotation marks.") from error
 
 
 def _check_commas(

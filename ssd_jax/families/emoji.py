@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax.core.config import from_config_dict
+from ssd_jax.core.config import check, from_config_dict
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.types import Params, Prompt
 from ssd_jax.families import training_defaults
@@ -107,6 +107,9 @@ def generator(
     pixels: Side of the image.
     words: Vocabulary of captions.
   """
+  check(pixels > 0 and pixels % vq.downsample == 0, "pixels", pixels,
+        f"a multiple of {vq.downsample}")
+  check(words.length > 2, "prompt_slots", words.length, "at least 3")
   side = pixels // vq.downsample
   cfg = TrunkConfig(
       **trunk, vocab_in=words.size + vq.n_codes, vocab_out=vq.n_codes

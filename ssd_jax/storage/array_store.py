@@ -145,8 +145,10 @@ def write_skeleton(folder: pathlib.Path, paths: list[list[str]]) -> None:
     for key in path[:-1]:
       node = node.setdefault(key, {})
     node[path[-1]] = np.zeros(1, np.float32)
-  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-  with _disk_errors(folder), ocp.Checkpointer(handler) as checkpointer:
+  handler = ocp.PyTreeCheckpointHandler(
+      use_ocdbt=False, type_handler_registry=checkpoints.handlers())
+  with _disk_errors(folder), checkpoints.one_error(), (
+      ocp.Checkpointer(handler)) as checkpointer:
     checkpointer.save(folder, tree)
 
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import threading
 from typing import Any
 import zlib
 
@@ -18,7 +19,12 @@ import orbax.checkpoint as ocp
 
 from ssd_jax.core.config import UserError
 from ssd_jax.runtime import interrupts, sharding
-from ssd_jax.storage.files import read_json, user_path, write_json
+from ssd_jax.storage.files import (
+  read_json,
+  storable_folder,
+  user_path,
+  write_json,
+)
 
 CHECKSUMS = "checksums.json"  # checksums of all arrays, beside orbax's files
 
@@ -31,7 +37,7 @@ def save(folder: str | os.PathLike, tree: Any, dtype: Any = None) -> None:
     tree: Nested dicts of arrays.
     dtype: Type to store floating-point arrays in; None keeps theirs.
   """
-  folder = user_path(folder).resolve()
+  folder = storable_folder(folder)
   tree = sharding.fetch(tree)
   if jax.process_index() == 0:
     with interrupts.writing():
@@ -49,7 +55,7 @@ def _write(folder: pathlib.Path, tree: Any, dtype: Any) -> None:
   staging = pathlib.Path(tempfile.mkdtemp(prefix=".saving-", dir=folder.parent))
   try:
     stored = jax.tree.map(cast, tree)
-    with _checkpointer() as checkpointer:
+    with one_error(), _checkpointer() as checkpointer:
       checkpointer.save(staging / "new", stored)
     write_json(staging / "new" / CHECKSUMS, checksums(stored))
     if folder.exists():
@@ -65,14 +71,14 @@ def restore(folder: str | os.PathLike) -> Any:
   Raises:
     UserError: There is no checkpoint, or it is damaged, even by a single bit.
   """
-  folder = user_path(folder).resolve()
+  folder = storable_folder(folder)
   if not folder.is_dir():
     raise UserError(
         "Expected a folder written by training or infer.convert, got no "
         f"checkpoint at {folder}. Check the path."
     )
   try:
-    with _silence(), _checkpointer() as checkpointer:
+    with silenced(), _checkpointer() as checkpointer:
       tree = checkpointer.metadata(folder).item_metadata.tree
       args = jax.tree.map(
           lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
@@ -164,11 +170,19 @@ def _damaged(folder: pathlib.Path, reason: str) -> UserError:
 
 
 class _WaitingHandler(ocp.type_handlers.NumpyHandler):
-  """Waits for all reads, even if one of them fails.
+  """Waits for all reads and writes, even if one of them fails.
 
-  orbax closes its event loop at the first failure; each read that finishes
-  later would print that the loop is closed.
+  orbax closes its event loop at the first failure; each of the others that
+  finishes later would print that the loop is closed.
   """
+
+  async def serialize(self, values, infos, args=None):
+    """Returns a future for each array, whose write has a loop of its own."""
+    args = args or [ocp.SaveArgs()] * len(values)
+    futures: list[Any] = []
+    for value, info, arg in zip(values, infos, args, strict=True):
+      futures += await super().serialize([value], [info], [arg])
+    return futures
 
   async def deserialize(self, infos, args=None):
     """Returns the arrays; raises the first failure."""
@@ -193,7 +207,7 @@ async def _all_of(reads: Iterable[Awaitable[Sequence[Any]]]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silenced() -> Iterator[None]:
   """orbax logs what it cannot read; the error raised says it in one line."""
   logger = logging.getLogger("absl")
   level = logger.level
@@ -204,6 +218,24 @@ def _silence() -> Iterator[None]:
     logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def one_error() -> Iterator[None]:
+  """A save raises the first error of its threads; Python would print all."""
+  hook = threading.excepthook
+  threading.excepthook = lambda args: None
+  try:
+    yield
+  finally:
+    threading.excepthook = hook
+
+
+def handlers() -> Any:
+  """Returns what reads and writes arrays for orbax: one error per failure."""
+  return ocp.type_handlers.create_type_handler_registry(
+      (np.ndarray, _WaitingHandler()),
+      (jax.Array, ocp.type_handlers.ArrayHandler()))
+
+
 def _checkpointer() -> ocp.Checkpointer:
   """Returns a checkpointer of this host alone: each host reads for itself."""
   index, options = jax.process_index(), ocp.options.MultiprocessingOptions()
@@ -211,12 +243,9 @@ def _checkpointer() -> ocp.Checkpointer:
     options = ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index},
         barrier_sync_key_prefix=f"host{index}")
-  handlers = ocp.type_handlers.create_type_handler_registry(
-      (np.ndarray, _WaitingHandler()),
-      (jax.Array, ocp.type_handlers.ArrayHandler()))
   return ocp.Checkpointer(
       ocp.PyTreeCheckpointHandler(
-          multiprocessing_options=options, type_handler_registry=handlers),
+          multiprocessing_options=options, type_handler_registry=handlers()),
       multiprocessing_options=options)
 
 

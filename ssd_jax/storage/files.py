@@ -33,10 +33,27 @@ def cache_folder() -> pathlib.Path | None:
   """
   root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   folder = pathlib.Path(root) / "ssd_jax"
+  if not folder.is_absolute():  # no home, or a variable that means none
+    return None
   with contextlib.suppress(OSError):
     folder.mkdir(parents=True, exist_ok=True)
-  is_usable = folder.is_absolute() and os.access(folder, os.W_OK | os.X_OK)
-  return folder if is_usable else None
+  return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def storable_folder(name: str | os.PathLike) -> pathlib.Path:
+  """Returns a folder of arrays as users write it, links and ".." resolved.
+
+  Raises:
+    UserError: Its path is not UTF-8, which tensorstore asks for.
+  """
+  path = user_path(name).resolve()
+  try:
+    str(path).encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+        "Expected a path in UTF-8 for files of arrays, got "
+        f"{ascii(str(path))}. Rename it, or choose another.") from error
+  return path
 
 
 @contextlib.contextmanager

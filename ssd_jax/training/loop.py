@@ -162,8 +162,9 @@ def _restore(manager, state: TrainState, data: grain.IterDataset):
   for step in sorted(manager.all_steps(), reverse=True):
     _check_same_run(manager, step, shapes)
     try:
-      found = manager.restore(step, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(shapes)))
+      with checkpoints.silenced():
+        found = manager.restore(step, args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes)))
       iterator = _resume(manager, step, data)
       _check_sums(manager, step, _sums(found["state"], iterator))
     except _DAMAGED as error:

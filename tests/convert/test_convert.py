@@ -422,7 +422,7 @@ def test_a_full_disk_is_noticed_first(source, tmp_path, monkeypatch):
   """Too little space is an error before anything is written."""
   usage = types.SimpleNamespace(free=100)
   monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda _: usage)
-  with pytest.raises(UserError, match="GB free"):
+  with pytest.raises(UserError, match="MB free"):
     run(source, tmp_path / "out")
   assert not list(tmp_path.glob("*out*"))
 

@@ -215,8 +215,8 @@ def test_what_is_not_used_is_noted(tmp_path):
 @pytest.mark.parametrize("table, text, said", [
     ("captions.csv", "file_name,caption\n00.png,a red fox, in snow\n",
      "got 3 in .*captions.csv line 2, the last of them ' in snow'"),
-    ("captions.csv", 'file_name,caption\n00.png,"a\n', "which is not csv"),
-    ("captions.csv", 'file_name,caption\n00.png,"a" b\n', "which is not csv"),
+    ("captions.csv", 'file_name,caption\n00.png,"a\n', "line 2 .*quotation marks"),
+    ("captions.csv", 'file_name,caption\n00.png,"a" b\n', "line 2 .*quotation marks"),
     ("captions.csv", "file_name,caption,caption\n00.png,a,b\n",
      "'caption' occurs twice"),
     ("captions.tsv", "file_name\tcaption\n00.png\ta\tb\n", "line 2"),
@@ -260,3 +260,11 @@ def test_a_name_that_is_no_utf8_is_a_key(tmp_path):
   splits = sources.open_splits(
       f"folder:{tmp_path}", ("train", "validation"), 8)
   assert sum(map(len, splits.values())) == 4
+
+
+def test_a_row_without_a_name_is_said_to_have_none(tmp_path):
+  """Not that its folder does not exist."""
+  solid(tmp_path / "a.png")
+  (tmp_path / "captions.csv").write_text("file,caption\na.png,x\n,\n")
+  with pytest.raises(UserError, match="line 3 without a file name"):
+    FolderSource(str(tmp_path), 8)

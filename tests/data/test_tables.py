@@ -85,3 +85,21 @@ def test_a_pipe_is_no_table(tmp_path):
   os.mkfifo(tmp_path / "captions.csv")
   with pytest.raises(UserError, match="which is none"):
     tables.read(tmp_path / "captions.csv")
+
+
+@pytest.mark.parametrize("text", ["\0" * 8, "re\0\0", "a \x1b[31mfox"])
+def test_control_characters_are_no_text(text):
+  """Such as what a disk filled with zeros; white space is."""
+  with pytest.raises(UserError, match="control character .* in here"):
+    tables.clean(text, "here")
+  assert tables.clean("a\tred\r\n fox", "here") == "a red fox"
+
+
+@pytest.mark.parametrize("name, text, line", [
+    ("captions.tsv", 'file\tcaption\na.png\t"hi" he said\n', 2),
+    ("captions.csv", 'file,caption\na.png,x\nb.png,"y\n', 3)])
+def test_bad_quotation_marks_name_their_line(tmp_path, name, text, line):
+  """A large table is not searched by hand."""
+  (tmp_path / name).write_text(text)
+  with pytest.raises(UserError, match=f"line {line} .*quotation marks"):
+    tables.read(tmp_path / name)

@@ -54,7 +54,6 @@ def test_a_guess_sees_what_its_slot_sees_and_writes_elsewhere():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid, decoder, group", [
-    (_WIDE, Stair(lookahead=3, fan=3), 1),
     (_ENDED, Exact(fan=2), 4),
     (_WIDE, SJD(4, fan=3), 1),
     (dict(_WIDE, guidance=2.0, top_k=2), Coupled(4, fan=2), 4),
@@ -91,23 +90,20 @@ def test_coupled_gives_the_tokens_of_ar(decoder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", [
-    Exact(), Continuation(8)], ids=lambda x: x.name)
-def test_a_fan_saves_passes(decoder):
+def test_a_fan_saves_passes():
   """With every token guessed the first open slot never ends a pass alone."""
   model = kit.chain(6, 8, vocab=9)
   passes = [
-      kit.run(model, dataclasses.replace(decoder, fan=fan), 32).passes.mean()
+      kit.run(model, Continuation(8, fan=fan), 32).passes.mean()
       for fan in (1, 9)]
   assert passes[0] > passes[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", [
-    Stair(fan=4), Continuation(6, fan=4)], ids=str)
-def test_images_do_not_depend_on_the_batch(decoder):
+def test_images_do_not_depend_on_the_batch():
   """Batch 1 and batch 4 give the same tokens and passes."""
-  kit.assert_independent_of_batch(kit.chain(5, 4, True, vocab=9), decoder)
+  kit.assert_independent_of_batch(
+      kit.chain(5, 4, True, vocab=9), Stair(fan=4))
 
 
 @pytest.mark.parametrize("decoder", [Exact(fan=4), SJD(4, fan=4)], ids=str)

@@ -14,7 +14,7 @@ from tests.support import testkit as kit
 @pytest.mark.slow
 def test_what_is_tried_fits_the_grid_and_the_weights():
   """Decoders of texts that parse; without training only fixed schedules."""
-  for model in (kit.chain(6, 7, end_of_row=True), testing.tiny(3, 5, 5).model):
+  for model in (kit.chain(3, 4, end_of_row=True), testing.tiny(3, 3, 3).model):
     names = tuning.candidates(model)
     decoders = [registry.parse(name) for name in names]
     assert names[0] == "ar" and len(set(names)) == len(names)

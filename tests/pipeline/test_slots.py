@@ -42,7 +42,7 @@ def alone(pipe, decoder, number, **sampling):
 def test_each_image_has_settings_of_its_own(pipe):
   """Seed, guidance, temperature, top-k and top-p differ within a batch, whose
   one program serves all; every image is the one that `generate` makes."""
-  decoder = "exact"
+  decoder = "sjd:window=3"
   slots = Slots(Run(pipe.programs, registry.parse(decoder)), len(SETTINGS))
   for number, sampling in enumerate(SETTINGS):
     slots.insert(number, item(pipe, number, **sampling))

@@ -145,7 +145,7 @@ def test_two_hosts_serve_as_one():
     for i in range(3):
       np.testing.assert_array_equal(
           Image.open(io.BytesIO(base64.b64decode(pictures[i]))), made[i])
-    for decoder, said in (("pjd", 200), ("ssd:vertical=9", 400)):
+    for decoder, said in (("sjd:window=2", 200), ("ssd:vertical=9", 400)):
       assert ask(port, path, prompt="a", decoder=decoder)[0] == said
     hosts[0].send_signal(signal.SIGTERM)
     assert [status for status, _ in finish(hosts, 60)] == [0, 0]

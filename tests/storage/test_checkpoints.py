@@ -2,7 +2,10 @@
 
 import os
 import random
+import resource
 import shutil
+import subprocess
+import sys
 
 import chex
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from ssd_jax.core.config import UserError
 from ssd_jax.pipeline.model_folder import EMBEDDED
 from ssd_jax.storage import checkpoints
+from tests.support import ROOT
 from tests.support.damage import damaged
 
 
@@ -61,3 +65,21 @@ def test_any_damage_is_one_line_or_none(tmp_path, capfd, seed):
       assert str(folder) in str(error) and "\n" not in str(error)
     file.write_bytes(data)
   assert capfd.readouterr().err == ""
+
+
+def _save_on_a_full_disk(folder):
+  """Body of a process whose files may not grow beyond 20,000 bytes."""
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+  checkpoints.save(folder, {
+      f"x{i}": np.random.default_rng(i).normal(size=9000) for i in range(40)})
+
+
+def test_a_full_disk_is_one_error(tmp_path):
+  """However many writes fail; nothing is left of them."""
+  child = subprocess.run(
+      [sys.executable, "-c", "import sys\nfrom tests.storage import "
+       "test_checkpoints as t\nt._save_on_a_full_disk(sys.argv[1])",
+       tmp_path / "saved"], cwd=ROOT, capture_output=True, text=True)
+  assert child.returncode == 1
+  assert "Event loop is closed" not in child.stderr
+  assert not os.listdir(tmp_path)

@@ -55,3 +55,23 @@ def test_what_is_no_json_is_one_line(tmp_path, text):
   (tmp_path / "x.json").write_text(text, "latin-1")
   with pytest.raises(UserError, match="readable JSON"):
     files.read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("home", ["", "relative"])
+def test_without_a_home_there_is_no_cache(tmp_path, monkeypatch, home):
+  """Nothing is made in the working directory, such as a folder called ~."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("XDG_CACHE_HOME", home)
+  monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+  assert files.cache_folder() is None
+  assert not os.listdir(tmp_path)
+
+
+def test_a_path_that_is_no_utf8_is_one_line(tmp_path):
+  """Said of a folder of arrays before it is written or read."""
+  folder = os.fsdecode(os.fsencode(tmp_path) + b"/w\xe9")
+  for use in (lambda: checkpoints.save(folder, {}),
+              lambda: checkpoints.restore(folder)):
+    with pytest.raises(UserError, match="UTF-8 .*udce9.*Rename"):
+      use()
+  assert not os.listdir(tmp_path)

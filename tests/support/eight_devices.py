@@ -6,16 +6,13 @@ the mesh of all axes; its programs are compiled as users compile them.
 
 import dataclasses
 import functools
-import io
 import json
-import queue
 import sys
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from PIL import Image
 
 from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
 from ssd_jax.core.grid import Grid
@@ -29,7 +26,6 @@ from ssd_jax.performance import compiled
 from ssd_jax.pipeline import testing
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import sharding
-from ssd_jax.serving import requests
 from ssd_jax.training import ar, drafter, heads as heads_lib
 from ssd_jax.training.self_distillation import Teacher
 from ssd_jax.training.state import (
@@ -38,7 +34,6 @@ from ssd_jax.training.state import (
   make_optimizer,
   mean_gradients,
 )
-from tests.support import served
 
 MESH = "data=2,fsdp=2,tensor=2"
 APART = ("tensor=4", "data=2,tensor=4")  # where collectives are counted
@@ -156,22 +151,18 @@ def places(state):
 
 
 def on_cores(pipe):
-  """What devices of a CPU do with one guided image that is generated on none
-  but
-  them: {decoder: [share of equal tokens, devices]}, what a pass of Stair sends,
-  whether weights lie in one place.
+  """What two devices of a CPU do with one guided image: on how many each
+  decoder runs, the share of tokens that Stair generates on one alone, what a
+  pass of it sends, in how many places the weights lie.
   """
-  shares, one = {}, sharding.make_mesh("data=1")
+  prompt, _ = pipe.family.encode_prompts(["a"], True)
+  devices = {}
   for decoder in (AR(), Stair()):
-    with jax.set_mesh(one):
-      alone = pipe.generate(["a"], decoder, seed=4).tokens
-    together = pipe.generate(["a"], decoder, seed=4).tokens
-    prompt, _ = pipe.family.encode_prompts(["a"], True)
     mesh = pipe.programs.mesh_for(decoder, prompt, pipe.sampling()[0], 1)
-    shares[decoder.name] = [
-        float((together == alone).mean()), mesh and mesh.size]
-  stream, = pipe.stream(["a"], decoder, seed=4)
-  shares["stream"] = float((stream.tokens == alone[0]).mean())
+    devices[decoder.name] = mesh and mesh.size
+  with jax.set_mesh(sharding.make_mesh("data=1")):
+    alone = pipe.generate(["a"], Stair(), seed=4).tokens
+  together = pipe.generate(["a"], Stair(), seed=4).tokens
   mesh = sharding.make_mesh("data=2")
   lent = sharding.replicate(jnp.ones((64, 64)), mesh)
   places = {x.data.unsafe_buffer_pointer() for x in lent.addressable_shards}
@@ -188,23 +179,8 @@ def on_cores(pipe):
       .as_text()
     )
   sent = [(x.kind, x.count) for x in compiled.collectives(text, 2)]
-  return {"shares": shares, "sent": sent, "places": len(places)}
-
-
-def served_on(mesh):
-  """Whether a server on a mesh draws what one device draws, two images."""
-  pipe, got = testing.tiny(5, 2, 4, heads=(0, 0)), queue.Queue()
-  alone = pipe.generate(["a"], num_images=2, seed=4).images
-  with jax.set_mesh(sharding.make_mesh(mesh)):
-    scheduler = served.scheduler_of(testing.tiny(5, 2, 4, heads=(0, 0)))
-    request = requests.parse(
-        dict(prompt="a", n=2, seed=4), scheduler.served, "")
-    scheduler.submit(request, got.put)
-    files = {x.image: x.file for x in (got.get(timeout=120) for _ in range(2))}
-    scheduler.close()
-  return all(
-      bool((np.asarray(Image.open(io.BytesIO(files[i]))) == alone[i]).all())
-      for i in range(2))
+  return {"devices": devices, "sent": sent, "places": len(places),
+          "share": float((together == alone).mean())}
 
 
 def distance(one, other):
@@ -216,7 +192,6 @@ def main():
   pipe, found = make_pipeline(), {}
   found["sent"] = {mesh: sent(pipe, mesh) for mesh in APART}
   found["cores"] = on_cores(testing.tiny(7, 4, 4, guidance=2.0, heads=(2, 1)))
-  found["served"] = served_on(MESH)
   kinds = ("heads", "drafter")
   weights = {"muon": trained(pipe, "muon", 1)[1]}
   weights |= {kind: distilled(pipe, kind) for kind in kinds}

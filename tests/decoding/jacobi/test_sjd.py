@@ -12,7 +12,6 @@ from ssd_jax.core.config import UserError
 from ssd_jax.core.grid import Grid
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.jacobi import initial_drafts
-from ssd_jax.decoding.jacobi.gsd import GSD
 from ssd_jax.decoding.jacobi.sjd import SJD, Continuation, Coupled
 from ssd_jax.decoding.sampling import Sampling
 from tests.support import testkit as kit
@@ -46,10 +45,9 @@ def test_lossless(decoder, end_of_row, sampling, group):
 @pytest.mark.parametrize("decoder, end_of_row, sampling, group", [
     (SJD(4, "sample_left"), False, FILTERED, 4),
     (SJD(2, "repeat_left", tail="reference"), True, {}, 4),
-    (GSD(4, group=1), True, {}, 1),
 ], ids=str)
 def test_lossless_everywhere(decoder, end_of_row, sampling, group):
-  """Other initialisations, another tail and groups keep AR's distribution."""
+  """Other initialisations and another tail keep AR's distribution."""
   kit.assert_lossless(small(end_of_row, **sampling), decoder, group)
 
 
@@ -64,7 +62,6 @@ def test_images_do_not_depend_on_the_batch():
 @pytest.mark.parametrize("decoder, end_of_row", [
     (SJD(1), True),
     (SJD(4, "repeat_above", acceptance="equality"), True),
-    pytest.param(Coupled(1), False, marks=pytest.mark.slow),
     pytest.param(SJD(16, acceptance="equality"), False, marks=pytest.mark.slow),
 ], ids=str)
 def test_equals_ar(decoder, end_of_row):

@@ -44,10 +44,8 @@ def test_passes_are_the_published_ones(grid, decoder, published):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid, decoder, published", [
-    (_JANUS, SSD(rounds=1), 57),
     (_LUMINA, pipelined(5, 1), 74),
     (_LUMINA, staged(5, 4), 267),
-    (_LUMINA, SSD(vertical=2, rounds=9), 285),
     (_EMU3, SSD(rounds=6), 661),
 ])
 def test_all_published_passes(grid, decoder, published):

@@ -48,13 +48,6 @@ def test_candidates_that_pass_cost_a_pass_each(window, published):
 
 
 @pytest.mark.slow
-def test_a_window_of_a_row_is_lossless():
-  """The distribution of whole images is AR's."""
-  pipe = kit.tiny(rows=3, cols=2, vocab=2, end_of_row=True)
-  kit.assert_lossless(pipe, ZipAR(window=3, adaptive=True))
-
-
-@pytest.mark.slow
 def test_the_bias_of_a_short_window_is_detected():
   """A row that has not seen the end of the one above has another
   distribution."""

@@ -64,7 +64,8 @@ def test_sampled_drafts_keep_the_distribution(grid, group):
 def test_best_drafts_keep_the_distribution():
   """A dynamic tree of best drafts passes the exactness test too."""
   found = exactness.examine(
-      tiny(rows=2, cols=3, guidance=2.0), Eagle(), "eagle", group=4)
+      tiny(rows=2, cols=3, guidance=2.0), Eagle(), "eagle", group=4,
+      draws=8_000)
   assert found.lossless and found.is_sound, found
 
 

@@ -197,14 +197,13 @@ def test_thresholds_that_none_reaches_are_eagle():
 
 
 @pytest.mark.slow
-def test_each_relaxation_alone_and_both_save_passes():
+def test_each_relaxation_alone_saves_passes():
   """Never more passes than EAGLE; convergence everywhere accepts the tree."""
   tree = (WIDE, "sampled")
   exact = draw(Eagle(*tree)).passes.mean()
   position = draw(Cascade(*tree, 0.0, 2.0)).passes.mean()
   sequence = draw(Cascade(*tree, 2.0, -1.0)).passes.mean()
-  both = draw(Cascade(*tree, 0.0, 0.5)).passes.mean()
-  assert position < exact and both < exact
+  assert position < exact
   # Five slots after the first, at most four per pass: always two passes more.
   assert sequence == 3.0
 
