@@ -220,11 +220,12 @@ def silenced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_error() -> Iterator[None]:
-  """A save raises the first error of its threads; Python would print all."""
+  """A save raises its first error; orbax and its threads would print all."""
   hook = threading.excepthook
   threading.excepthook = lambda args: None
   try:
-    yield
+    with silenced():
+      yield
   finally:
     threading.excepthook = hook
 

@@ -215,8 +215,8 @@ def test_what_is_not_used_is_noted(tmp_path):
 @pytest.mark.parametrize("table, text, said", [
     ("captions.csv", "file_name,caption\n00.png,a red fox, in snow\n",
      "got 3 in .*captions.csv line 2, the last of them ' in snow'"),
-    ("captions.csv", 'file_name,caption\n00.png,"a\n', "line 2 .*quotation marks"),
-    ("captions.csv", 'file_name,caption\n00.png,"a" b\n', "line 2 .*quotation marks"),
+    ("captions.csv", 'file_name,caption\n00.png,"a\n', "line 2 .*quotation"),
+    ("captions.csv", 'file_name,caption\n00.png,"a" b\n', "line 2 .*quotation"),
     ("captions.csv", "file_name,caption,caption\n00.png,a,b\n",
      "'caption' occurs twice"),
     ("captions.tsv", "file_name\tcaption\n00.png\ta\tb\n", "line 2"),
