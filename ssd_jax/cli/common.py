@@ -79,7 +79,25 @@ def model_name() -> str | None:
   return flags.FLAGS.model or flags.FLAGS.checkpoint
 
 
-def load_pipeline() -> Pipeline:
+def load_pipeline(pixels: bool = True) -> Pipeline:
+  """Loads the pipeline of the flags; see `_load_pipeline`.
+
+  Args:
+    pixels: Whether the command needs images, not only their tokens.
+
+  Raises:
+    UserError: when the model generates no images.
+  """
+  pipe = _load_pipeline()
+  if pixels and not pipe.image_shape[0]:
+    raise UserError(
+        "Expected a model that generates images, got "
+        f"{pipe.family.name}, whose tokens another model paints. Use "
+        "infer.generate.")
+  return pipe
+
+
+def _load_pipeline() -> Pipeline:
   """Loads the pipeline of --model or --checkpoint, of the config, else emoji.
 
   With --random_weights a published family needs no --checkpoint.

@@ -22,6 +22,7 @@ from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.visualization import animations
 from ssd_jax.visualization.album import Album
+from ssd_jax.visualization.token_files import TokenFiles
 
 common.define_flags(
     "prompts_file", "num_images", "seed", "batch", "out", "decoder_file",
@@ -50,9 +51,10 @@ def body() -> None:
         "a single host")
   out = common.writable_folder(flags.FLAGS.out or "out")
   cli.use_compilation_cache()
-  pipe = common.load_pipeline()
+  pipe = common.load_pipeline(pixels=False)
   prefix = _prefix(pipe)
-  album = Album(out, _settings(pipe))
+  has_pixels = pipe.image_shape[0] > 0
+  album = (Album if has_pixels else TokenFiles)(out, _settings(pipe))
   times, notes, output = _generate(pipe, prompts, decoder, album, prefix)
   album.close()
   sharding.barrier("images are written")
@@ -66,7 +68,8 @@ def body() -> None:
 
 
 def _generate(
-    pipe: Pipeline, prompts: list[str], decoder: Decoder, album: "Album",
+    pipe: Pipeline, prompts: list[str], decoder: Decoder,
+    album: Album | TokenFiles,
     prefix: np.ndarray | None,
 ) -> tuple[tuple[float, float], list[str], Output | None]:
   """Returns ((seconds compiling, others), notes, output of --trace)."""
@@ -81,7 +84,8 @@ def _generate(
       bar.set_description("generating", refresh=False)
       bar.update(images)
 
-    if _TRACE.value or prefix is not None:  # needs all images together
+    is_stream = pipe.model.preview is None and prefix is None
+    if _TRACE.value or not is_stream:  # needs all images together
       output = pipe.generate(
           prompts, decoder, trace=_TRACE.value, on_batch=on_step, prefix=prefix,
           **args)
@@ -104,6 +108,8 @@ def _prefix(pipe: Pipeline) -> np.ndarray | None:
   if _COMPLETE.value is None:
     check(_ROWS.value is None, "rows", _ROWS.value, "given with --complete")
     return None
+  check(pipe.image_shape[0] > 0, "complete", _COMPLETE.value,
+        "left out: this model's tokens are not codes of pixels")
   grid = pipe.model.grid
   rows = grid.rows // 2 if _ROWS.value is None else _ROWS.value
   check(0 < rows < grid.rows, "rows", rows, f"in [1, {grid.rows - 1}]")
@@ -157,11 +163,13 @@ def _write_trace(pipe: Pipeline, output: Output, decoder, paths) -> None:
 
 
 def _report(
-    pipe: Pipeline, decoder, album: Album, times: tuple[float, float]
+    pipe: Pipeline, decoder, album: Album | TokenFiles,
+    times: tuple[float, float],
 ) -> None:
   """Reports what was generated; `times` are (compiling, other) seconds."""
   passes, paths = album.passes, album.paths
-  num_tokens = pipe.model.grid.num_tokens
+  grid, preview = pipe.model.grid, pipe.model.preview
+  num_tokens = grid.num_tokens + (preview.num_tokens if preview else 0)
   mean = float(np.mean([num_tokens / p for p in passes]))
   is_lossless = decoder.is_lossless(pipe.model.grid)
   kind = "lossless" if is_lossless else "lossy"

@@ -22,6 +22,7 @@ _SIGNATURES = {  # name of a tensor that only this family has -> family
     "layers.0.attention.wq.weight": "anole",
     "model.layers.0.self_attn.q_norm.weight": "lumina or anole:hf",
     "encoder.block.0.layer.0.SelfAttention.q.weight": "T5",
+    "prior_token_embedding.weight": "GLM-Image's diffusion transformer",
     "decoder.time_conv.0.conv.conv.weight": "an Emu3 tokenizer",
 }
 

@@ -120,6 +120,19 @@ def halves(n: int) -> Callable[[np.ndarray], np.ndarray]:
   return permute
 
 
+def half_rotary(n: int) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns a function that moves the rotated half of n heads.
+
+  Pairs (j, j + H / 4) of the first half of a head become (j, j + H / 2), as if
+  the whole head rotated; its other entries become the pairs that do not.
+  """
+  def permute(x: np.ndarray) -> np.ndarray:
+    quarters = x.reshape(n, 2, 2, x.shape[0] // n // 4, *x.shape[1:])
+    return quarters.swapaxes(1, 2).reshape(x.shape)
+
+  return permute
+
+
 def repeat_heads(n: int, head_dim: int) -> Callable[[np.ndarray], np.ndarray]:
   """Returns a function that repeats rows to one per head, (n, H).
 

@@ -9,6 +9,7 @@ from ssd_jax.convert import (
   convert,
   emu3,
   emu3_5,
+  glm_image,
   hub,
   janus,
   liquid,
@@ -22,6 +23,7 @@ from ssd_jax.core.config import UserError
 
 RECIPES = {
     "anole": anole.recipe, "emu3": emu3.recipe, "emu3_5": emu3_5.recipe,
+    "glm_image": glm_image.recipe,
     "janus": janus.recipe, "liquid": liquid.recipe,
     "llamagen": llamagen.recipe, "lumina": lumina.recipe,
     "lumina2": lumina2.recipe, "simplear": simplear.recipe,

@@ -17,6 +17,7 @@ class Picture:
     tokens: int32 [R, C], image tokens.
     passes: Forward passes until the image was final.
     commit_pass: int32 [R, C], pass in which each token became final.
+    preview: int32 [R, C], tokens of the grid that was generated first, or None.
   """
 
   index: int
@@ -25,6 +26,7 @@ class Picture:
   tokens: np.ndarray
   passes: int
   commit_pass: np.ndarray
+  preview: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Output:
   """B generated images, in the order of the prompts.
 
   Attributes:
-    images: uint8 [B, H, W, 3], pixels.
+    images: uint8 [B, H, W, 3], pixels; of 0 x 0 px if the tokens are not
+      codes of pixels.
     tokens: int32 [B, R, C], image tokens.
     passes: int32 [B], forward passes per image.
     commit_pass: int32 [B, R, C], pass in which each token became final.
@@ -43,6 +46,8 @@ class Output:
     compile_seconds: Time spent compiling.
     seconds: Remaining time.
     index: int32 [B], index of each image over the whole call; keys its noise.
+    preview: int32 [B, R, C], tokens of the grid that was generated first, whose
+      passes count too; None if there is no such grid.
   """
 
   images: np.ndarray
@@ -55,6 +60,7 @@ class Output:
   compile_seconds: float
   seconds: float
   index: np.ndarray
+  preview: np.ndarray | None = None
 
   @property
   def pil_images(self) -> list[Image.Image]:
@@ -66,5 +72,6 @@ class Output:
     """The images as separate `Picture`s."""
     return [
         Picture(int(self.index[i]), self.prompts[i], self.images[i],
-                self.tokens[i], int(self.passes[i]), self.commit_pass[i])
+                self.tokens[i], int(self.passes[i]), self.commit_pass[i],
+                None if self.preview is None else self.preview[i])
         for i in range(len(self.prompts))]

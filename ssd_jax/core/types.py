@@ -151,6 +151,8 @@ class Model:
       from `hidden`. Without spatial heads it raises a UserError.
     heads: Numbers of spatial heads (horizontal, vertical).
     drafter: The drafter of draft trees, or None.
+    preview: Grid that is generated first and belongs to the prompt of `grid`,
+      or None.
   """
 
   grid: Grid
@@ -162,3 +164,4 @@ class Model:
   draft: Callable[..., jax.Array] = _no_heads
   heads: tuple[int, int] = (0, 0)
   drafter: Drafter | None = None
+  preview: Grid | None = None

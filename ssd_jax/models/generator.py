@@ -27,6 +27,8 @@ class Generator:
     input_ids: int32 [V + forced kinds], row of the input table of each image
       token and forced token.
     dtype: Type of activations and cache.
+    preview: Grid that is generated first and belongs to the prompt of `grid`,
+      or None.
     taps: Layers whose outputs are appended to all hidden states, which are then
       [..., (1 + taps) * D]; functions of hidden states accept these too.
   """
@@ -36,6 +38,7 @@ class Generator:
   rope: np.ndarray
   input_ids: np.ndarray
   dtype: jnp.dtype = jnp.float32
+  preview: Grid | None = None
   taps: tuple[int, ...] = ()
 
   @functools.cached_property
@@ -55,7 +58,7 @@ class Generator:
     """Returns the functions that decoders use."""
     return Model(
         self.grid, self.cfg.vocab_out, self.prefill, self.forward,
-        self.replicated_logits, self.embed,
+        self.replicated_logits, self.embed, preview=self.preview,
     )
 
   def logits(self, params: Params, hidden: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ A table has one row per position; each slot of a sequence has the index of its
 row, so the trunk treats one- and two-dimensional schemes alike.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,33 @@ def table_2d(row_col: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
   angles = np.concatenate(
       [row_col[:, :1] * freq, row_col[:, 1:] * freq], axis=-1
   )
+  return _cos_sin(angles)
+
+
+def table_axes(
+    places: np.ndarray, head_dim: int, theta: float, sections: Sequence[int]
+) -> np.ndarray:
+  """Returns the cosine and sine of each pair for places of several axes.
+
+  The first pairs read the first axis, the next ones the second and so on
+  (M-RoPE, Wang et al. 2024, arXiv:2409.12191); the rest do not rotate.
+
+  Args:
+    places: Coordinates of each position, [positions, axes]; may be negative,
+      as only differences matter.
+    head_dim: Head dimension H.
+    theta: Base of the frequencies.
+    sections: Number of pairs that read each axis; at most H / 2 in all.
+
+  Returns:
+    float32 [positions, head_dim / 2, 2].
+  """
+  count = sum(sections)
+  check(count <= head_dim // 2, "sections", sections,
+        f"at most {head_dim // 2} pairs in all")
+  axis = np.repeat(np.arange(len(sections)), sections)
+  angles = np.zeros((len(places), head_dim // 2))
+  angles[:, :count] = places[:, axis] * frequencies(2 * count, theta)
   return _cos_sin(angles)
 
 

@@ -48,6 +48,8 @@ class TrunkConfig:
     qk_rms: RMSNorm on each head of q and k, before the rotation, with one scale
       for all heads of a layer (Qwen3).
     qkv_bias: Whether q, k and v have biases (Qwen2).
+    post_norms: Whether the outputs of attention and MLP are normalised before
+      they are added (GLM-4).
     gate: Activation of the MLP's gate, "silu" or "gelu_tanh" (Gemma).
     interleaved: Whether rotary pairs are adjacent entries (LlamaGen) instead
       of entries of the two halves.
@@ -72,6 +74,7 @@ class TrunkConfig:
   qk_norm: bool = False
   qk_rms: bool = False
   qkv_bias: bool = False
+  post_norms: bool = False
   gate: str = "silu"
   interleaved: bool = False
   head_hidden: int = 0
@@ -266,9 +269,11 @@ class Layer(nn.Module):
     y = norm(name="attn_norm")(x) if self.input_norm else x
     y, cache = Attention(cfg, self.tile, name="attn")(
         y, cos_sin, visible, cache, layer, slots)
+    y = norm(name="attn_post_norm")(y) if cfg.post_norms else y
     x = sharding.replicate_axis(x + y)
     y = norm(name="mlp_norm")(x)
     y = GatedMLP(cfg.d_ff, cfg.gate, self.tile, name="mlp")(y)
+    y = norm(name="mlp_post_norm")(y) if cfg.post_norms else y
     x = sharding.replicate_axis(x + y)
     return (x, cache), x if self.emit else None
 

@@ -30,6 +30,7 @@ from ssd_jax.families import (
   emoji,
   emu3,
   emu3_5,
+  glm_image,
   janus,
   liquid,
   llamagen,
@@ -52,6 +53,7 @@ FAMILIES: dict[str, Callable[..., Family]] = {
     "emoji": lambda settings, folder: emoji.from_settings(settings),
     "emu3": emu3.from_settings,
     "emu3_5": emu3_5.from_settings,
+    "glm_image": glm_image.from_settings,
     "janus": janus.from_settings,
     "liquid": liquid.from_settings,
     "llamagen": llamagen.from_settings,
@@ -61,6 +63,7 @@ FAMILIES: dict[str, Callable[..., Family]] = {
 }
 _CONFIGS = {"janus": "janus_pro"}  # where the file has another name
 CHOICES = {"emu3": emu3.CHOICES, "emu3_5": emu3_5.CHOICES,
+           "glm_image": glm_image.CHOICES,
            "lumina": lumina.CHOICES, "lumina2": lumina2.CHOICES,
            "simplear": simplear.CHOICES}
 _SAMPLING = ("guidance", "temperature", "top_k", "top_p")
@@ -123,8 +126,10 @@ def load(
   for kind in found:
     if extras and (folder / kind).is_dir() and not random_weights:
       found[kind] = found[kind] or folder / kind
-  vq_params = checkpoints.restore(folder / "vq")
-  checkpoints.check_shapes(folder / "vq", vq_params, shapes["vq"])
+  vq_params = None
+  if _has_pixels(family):
+    vq_params = checkpoints.restore(folder / "vq")
+    checkpoints.check_shapes(folder / "vq", vq_params, shapes["vq"])
   _check_tokenizer(folder, settings)
   found["model"] = folder
   return _pipeline(family, params, vq_params, found, int8)
@@ -197,7 +202,9 @@ def from_config(
   """
   family = FAMILIES[config.family]({"config": config.to_dict()}, None)
   _check_memory(family, _shapes(family), None)
-  vq_params = jax.jit(_init_vq, static_argnums=0)(family)
+  vq_params = None
+  if _has_pixels(family):
+    vq_params = jax.jit(_init_vq, static_argnums=0)(family)
   return _pipeline(family, random_params(family), vq_params,
                    {"heads": heads, "drafter": drafter}, int8)
 
@@ -212,6 +219,11 @@ def _check_tokenizer(folder: pathlib.Path, settings: dict[str, Any]) -> None:
         "train the trunk again.")
 
 
+def _has_pixels(family: Family) -> bool:
+  """Returns whether image tokens are codes of pixels."""
+  return "vq" in family.config
+
+
 def _init_vq(family: Family) -> Params:
   size = family.vq.cfg.downsample
   picture = jnp.zeros((1, size, size, 3))
@@ -221,6 +233,8 @@ def _init_vq(family: Family) -> Params:
 def _shapes(family: Family) -> Params:
   """Returns the shapes of {"trunk": ..., "vq": ...}."""
   trunk = jax.eval_shape(family.generator.init, jax.random.key(0))
+  if not _has_pixels(family):
+    return trunk | {"vq": {}}
   return trunk | {"vq": jax.eval_shape(lambda: _init_vq(family))}
 
 
@@ -261,7 +275,8 @@ def _pipeline(
     model = bind_drafter(generator, model, extras["drafter"], params)
   if int8:  # last, since binding heads compares weights
     params |= quantize({k: params[k] for k in params.keys() - {"drafter"}})
-  vq_params = checkpoints.cast(vq_params, jnp.float32)
+  if vq_params is not None:
+    vq_params = checkpoints.cast(vq_params, jnp.float32)
   return Pipeline(family, params, vq_params, model, folders)
 
 
@@ -340,9 +355,11 @@ def needed_bytes(
 
 def _cached(family: Family) -> int:
   """Returns the cache elements of one image, its prompt's left out."""
-  cfg, grid = family.generator.cfg, family.generator.grid
+  cfg, generator = family.generator.cfg, family.generator
+  slots = generator.grid.length
+  slots += generator.preview.length if generator.preview else 0
   streams = 1 + (family.sampling["guidance"] != 1.0)
-  return (2 * cfg.n_layers * streams * cfg.n_kv_heads * grid.length
+  return (2 * cfg.n_layers * streams * cfg.n_kv_heads * slots
           * cfg.head_dim)
 
 

@@ -21,7 +21,7 @@ from ssd_jax.decoding import engine, sampling as sampling_lib
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.sampling import Overrides, Sampling
 from ssd_jax.models.vq import to_float
-from ssd_jax.pipeline import arguments, completion, saving
+from ssd_jax.pipeline import arguments, completion, preview, saving
 from ssd_jax.pipeline.programs import Programs
 from ssd_jax.pipeline.run import Run
 from ssd_jax.pipeline.stream import Stream, StreamRequest
@@ -130,12 +130,18 @@ class Pipeline:
     check(not (given_rows and on_pass), "on_pass", on_pass,
           "None with a prefix")
     run = Run(self.programs, decoder, given_rows)
+    first = self._preview_run(run, given_rows, trace, on_pass)
     padded = texts + texts[-1:] * (-len(texts) % batch)
-    chunks, notes = [], []
+    chunks, notes, previews = [], [], []
     for start in range(0, len(texts), batch):
       here, count = slice(start, start + batch), len(texts[start:start + batch])
       given = None if given_IRC is None else given_IRC[here]
       prompt, new_notes = self.family.encode_prompts(padded[here], guided)
+      found = first and preview.generate(
+          first, prompt, settings, seed, index_I[here])
+      if found:
+        prompt = preview.extend(
+            prompt, self.model, np.asarray(found.tokens))
       prompt = run.prepare(prompt, given)
       if start == 0 and not on_pass:  # each device would call it
         run.choose_devices(prompt, settings, batch)
@@ -144,6 +150,11 @@ class Pipeline:
         decoded = completion.join(given, sharding.fetch(run(
             engine.decode, run.place(prompt), settings, jax.random.key(seed),
             index_I[here], trace=trace, on_pass=listener)))
+      if found:
+        previews.append(found.tokens[:count])
+        decoded = decoded.replace(
+            passes=decoded.passes + found.passes,
+            commit_pass=decoded.commit_pass + found.passes[:, None, None])
       images = sharding.fetch(run.decode_images(decoded.tokens))
       chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,
                decoded.history)
@@ -156,7 +167,22 @@ class Pipeline:
     return Output(
         images, tokens, passes, commit_pass, tuple(texts), history,
         tuple(notes), run.clock.compiling, run.clock.rest(),
-        index_I[:len(texts)])
+        index_I[:len(texts)], np.concatenate(previews) if previews else None)
+
+  def _preview_run(
+      self, run: Run, given_rows: int, trace: bool, on_pass: Any
+  ) -> Run | None:
+    """Returns what generates previews, on the clock of `run`, or None."""
+    if self.model.preview is None:
+      return None
+    for name, value in (("prefix", given_rows), ("trace", trace),
+                        ("on_pass", on_pass)):
+      if value:
+        preview.check_one_grid(self.model.preview, name)
+    first = Run(self.programs.on_model(preview.model_of(self.model)),
+                run.decoder)
+    first.clock = run.clock
+    return first
 
   def stream(
       self,
@@ -189,6 +215,7 @@ class Pipeline:
     Raises:
       UserError: if a number is out of range or there is no prompt.
     """
+    preview.check_one_grid(self.model.preview, "stream")
     arguments.check_call(prompts, num_images, seed, batch, on_step=on_step)
     settings, guided = self.sampling(**sampling)
     decoder = arguments.decoder_of(decoder)
@@ -232,12 +259,17 @@ class Pipeline:
     prompt, _ = self.family.encode_prompts(list(prompts), guided)
     return self.programs.num_queries(decoder, prompt, settings, len(prompts))
 
-  def log_prob(self, tokens: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+  def log_prob(
+      self, tokens: np.ndarray, prompts: Sequence[str],
+      previews: np.ndarray | None = None,
+  ) -> np.ndarray:
     """Returns the exact log-probability of grids under AR sampling.
 
     Args:
       tokens: int32 [B, R, C].
       prompts: One per grid.
+      previews: int32 [B, R, C], if the model generates previews; the result is
+        then the probability of the grids after these.
 
     Returns:
       float32 [B], in nats.
@@ -245,6 +277,14 @@ class Pipeline:
     tokens = self._checked_grids(tokens, prompts)
     settings, guided = self.sampling()
     prompt, _ = self.family.encode_prompts(list(prompts), guided)
+    check((previews is None) == (self.model.preview is None), "previews",
+          None if previews is None else "tokens",
+          "given if the model generates a preview first, and only then")
+    if previews is not None:
+      given = arguments.grids_of(
+          previews, preview.model_of(self.model).grid, self.model.vocab,
+          prompts)
+      prompt = preview.extend(prompt, self.model, given)
     logits = self.programs.stream_logits(
         self.params, prompt, self.sequence(tokens))
     p_BNV = np.asarray(sampling_lib.target(logits, settings))
@@ -271,6 +311,7 @@ class Pipeline:
     Returns:
       Two arrays, float32 [B, R, C], in nats.
     """
+    preview.check_one_grid(self.model.preview, "nll")
     tokens = self._checked_grids(tokens, prompts)
     settings, guided = self.sampling(**sampling)
     pairs = []

@@ -60,6 +60,12 @@ class Programs:
       other.model = completion.remainder(self.model, rows)
     return other
 
+  def on_model(self, model: Model) -> "Programs":
+    """Returns the programs of another grid's model with these weights."""
+    other = copy.copy(self)
+    other.model = model
+    return other
+
   def __len__(self) -> int:
     return len(self._executables)
 

@@ -20,6 +20,7 @@ from ssd_jax.families import (
   anole,
   emu3,
   emu3_5,
+  glm_image,
   janus,
   liquid,
   llamagen,
@@ -127,6 +128,9 @@ CATALOG: Mapping[str, Published] = {
         emu3.get_config, "1:1",
         {"source": "hf:BAAI/Emu3-Gen", "vq": "hf:BAAI/Emu3-VisionTokenizer"},
         7_870_017_536, 270_736_771, "Apache-2.0"),
+    "glm-image": Published(
+        glm_image.get_config, "", {"source": "hf:zai-org/GLM-Image"},
+        8_914_264_064, 0, "MIT"),
     "liquid": Published(
         liquid.get_config, "7b",
         {"source": "hf:Junfeng5/Liquid_V1_7B", "vq": _CHAMELEON},

@@ -56,6 +56,8 @@ def save(pipe: "Pipeline", folder: str | os.PathLike) -> None:
                     ignore=lambda at, names: _left_out(pipe, at, names))
     params = flax.core.unfreeze({**pipe.params, "vq": pipe.vq_params})
     for kind in ("trunk", "vq"):
+      if params[kind] is None:  # tokens that are not codes of pixels
+        continue
       checkpoints.save(new / kind, params[kind])
     settings = model_settings.read(new / "model.json")
     if "tokenizer" in settings:

@@ -4,6 +4,7 @@ from ssd_jax.families import (
   anole,
   emu3,
   emu3_5,
+  glm_image,
   janus,
   liquid,
   llamagen,
@@ -60,6 +61,15 @@ def emu3_5_config():
   shrink_trunk(config, 304 + CODES, kv=2)
   config.trunk.head_dim = 24
   shrink_vq(config, levels=2)
+  return config
+
+
+def glm_image_config():
+  config = glm_image.get_config()
+  config.size, config.preview_side = "96x64", 2  # 1 x 2, then 2 x 3 tokens
+  config.head_rows, config.sections = CODES + 8, (1, 1, 2)
+  config.ids.start = CODES
+  shrink_trunk(config, CODES + 80, kv=2)
   return config
 
 
