@@ -55,7 +55,19 @@ def qwen3():
       head_dim=128)).state_dict()
 
 
+def glm_image():
+  """GLM-Image's sizes; what is not given is transformers' own."""
+  config = transformers.GlmImageConfig(text_config=dict(
+      vocab_size=168_064, vision_vocab_size=16_512, hidden_size=4096,
+      intermediate_size=13_696, num_hidden_layers=40, num_attention_heads=32,
+      num_key_value_heads=2))
+  tensors = transformers.GlmImageForConditionalGeneration(config).state_dict()
+  return {key: x for key, x in tensors.items()
+          if not key.startswith(("model.visual.", "model.vqmodel."))}
+
+
 _TRUNKS = {
+    "glm_image:": glm_image,
     "lumina2:768": lambda: chameleon(vocab_size=171_385),
     "simplear:0.5b": lambda: qwen2(896, 24, 14, 4864),
     "simplear:1.5b": lambda: qwen2(1536, 28, 12, 8960),
