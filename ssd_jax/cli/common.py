@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from absl import flags
+import ml_collections
 
 from ssd_jax.cli import config_overrides, run as cli
 from ssd_jax.core.config import UserError
@@ -155,6 +156,14 @@ def sampling() -> Overrides:
       "guidance": flags.FLAGS.guidance, "temperature": flags.FLAGS.temperature,
       "top_k": flags.FLAGS.top_k, "top_p": flags.FLAGS.top_p,
   }
+
+
+def refuse_preview(config: ml_collections.ConfigDict, what: str) -> None:
+  """Raises UserError for a family that generates a preview first."""
+  if "preview_side" in config:
+    raise UserError(
+        f"Expected a family of one grid for {what}, got {config.family}, which "
+        "generates a preview first. Choose another --config.")
 
 
 def writable_folder(path: str) -> pathlib.Path:

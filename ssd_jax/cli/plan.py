@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 from ml_collections import config_flags
 
-from ssd_jax.cli import config_overrides, run as cli
+from ssd_jax.cli import common, config_overrides, run as cli
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.extras import need
 from ssd_jax.decoding import registry
@@ -80,6 +80,7 @@ def body() -> None:
     value = getattr(args, name)
     check(value is None or value >= least, name, value, f">= {least}")
   _check_mode(args)
+  common.refuse_preview(args.config, "plans")
   if args.measure:
     _measure(args.config, args.batch or 1, args.json)
     return

@@ -21,7 +21,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ssd_jax.cli import config_overrides, run as cli
+from ssd_jax.cli import common, config_overrides, run as cli
 from ssd_jax.core.config import UserError, check, from_config_dict
 from ssd_jax.data import sources
 from ssd_jax.data.pictures import Source
@@ -172,6 +172,7 @@ def _part_of(config, *keys: str) -> dict[str, Any]:
 def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
   """Returns (config, working directory) of training for a complete model."""
   config = flags.FLAGS.config
+  common.refuse_preview(config, "training")
   cli.refuse_unused(
       "workdir", "checkpoint", "prompts_file", "num_prompts",
       "images_per_caption", "sampling", "data", "pixels", "mtp",

@@ -75,4 +75,4 @@ def check_one_grid(grid: Grid | None, what: str) -> None:
   if grid is not None:
     raise UserError(
         f"Expected a model of one grid for {what}, got one that generates a "
-        "preview first. Use generate.")
+        "preview first. Use generate without it.")

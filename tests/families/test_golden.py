@@ -12,11 +12,12 @@ from ssd_jax.convert.checkpoint_files import Checkpoint
 from ssd_jax.convert.registry import RECIPES
 from ssd_jax.families.published import left_padded
 from ssd_jax.models.t5 import T5Config, T5Encoder
+from ssd_jax.pipeline import preview
 from ssd_jax.pipeline.model_folder import FAMILIES
 from ssd_jax.storage import checkpoints
 from ssd_jax.storage.files import read_json
 from tests.support import ROOT
-from tests.support.toy_families import CONFIGS
+from tests.support.toy_families import CONFIGS, glm_image_config
 from tests.support.toy_weights import InMemory
 
 _TRUNK_ALONE = ("emu3_5", "liquid", "lumina2")  # tests/parity has the rest
@@ -104,3 +105,27 @@ def test_features_of_captions(case):
                        jnp.asarray(ids), jnp.asarray(ids != 0))
   theirs = _GOLDEN[f"{name}/features"]
   assert _spread_error(ours[:, :len(given)], theirs) < 1e-4
+
+
+def test_logits_of_an_image_after_its_preview(tmp_path):
+  """A converted GLM-Image has transformers' logits in its second grid."""
+  config = glm_image_config()
+  recipe = RECIPES["glm_image"](config)
+  found = tuple(
+      Checkpoint({s.name: InMemory(s.name, s.shape) for row in part.table.rows
+                  for s in row.sources}, ()) for part in recipe.parts)
+  convert.convert(convert.Job(recipe, found, (), "float32"), tmp_path / "model")
+  params = {"trunk": checkpoints.restore(tmp_path / "model" / "trunk")}
+  generator = FAMILIES["glm_image"](
+      read_json(tmp_path / "model" / "model.json"), None).generator
+  ids = _GOLDEN["glm_image/prompt"]
+  tokens, theirs = (_GOLDEN[f"glm_image/{key}"] for key in ("tokens", "logits"))
+  prompt = left_padded([ids], 8)
+  first = len(generator.rope) - 8 - prompt.tokens.shape[1]
+  prompt = dataclasses.replace(prompt, positions=jnp.arange(
+      first, len(generator.rope))[None])
+  prompt = preview.extend(prompt, generator.model(), tokens[None, None, :2])
+  ours = jax.jit(lambda params, *args: generator.logits(
+      params, generator.hidden(params, *args)))(
+          params, prompt, jnp.asarray(tokens[None, 2:]))
+  assert _spread_error(ours[0], theirs[2:]) < 1e-4

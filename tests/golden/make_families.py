@@ -11,6 +11,7 @@ import tempfile
 import numpy as np
 import torch
 
+from tests.parity import glm_image
 from tests.parity.references import FAMILIES, TEXTS
 from tests.support.toy_weights import CODES
 
@@ -25,6 +26,7 @@ def main() -> None:
       reference.save(pathlib.Path(folder))
       values = compute(name, reference)
     arrays |= {f"{name}/{key}": value for key, value in values.items()}
+  arrays |= of_glm_image()
   file = pathlib.Path(__file__).parent / "families.npz"
   np.savez_compressed(file, **arrays)
   print(file, file.stat().st_size, "bytes")
@@ -48,6 +50,18 @@ def compute(name: str, reference) -> dict[str, np.ndarray]:
     ids = torch.tensor(values["cond"])[None]
     values["features"] = reference.t5(ids).last_hidden_state.numpy()
   return values
+
+
+def of_glm_image() -> dict[str, np.ndarray]:
+  """Prompt, tokens of preview and image, and logits of GLM-Image."""
+  reference = glm_image.Reference()
+  with tempfile.TemporaryDirectory() as folder:
+    reference.save(pathlib.Path(folder))
+    prompt = reference.prompt(TEXTS[0])
+  tokens = np.random.default_rng(0).integers(0, CODES, 8)
+  logits = reference.logits(prompt, tokens[:-1].tolist())
+  return {"glm_image/prompt": np.array(prompt), "glm_image/tokens": tokens,
+          "glm_image/logits": logits}
 
 
 if __name__ == "__main__":
