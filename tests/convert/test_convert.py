@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from ssd_jax.convert import convert, janus, output_folder
+from ssd_jax.convert.registry import RECIPES
 from ssd_jax.core.config import UserError
 from ssd_jax.families import janus as family
 from ssd_jax.storage import checkpoints
 from tests.support.damage import damaged
+from tests.support.toy_families import glm_image_config
 from tests.support.toy_weights import write_safetensors
 
 
@@ -433,3 +435,12 @@ def test_other_folders_are_left_alone(source, tmp_path):
   (tmp_path / "out" / "diary").write_text("dear")
   with pytest.raises(UserError, match="something else"):
     run(source, tmp_path / "out")
+
+
+def test_the_diffusion_transformer_of_glm_image_is_one_line(tmp_path):
+  """Its checkpoint in place of the autoregressive stage's is named."""
+  write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", {
+      "prior_token_embedding.weight": np.ones((2, 2), np.float32)})
+  recipe = RECIPES["glm_image"](glm_image_config())
+  with pytest.raises(UserError, match="GLM-Image's diffusion transformer"):
+    convert.open_job(recipe, {"source": tmp_path}, "float32")
