@@ -62,9 +62,9 @@ class Network:
   def of(cls, config: ml_collections.ConfigDict, dtype: Any) -> "Network":
     """Returns the network of a config of configs/NAME.py."""
     settings, folder = {"config": config.to_dict()}, None
-    if config.family == "emoji":  # the embedded model has its vocabulary
-      settings = read_json(model_folder.EMBEDDED / "model.json")
+    if config.family == "emoji":  # the vocabulary is the embedded model's
       folder = model_folder.EMBEDDED
+      settings = read_json(folder / "model.json") | settings
     family = model_folder.FAMILIES[config.family](settings, folder)
     generator = dataclasses.replace(family.generator, dtype=dtype)
     options = from_config_dict(HeadsOptions, config.mtp.heads)
