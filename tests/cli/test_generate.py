@@ -174,7 +174,7 @@ def test_damaged_checkpoint(capsys, tmp_path):
 def test_generate_writes_traces_and_a_race(monkeypatch, capsys, tmp_path):
   """--trace adds animations, heat maps and AR beside the decoder."""
   pipe = testing.tiny(vocab=5, rows=3, cols=4, heads=(0, 0))
-  monkeypatch.setattr(common, "load_pipeline", lambda: pipe)
+  monkeypatch.setattr(common, "load_pipeline", lambda **_: pipe)
   monkeypatch.setattr(run, "use_compilation_cache", lambda: None)
   if "config" not in flags.FLAGS:
     run.define_config()

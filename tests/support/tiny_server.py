@@ -12,5 +12,5 @@ SIZES = dict(vocab=5, rows=4, cols=4, guidance=2.0)
 
 if __name__ == "__main__":
   with mock.patch.object(
-      common, "load_pipeline", lambda: testing.tiny(**SIZES)):
+      common, "load_pipeline", lambda **_: testing.tiny(**SIZES)):
     serve.main()
