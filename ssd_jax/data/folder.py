@@ -276,7 +276,7 @@ def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
 
 def _entry(table: pathlib.Path, row: Row) -> tuple[pathlib.Path, Caption]:
   name, text = row.text(_NAME_COLUMNS), row.text(_CAPTION_COLUMNS)
-  if not (name or "").strip() or text is None:
+  if name is None or not name.strip() or text is None:
     raise UserError(
         f"Expected the fields {_NAME_COLUMNS[0]} and {_CAPTION_COLUMNS[0]}, "
         f"got {row.where} without a file name or caption. Name them so in the "

@@ -130,14 +130,16 @@ def _least_bytes(stack):
 @pytest.mark.as_users_compile
 def test_no_weight_is_moved_in_the_loop(monkeypatch, in_tiles):
   """The loop multiplies by weights of layers, tiles and heads where they lie,
-  of which a pass of SSD's asks one head or all; stacked ones it copies."""
+  of which a pass of SSD's asks one head or all; stacked ones even AR copies."""
   pipe = testing.tiny(8, 3, 3, guidance=3.0, heads=(2, 2))
   params = pipe.params
   kinds = ("copy", "transpose", "slice", "dynamic-slice")
   least = _least_bytes(params["heads"]["vertical"])
-  stacked, apart = _moves(monkeypatch, kinds, pipe, "ssd", least, params,
-                          inference_layout(params))
-  assert stacked and not apart
+  apart = _moves(
+      monkeypatch, kinds, pipe, "ssd", least, inference_layout(params))
+  least = _least_bytes(params["trunk"]["layers"])
+  stacked = _moves(monkeypatch, kinds, pipe, "ar", least, params)
+  assert stacked[0] and not apart[0]
 
 
 def test_a_gpu_reads_unstacked_layers_whole(monkeypatch):
