@@ -169,6 +169,24 @@ def _damaged(folder: pathlib.Path, reason: str) -> UserError:
       f"({reason}). Train or convert again.")
 
 
+class _All:
+  """A future that ends when all of several have, with their first error."""
+
+  def __init__(self, futures: Sequence[Any]):
+    self._futures = futures
+
+  def result(self, timeout: int | None = None) -> None:
+    """Waits for all; raises the first error."""
+    errors = []
+    for one in self._futures:
+      try:
+        one.result(timeout)
+      except Exception as error:  # orbax raises many types
+        errors.append(error)
+    if errors:
+      raise errors[0]
+
+
 class _WaitingHandler(ocp.type_handlers.NumpyHandler):
   """Waits for all reads and writes, even if one of them fails.
 
@@ -177,12 +195,12 @@ class _WaitingHandler(ocp.type_handlers.NumpyHandler):
   """
 
   async def serialize(self, values, infos, args=None):
-    """Returns a future for each array, whose write has a loop of its own."""
+    """Returns a future of all arrays; each write has a loop of its own."""
     args = args or [ocp.SaveArgs()] * len(values)
     futures: list[Any] = []
     for value, info, arg in zip(values, infos, args, strict=True):
       futures += await super().serialize([value], [info], [arg])
-    return futures
+    return [_All(futures)]
 
   async def deserialize(self, infos, args=None):
     """Returns the arrays; raises the first failure."""
