@@ -35,7 +35,7 @@ class Context(flax.struct.PyTreeNode):
   Attributes:
     key: Random key of the image, the same in all passes.
     image: int32 [], index of the image over the whole call.
-    index: int32 [], number of the pass; the prefill is 1.
+    root: Random key of the image and the pass, see `pass_root`.
     params: Parameters of the model, e.g. for drafting with heads.
     sampling: Settings of the target distribution.
     model: The network's functions; static.
@@ -43,7 +43,7 @@ class Context(flax.struct.PyTreeNode):
 
   key: jax.Array
   image: jax.Array
-  index: jax.Array
+  root: jax.Array
   params: Params
   sampling: Sampling
   model: Model = flax.struct.field(pytree_node=False)
@@ -56,10 +56,7 @@ class Context(flax.struct.PyTreeNode):
 
   def pass_key(self, purpose: int) -> jax.Array:
     """Returns a key that is unique to this image, pass and purpose."""
-    # Token noise folds (image, slot); this branch starts from another key.
-    key = jax.random.fold_in(self.key, jnp.uint32(2**32 - 1))
-    key = jax.random.fold_in(key, self.image)
-    return jax.random.fold_in(jax.random.fold_in(key, self.index), purpose)
+    return jax.random.fold_in(self.root, purpose)
 
   def target(self, logits_GV: jax.Array) -> jax.Array:
     """Returns the target distribution, float32 [..., V].
@@ -68,6 +65,23 @@ class Context(flax.struct.PyTreeNode):
       logits_GV: [G, ..., V], logits of the stacked guidance streams.
     """
     return sampling_lib.target(logits_GV, self.sampling)
+
+
+def pass_root(
+    key: jax.Array, image: jax.Array, index: jax.Array
+) -> jax.Array:
+  """Returns the key that the keys of a pass are derived from.
+
+  It is made once per pass: each derivation is a loop of its own on a CPU.
+
+  Args:
+    key: Random key of the image.
+    image: int32 [], index of the image over the whole call.
+    index: int32 [], number of the pass; the prefill is 1.
+  """
+  # Token noise folds (image, slot); this branch starts from another key.
+  key = jax.random.fold_in(key, jnp.uint32(2**32 - 1))
+  return jax.random.fold_in(jax.random.fold_in(key, image), index)
 
 
 # A context without an image, or one that holds vmap axes instead of arrays.
@@ -183,9 +197,9 @@ def count_queries(
   def first_queries(params, prompt, sampling, key, image):
     one = jax.tree.map(lambda x: x[::batch], prompt)
     loop = begin_image(model, decoder, params, one, sampling, key, image)
-    ctx = template_context(
-        loop.key, loop.image, loop.passes, params, loop.sampling, model)
-    return _over_images(model, decoder.propose)(ctx, loop.decoder)
+    template = template_context(None, None, None, params, None, model)
+    return _over_images(model, decoder.propose)(
+        _next_context(template, loop), loop.decoder)
 
   queries = jax.eval_shape(
       first_queries, params, prompt, sampling, jax.random.key(0), jnp.int32(0))
@@ -232,8 +246,9 @@ def begin(
   batch, length = len(image_B), model.grid.length
   key_B = jnp.broadcast_to(template.key, (batch,))
   sampling_B = template.sampling.repeat(batch)
-  ctx = template.replace(key=key_B, image=image_B, sampling=sampling_B,
-                         index=jnp.ones_like(image_B))
+  root_B = jax.vmap(pass_root)(key_B, image_B, jnp.ones_like(image_B))
+  ctx = template.replace(
+      key=key_B, image=image_B, root=root_B, sampling=sampling_B)
   hidden, cache = model.prefill(params, prompt, decoder.scratch(model))
   hidden, cache = _split_streams(hidden, batch), sharding.constrain_cache(cache)
   p_BV = ctx.target(model.logits(params, hidden))
@@ -252,8 +267,7 @@ def step(decoder: Decoder, template: Context, loop: LoopState) -> LoopState:
   model, params, done_B = template.model, template.params, loop.is_done
   batch = len(done_B)
   over = functools.partial(_over_images, model)
-  ctx = template.replace(key=loop.key, image=loop.image,
-                         sampling=loop.sampling, index=loop.passes + 1)
+  ctx = _next_context(template, loop)
   queries = over(decoder.propose)(ctx, loop.decoder)
   queries = sharding.constrain_rows(_deactivate_done(queries, done_B))
   streams = loop.prompt.tokens.shape[0] // batch
@@ -270,6 +284,13 @@ def step(decoder: Decoder, template: Context, loop: LoopState) -> LoopState:
   cache = sharding.constrain_cache(cache)
   after = _keep_done(done_B, loop.decoder, after)
   return _record(loop, after, cache, done_B)
+
+
+def _next_context(template: Context, loop: LoopState) -> Context:
+  """Returns the contexts of the images' next pass; see `image_axes`."""
+  root_B = jax.vmap(pass_root)(loop.key, loop.image, loop.passes + 1)
+  return template.replace(
+      key=loop.key, image=loop.image, root=root_B, sampling=loop.sampling)
 
 
 def decoded(model: Model, loop: LoopState) -> Decoded:

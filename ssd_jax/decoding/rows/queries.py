@@ -7,6 +7,7 @@ fed. A slot that was never fed is never visible.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.types import Queries
@@ -64,14 +65,14 @@ def _entered(grid: Grid, state: Rows) -> jax.Array:
   return _predicts(grid) < state.entered
 
 
-def _predicts(grid: Grid) -> jax.Array:
+def _predicts(grid: Grid) -> np.ndarray:
   """Returns the row that each slot is needed for, int32 [N].
 
   This is the slot's own row, but the next one for a row's last image token on
   plain grids and for the forced slot on end-of-row grids.
   """
   behind = grid.row_slots - grid.cols + 1
-  return (jnp.arange(grid.length) + behind) // grid.row_slots
+  return (np.arange(grid.length, dtype=np.int32) + behind) // grid.row_slots
 
 
 def frontier(grid: Grid, state: Rows, count_H: jax.Array) -> jax.Array:

@@ -286,7 +286,8 @@ def row_and_column(grid: Grid, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   Slots beyond the image count as further columns of the last row.
   """
-  row = jnp.minimum(slots // grid.row_slots, grid.rows - 1)
+  whole = jax.lax.div(slots, jnp.int32(grid.row_slots))  # `//` is 14 operations
+  row = jnp.minimum(whole, grid.rows - 1)
   return row, slots - row * grid.row_slots
 
 

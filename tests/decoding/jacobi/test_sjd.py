@@ -108,7 +108,7 @@ def first(init, last, slots, end_of_row=True):
   model = types.SimpleNamespace(grid=Grid(3, 3, end_of_row), vocab=50)
   sampling = Sampling.make()
   ctx = engine.Context(
-      jax.random.key(0), jnp.int32(0), jnp.int32(4), {}, sampling, model)
+      jax.random.key(0), jnp.int32(0), jax.random.key(4), {}, sampling, model)
   tokens_N = 10 + jnp.arange(model.grid.length)
   q_QV = jax.nn.one_hot(20 + jnp.array(slots), 50)
   return initial_drafts.draft_first(

@@ -13,7 +13,8 @@ from tests.support import testkit as kit
 def context(model):
   """Of the second pass of image 0."""
   return Context(
-      jax.random.key(0), jnp.int32(0), jnp.int32(2), {}, Sampling.make(), model
+      jax.random.key(0), jnp.int32(0), jax.random.key(2), {}, Sampling.make(),
+      model
   )
 
 
