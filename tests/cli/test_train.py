@@ -129,7 +129,7 @@ def test_convert_train_generate(capsys, model, tmp_path, monkeypatch):
   status, _, err = call(  # as printed
       capsys, generate.body, *command[3:], "--out", tmp_path / "out")
   assert status == 0, err
-  for decoder in ("ssd", "eagle", "lantern:neighbours=5"):
+  for decoder in ("ssd", "lantern:neighbours=5"):
     status, out, err = call(
         capsys, generate.body, "--checkpoint", model, "--heads",
         trained / "heads", "--drafter", trained / "drafter", "--decoder",

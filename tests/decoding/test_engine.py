@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 
 from ssd_jax.core.config import UserError
 from ssd_jax.core.types import Queries
@@ -58,21 +57,15 @@ def test_shapes_and_counts(pipe):
 
 @pytest.mark.quick(1)
 def test_same_seed_same_images_however_batched(pipe):
-  """Batch 1 equals batch 4, and another seed differs."""
-  runs = [pipe.generate(PROMPTS, seed=s, batch=b)
-          for s, b in ((1, 1), (1, 4), (1, 3), (2, 4))]
-  for other in runs[1:3]:
-    np.testing.assert_array_equal(runs[0].tokens, other.tokens)
-    np.testing.assert_array_equal(runs[0].images, other.images)
-  assert not np.array_equal(runs[0].tokens, runs[3].tokens)
-
-
-@pytest.mark.quick(1)
-def test_neighbours_do_not_matter(pipe):
-  """An image depends on its prompt and index, not on who is in its batch."""
-  a = pipe.generate(["a", "b", "c"], batch=3).tokens
-  b = pipe.generate(["x", "b", "something else"], batch=3).tokens
-  np.testing.assert_array_equal(a[1], b[1])
+  """Batch 1 equals batch 3, and another seed differs."""
+  one, three, other = (pipe.generate(PROMPTS, seed=s, batch=b)
+                       for s, b in ((1, 1), (1, 3), (2, 3)))
+  np.testing.assert_array_equal(one.tokens, three.tokens)
+  np.testing.assert_array_equal(one.images, three.images)
+  assert not np.array_equal(one.tokens, other.tokens)
+  # An image depends on its prompt and index, not on who is in its batch.
+  company = pipe.generate(["x", PROMPTS[1], "else"], seed=1, batch=3).tokens
+  np.testing.assert_array_equal(company[1], one.tokens[1])
 
 
 def test_one_trace_per_configuration(pipe):
@@ -85,27 +78,6 @@ def test_one_trace_per_configuration(pipe):
     prompt, _ = pipe.family.encode_prompts([text], guided)
     engine.decode(model, AR(), pipe.params, prompt, settings,
                   jax.random.key(seed), jnp.arange(1))
-
-
-@pytest.mark.slow
-def test_ar_follows_the_exact_joint_distribution():
-  """Chi-square of 20,000 generates against all 81 images of a 2x2 grid.
-
-  A relative bias of a fifth in one image of probability 0.05 would be seen.
-  """
-  pipe = testing.tiny(vocab=3, rows=2, cols=2, guidance=2.0)
-  images = testing.every_image(pipe)
-  distribution = np.exp(pipe.log_prob(images, ["a"] * len(images)))
-  assert abs(distribution.sum() - 1) < 1e-5
-  out = pipe.generate(["a"], num_images=20_000, batch=20_000)
-  code = out.tokens.reshape(len(out.tokens), -1) @ 3 ** np.arange(3, -1, -1)
-  counts = np.bincount(code, minlength=81)
-  rare = distribution * len(code) < 5
-  pool = lambda x: np.append(x[~rare], x[rare].sum())
-  expected = pool(distribution.astype(np.float64))
-  p_value = scipy.stats.chisquare(
-      pool(counts), expected / expected.sum() * len(code)).pvalue
-  assert p_value > 1e-3
 
 
 def test_trace_records_every_pass(pipe):

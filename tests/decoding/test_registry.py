@@ -1,8 +1,8 @@
-"""Every decoder on one family or two, at toy size, with random weights.
+"""Decoders on families with forced tokens, hidden slots and two dimensions.
 
-Lumina and Emu3 end rows with a forced token; Lumina, Anole and Emu3 start their
-two streams at different positions; LlamaGen has positions in two dimensions and
-condition slots that are hidden.
+Lumina and Emu3 end rows with a forced token and start their two streams at
+different positions; LlamaGen has positions in two dimensions and condition
+slots that are hidden.
 """
 
 import functools
@@ -29,9 +29,7 @@ from ssd_jax.pipeline import model_folder, testing
 from ssd_jax.pipeline.pipeline import Pipeline
 from tests.support.toy_families import CONFIGS
 
-_NAMES = ("lumina", "anole", "janus", "emu3", "llamagen_class",
-          "llamagen_text", "simplear", "emu3_5")
-_WHOLE_ROWS = ("emu3", "llamagen_text", "lumina")
+_NAMES = ("emu3", "llamagen_text", "lumina")
 _ROWS = ([60, 61, 37], [60, 62, 63, 61, 37], [37, 43], [37, 43])  # cond, uncond
 
 
@@ -91,23 +89,17 @@ def draw(name, decoder):
   return engine.decode(pipe.model, decoder, *args)
 
 
-def pairs():
-  """Each decoder on one family, in turn; `stair` and `ssd` on three.
-
-  What a decoder sees of a family is its grid and forced tokens: the three have
-  row ends or none. Positions and hidden slots are the trunk's, whose families
-  have two decoders or more each.
-  """
-  for i, decoder in enumerate(sorted(DECODERS)):
-    everywhere = decoder in ("ssd", "stair")
-    for name in _WHOLE_ROWS if everywhere else (_NAMES[i % len(_NAMES)],):
-      yield name, decoder
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name, decoder", list(pairs()))
+@pytest.mark.parametrize("name, decoder", [
+    *((name, "exact") for name in _NAMES), ("llamagen_text", "sjd"),
+    ("lumina", "eagle"), ("emu3", "ssd")])
 def test_decoders_on_families(name, decoder):
-  """Greedily, what is lossless generates AR's image; nothing takes longer."""
+  """Greedily, what is lossless generates AR's image; nothing takes longer.
+
+  What a decoder sees of a family is its grid and forced tokens; positions and
+  hidden slots are the trunk's. So each way of feeding slots is tried: rows,
+  a window, a tree, heads.
+  """
   decoder = DECODERS[decoder]()
   drawn, expected = draw(name, decoder), draw(name, AR())
   if decoder.lossless:

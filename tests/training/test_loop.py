@@ -3,8 +3,6 @@
 import errno
 import itertools
 import os
-import pathlib
-import random
 import shutil
 import signal
 import subprocess
@@ -31,12 +29,12 @@ def assert_same(one, other):
 
 
 @pytest.mark.slow
-def test_twenty_kills_while_saving(tmp_path):
-  """A child that saves every step dies twenty times; nothing is lost."""
+def test_kills_while_saving(tmp_path):
+  """A child that saves every step is killed eight times; nothing is lost."""
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
   subprocess.run(
       [sys.executable, "-m", "tests.support.tiny_training",
-       "--workdir", tmp_path, "--kills=20"],
+       "--workdir", tmp_path, "--kills=8"],
       check=True, env=environment, capture_output=True)
   a, b = (checkpoints.restore(tmp_path / f"weights_{name}")
           for name in ("run", "whole"))
@@ -206,43 +204,6 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
   """One line with the step and the last good checkpoint."""
   with pytest.raises(UserError, match="got loss=nan at step 1.*checkpoint"):
     fit(tmp_path, 4, scale=float("nan"))
-
-
-def command(part, workdir):
-  return [sys.executable, "-m", f"train.{part}", "--config",
-          "configs/emoji.py:smoke", "--workdir", str(workdir)]
-
-
-def run(part, workdir):
-  subprocess.run(command(part, workdir), cwd=ROOT, check=True,
-                 capture_output=True)
-
-
-def kill_at_random(part, workdir, after, rng):
-  """Starts a run and ends it by SIGKILL once a checkpoint exists."""
-  process = subprocess.Popen(command(part, workdir), cwd=ROOT,
-                             stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL)
-  saved = pathlib.Path(workdir) / part / "checkpoints"
-  deadline = time.time() + 240
-  while time.time() < deadline and process.poll() is None and not (
-      saved.is_dir() and any(d.name.isdigit() for d in saved.iterdir())):
-    time.sleep(0.01)
-  time.sleep(rng.uniform(0, after))
-  process.send_signal(signal.SIGKILL)
-  process.wait()
-
-
-@pytest.mark.slow
-def test_sigkill_at_any_moment_changes_nothing(tmp_path):
-  """Killed at a random moment, training ends in the same bits. All commands
-  share the loop."""
-  run("tokenizer", tmp_path / "whole")
-  kill_at_random("tokenizer", tmp_path / "broken", 1.0, random.Random(0))
-  run("tokenizer", tmp_path / "broken")
-  a, b = (checkpoints.restore(tmp_path / name / "model" / "vq")
-          for name in ("whole", "broken"))
-  chex.assert_trees_all_equal(a, b)
 
 
 def test_an_error_that_is_not_the_files_leaves_checkpoints_alone(

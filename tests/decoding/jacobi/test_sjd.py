@@ -24,9 +24,9 @@ def small(end_of_row, **sampling):
   return kit.tiny(2, 3, 3, end_of_row, (0, 0), **sampling)
 
 
-def larger(rows=4, end_of_row=True, **sampling):
+def larger(**sampling):
   """Grids on which windows move on at different speeds."""
-  return kit.tiny(rows, 4, 5, end_of_row, (0, 0), **sampling)
+  return kit.tiny(3, 4, 5, True, (0, 0), **sampling)
 
 
 @pytest.mark.quick(1)
@@ -34,39 +34,27 @@ def larger(rows=4, end_of_row=True, **sampling):
     (SJD(4), False, {}, 1),
     (Coupled(4, "repeat_above"), True, {}, 4),
     (Continuation(4, "sample_above"), True, FILTERED, 4),
+    (SJD(2, "repeat_left", tail="reference"), True, {}, 4),
 ], ids=str)
 def test_lossless(decoder, end_of_row, sampling, group):
   """The distribution of whole images is AR's, generated one by one or four at a
-  time."""
-  kit.assert_lossless(small(end_of_row, **sampling), decoder, group)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("decoder, end_of_row, sampling, group", [
-    (SJD(4, "sample_left"), False, FILTERED, 4),
-    (SJD(2, "repeat_left", tail="reference"), True, {}, 4),
-], ids=str)
-def test_lossless_everywhere(decoder, end_of_row, sampling, group):
-  """Other initialisations and another tail keep AR's distribution."""
+  time, whatever the initialisation and the tail."""
   kit.assert_lossless(small(end_of_row, **sampling), decoder, group)
 
 
 @pytest.mark.slow
 def test_images_do_not_depend_on_the_batch():
   """Each image goes at its own speed: batches of 1 and 4 give the same."""
-  decoder = Coupled(4, "sample_above")
-  kit.assert_independent_of_batch(kit.chain(5, 4, True, vocab=9), decoder)
+  kit.assert_independent_of_batch(
+      kit.chain(4, 4, True, vocab=5), Continuation(5))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder, end_of_row", [
-    (SJD(1), True),
-    (SJD(4, "repeat_above", acceptance="equality"), True),
-    pytest.param(SJD(16, acceptance="equality"), False, marks=pytest.mark.slow),
-], ids=str)
-def test_equals_ar(decoder, end_of_row):
+@pytest.mark.parametrize("decoder", [
+    SJD(1), SJD(4, "repeat_above", acceptance="equality")], ids=str)
+def test_equals_ar(decoder):
   """A window of one, and equality Jacobi, give AR's tokens token by token."""
-  pipe = larger(3, end_of_row, **FILTERED)
+  pipe = larger(**FILTERED)
   out = kit.assert_same_as_ar(pipe, decoder, 16)
   assert (out.passes <= pipe.model.grid.num_tokens).all()
   assert decoder.window == 1 or out.passes.mean() < pipe.model.grid.num_tokens
@@ -76,8 +64,8 @@ def test_equals_ar(decoder, end_of_row):
 def test_continuation_is_maximal_coupling():
   """The rules of two publications are one algorithm, token for token."""
   model = kit.chain(4, 4, True, vocab=5)
-  ours = kit.run(model, Continuation(5), 16)
-  theirs = kit.run(model, Coupled(5, coupling="maximal"), 16)
+  ours = kit.run(model, Continuation(5), 32)
+  theirs = kit.run(model, Coupled(5, coupling="maximal"), 32)
   np.testing.assert_array_equal(ours.tokens, theirs.tokens)
   np.testing.assert_array_equal(ours.commit_pass, theirs.commit_pass)
 

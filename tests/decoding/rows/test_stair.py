@@ -90,16 +90,6 @@ def test_sure_tokens_wait_less():
 
 
 @pytest.mark.slow
-def test_lenience_saves_passes():
-  """The more leniently drafts are tested, the fewer passes."""
-  model = kit.chain(6, 8, vocab=9)
-  passes = [
-      kit.run(model, Stair(lookahead=4, lenience=lenience), 16).passes.mean()
-      for lenience in (1.0, 0.1)]
-  assert passes[0] > passes[1]
-
-
-@pytest.mark.slow
 def test_lenience_bounds_every_token():
   """Where whole rows are waited for, no token is 1 / lenience times as probable
   as the model says, given the tokens before it; seen at the last token."""
@@ -116,38 +106,32 @@ def test_lenience_bounds_every_token():
 
 @pytest.mark.slow
 def test_defaults_follow_the_grid():
-  """Five rows of queries; leniently, but where the distribution would else be
-  AR's."""
+  """Five rows of queries; leniently, which saves passes, but where the
+  distribution would else be AR's."""
   model = kit.chain(6, 8, vocab=9)
   plain = kit.run(model, Stair(), 16)
   spelt = kit.run(model, Stair(lookahead=4, lenience=0.6, queries=40), 16)
   np.testing.assert_array_equal(plain.tokens, spelt.tokens)
   np.testing.assert_array_equal(plain.commit_pass, spelt.commit_pass)
-  waits = kit.run(model, Stair(lookahead=8), 16)
-  strict = kit.run(model, Stair(lookahead=8, lenience=1.0), 16)
-  np.testing.assert_array_equal(waits.tokens, strict.tokens)
+  strict = kit.run(model, Stair(lookahead=4, lenience=1.0), 16)
+  assert plain.passes.mean() < strict.passes.mean()
+  assert Stair(lookahead=8).is_lossless(model.grid)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("queries", [1, 5])
-def test_few_queries_cost_passes(queries):
+def test_few_queries_cost_passes():
   """However few slots a pass may feed, a token is won in each."""
   model = kit.chain(6, 8, vocab=9)
-  out = kit.run(model, Stair(queries=queries), 16)
+  out = kit.run(model, Stair(queries=1), 16)
   kit.assert_well_recorded(out)
-  assert out.passes.max() <= model.grid.num_tokens
-  assert queries > 1 or out.passes.min() == model.grid.num_tokens
+  assert (out.passes == model.grid.num_tokens).all()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lookahead, rows, entry", [
-    (0, 3, 2), (1, 6, 8),
-])
-def test_passes_are_bounded(lookahead, rows, entry):
+def test_passes_are_bounded():
   """A token per row and pass once the rows above are far enough."""
   model = kit.chain(6, 8, vocab=9)
-  decoder = Stair(
-      lookahead=lookahead, rows=rows, entry=entry, queries=rows * 8)
+  decoder = Stair(lookahead=1, rows=3, entry=2, queries=3 * 8)
   out = kit.run(model, decoder, 16)
   latest = latest_passes(model.grid, decoder)
   assert (out.commit_pass <= latest).all()

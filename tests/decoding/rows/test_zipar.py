@@ -20,7 +20,7 @@ def test_a_window_of_a_row_gives_the_tokens_of_ar():
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize("window", [1, 7, 24, 30])
+@pytest.mark.parametrize("window", [7, 1, 30])
 def test_passes_without_row_ends(window):
   """2W + (R - 2) w, the prefill included; AR's from w = W on."""
   out = kit.run(kit.chain(24, 24), ZipAR(window=window), 2)
@@ -29,7 +29,7 @@ def test_passes_without_row_ends(window):
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize("window", [2, 16, 60])
+@pytest.mark.parametrize("window", [16, 60])
 def test_passes_with_row_ends(window):
   """(R - 1)(w - 1) + W: the token before a row is known in advance."""
   out = kit.run(kit.chain(12, 48, True), ZipAR(window=window), 2)
@@ -74,9 +74,9 @@ def test_images_do_not_depend_on_the_batch():
   kit.assert_independent_of_batch(kit.chain(5, 4, vocab=9), ZipAR(2, True))
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("rows, cols, adaptive", [
-    (1, 6, False), (6, 1, True), (1, 1, False),
+    (6, 1, True), (1, 6, False),
 ])
 def test_single_rows_and_columns(rows, cols, adaptive):
   """Grids of one row or one column take AR's passes."""
