@@ -7,7 +7,14 @@ decoder; subclass it to write your own.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import (
+  TYPE_CHECKING,
+  Any,
+  ClassVar,
+  Protocol,
+  Self,
+  runtime_checkable,
+)
 
 import jax
 import ml_collections
@@ -85,13 +92,31 @@ class Needs:
     return "drafter" if self.drafter and model.drafter is None else ""
 
 
+class DecoderState(Protocol):
+  """What the engine reads of a decoder's state.
+
+  A `flax.struct` dataclass of one image's arrays; in the engine's loop each
+  has the batch as an axis in front.
+  """
+
+  @property
+  def tokens(self) -> jax.Array:
+    """Tokens of the slots, drafts included, int32 [N]."""
+
+  @property
+  def final(self) -> jax.Array:
+    """Which tokens no later pass changes, bool [N]."""
+
+  def replace(self, **changes: Any) -> Self:
+    """Returns a copy with other arrays."""
+
+
 @runtime_checkable
 class Decoder(Protocol):
   """A frozen dataclass of static settings with pure functions.
 
-  A decoder is written for ONE image; the engine maps it over the batch. Its
-  state is a `flax.struct` dataclass of one image's arrays with at least
-  `tokens` (int32 [N], drafts included) and `final` (bool [N]).
+  A decoder is written for ONE image; the engine maps it over the batch. It
+  makes its own states, and takes no others: their class is its own.
 
   Attributes:
     name: The name on the command line.
@@ -119,7 +144,7 @@ class Decoder(Protocol):
 
   def start(
       self, ctx: "Context", p_V: jax.Array, hidden_GD: jax.Array
-  ) -> Any:
+  ) -> DecoderState:
     """Returns the state after the prefill, which predicts slot 0."""
 
   def propose(self, ctx: "Context", state: Any) -> Queries:
@@ -128,7 +153,7 @@ class Decoder(Protocol):
   def resolve(
       self, ctx: "Context", state: Any, queries: Queries, p_QV: jax.Array,
       hidden_GQD: jax.Array,
-  ) -> Any:
+  ) -> DecoderState:
     """Returns the state after a pass.
 
     Row i of `p_QV` is the target distribution of the slot after queries[i].

@@ -12,8 +12,7 @@ from ssd_jax.decoding import sampling
 from ssd_jax.decoding.engine import Context
 
 
-@flax.struct.dataclass
-class ARState:
+class ARState(flax.struct.PyTreeNode):
   """Decoding state of one image.
 
   Attributes:

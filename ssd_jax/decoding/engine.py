@@ -16,17 +16,19 @@ not depend on the other images of the batch.
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ssd_jax.core.protocols import Decoder
+from ssd_jax.core.protocols import Decoder, DecoderState
 from ssd_jax.core.types import KVCache, Model, Params, Prompt, Queries
 from ssd_jax.decoding import sampling as sampling_lib
 from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.runtime import sharding
+
+_State = TypeVar("_State")
 
 
 class Context(flax.struct.PyTreeNode):
@@ -133,7 +135,7 @@ class LoopState(flax.struct.PyTreeNode):
   sampling: Sampling
   prompt: Prompt
   cache: KVCache
-  decoder: Any
+  decoder: DecoderState
   passes: jax.Array
   commit_pass: jax.Array
   history: jax.Array | None
@@ -333,7 +335,7 @@ def _deactivate_done(queries: Queries, done_B: jax.Array) -> Queries:
 
 
 def _settle(
-    decoder: Decoder, ctx: Context, state: Any, cache: KVCache,
+    decoder: Decoder, ctx: Context, state: DecoderState, cache: KVCache,
     done_B: jax.Array,
 ) -> KVCache:
   """Moves keys and values from scratch slots to their final slots."""
@@ -352,7 +354,7 @@ def _settle(
   return jax.tree.map(move, cache)
 
 
-def _keep_done(done_B: jax.Array, before: Any, after: Any) -> Any:
+def _keep_done(done_B: jax.Array, before: _State, after: _State) -> _State:
   """Keeps the state before the pass for finished images."""
   keep = lambda a, b: jnp.where(
       done_B.reshape(-1, *(1 for _ in a.shape[1:])), a, b
@@ -361,7 +363,7 @@ def _keep_done(done_B: jax.Array, before: Any, after: Any) -> Any:
 
 
 def _record(
-    loop: LoopState, state: Any, cache: KVCache, done_B: jax.Array
+    loop: LoopState, state: DecoderState, cache: KVCache, done_B: jax.Array
 ) -> LoopState:
   """Returns the loop's carry after a pass."""
   passes = jnp.where(done_B, loop.passes, loop.passes + 1)

@@ -65,14 +65,15 @@ def _entered(grid: Grid, state: Rows) -> jax.Array:
   return _predicts(grid) < state.entered
 
 
-def _predicts(grid: Grid) -> np.ndarray:
+def _predicts(grid: Grid) -> jax.Array:
   """Returns the row that each slot is needed for, int32 [N].
 
   This is the slot's own row, but the next one for a row's last image token on
   plain grids and for the forced slot on end-of-row grids.
   """
   behind = grid.row_slots - grid.cols + 1
-  return (np.arange(grid.length, dtype=np.int32) + behind) // grid.row_slots
+  rows_N = (np.arange(grid.length) + behind) // grid.row_slots
+  return jnp.asarray(rows_N, jnp.int32)
 
 
 def frontier(grid: Grid, state: Rows, count_H: jax.Array) -> jax.Array:

@@ -36,8 +36,7 @@ from ssd_jax.decoding.trees.growth import DRAFTS, Draft, Roots
 _TEST_PURPOSE, _RESAMPLE_PURPOSE = 1, 2
 
 
-@flax.struct.dataclass
-class TreeState:
+class TreeState(flax.struct.PyTreeNode):
   """Decoding state of one image.
 
   Attributes:
