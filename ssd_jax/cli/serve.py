@@ -65,10 +65,17 @@ def define_flags(
       "drain", 30.0, "Seconds that requests have to end after SIGTERM.")
 
 
+class _Door(NamedTuple):
+  """What the first host alone needs, checked before the model is loaded."""
+
+  key: str | None
+  bench: app_lib.Bench
+  listener: socket.socket
+
+
 def body() -> None:
   """Serves images until SIGTERM or Ctrl-C; requests that run are finished."""
-  uvicorn = need("uvicorn", "serve")
-  for module in ("starlette", "prometheus_client"):
+  for module in ("uvicorn", "starlette", "prometheus_client"):
     need(module, "serve")
   values = flags.FLAGS
   batch = _BATCH if values.batch is None else values.batch
@@ -90,8 +97,18 @@ def body() -> None:
     with interrupts.deferred():  # the first host drains, and says when to end
       batches.follow()
     return
-  scheduler = Scheduler(
-      pipe, _served(pipe, decoders, limits), batches, Metrics())
+  try:
+    _serve(pipe, _served(pipe, decoders, limits), batches, door)
+  finally:
+    batches.end()  # or the other hosts would wait
+
+
+def _serve(
+    pipe: Pipeline, served: Served, batches: Batches, door: _Door
+) -> None:
+  """Answers clients until a signal; runs on the first host."""
+  uvicorn, values = need("uvicorn", "serve"), flags.FLAGS
+  scheduler = Scheduler(pipe, served, batches, Metrics())
   hosts = list(_LOCAL) if values.host in _LOCAL else ["*"]
   app = app_lib.make_app(scheduler, pipe, hosts, door.key, door.bench)
   server = uvicorn.Server(uvicorn.Config(
@@ -101,15 +118,6 @@ def body() -> None:
   port = door.listener.getsockname()[1]
   print(f"http://{host}:{port}  (Ctrl-C ends)", flush=True)
   run_until_signal(server, scheduler, [door.listener], values.drain)
-  batches.end()
-
-
-class _Door(NamedTuple):
-  """What the first host alone needs, checked before the model is loaded."""
-
-  key: str | None
-  bench: app_lib.Bench
-  listener: socket.socket
 
 
 def _open_door() -> _Door:
