@@ -77,18 +77,22 @@ class Needs:
     vertical: Spatial heads that draft the rows below.
     drafter: An EAGLE-style drafter.
     neighbours: Entries per token of the table of nearest codebook entries.
+    preview: A preview, whose tokens are drafts of the image.
   """
 
   horizontal: bool = False
   vertical: bool = False
   drafter: bool = False
   neighbours: int = 0
+  preview: bool = False
 
   def missing(self, model: Model) -> str:
-    """Returns "heads" or "drafter" if `model` lacks it, else ""."""
+    """Returns "heads", "drafter" or "preview" if `model` lacks it, else ""."""
     if (self.horizontal and not model.heads[0]) or (
         self.vertical and not model.heads[1]):
       return "heads"
+    if self.preview and model.preview is None:
+      return "preview"
     return "drafter" if self.drafter and model.drafter is None else ""
 
 

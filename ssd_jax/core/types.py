@@ -70,6 +70,8 @@ class Prompt:
       (other ids are rows of the unconditional caption), or None.
     given: int32 [S, P], image tokens, or V + k for the k-th forced token, that
       are fed in place of `tokens`; -1 where there is none. Or None.
+    draft: int32 [S, P + N], first draft of every slot, -1 where there is none;
+      the first P entries are not read. Or None.
   """
 
   tokens: jax.Array
@@ -77,6 +79,7 @@ class Prompt:
   positions: jax.Array
   features: jax.Array | None = None
   given: jax.Array | None = None
+  draft: jax.Array | None = None
 
 
 class Queries(flax.struct.PyTreeNode):

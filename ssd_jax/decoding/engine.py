@@ -22,6 +22,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from ssd_jax.core.config import UserError
 from ssd_jax.core.protocols import Decoder, DecoderState
 from ssd_jax.core.types import KVCache, Model, Params, Prompt, Queries
 from ssd_jax.decoding import sampling as sampling_lib
@@ -41,6 +42,8 @@ class Context(flax.struct.PyTreeNode):
     params: Parameters of the model, e.g. for drafting with heads.
     sampling: Settings of the target distribution.
     model: The network's functions; static.
+    draft: int32 [N], the prompt's first draft of every slot, -1 where there is
+      none; None if the prompt has no drafts.
   """
 
   key: jax.Array
@@ -49,6 +52,7 @@ class Context(flax.struct.PyTreeNode):
   params: Params
   sampling: Sampling
   model: Model = flax.struct.field(pytree_node=False)
+  draft: jax.Array | None = None
 
   def token_noise(self, slots_Q: jax.Array) -> jax.Array:
     """Returns the slots' Gumbel noise, float32 [Q, V], equal in every pass."""
@@ -86,13 +90,30 @@ def pass_root(
   return jax.random.fold_in(jax.random.fold_in(key, image), index)
 
 
+def given_drafts(ctx: Context, setting: str) -> jax.Array:
+  """Returns the prompt's first draft of every slot, int32 [N]; -1 for none.
+
+  Args:
+    ctx: Context of the pass.
+    setting: The decoder's setting that asks for them.
+
+  Raises:
+    UserError: The model has no preview.
+  """
+  if ctx.draft is None:
+    raise UserError(
+        f"Expected a model that generates a preview first for {setting}="
+        "preview, got a model of one grid. Choose other drafts.")
+  return ctx.draft
+
+
 # A context without an image, or one that holds vmap axes instead of arrays.
 template_context: Callable[..., Context] = Context
 
 
 def image_axes(model: Model) -> Context:
   """Returns the axes over which contexts of a batch are mapped."""
-  return template_context(0, 0, 0, None, 0, model)
+  return template_context(0, 0, 0, None, 0, model, 0)
 
 
 @flax.struct.dataclass
@@ -250,7 +271,8 @@ def begin(
   sampling_B = template.sampling.repeat(batch)
   root_B = jax.vmap(pass_root)(key_B, image_B, jnp.ones_like(image_B))
   ctx = template.replace(
-      key=key_B, image=image_B, root=root_B, sampling=sampling_B)
+      key=key_B, image=image_B, root=root_B, sampling=sampling_B,
+      draft=_first_drafts(model, prompt, batch))
   hidden, cache = model.prefill(params, prompt, decoder.scratch(model))
   hidden, cache = _split_streams(hidden, batch), sharding.constrain_cache(cache)
   p_BV = ctx.target(model.logits(params, hidden))
@@ -292,7 +314,8 @@ def _next_context(template: Context, loop: LoopState) -> Context:
   """Returns the contexts of the images' next pass; see `image_axes`."""
   root_B = jax.vmap(pass_root)(loop.key, loop.image, loop.passes + 1)
   return template.replace(
-      key=loop.key, image=loop.image, root=root_B, sampling=loop.sampling)
+      key=loop.key, image=loop.image, root=root_B, sampling=loop.sampling,
+      draft=_first_drafts(template.model, loop.prompt, len(loop.image)))
 
 
 def decoded(model: Model, loop: LoopState) -> Decoded:
@@ -301,6 +324,15 @@ def decoded(model: Model, loop: LoopState) -> Decoded:
   history = None if loop.history is None else loop.history[..., slots_RC]
   return Decoded(loop.decoder.tokens[:, slots_RC], loop.passes,
                  loop.commit_pass[:, slots_RC], history)
+
+
+def _first_drafts(
+    model: Model, prompt: Prompt, batch: int
+) -> jax.Array | None:
+  """Returns the prompts' first drafts, int32 [B, N], or None."""
+  if prompt.draft is None:
+    return None
+  return prompt.draft[:batch, prompt.draft.shape[1] - model.grid.length:]
 
 
 def _split_streams(x_SD: jax.Array, batch: int) -> jax.Array:

@@ -137,6 +137,8 @@ class Pipeline:
       here, count = slice(start, start + batch), len(texts[start:start + batch])
       given = None if given_IRC is None else given_IRC[here]
       prompt, new_notes = self.family.encode_prompts(padded[here], guided)
+      if first and decoder.needs(self.model).preview:
+        prompt = preview.without_drafts(prompt)
       found = first and preview.generate(
           first, prompt, settings, seed, index_I[here])
       if found:
@@ -257,6 +259,8 @@ class Pipeline:
     """
     settings, guided = self.sampling(**sampling)
     prompt, _ = self.family.encode_prompts(list(prompts), guided)
+    if self.model.preview is not None:
+      prompt = preview.without_drafts(prompt)
     return self.programs.num_queries(decoder, prompt, settings, len(prompts))
 
   def log_prob(

@@ -62,12 +62,57 @@ def generate(
 def extend(prompt: Prompt, model: Model, preview_BRC: np.ndarray) -> Prompt:
   """Returns prompts that end with finished previews.
 
+  If they have drafts, those of the image become the previews' tokens.
+
   Args:
     prompt: Encoded prompts of B images.
     model: Functions of the image's grid.
     preview_BRC: int32 [B, R, C], tokens of the previews.
   """
+  if prompt.draft is not None:
+    prompt = with_drafts(prompt, model.grid, upsampled(preview_BRC, model.grid))
   return completion.extend(prompt, model_of(model), preview_BRC)
+
+
+def without_drafts(prompt: Prompt) -> Prompt:
+  """Returns prompts that have drafts, of no slot yet."""
+  return prompt.replace(  # type: ignore[attr-defined]
+      draft=jnp.full_like(prompt.positions, -1))
+
+
+def with_drafts(prompt: Prompt, grid: Grid, tokens_BRC: np.ndarray) -> Prompt:
+  """Returns prompts with first drafts of the image.
+
+  Args:
+    prompt: Encoded prompts of B images.
+    grid: The image as a sequence, the end of what the prompts' positions cover.
+    tokens_BRC: int32 [B, R, C], the drafts.
+  """
+  batch = len(tokens_BRC)
+  streams = prompt.positions.shape[0] // batch
+  slots = prompt.positions.shape[1] - grid.length + grid.slot_of.ravel()
+  draft = np.full(prompt.positions.shape, -1, np.int32)
+  draft[:, slots] = np.tile(tokens_BRC.reshape(batch, -1), (streams, 1))
+  return prompt.replace(draft=jnp.asarray(draft))  # type: ignore[attr-defined]
+
+
+def upsampled(preview_BRC: np.ndarray, grid: Grid) -> np.ndarray:
+  """Returns the preview's token at the centre of each of the image's.
+
+  >>> upsampled(np.array([[[1, 2]]]), Grid(2, 3)).tolist()
+  [[[1, 2, 2], [1, 2, 2]]]
+
+  Args:
+    preview_BRC: int32 [B, r, c].
+    grid: The image as a sequence.
+
+  Returns:
+    int32 [B, R, C].
+  """
+  rows, cols = preview_BRC.shape[1:]
+  nearest = lambda few, many: (2 * np.arange(many) + 1) * few // (2 * many)
+  row_R, col_C = nearest(rows, grid.rows), nearest(cols, grid.cols)
+  return preview_BRC[:, row_R[:, None], col_C]
 
 
 def check_one_grid(grid: Grid | None, what: str) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from ssd_jax.core.config import check
 from ssd_jax.core.grid import Grid
-from ssd_jax.core.protocols import DecoderBase
+from ssd_jax.core.protocols import DecoderBase, Needs
 from ssd_jax.core.types import Model, Queries
 from ssd_jax.decoding import acceptance, fan as fan_lib, sampling
 from ssd_jax.decoding.acceptance import Drafts
@@ -94,6 +94,10 @@ class Jacobi(DecoderBase):
   def lossless(self) -> bool:
     """Whatever the drafts are."""
     return True
+
+  def needs(self, model: Model) -> Needs:
+    """Returns the preview if slots are drafted from it."""
+    return Needs(preview=self.init == "preview")
 
   def num_queries(self, grid: Grid) -> int:
     """Returns the queries of a pass; a forced slot needs a second query."""

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from ssd_jax.core.grid import Grid
 from ssd_jax.decoding import sampling as sampling_lib
 from ssd_jax.decoding.acceptance import Drafts
-from ssd_jax.decoding.engine import Context
+from ssd_jax.decoding.engine import Context, given_drafts
 from ssd_jax.decoding.rows.state import DRAFT, Rows
 
 # Slots [Q] that a pass fed, N where none, and their hidden states [G, Q, D].
@@ -57,6 +57,33 @@ def sample_drafts(
     key = jax.random.fold_in(ctx.pass_key(DRAFT), purpose)
     tokens_K = sampling_lib.sample_inverse(q_KV, key)
   return Drafts(tokens_K, q_KV, jnp.zeros(slots_K.shape, bool))
+
+
+def prefer_given(
+    ctx: Context, drafts: Drafts, slots_K: jax.Array, is_used: bool
+) -> Drafts:
+  """Replaces drafts by those of the prompt, where it has any.
+
+  Their q is the point mass: they were not sampled.
+
+  Args:
+    ctx: Context of the pass.
+    drafts: K drafts.
+    slots_K: Slots of the drafts.
+    is_used: Whether the decoder uses the prompt's drafts at all.
+
+  Raises:
+    UserError: if it does, and the prompt has none.
+  """
+  if not is_used:
+    return drafts
+  given_K = given_drafts(ctx, "drafts").at[slots_K].get(
+      mode="fill", fill_value=-1)
+  is_given_K = given_K >= 0
+  point_KV = jax.nn.one_hot(given_K, ctx.model.vocab)
+  return Drafts(
+      jnp.where(is_given_K, given_K, drafts.tokens),
+      jnp.where(is_given_K[:, None], point_KV, drafts.q), drafts.is_point)
 
 
 def head_distributions(

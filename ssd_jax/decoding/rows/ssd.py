@@ -20,6 +20,7 @@ from ssd_jax.core.config import UserError, check
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.protocols import DecoderBase, Needs
 from ssd_jax.core.types import Model, Queries
+from ssd_jax.decoding.acceptance import Drafts
 from ssd_jax.decoding.engine import Context
 from ssd_jax.decoding.rows import (
   drafts as row_drafts,
@@ -30,7 +31,7 @@ from ssd_jax.decoding.rows.drafts import Fed
 from ssd_jax.decoding.rows.state import Rows, Verdict
 
 SCHEDULES = ("joint", "staged", "pipelined")
-DRAFTS = ("sample", "argmax")
+DRAFTS = ("sample", "argmax", "preview")
 _HORIZONTAL, _VERTICAL = 5, 1  # default numbers of heads, as in the paper
 
 
@@ -53,7 +54,7 @@ class SSD(DecoderBase):
 
   Attributes:
     horizontal: Heads used in row 0, i.e. tokens per group; None is 5, or as
-      many as the model has.
+      many as the model has. Without heads, as many as the grid allows.
     vertical: Heads used below row 0, i.e. rows per block; None is 1.
     rounds: Correction rounds of a block.
     horizontal_rounds: Correction rounds of a group.
@@ -66,7 +67,10 @@ class SSD(DecoderBase):
       if that is less, which equals "joint".
     adaptive: Whether a row is done with its rounds once a round changes none
       of its tokens: it has then been fed unchanged.
-    drafts: "sample" from the heads' distributions, or their "argmax".
+    drafts: "sample" from the heads' distributions, their "argmax", or
+      "preview", which needs no heads: the preview's token there; while the
+      preview itself is generated, samples of the distribution of the token
+      that heads would draft from.
     lenience: Factor that a draft's q is multiplied by in its test; 1 is the
       paper's test. A round resamples all rejected drafts of a row, each given
       the old neighbours, so fewer rejections cause fewer conflicts (ours).
@@ -113,8 +117,14 @@ class SSD(DecoderBase):
     return not self.adaptive
 
   def needs(self, model: Model) -> Needs:
-    """Returns the spatial heads that drafts are made with."""
+    """Returns the spatial heads, or the preview, that drafts are made with."""
+    if self._is_headless:
+      return Needs(preview=True)
     return Needs(horizontal=model.grid.cols > 1, vertical=model.grid.rows > 1)
+
+  @property
+  def _is_headless(self) -> bool:
+    return self.drafts == "preview"
 
   def start(self, ctx: Context, p_V: jax.Array, hidden_GD: jax.Array) -> Rows:
     """Returns the state with the first group of row 0 drafted."""
@@ -202,12 +212,12 @@ class SSD(DecoderBase):
     hidden_G1D, _ = row_drafts.predicting_states(state, fed, last)
     reach = min(self._heads(ctx.model)[0], cols - 1)
     q_KV = jnp.concatenate([
-        row_drafts.head_distributions(
+        self._distributions(
             ctx, state, "horizontal", offset, (last, hidden_G1D), is_due)
         for offset in range(1, reach + 1)
     ])
     slots_K = count + jnp.arange(reach)
-    drafts = row_drafts.sample_drafts(ctx, q_KV, slots_K, self.drafts)
+    drafts = self._sample_drafts(ctx, q_KV, slots_K)
     index_K = rows_lib.window_index(moved, jnp.int32(0), slots_K)
     moved = row_drafts.put_drafts(
         moved, slots_K, index_K, drafts, is_due & (slots_K < cols)
@@ -232,11 +242,11 @@ class SSD(DecoderBase):
     for offset in range(1, self._heads(ctx.model)[1] + 1):
       row = entered + offset - 1
       is_new = is_due & (row < grid.rows)
-      q_CV = row_drafts.head_distributions(
+      q_CV = self._distributions(
           ctx, state, "vertical", offset, (source_C, hidden_GCD), is_new
       )
       slots_C = source_C + offset * grid.row_slots
-      drafts = row_drafts.sample_drafts(ctx, q_CV, slots_C, self.drafts, offset)
+      drafts = self._sample_drafts(ctx, q_CV, slots_C, offset)
       index_C = rows_lib.window_index(moved, row, cols_C)
       moved = row_drafts.put_drafts(moved, slots_C, index_C, drafts, is_new)
       moved = moved.replace(entered=moved.entered + is_new)
@@ -245,6 +255,25 @@ class SSD(DecoderBase):
           jnp.where(is_new, 0, plan.waited),
       )
     return moved.replace(plan=plan)
+
+  def _distributions(
+      self, ctx: Context, state: Rows, direction: str, offset: int,
+      source: tuple[jax.Array, jax.Array], is_due: jax.Array,
+  ) -> jax.Array:
+    """Returns what to draft from, [K, V]; see `drafts.head_distributions`."""
+    if not self._is_headless:
+      return row_drafts.head_distributions(
+          ctx, state, direction, offset, source, is_due)
+    at_K = rows_lib.window_index(
+        state, *rows_lib.row_and_column(ctx.model.grid, source[0]))
+    return state.q[at_K]
+
+  def _sample_drafts(
+      self, ctx: Context, q_KV: jax.Array, slots_K: jax.Array, purpose: int = 0
+  ) -> Drafts:
+    method = "sample" if self._is_headless else self.drafts
+    drafts = row_drafts.sample_drafts(ctx, q_KV, slots_K, method, purpose)
+    return row_drafts.prefer_given(ctx, drafts, slots_K, self._is_headless)
 
   def _rows_in_flight(self, model: Model) -> int:
     rows = max(self._heads(model)[1], 1)
@@ -263,12 +292,15 @@ class SSD(DecoderBase):
 
   def _heads(self, model: Model) -> tuple[int, int]:
     """Returns the numbers of horizontal and vertical heads in use."""
-    grid = model.grid
+    grid, limits, what = model.grid, model.heads, "the model's heads"
+    if self._is_headless:
+      limits = max(grid.cols - 1, 1), max(grid.rows - 1, 1)
+      what = f"below the sides of a grid of {grid.rows}x{grid.cols}"
     across, down = (
-        rows_lib.at_most(value, default, most, field, "the model's heads")
+        rows_lib.at_most(value, default, most, field, what)
         for value, default, most, field in (
-            (self.horizontal, _HORIZONTAL, model.heads[0], "horizontal"),
-            (self.vertical, _VERTICAL, model.heads[1], "vertical")))
+            (self.horizontal, _HORIZONTAL, limits[0], "horizontal"),
+            (self.vertical, _VERTICAL, limits[1], "vertical")))
     if (grid.cols > 1 and not across) or (grid.rows > 1 and not down):
       raise UserError(
           "Expected at least one spatial head of each direction for ssd, got "

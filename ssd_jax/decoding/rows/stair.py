@@ -32,7 +32,7 @@ from ssd_jax.decoding.rows import (
 from ssd_jax.decoding.rows.drafts import Fed
 from ssd_jax.decoding.rows.state import Rows, Verdict
 
-DRAFTS = ("auto", "heads", "above", "around", "copy", "both")
+DRAFTS = ("auto", "heads", "above", "around", "copy", "both", "preview")
 _NEED_HEADS = ("heads", "both")
 _ROW_0, _ROW_BELOW = range(2)  # purposes of the drafts' random keys
 # Default limit. With two guidance streams, a matmul over about as many rows
@@ -54,7 +54,8 @@ class _Staircase(DecoderBase, abc.ABC):
       vertical below), "above" (the distribution of the token above; in row 0
       that of token 0), "around" (a blur of the distributions of the three
       tokens above), "copy" (the token above), "both" (the mean of heads and
-      above) or "auto" (heads if the model has any, else above).
+      above), "preview" (the preview's token there; above while the preview
+      itself is generated) or "auto" (heads if the model has any, else above).
     coupled: Whether to sample each slot with its own noise in every pass, as AR
       does, instead of testing with min(1, p / q) and the noise of the pass.
     fan: Tokens fed for a row's first open slot, its draft included (`Exact`:
@@ -86,7 +87,8 @@ class _Staircase(DecoderBase, abc.ABC):
   def needs(self, model: Model) -> Needs:
     """Returns spatial heads if `drafts` requires them."""
     reads = self.drafts in _NEED_HEADS or self._uses_heads(model)
-    return Needs(horizontal=reads, vertical=reads)
+    return Needs(horizontal=reads, vertical=reads,
+                 preview=self.drafts == "preview")
 
   def scratch(self, model: Model) -> int:
     """Returns one slot for each guess."""
@@ -231,6 +233,8 @@ class _Staircase(DecoderBase, abc.ABC):
       q_KV = jnp.concatenate(heads)[jnp.minimum(cols_K, reach) - 1]
     drafts = row_drafts.sample_drafts(
         ctx, q_KV, cols_K, self._draft_method(), _ROW_0)
+    drafts = row_drafts.prefer_given(
+        ctx, drafts, cols_K, self.drafts == "preview")
     index_K = rows_lib.window_index(state, jnp.int32(0), cols_K)
     return row_drafts.put_drafts(
         state, cols_K, index_K, drafts, jnp.bool_(True)
@@ -256,6 +260,8 @@ class _Staircase(DecoderBase, abc.ABC):
     drafts = row_drafts.sample_drafts(
       ctx, q_CV, slots_C, self._draft_method(), _ROW_BELOW
     )
+    drafts = row_drafts.prefer_given(
+        ctx, drafts, slots_C, self.drafts == "preview")
     index_C = rows_lib.window_index(moved, row, cols_C)
     moved = row_drafts.put_drafts(moved, slots_C, index_C, drafts, is_due)
     return moved.replace(entered=row + is_due)
