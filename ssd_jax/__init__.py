@@ -14,6 +14,7 @@ from ssd_jax.decoding.trees.eagle import Eagle
 from ssd_jax.decoding.trees.relaxed import Cascade, Lantern, LanternPP
 from ssd_jax.pipeline import testing
 from ssd_jax.pipeline.model_folder import load
+from ssd_jax.pipeline.painting import paint
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime.progress import Progress
 
@@ -41,5 +42,6 @@ __all__ = [
   "Stair",
   "ZipAR",
   "load",
+  "paint",
   "testing",
 ]

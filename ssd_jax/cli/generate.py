@@ -1,6 +1,7 @@
 """Body of infer.generate: prompts in, PNG files out."""
 
 import json
+import pathlib
 from typing import Any
 
 from absl import flags
@@ -17,6 +18,7 @@ from ssd_jax.data import pictures
 from ssd_jax.decoding import registry
 from ssd_jax.decoding.ar import AR
 from ssd_jax.evaluation import prompt_files
+from ssd_jax.pipeline import painting
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
@@ -38,7 +40,12 @@ _COMPLETE = flags.DEFINE_string(
     "complete", None, "Image whose upper rows are kept; the rest is generated.")
 _ROWS = flags.DEFINE_integer(
     "rows", None, "Rows of tokens that --complete keeps; default: half.")
+_PAINTER = flags.DEFINE_string(
+    "painter", None, "Folder or ORG/NAME of a GlmImagePipeline of diffusers, "
+    "which paints the tokens of GLM-Image. Default: tokens are written only. "
+    "Needs the extra 'diffusers'.")
 _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
+
 
 def body() -> None:
   """Generates the prompts of the flags and reports."""
@@ -54,6 +61,10 @@ def body() -> None:
   pipe = common.load_pipeline(pixels=False)
   prefix = _prefix(pipe)
   has_pixels = pipe.image_shape[0] > 0
+  if _PAINTER.value is not None:
+    check(not has_pixels, "painter", _PAINTER.value,
+          f"left out: {pipe.family.name} decodes its own images")
+    painting.check_painter(_PAINTER.value)
   album = (Album if has_pixels else TokenFiles)(out, _settings(pipe))
   times, notes, output = _generate(pipe, prompts, decoder, album, prefix)
   album.close()
@@ -64,7 +75,10 @@ def body() -> None:
     print(f"note: {note}")
   if output:
     _write_trace(pipe, output, decoder, album.paths)
-  _report(pipe, decoder, album, times)
+  painted = []
+  if isinstance(album, TokenFiles) and _PAINTER.value is not None:
+    painted = album.paint(painting.load(_PAINTER.value), flags.FLAGS.seed)
+  _report(pipe, decoder, album, painted, times)
 
 
 def _generate(
@@ -164,7 +178,7 @@ def _write_trace(pipe: Pipeline, output: Output, decoder, paths) -> None:
 
 def _report(
     pipe: Pipeline, decoder, album: Album | TokenFiles,
-    times: tuple[float, float],
+    painted: list[pathlib.Path], times: tuple[float, float],
 ) -> None:
   """Reports what was generated; `times` are (compiling, other) seconds."""
   passes, paths = album.passes, album.paths
@@ -177,13 +191,14 @@ def _report(
   print(f"{len(paths)} images by {_DECODER.value} ({kind}): {num_tokens} "
         f"tokens in {np.mean(passes):.1f} passes each, {seconds:.1f} s, after "
         f"{compiling:.1f} s of compiling")
-  for path in [*paths, *([album.sheet] if album.sheet else [])]:
+  for path in [*paths, *painted, *([album.sheet] if album.sheet else [])]:
     print(path)
   if _JSON.value:
     print(json.dumps({
         "decoder": decoder.name, "settings": registry.settings(decoder),
         "lossless": is_lossless, "prompts": album.prompts,
         "images": [str(p) for p in paths],
+        **({"painted": [str(p) for p in painted]} if painted else {}),
         "contact_sheet": str(album.sheet) if album.sheet else None,
         "cells": num_tokens, "passes": passes, "tokens_per_pass": mean,
         "compile_seconds": round(compiling, 3), "seconds": round(seconds, 3),

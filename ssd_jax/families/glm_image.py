@@ -31,7 +31,7 @@ from ssd_jax.models import rope
 from ssd_jax.models.generator import Generator
 
 CHOICES = ("size",)  # may be set in each call
-_PIXELS = 32  # per token and side
+PIXELS = 32  # per token and side
 _MOST_SIDE = 64  # tokens
 _LONGEST = 1024  # prompt
 _OPENING, _CLOSING, _IMAGE = "<sop>", "<eop>", "<|dit_token_16384|>"
@@ -69,13 +69,13 @@ class GLMImage(PromptedByIds):
     parts = str(self.config.size).split("x")
     sides = [int(p) for p in parts if p.isdecimal() and len(p) < 6]
     if len(sides) != 2 or len(parts) != 2 or any(
-        side % _PIXELS or not 1 <= side // _PIXELS <= _MOST_SIDE
+        side % PIXELS or not 1 <= side // PIXELS <= _MOST_SIDE
         for side in sides):
       raise UserError(
-          f"Expected size to be WIDTHxHEIGHT, multiples of {_PIXELS} up to "
-          f"{_PIXELS * _MOST_SIDE}, such as 1024x1024, got size "
+          f"Expected size to be WIDTHxHEIGHT, multiples of {PIXELS} up to "
+          f"{PIXELS * _MOST_SIDE}, such as 1024x1024, got size "
           f"{self.config.size!r}.")
-    return Grid(sides[1] // _PIXELS, sides[0] // _PIXELS)
+    return Grid(sides[1] // PIXELS, sides[0] // PIXELS)
 
   @functools.cached_property
   def preview(self) -> Grid:

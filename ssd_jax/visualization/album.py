@@ -34,12 +34,9 @@ class Album:
     index, prompt = picture.index, picture.prompt
     path = self._folder / f"{index:04d}_{file_name(prompt)}.png"
     if index % jax.process_count() == jax.process_index():
-      metadata = PngImagePlugin.PngInfo()
       facts = {"prompt": prompt, "index": index, "passes": picture.passes}
-      for key, value in {**facts, **self._settings}.items():
-        text = str(value).encode("utf-8", "backslashreplace")
-        metadata.add_itxt(key, text.decode())
-      save_picture(Image.fromarray(picture.image), path, pnginfo=metadata)
+      save_picture(Image.fromarray(picture.image), path,
+                   pnginfo=png_metadata({**facts, **self._settings}))
     self._written[index] = (path, prompt, picture.passes)
     if index < _SHEET_IMAGES:
       self._first[index] = (prompt, picture.image)
@@ -82,6 +79,15 @@ class Album:
       notes.append(
           f"{self._folder} also holds {len(others)} images of earlier runs")
     return notes
+
+
+def png_metadata(facts: dict) -> PngImagePlugin.PngInfo:
+  """Returns the facts as text that a PNG carries."""
+  metadata = PngImagePlugin.PngInfo()
+  for key, value in facts.items():
+    text = str(value).encode("utf-8", "backslashreplace")
+    metadata.add_itxt(key, text.decode())
+  return metadata
 
 
 def file_name(prompt: str) -> str:

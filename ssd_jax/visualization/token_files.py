@@ -1,14 +1,18 @@
 """An output folder of image tokens that another model paints."""
 
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from ssd_jax.core.outputs import Picture
 from ssd_jax.families.glm_image import prior_ids
+from ssd_jax.pipeline import painting
 from ssd_jax.storage.files import write_json
-from ssd_jax.visualization.album import file_name
+from ssd_jax.visualization.album import file_name, png_metadata
+from ssd_jax.visualization.contact_sheets import save_picture
 
 
 class TokenFiles:
@@ -27,6 +31,7 @@ class TokenFiles:
   def __init__(self, folder: pathlib.Path, settings: dict):
     self._folder, self._settings = folder, settings
     self._written: dict[int, tuple[pathlib.Path, str, int]] = {}
+    self._tokens: dict[int, np.ndarray] = {}
     self.notes: list[str] = []
 
   def add(self, picture: Picture) -> None:
@@ -41,9 +46,27 @@ class TokenFiles:
           **self._settings, "tokens": picture.tokens.tolist(),
           "preview": None if preview is None else preview.tolist()})
     self._written[index] = (path, prompt, picture.passes)
+    self._tokens[index] = picture.tokens
 
   def close(self) -> None:
     """Does nothing: each image was written when it was added."""
+
+  def paint(self, painter: Any, seed: int) -> list[pathlib.Path]:
+    """Writes a PNG beside the tokens of each image; returns their paths.
+
+    Args:
+      painter: A `diffusers.GlmImagePipeline`; see `painting.paint_grid`.
+      seed: Seed of its noise.
+    """
+    painted = []
+    for index, (path, prompt, passes) in sorted(self._written.items()):
+      image = painting.paint_grid(
+          painter, prompt, self._tokens[index], seed, index)
+      painted.append(path.with_suffix(".png"))
+      save_picture(Image.fromarray(image), painted[-1], pnginfo=png_metadata({
+          "prompt": prompt, "index": index, "passes": passes,
+          **self._settings}))
+    return painted
 
   @property
   def paths(self) -> list[pathlib.Path]:
