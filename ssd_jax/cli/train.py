@@ -133,6 +133,7 @@ def mtp() -> None:
 
 def drafter() -> None:
   """Trains a drafter into DIR/drafter, exports DIR/model/drafter."""
+  common.refuse_preview(flags.FLAGS.config, "training a drafter")
   config, workdir = _distillation("drafter")
   cfg = from_config_dict(drafter_training.DrafterTraining, config.drafter)
   generation_cfg = from_config_dict(GenerationConfig, config.mtp.draw)
@@ -172,7 +173,6 @@ def _part_of(config, *keys: str) -> dict[str, Any]:
 def _distillation(*more: str) -> tuple[ConfigDict, pathlib.Path]:
   """Returns (config, working directory) of training for a complete model."""
   config = flags.FLAGS.config
-  common.refuse_preview(config, "training")
   cli.refuse_unused(
       "workdir", "checkpoint", "prompts_file", "num_prompts",
       "images_per_caption", "sampling", "data", "pixels", "mtp",

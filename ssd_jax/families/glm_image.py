@@ -25,7 +25,7 @@ import numpy as np
 from ssd_jax.core.config import UserError
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.types import Params, Prompt
-from ssd_jax.families import published
+from ssd_jax.families import published, training_defaults
 from ssd_jax.families.published import Ids, PromptedByIds
 from ssd_jax.models import rope
 from ssd_jax.models.generator import Generator
@@ -57,6 +57,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.tokenizer = "tokenizer.json"
   config.sampling = ml_collections.ConfigDict(dict(
       guidance=1.0, temperature=0.9, top_k=0, top_p=0.75))
+  training_defaults.add(config, prompts=20_000, batch=64)
+  config.mtp.drop_caption = 0.0  # there is no unconditional stream
   return config
 
 

@@ -171,8 +171,7 @@ def both_streams(
   """Returns endless {"prompt": Prompt [G * B], "tokens": int32 [B, N]}."""
 
   def assemble(images):
-    texts = [source.captions[i] for i in images]
-    prompt, _ = teacher.encode_prompts(texts, teacher.guided)
+    prompt = source.prompts(teacher, images, teacher.guided)
     return {"prompt": prompt, "tokens": source.sequences(images)}
 
   load = lambda source, index, rng: np.int64(index)

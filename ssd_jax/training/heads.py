@@ -111,6 +111,8 @@ def run(
   heads = SpatialHeads(teacher.generator, heads_cfg)
   model = heads.model()
   watch_lib.decoders_of(model, cfg.watch)  # refused before images are generated
+  if cfg.drop_caption:  # refused before, too, without unconditional stream
+    teacher.encode_prompts(captions["train"][:1], True)
   claim(workdir / "heads.json", heads_cfg)
   splits = generate_splits(teacher, captions, cfg.draw, workdir)
   optimizer = make_optimizer(cfg.optimizer, cfg.loop)
@@ -252,9 +254,7 @@ def plain_batches(
   batch = min(batch, count)
   for start in range(0, count - batch + 1, batch):
     images = np.arange(start, start + batch)
-    prompt, _ = teacher.encode_prompts(
-        [source.captions[i] for i in images], teacher.guided
-    )
+    prompt = source.prompts(teacher, images, teacher.guided)
     yield {"prompt": prompt, "tokens_SN": source.sequences(images)}
 
 

@@ -29,6 +29,7 @@ from ssd_jax.decoding import continuous_batching, registry
 from ssd_jax.decoding.sampling import Overrides, Sampling
 from ssd_jax.models.fingerprint import fingerprint
 from ssd_jax.models.generator import Generator
+from ssd_jax.pipeline import preview
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.pipeline.programs import Programs
 from ssd_jax.pipeline.run import Run
@@ -124,12 +125,15 @@ class GeneratedTokens:
     tokens: [images, tokens], image tokens in raster order.
     grid: Grid of the images.
     vocab: Size V of the token vocabulary.
+    previews: int32 [images, R, C], the previews that they were generated
+      after; None if the model has none.
   """
 
   captions: tuple[str, ...]
   tokens: np.ndarray
   grid: Grid
   vocab: int
+  previews: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.captions)
@@ -144,6 +148,24 @@ class GeneratedTokens:
     sequence = np.tile(forced, (len(images), 1))
     sequence[:, self.grid.slot_of.ravel()] = self.tokens[images]
     return sequence
+
+
+  def prompts(
+      self, teacher: Teacher, images: np.ndarray, guided: bool
+  ) -> Prompt:
+    """Returns the prompts of images, which end with their previews.
+
+    Args:
+      teacher: Encodes the captions.
+      images: int [B], indices of the images.
+      guided: Whether unconditional rows follow.
+    """
+    prompt, _ = teacher.encode_prompts(
+        [self.captions[i] for i in images], guided)
+    if self.previews is None:
+      return prompt
+    return preview.extend(preview.without_drafts(prompt), teacher.pipe.model,
+                          self.previews[images])
 
 
 def generate_images(
@@ -171,6 +193,7 @@ def generate_images(
   folder.mkdir(parents=True, exist_ok=True)
   decoder = registry.parse(image_shards.claim(
       folder, _manifest(teacher, captions, cfg, decoder), teacher.parts))
+  small = teacher.generator.preview
   shards = image_shards.paths(folder, len(captions), cfg.shard)
   # All hosts generate every shard together, so they must skip the same ones.
   exists = sharding.broadcast_from_host0(
@@ -179,19 +202,29 @@ def generate_images(
   missing = [x for x, skip in zip(shards, exists, strict=True) if not skip]
   if missing:
     begun = len(captions) - sum(len(images) for _, images in missing)
-    run = Run(programs or teacher.programs(), decoder)
+    programs = programs or teacher.programs()
+    run, first = Run(programs, decoder), None
+    if small is not None:
+      first = Run(programs.on_model(preview.model_of(teacher.pipe.model)),
+                  decoder)
     with contextlib.closing(_Log(folder, len(captions), begun)) as log:
       for path, shard, images in _generate(
-          run, teacher, captions, missing, cfg, log):
+          run, first, teacher, captions, missing, cfg, log):
         if jax.process_index() == 0:
           image_shards.write(path, shard, images)
   sharding.barrier(f"generated {folder.name}")
   grid, vocab = teacher.generator.grid, teacher.generator.cfg.vocab_out
-  tokens = [
-    image_shards.read(path, images, (len(images), grid.num_tokens), vocab)
+  before = small.num_tokens if small is not None else 0
+  tokens = np.concatenate([
+    image_shards.read(
+        path, images, (len(images), before + grid.num_tokens), vocab)
     for path, images in shards
-  ]
-  return GeneratedTokens(captions, np.concatenate(tokens), grid, vocab)
+  ])
+  previews = None
+  if small is not None:
+    previews = tokens[:, :before].reshape(-1, small.rows, small.cols)
+    previews = previews.astype(np.int32)
+  return GeneratedTokens(captions, tokens[:, before:], grid, vocab, previews)
 
 
 def lossless_decoder(teacher: Teacher, cfg: GenerationConfig) -> Decoder:
@@ -230,9 +263,8 @@ def batches(
 
   def assemble(picked):
     images, is_dropped = picked["image"], picked["is_dropped"]
-    texts = [source.captions[i] for i in images]
-    both, _ = teacher.encode_prompts(texts, True)
-    rows = np.arange(len(texts)) + np.where(is_dropped, len(texts), 0)
+    both = source.prompts(teacher, images, drop_caption > 0)
+    rows = np.arange(len(images)) + np.where(is_dropped, len(images), 0)
     return {
         "prompt": jax.tree.map(lambda x: x[rows], both),
         "tokens": source.sequences(images),
@@ -247,7 +279,9 @@ def _manifest(
 ) -> dict[str, Any]:
   """Returns everything that the generated tokens depend on."""
   generator, settings = teacher.generator, teacher.sampling
+  small = generator.preview
   return {
+      **({} if small is None else {"preview": dataclasses.asdict(small)}),
       "grid": dataclasses.asdict(generator.grid),
       "vocab": generator.cfg.vocab_out,
       "sampling": {
@@ -266,22 +300,42 @@ def _manifest(
 
 
 def _generate(
-    run: Run, teacher: Teacher, captions: Sequence[str],
+    run: Run, first: Run | None, teacher: Teacher, captions: Sequence[str],
     shards: Sequence[tuple[pathlib.Path, np.ndarray]], cfg: GenerationConfig,
     log: "_Log",
 ) -> Iterator[tuple[pathlib.Path, np.ndarray, np.ndarray]]:
   """Yields (path, tokens [images, tokens], images) of each shard once complete.
 
   Images enter the batch in order, and a shard is complete with its last image.
-  The tokens are of the smallest unsigned type that fits.
+  The tokens are of the smallest unsigned type that fits. With a `first`, which
+  generates previews, shards are generated one by one, and an image's tokens
+  follow those of its preview.
   """
+  groups = [shards] if first is None else [[shard] for shard in shards]
+  for group in groups:
+    images = [int(i) for _, of_shard in group for i in of_shard]
+    previews: dict[int, np.ndarray] = {}
+    if first is not None:
+      items = _items(teacher, captions, images, cfg)
+      previews = {x.name: x.tokens for x in _decode(
+          first, items, cfg.batch, teacher.guided)}
+    items = _items(teacher, captions, images, cfg, previews)
+    yield from _shards(run, teacher, group, items, previews, cfg, log)
+
+
+def _shards(
+    run: Run, teacher: Teacher,
+    shards: Sequence[tuple[pathlib.Path, np.ndarray]], items: Iterator[Item],
+    previews: Mapping[int, np.ndarray], cfg: GenerationConfig, log: "_Log",
+) -> Iterator[tuple[pathlib.Path, np.ndarray, np.ndarray]]:
+  """Yields shards as their last items finish; see `_generate`."""
   dtype = np.min_scalar_type(teacher.generator.cfg.vocab_out - 1)
   tokens: dict[int, np.ndarray] = {}
   waiting = dict(enumerate(shards))
-  items = _items(
-      teacher, captions, [i for _, images in shards for i in images], cfg)
+  nothing = np.zeros(0, np.int32)
   for found in _decode(run, items, cfg.batch, teacher.guided):
-    tokens[found.name] = found.tokens.ravel()
+    small = previews.get(found.name, nothing)
+    tokens[found.name] = np.concatenate([small.ravel(), found.tokens.ravel()])
     log.add(found)
     for number, (path, images) in list(waiting.items()):
       if all(i in tokens for i in images):
@@ -292,14 +346,30 @@ def _generate(
 
 def _items(
     teacher: Teacher, captions: Sequence[str], images: Sequence[int],
-    cfg: GenerationConfig,
+    cfg: GenerationConfig, previews: Mapping[int, np.ndarray] | None = None,
 ) -> Iterator[Item]:
-  """Yields the images to generate, named by their index."""
+  """Yields the images to generate, named by their index.
+
+  Args:
+    teacher: Encodes the captions.
+    captions: Of all images.
+    images: Which to generate.
+    cfg: Settings.
+    previews: Their previews, int32 [R, C]. If the model generates previews and
+      none are given, the items are these.
+  """
+  model, seed = teacher.pipe.model, cfg.seed
+  if model.preview is not None and previews is None:
+    seed ^= 2**31  # other noise than the images'
   for image in images:
     prompt, _ = teacher.encode_prompts([captions[image]], teacher.guided)
+    if model.preview is not None:
+      prompt = preview.without_drafts(prompt)
+    if previews:
+      prompt = preview.extend(prompt, model, previews[image][None])
     slots = prompt.tokens.shape[1]
     prompt = continuous_batching.widen(prompt, slots + -slots % _PROMPT_BLOCK)
-    yield Item(int(image), int(image), cfg.seed, prompt, teacher.sampling)
+    yield Item(int(image), int(image), seed, prompt, teacher.sampling)
 
 
 def _decode(

@@ -77,9 +77,8 @@ def make_watch(
   slots_RC = model.grid.slot_of
 
   def prompts():
-    prompt, _ = teacher.encode_prompts(
-        held_out.captions[:count], teacher.guided)
-    return sharding.shard_rows(prompt)
+    return sharding.shard_rows(
+        held_out.prompts(teacher, np.arange(count), teacher.guided))
 
   def excess(prompt, sequence_BN) -> float:
     nll, entropy = sharding.fetch(token_nll(
