@@ -21,7 +21,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ssd_jax.cli import common, config_overrides, run as cli
+from ssd_jax.cli import config_overrides, run as cli
 from ssd_jax.core.config import UserError, check, from_config_dict
 from ssd_jax.data import sources
 from ssd_jax.data.pictures import Source
@@ -133,7 +133,6 @@ def mtp() -> None:
 
 def drafter() -> None:
   """Trains a drafter into DIR/drafter, exports DIR/model/drafter."""
-  common.refuse_preview(flags.FLAGS.config, "training a drafter")
   config, workdir = _distillation("drafter")
   cfg = from_config_dict(drafter_training.DrafterTraining, config.drafter)
   generation_cfg = from_config_dict(GenerationConfig, config.mtp.draw)

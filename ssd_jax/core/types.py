@@ -115,11 +115,13 @@ class Drafter:
       [G, Q, D], cache).
     width: Width D. If the drafter reads the outputs of more layers, the trunk's
       hidden states contain them after the first D entries.
+    preview: The drafter of the grid that the model generates first, or None.
   """
 
   cache: Callable[[int, int], KVCache]
   forward: Callable[..., tuple[jax.Array, KVCache]]
   width: int
+  preview: "Drafter | None" = None
 
 
 def _no_heads(*unused: object) -> jax.Array:

@@ -259,8 +259,20 @@ def bind_drafter(
     wanted = jax.eval_shape(net.init, jax.random.key(0))
     if _shapes(params["drafter"]) != _shapes(wanted):
       _refuse("layers of another shape")
-  return dataclasses.replace(
-      model, drafter=Drafter(net.cache, net.forward, generator.cfg.d_model))
+  return dataclasses.replace(model, drafter=_functions(tapped))
+
+
+def _functions(generator: Generator) -> Drafter:
+  """Returns the functions of the drafter of a grid, and of its preview's.
+
+  The rows of the rotary table before those of the grid are the preview's.
+  """
+  net, small = DraftNet(generator), None
+  if generator.preview is not None:
+    small = _functions(dataclasses.replace(
+        generator, grid=generator.preview, preview=None,
+        rope=generator.rope[:-generator.grid.length]))
+  return Drafter(net.cache, net.forward, generator.cfg.d_model, small)
 
 
 def _refuse(what: str) -> None:

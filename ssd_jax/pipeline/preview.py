@@ -27,7 +27,7 @@ _BRANCH = 2**32 - 2  # of a call's key; images have smaller numbers
 
 @functools.cache
 def model_of(model: Model) -> Model:
-  """Returns the model of the preview's grid, without spatial heads' drafter.
+  """Returns the model of the preview's grid.
 
   Args:
     model: Functions of the image's grid, with a preview.
@@ -39,7 +39,8 @@ def model_of(model: Model) -> Model:
     return model.prefill(params, prompt, scratch + fewer)
 
   return dataclasses.replace(
-      model, grid=model.preview, preview=None, prefill=prefill, drafter=None)
+      model, grid=model.preview, preview=None, prefill=prefill,
+      drafter=model.drafter and model.drafter.preview)
 
 
 def generate(

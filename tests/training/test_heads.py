@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from ssd_jax.core.config import LoopConfig, OptimizerConfig, UserError
+from ssd_jax.models.drafter import bind_drafter
 from ssd_jax.models.spatial_heads import HeadsOptions, bind_heads
 from ssd_jax.pipeline import model_folder, testing
-from ssd_jax.training import heads as heads_lib, loop
+from ssd_jax.training import drafter, heads as heads_lib, loop
 from ssd_jax.training.heads import MTPConfig
 from ssd_jax.training.self_distillation import GenerationConfig, Teacher
 from ssd_jax.training.watch import WatchConfig
@@ -135,16 +136,15 @@ def test_an_offset_off_the_grid_is_refused(teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_heads_of_a_model_with_previews(tmp_path):
+def test_heads_and_drafter_of_a_model_with_previews(tmp_path):
   """Previews are generated and kept with their images, and both grids are
-  drafted by the heads; a model without unconditional stream drops no caption."""
+  drafted; a model without unconditional stream drops no caption."""
   pipe = model_folder.from_config(glm_image_config())
   teacher = Teacher.of(pipe, temperature=0.0)
   captions = {"train": CAPTIONS[:6], "validation": CAPTIONS[:2]}
   cfg = dataclasses.replace(
       CONFIG, loop=LoopConfig(steps=2, batch=2, log_every=1, eval_every=2),
-      draw=GenerationConfig(batch=2, shard=4, decoder="exact:drafts=preview"),
-      watch=WatchConfig(every=2, prompts=2, decoders=("ssd:drafts=preview",)))
+      draw=GenerationConfig(batch=2, shard=4, decoder="exact:drafts=preview"))
   with pytest.raises(UserError, match="unconditional"):
     heads_lib.run(teacher, captions, cfg, tmp_path)
   cfg = dataclasses.replace(cfg, drop_caption=0.0)
@@ -160,3 +160,13 @@ def test_heads_of_a_model_with_previews(tmp_path):
       model=bind_heads(pipe.family.generator, heads_cfg, params))
   out = drafting.generate(CAPTIONS[:2], "ssd", temperature=0.0)
   assert (out.commit_pass > 0).all()
+
+  training = drafter.DrafterTraining(loop=cfg.loop, taps=(0,), depth=2)
+  state, drafter_cfg = drafter.run(
+      teacher, found, training, tmp_path / "drafter")
+  params = {**pipe.params, "drafter": state.params}
+  drafting = dataclasses.replace(pipe, params=params, model=bind_drafter(
+      pipe.family.generator, pipe.model, drafter_cfg, params))
+  out = drafting.generate(CAPTIONS[:6], "eagle", temperature=0.0)
+  np.testing.assert_array_equal(out.preview, greedy.preview)
+  np.testing.assert_array_equal(out.tokens, greedy.tokens)
