@@ -6,6 +6,7 @@ GLM-Image's tokens are the input of a diffusion transformer. The user's
 
 import json
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ssd_jax.storage.files import user_path
 
 _CLASS = "GlmImagePipeline"
 _EXTRA = "diffusers"
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _EXPECTED = f"a folder of diffusers' {_CLASS} or ORG/NAME of one"
 
 
@@ -84,24 +86,23 @@ def check_painter(name: str | os.PathLike) -> str:
     UserError: if there is no such folder, it holds another pipeline, or the
       extra is missing.
   """
-  library = need("diffusers", _EXTRA)
+  folder = user_path(name)
+  source = os.fspath(name).removeprefix("hf:")
+  if folder.is_dir():
+    found = _class_in(folder / "model_index.json")
+    check(found == _CLASS, "painter", f"{name} with {found}", _EXPECTED)
+    source = str(folder)
+  else:
+    is_name = _REPOSITORY.fullmatch(source) is not None
+    check(is_name, "painter", name, _EXPECTED)
   for module in ("torch", "transformers"):
     need(module, _EXTRA)
+  library = need("diffusers", _EXTRA)
   if not hasattr(library, _CLASS):
     raise UserError(
         f"Expected a diffusers with {_CLASS}, got {library.__version__}. Run "
         f"pip install -U 'ssd-jax[{_EXTRA}]'.")
-  folder = user_path(name)
-  if folder.is_dir():
-    found = _class_in(folder / "model_index.json")
-    check(found == _CLASS, "painter", f"{name} with {found}", _EXPECTED)
-    return str(folder)
-  repository = os.fspath(name).removeprefix("hf:")
-  is_name = repository.count("/") == 1 and all(
-      part.replace("-", "").replace("_", "").replace(".", "").isalnum()
-      for part in repository.split("/"))
-  check(is_name, "painter", name, _EXPECTED)
-  return repository
+  return source
 
 
 def load(name: str | os.PathLike) -> Any:

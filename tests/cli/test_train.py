@@ -24,6 +24,7 @@ from ssd_jax.families import (
   emoji,
   emu3,
   emu3_5,
+  glm_image,
   janus,
   liquid,
   llamagen,
@@ -45,8 +46,8 @@ from tests.support.toy_families import llamagen_class_config
 from tests.support.toy_weights import InMemory
 
 GET_CONFIGS = tuple(family.get_config for family in (
-    anole, emoji, emu3, emu3_5, janus, liquid, llamagen, lumina, lumina2,
-    simplear))
+    anole, emoji, emu3, emu3_5, glm_image, janus, liquid, llamagen, lumina,
+    lumina2, simplear))
 
 
 @pytest.fixture(scope="module", autouse=True)

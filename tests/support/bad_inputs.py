@@ -98,6 +98,22 @@ DECODER = {
     "a setting of the wrong kind": "stair:lookahead=far",
     "a setting out of range": "sjd:window=0",
     "heads that the model does not have": "ssd:horizontal=99",
+    "drafts of a preview that the model does not have": "exact:drafts=preview",
+}
+# GLM-Image at toy size; it generates a preview first, and tokens of no pixels.
+GLM = ["--config", "configs/glm_image.py", "--random_weights", *(
+    f"--config.trunk.{key}={value}" for key, value in dict(
+        d_model=64, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=64,
+        vocab_in=16_512).items())]
+GLM_IMAGE = {
+    "a size that GLM-Image lacks": ["--config.size=1000x1000"],
+    "guidance for a model without": ["--guidance", "3"],
+    "animations after a preview": ["--trace"],
+    "an image to complete without pixels": ["--complete", "{dir}/mute/b.png"],
+    "heads for a model without": ["--decoder", "ssd"],
+    "a drafter for a model without": ["--decoder", "eagle"],
+    "a painter that is not there": ["--painter", "{dir}/no"],
+    "a painter of another kind": ["--painter", "{dir}/empty"],
 }
 BENCHMARK = {
     "a decoder named twice": ["--decoders", "ar,ar"],
@@ -245,6 +261,13 @@ def cases():
   yield "generate", "an empty prompt", ["--prompt", " \x07 "]
   for what, args in COMPLETE.items():
     yield "generate", what, ["--prompt", "a", *args]
+  for what, args in GLM_IMAGE.items():
+    yield "generate", what, ["--prompt", "a", *GLM, *args]
+  yield "generate", "a painter for images", [
+      "--prompt", "a", "--painter", "{dir}/empty"]
+  yield "benchmark", "a model without pixels", GLM
+  yield "serve", "a model without pixels", GLM
+  yield "plan", "a model of two grids", GLM[:2]
   yield "generate", "no pictures", ["--prompt", "a", "--num_images", "0"]
   yield "generate", "a file of decoders without any", [
       "--prompt", "a", "--decoder_file", "{dir}/nothing.py"]
