@@ -28,7 +28,7 @@ from ssd_jax.models.vocabulary import Vocabulary
 from ssd_jax.models.vq import VQ, VQConfig, to_uint8
 from ssd_jax.storage import checkpoints, model_settings
 
-_THETA = 10_000.0
+THETA = 10_000.0
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -117,7 +117,7 @@ def generator(
   return Generator(
       cfg, Grid(side, side),
       rope.table_2d(
-          slot_positions(words.length, side, side), cfg.head_dim, _THETA),
+          slot_positions(words.length, side, side), cfg.head_dim, THETA),
       words.size + np.arange(vq.n_codes, dtype=np.int32),
   )
 
