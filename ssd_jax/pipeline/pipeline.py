@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
-import operator
 import os
 import pathlib
 from typing import Any, Unpack
@@ -17,11 +16,12 @@ from ssd_jax.core.config import UserError, check
 from ssd_jax.core.outputs import Output
 from ssd_jax.core.protocols import Decoder, Family
 from ssd_jax.core.types import Model, Params
-from ssd_jax.decoding import engine, sampling as sampling_lib
+from ssd_jax.decoding import sampling as sampling_lib
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.sampling import Overrides, Sampling
 from ssd_jax.models.vq import to_float
-from ssd_jax.pipeline import arguments, completion, preview, saving
+from ssd_jax.pipeline import arguments, preview, saving
+from ssd_jax.pipeline.generation import Generated, Generation
 from ssd_jax.pipeline.programs import Programs
 from ssd_jax.pipeline.run import Run
 from ssd_jax.pipeline.stream import Stream, StreamRequest
@@ -129,62 +129,25 @@ class Pipeline:
     given_rows = 0 if given_IRC is None else given_IRC.shape[1]
     check(not (given_rows and on_pass), "on_pass", on_pass,
           "None with a prefix")
-    run = Run(self.programs, decoder, given_rows)
-    first = self._preview_run(run, given_rows, trace, on_pass)
+    generate = Generation(
+        self.family, self.programs, decoder, settings, guided, seed, trace,
+        on_pass, given_rows)
     padded = texts + texts[-1:] * (-len(texts) % batch)
-    chunks, notes, previews = [], [], []
+    parts, notes = [], []
     for start in range(0, len(texts), batch):
       here, count = slice(start, start + batch), len(texts[start:start + batch])
-      given = None if given_IRC is None else given_IRC[here]
-      prompt, new_notes = self.family.encode_prompts(padded[here], guided)
-      if first and decoder.needs(self.model).preview:
-        prompt = preview.without_drafts(prompt)
-      found = first and preview.generate(
-          first, prompt, settings, seed, index_I[here])
-      if found:
-        prompt = preview.extend(
-            prompt, self.model, np.asarray(found.tokens))
-      prompt = run.prepare(prompt, given)
-      if start == 0 and not on_pass:  # each device would call it
-        run.choose_devices(prompt, settings, batch)
-      listener = self.programs.listener if on_pass else None
-      with self.programs.listener.forward_to(on_pass, count):
-        decoded = completion.join(given, sharding.fetch(run(
-            engine.decode, run.place(prompt), settings, jax.random.key(seed),
-            index_I[here], trace=trace, on_pass=listener)))
-      if found:
-        previews.append(found.tokens[:count])
-        decoded = decoded.replace(
-            passes=decoded.passes + found.passes,
-            commit_pass=decoded.commit_pass + found.passes[:, None, None])
-      images = sharding.fetch(run.decode_images(decoded.tokens))
-      chunk = (images, decoded.tokens, decoded.passes, decoded.commit_pass,
-               decoded.history)
-      chunks.append(jax.tree.map(operator.itemgetter(slice(count)), chunk))
+      part, new_notes = generate(
+          padded[here], index_I[here],
+          None if given_IRC is None else given_IRC[here], count)
+      parts.append(part)
       notes += [note for note in new_notes if note not in notes]
       if on_batch:
         on_batch(count)
-    images, tokens, passes, commit_pass, history = jax.tree.map(
-        lambda *x: np.concatenate(x), *chunks)
+    found = Generated.join(parts)
     return Output(
-        images, tokens, passes, commit_pass, tuple(texts), history,
-        tuple(notes), run.clock.compiling, run.clock.rest(),
-        index_I[:len(texts)], np.concatenate(previews) if previews else None)
-
-  def _preview_run(
-      self, run: Run, given_rows: int, trace: bool, on_pass: Any
-  ) -> Run | None:
-    """Returns what generates previews, on the clock of `run`, or None."""
-    if self.model.preview is None:
-      return None
-    for name, value in (("prefix", given_rows), ("trace", trace),
-                        ("on_pass", on_pass)):
-      if value:
-        preview.check_one_grid(self.model.preview, name)
-    first = Run(self.programs.on_model(preview.model_of(self.model)),
-                run.decoder)
-    first.clock = run.clock
-    return first
+        found.images, found.tokens, found.passes, found.commit_pass,
+        tuple(texts), found.history, tuple(notes), generate.clock.compiling,
+        generate.clock.rest(), index_I[:len(texts)], found.previews)
 
   def stream(
       self,

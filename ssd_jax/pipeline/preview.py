@@ -19,6 +19,7 @@ from ssd_jax.decoding import engine
 from ssd_jax.decoding.engine import Decoded
 from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.pipeline import completion
+from ssd_jax.pipeline.programs import Programs
 from ssd_jax.pipeline.run import Run
 from ssd_jax.runtime import sharding
 
@@ -41,6 +42,18 @@ def model_of(model: Model) -> Model:
   return dataclasses.replace(
       model, grid=model.preview, preview=None, prefill=prefill,
       drafter=model.drafter and model.drafter.preview)
+
+
+def run_of(run: Run, programs: Programs) -> Run:
+  """Returns what generates previews, on the clock of `run`.
+
+  Args:
+    run: What generates the images.
+    programs: Programs of whole images.
+  """
+  first = Run(programs.on_model(model_of(programs.model)), run.decoder)
+  first.clock = run.clock
+  return first
 
 
 def generate(
