@@ -101,8 +101,33 @@ def load(
   check(choices is None or isinstance(choices, Mapping), "choices", choices,
         "a dict of settings")
   folder, settings = _folder_of(name), read_settings(name)
+  family, shapes = _family(folder, settings, choices or {}, random_weights)
+  if random_weights:
+    params = random_params(family)
+  else:
+    params = {"trunk": _restore(folder / "trunk", shapes["trunk"])}
+  found = {"heads": heads, "drafter": drafter}
+  for kind in found:
+    if extras and (folder / kind).is_dir() and not random_weights:
+      found[kind] = found[kind] or folder / kind
+  vq_params = (
+      _restore(folder / "vq", shapes["vq"]) if _has_pixels(family) else None)
+  _check_tokenizer(folder, settings)
+  found["model"] = folder
+  return _pipeline(family, params, vq_params, found, int8)
+
+
+def _family(
+    folder: pathlib.Path, settings: dict[str, Any], choices: Mapping[str, Any],
+    random_weights: bool,
+) -> tuple[Family, dict[str, Any]]:
+  """Returns a folder's family, and the shapes of its parameters.
+
+  Raises:
+    UserError: if settings are damaged, or memory is too small.
+  """
   try:
-    choose(settings, choices or {})
+    choose(settings, choices)
     family = FAMILIES[settings["family"]](settings, folder)
     for key in _SAMPLING:
       _ = family.sampling[key]
@@ -116,23 +141,14 @@ def load(
         f"Expected all settings in {folder / 'model.json'}, got it without "
         f"{error}. Write the model again."
     ) from error
-  if random_weights:
-    params = random_params(family)
-  else:
-    params = {"trunk": checkpoints.restore(folder / "trunk")}
-    checkpoints.check_shapes(
-        folder / "trunk", params["trunk"], shapes["trunk"])
-  found = {"heads": heads, "drafter": drafter}
-  for kind in found:
-    if extras and (folder / kind).is_dir() and not random_weights:
-      found[kind] = found[kind] or folder / kind
-  vq_params = None
-  if _has_pixels(family):
-    vq_params = checkpoints.restore(folder / "vq")
-    checkpoints.check_shapes(folder / "vq", vq_params, shapes["vq"])
-  _check_tokenizer(folder, settings)
-  found["model"] = folder
-  return _pipeline(family, params, vq_params, found, int8)
+  return family, shapes
+
+
+def _restore(folder: pathlib.Path, shapes: Any) -> Params:
+  """Returns the parameters of a folder, which have to have these shapes."""
+  params = checkpoints.restore(folder)
+  checkpoints.check_shapes(folder, params, shapes)
+  return params
 
 
 def _folder_of(name: str | os.PathLike) -> pathlib.Path:
