@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax.core.config import check_sizes
-from ssd_jax.models.transformer import RMSNorm
+from ssd_jax.models.norms import RMSNorm
 
 _dense = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
