@@ -1,11 +1,33 @@
 """Prints the published models: `--model list`."""
 
-import numpy as np
+import jax
 
+from ssd_jax.core.protocols import Family
 from ssd_jax.pipeline import model_folder, published_models
+from ssd_jax.pipeline.published_models import Published
 from ssd_jax.runtime import memory
 
 _ROW = "{:<17} {:>8} {:>8} {:>8} {:>9}  {}"
+
+
+def family_of(model: Published) -> Family:
+  """Returns a published model's family, without its files."""
+  config = model.config
+  return model_folder.FAMILIES[config.family](
+      {"config": config.to_dict()}, None)
+
+
+def needed_bytes(model: Published, platform: str | None = None) -> int:
+  """Returns the bytes of a model and of one image of its default size.
+
+  Args:
+    model: The model.
+    platform: "cpu", "gpu" or "tpu"; None for the devices in use.
+  """
+  platform = platform or jax.default_backend()
+  text = model.text * (4 if platform == "cpu" else 2)
+  return text + model_folder.needed_bytes(
+      family_of(model), model.trunk, model.vq, 2 * model.trunk, platform)
 
 
 def show() -> None:
@@ -14,12 +36,7 @@ def show() -> None:
   print(_ROW.format("name", "billions", "disk GB", "RAM GB", "fits here",
                     "licence of the weights"))
   for name, model in published_models.CATALOG.items():
-    config = model.config
-    family = model_folder.FAMILIES[config.family](
-        {"config": config.to_dict()}, None)
-    needed = model_folder.needed_bytes(
-        family, model.trunk, model.vq, 2 * model.trunk)
-    needed += model.text * np.dtype(family.generator.dtype).itemsize
+    needed = needed_bytes(model)
     fits = "?" if free is None else "yes" if needed <= free else "no"
     print(_ROW.format(
         name, f"{(model.trunk + model.vq + model.text) / 1e9:.2f}",

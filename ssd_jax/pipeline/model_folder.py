@@ -296,8 +296,9 @@ def _pipeline(
   return Pipeline(family, params, vq_params, model, folders)
 
 
-def _dtype() -> Any:
-  return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+def _dtype(platform: str | None = None) -> Any:
+  platform = platform or jax.default_backend()
+  return jnp.float32 if platform == "cpu" else jnp.bfloat16
 
 
 def choose(settings: dict[str, Any], choices: Mapping[str, Any]) -> None:
@@ -351,7 +352,8 @@ def _check_memory(
 
 
 def needed_bytes(
-    family: Family, trunk: int, vq: int, stored: int | None
+    family: Family, trunk: int, vq: int, stored: int | None,
+    platform: str | None = None,
 ) -> int:
   """Returns the bytes per device of a model and the cache of one image.
 
@@ -360,11 +362,13 @@ def needed_bytes(
     trunk: Number of the trunk's parameters.
     vq: Number of the image tokenizer's parameters.
     stored: Bytes of the trunk on disk; None for random weights.
+    platform: "cpu", "gpu" or "tpu"; None for the devices in use.
   """
-  size = np.dtype(_dtype()).itemsize
+  platform = platform or jax.default_backend()
+  size = np.dtype(_dtype(platform)).itemsize
   needed = (trunk + _cached(family)) * size // sharding.num_param_shards()
   needed += 4 * vq  # float32
-  if stored is not None and jax.default_backend() == "cpu":
+  if stored is not None and platform == "cpu":
     needed += stored  # what was read, until it is cast
   return needed
 

@@ -154,3 +154,12 @@ def test_every_paper_of_the_readme_can_be_cited():
   entries = cited.split("- type: article")[1:]
   assert len(entries) == len(set(papers))
   assert all("family-names:" in entry for entry in entries)
+
+
+def test_the_table_of_published_models_is_what_its_command_prints():
+  """Sizes, memory and passes in docs/models.md follow the code."""
+  spec = importlib.util.spec_from_file_location(
+      "models_table", ROOT / "docs" / "models_table.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  assert module.table() in (ROOT / "docs" / "models.md").read_text("utf-8")
