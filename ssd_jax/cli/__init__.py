@@ -1,1 +1,1 @@
-"""Bodies of the command lines."""
+"""Implementations of the commands."""

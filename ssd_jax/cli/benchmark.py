@@ -65,7 +65,7 @@ _REAL = flags.DEFINE_string(
     "real_images", None, "Folder of real images for fd, kid and fid; "
     "default: the emoji that the prompts name.")
 _HUB = flags.DEFINE_bool(
-    "hub_metrics", False, "Also FID, CLIPScore and Inception Score, which "
+    "hub_metrics", False, "Also report FID, CLIPScore and IS, which "
     "download networks; needs the extra 'metrics'.")
 _EXPORT = flags.DEFINE_enum(
   "export",
@@ -75,7 +75,7 @@ _EXPORT = flags.DEFINE_enum(
   "official scorer of this benchmark reads them.",
 )
 _EXACTNESS = flags.DEFINE_bool(
-    "exactness", False, "Instead test by enumeration of a tiny grid whether "
+    "exactness", False, "Instead test, by enumerating a tiny grid, whether "
     "decoders are lossless.")
 _PROFILE = flags.DEFINE_bool(
     "profile", False, "Instead measure where the time of a pass goes, over "

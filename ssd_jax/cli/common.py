@@ -24,18 +24,19 @@ _FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
         ".json, PartiPrompts .tsv)."),
     "num_images": (flags.DEFINE_integer, 1, "Images per prompt."),
     "seed": (
-        flags.DEFINE_integer, 0, "The same seed gives the same images."),
+        flags.DEFINE_integer, 0, "Random seed; equal seeds give equal images."),
     "batch": (
-        flags.DEFINE_integer, None, "Images decoded together; default: 8; 1 in "
+        flags.DEFINE_integer, None, "Images per batch; default: 8; 1 in "
         "benchmark and compare, 4 in evidence, serve and demo."),
     "out": (
-        flags.DEFINE_string, None, "Output folder; default: out, in benchmark "
-        "bench."),
+        flags.DEFINE_string, None, "Output folder; default: out, or bench for "
+        "infer.benchmark."),
     "guidance": (flags.DEFINE_float, None, "Guidance scale."),
     "temperature": (flags.DEFINE_float, None, "Sampling temperature."),
     "top_k": (
-        flags.DEFINE_integer, None, "Image tokens kept; 0 keeps all."),
-    "top_p": (flags.DEFINE_float, None, "Probability mass kept."),
+        flags.DEFINE_integer, None,
+        "Sample from the k likeliest tokens; 0 keeps all."),
+    "top_p": (flags.DEFINE_float, None, "Nucleus probability; 1 keeps all."),
     "checkpoint": (
         flags.DEFINE_string, None, "Model folder; default: the config's, else "
         "the embedded model."),
@@ -93,7 +94,7 @@ def load_pipeline(pixels: bool = True) -> Pipeline:
   if pixels and not pipe.image_shape[0]:
     raise UserError(
         "Expected a model that generates images, got "
-        f"{pipe.family.name}, whose tokens another model paints. Use "
+        f"{pipe.family.name}, whose tokens another model decodes. Use "
         "infer.generate.")
   return pipe
 

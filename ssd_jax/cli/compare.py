@@ -54,15 +54,15 @@ our AR's pass of the same round.
 
 def define_flags() -> None:
   """Defines the command's own flags."""
-  flags.DEFINE_enum("size", "100m", list(_SIZES), "Parameters of the trunk.")
-  flags.DEFINE_integer("layers", None, "Instead of the size's.")
-  flags.DEFINE_integer("width", None, "Instead of the size's.")
-  flags.DEFINE_integer("vocab", None, "Image tokens V, instead of the size's.")
-  flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of weights and "
-                    "activations, instead of the size's.")
-  flags.DEFINE_integer("tokens", 256, "Of an image, a square.")
-  flags.DEFINE_integer("prompt_tokens", 16, "Of a prompt.")
-  flags.DEFINE_integer("rounds", 5, "Repetitions of each.")
+  flags.DEFINE_enum("size", "100m", list(_SIZES), "Trunk size, in parameters.")
+  flags.DEFINE_integer("layers", None, "Layers; default: by --size.")
+  flags.DEFINE_integer("width", None, "Width; default: by --size.")
+  flags.DEFINE_integer("vocab", None, "Vocabulary size; default: by --size.")
+  flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
+                    "Type of weights and activations; default: by --size.")
+  flags.DEFINE_integer("tokens", 256, "Tokens per image; a square number.")
+  flags.DEFINE_integer("prompt_tokens", 16, "Tokens per prompt.")
+  flags.DEFINE_integer("rounds", 5, "Repetitions of each measurement.")
   flags.DEFINE_string(
       "loops", "sjd,zipar,pjd", "Decoders whose pass is compared with ar's, "
       "separated by commas: NAME or NAME:key=value+key=value.")

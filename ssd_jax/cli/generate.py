@@ -42,9 +42,9 @@ _ROWS = flags.DEFINE_integer(
     "rows", None, "Rows of tokens that --complete keeps; default: half.")
 _PAINTER = flags.DEFINE_string(
     "painter", None, "Folder or ORG/NAME of a GlmImagePipeline of diffusers, "
-    "which paints the tokens of GLM-Image. Default: tokens are written only. "
+    "which decodes GLM-Image's tokens. Default: only tokens are written. "
     "Needs the extra 'diffusers'.")
-_JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
+_JSON = flags.DEFINE_bool("json", False, "Print one line of JSON at the end.")
 
 
 def body() -> None:

@@ -50,10 +50,10 @@ def define_flags() -> None:
       "topology", "", "Devices to plan for: TPUs such as v5e:2x4 or v5p:2x2x1, "
       "GPUs such as h100, h200:8, a100 or l4; default: those of this machine.")
   flags.DEFINE_string("decoder", "ssd", "NAME or NAME:key=value+key=value.")
-  flags.DEFINE_integer("batch", None, "Images decoded together; default: 1. "
-                       "With --train images of a step; default: the config's.")
-  flags.DEFINE_bool("train", False, "Plan train.mtp instead of generation: "
-                    "its images, then its steps.")
+  flags.DEFINE_integer("batch", None, "Images per batch; default: 1. With "
+                       "--train, images per step; default: the config's.")
+  flags.DEFINE_bool("train", False, "Plan train.mtp, not generation: "
+                    "its images, then its training steps.")
   flags.DEFINE_integer(
       "passes", None, "Measured passes per image, for a decoder whose count "
       "depends on the image; with --train, of config.mtp.draw.decoder.")
@@ -69,7 +69,7 @@ def define_flags() -> None:
   flags.DEFINE_string("plot", "", "PNG of the time per pass over its queries.")
   flags.DEFINE_string(
       "hlo", "", "File to write the text of the compiled generation to.")
-  flags.DEFINE_bool("json", False, "End with one line of JSON.")
+  flags.DEFINE_bool("json", False, "Print one line of JSON at the end.")
 
 
 def body() -> None:
@@ -141,9 +141,9 @@ def _measure(config: ml_collections.ConfigDict, batch: int, as_json: bool):
   """Measures the config's model on the devices of the flags."""
   cli.use_compilation_cache()
   flag = flags.FLAGS["config"]
-  told = "checkpoint" in config_flags.get_override_values(flag)
+  is_overridden = "checkpoint" in config_flags.get_override_values(flag)
   checkpoint = config.get("checkpoint", "")
-  is_made = config.family == "emoji" or told or (
+  is_made = config.family == "emoji" or is_overridden or (
       pathlib.Path(checkpoint) / "model.json").is_file()
   same = f"--config {config_flags.get_config_filename(flag)} " * flag.present
   if is_made:

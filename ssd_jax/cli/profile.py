@@ -102,12 +102,12 @@ def _words(
   ms = {name: getattr(host, name) * 1e3
         for name in ("prompt", "drawing", "pixels", "rest")}
   least = {row.devices: row.bytes for row in rows}
-  told = [
+  lines = [
       f"{count} device{'s' * (count > 1)}: {least[count] / 1e6:.1f} MB a pass "
       f"at {x.bandwidth / 1e9:.1f} GB/s; {x.flops / 1e9:.0f} GFLOP/s.  \n"
       for count, x in machines.items()]
   return _WORDS.format(
-      machines="".join(told), images=batch, passes=host.passes,
+      machines="".join(lines), images=batch, passes=host.passes,
       whole=sum(ms.values()), **ms, each=ms["rest"] / host.passes)
 
 

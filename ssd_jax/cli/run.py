@@ -23,14 +23,14 @@ _DEFAULT = pathlib.Path(__file__).parent.parent / "families" / "emoji.py"
 
 MESH = flags.DEFINE_string(
     "mesh", "", "How devices share the work, such as data=2,fsdp=1,tensor=4; "
-    "on a CPU each core can be a device. Default: one device; two of a CPU "
-    "that generates; data over all devices of several hosts.")
+    "on a CPU each core can be a device. Default: one device; two CPU devices "
+    "when generating; on several hosts, data over all devices.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, for several hosts outside "
     "Cloud TPU and Slurm.")
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Processes of the whole job; with --coordinator. 1 "
-    "joins none.")
+    "num_processes", None, "Processes of the whole job; with --coordinator. "
+    "1 is a single process.")
 _PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "Number of this process, from 0; with --coordinator.")
 
@@ -103,9 +103,9 @@ def _help(body: Callable[[], None]) -> str:
       (name for name in flags.FLAGS.flags_by_module_dict()
        if name.startswith(package)),
       key=lambda name: name != module.__name__)
-  told = [inspect.getdoc(body), inspect.getdoc(module)]
-  told += [flags.FLAGS.module_help(name) for name in names]
-  return "\n\n".join(filter(None, told))
+  parts = [inspect.getdoc(body), inspect.getdoc(module)]
+  parts += [flags.FLAGS.module_help(name) for name in names]
+  return "\n\n".join(filter(None, parts))
 
 
 @contextlib.contextmanager
@@ -136,8 +136,8 @@ def devices(draws: bool):
 
 def _split_cpu(count: int) -> None:
   """Makes devices of the CPU's cores, unless their number is set already."""
-  told = "xla_force_host_platform_device_count"
-  if told in os.environ.get("XLA_FLAGS", "") or (
+  xla_flag = "xla_force_host_platform_device_count"
+  if xla_flag in os.environ.get("XLA_FLAGS", "") or (
       getattr(jax.config, "jax_num_cpu_devices", 0) > 0):
     return
   cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
@@ -179,24 +179,24 @@ def fail(message: str) -> NoReturn:
 
 def _bad_flag(error: BaseException, argv: list[str]) -> str:
   """Returns what is wrong with the flags or the config."""
-  told = _first_line(error)
-  key = told.strip("\"'")
+  message = _first_line(error)
+  key = message.strip("\"'")
   for name in (arg.partition("=")[0] for arg in argv):
     if isinstance(error, (AttributeError, KeyError)) and (
         name.startswith("--config.") and key in name.split(".")):
       return (f"Expected a key that the config's file sets, got {name}; the "
               f"config has no {key}.")
-  if not isinstance(error, flags.Error) or told.endswith(":"):
-    while told.endswith(":") and (
+  if not isinstance(error, flags.Error) or message.endswith(":"):
+    while message.endswith(":") and (
         cause := error.__cause__ or error.__context__):
-      error, told = cause, _first_line(cause)
-    if "xpected" in told:
-      return told
-    told = f"--config, {type(error).__name__}: {told}"
+      error, message = cause, _first_line(cause)
+    if "xpected" in message:
+      return message
+    message = f"--config, {type(error).__name__}: {message}"
     if isinstance(error, OSError):  # the flag raises it when it is read
       name = config_flags.get_config_filename(flags.FLAGS["config"])
-      told = f"--config {name}, which cannot be read"
-  return f"Expected the flags of --help, got a bad one: {told}."
+      message = f"--config {name}, which cannot be read"
+  return f"Expected valid flags (see --help), got {message}."
 
 
 def _first_line(error: BaseException) -> str:

@@ -44,8 +44,8 @@ def define_flags(
   """
   flags.DEFINE_integer("port", port, "Port to listen on; 0 takes a free one.")
   flags.DEFINE_string(
-      "host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets others in, and "
-      f"needs a key in the environment variable {_KEY}.")
+      "host", "127.0.0.1", "Address to bind; 0.0.0.0 lets other machines in, "
+      f"and needs a key in the environment variable {_KEY}.")
   flags.DEFINE_string(
       "bench", None, "Folder of infer.benchmark whose plot the page shows.")
   flags.DEFINE_string(
@@ -57,12 +57,13 @@ def define_flags(
   flags.DEFINE_list(
       "aliases", "", "Further names of the model, such as gpt-image-1 for "
       "clients that cannot name another.")
-  flags.DEFINE_integer("max_waiting", 256, "Most images that may wait.")
-  flags.DEFINE_integer("max_images", 10, "Most images of a request.")
+  flags.DEFINE_integer("max_waiting", 256, "Maximum number of queued images.")
+  flags.DEFINE_integer(
+      "max_images", 10, "Maximum number of images per request.")
   flags.DEFINE_float(
-      "timeout", 300.0, "Seconds after which a request is given up.")
+      "timeout", 300.0, "Seconds until a request times out.")
   flags.DEFINE_float(
-      "drain", 30.0, "Seconds that requests have to end after SIGTERM.")
+      "drain", 30.0, "Seconds to finish requests after SIGTERM.")
 
 
 class _Door(NamedTuple):

@@ -1,1 +1,1 @@
-"""Words that all rooms share: types, settings, errors; runs nothing."""
+"""Shared types, settings and errors, without computation."""

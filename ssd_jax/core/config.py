@@ -34,9 +34,9 @@ def check(ok: bool, name: str, got: Any, expected: str) -> None:
     UserError: `ok` is False.
   """
   if not ok:
-    told = " ".join(str(got).split())
+    shown = " ".join(str(got).split())
     raise UserError(
-        f"Expected {name} to be {expected}, got {name}={told}.")
+        f"Expected {name} to be {expected}, got {name}={shown}.")
 
 
 def check_sizes(config: "DataclassInstance", *may_be_zero: str) -> None:

@@ -111,10 +111,10 @@ def read(path: pathlib.Path, use: Callable[[Image.Image], T]) -> T:
     with Image.open(path) as picture:
       return use(picture)
   except Exception as error:  # a decoder may raise anything on bad bytes
-    told = re.sub(f":? {re.escape(repr(str(path)))}", "", one_line(error))
+    reason = re.sub(f":? {re.escape(repr(str(path)))}", "", one_line(error))
     if path.is_file() and os.access(path, os.R_OK) and is_pointer(path):
-      told = "a pointer of Git LFS: run git lfs pull in its folder"
-    raise Unreadable({str(path): told}) from error
+      reason = "a pointer of Git LFS: run git lfs pull in its folder"
+    raise Unreadable({str(path): reason}) from error
 
 
 def check_headers(paths: Sequence[pathlib.Path]) -> None:

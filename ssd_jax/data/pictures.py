@@ -28,11 +28,11 @@ class Unreadable(UserError):
       self, reasons: dict[str, str], advice: str = "Replace or remove"
   ):
     self.reasons = reasons
-    told = "; ".join(f"{name} ({why})" for name, why in reasons.items())
+    named = "; ".join(f"{name} ({why})" for name, why in reasons.items())
     what = "an image" if len(reasons) == 1 else f"{len(reasons)} images"
     super().__init__(
         f"Expected images that can be read, got {what} that cannot be read: "
-        f"{told}. {advice} {'it' if len(reasons) == 1 else 'them'}.")
+        f"{named}. {advice} {'it' if len(reasons) == 1 else 'them'}.")
 
 
 class Source(abc.ABC):
@@ -120,7 +120,7 @@ def read(
       warnings.simplefilter("error", Image.DecompressionBombWarning)
       return to_size(Image.open(file), width, height)
   except FAILURES as error:
-    told = f" {file}" if isinstance(file, str) else ""
+    named = f" {file}" if isinstance(file, str) else ""
     why = getattr(error, "strerror", None) or "no image that Pillow knows"
-    raise UserError(f"Expected an image that can be read, got {name}{told} "
+    raise UserError(f"Expected an image that can be read, got {name}{named} "
                     f"({why}).") from error

@@ -128,7 +128,7 @@ def evict(
     model: Model, decoder: Decoder, params: Params, loop: LoopState,
     slot: jax.Array,
 ) -> LoopState:
-  """Ends the image in a slot, whose tokens nobody reads any more.
+  """Evicts a cancelled image, which frees its slot.
 
   Args:
     model: The network's functions; static.

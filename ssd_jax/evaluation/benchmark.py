@@ -190,7 +190,7 @@ def measure(pipe: Pipeline, entry: Entry, job: Job, start: int) -> Run:
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-  """What is known of a decoder on a model before it runs.
+  """Static properties of a decoder on a model.
 
   Attributes:
     queries: Slots that a pass feeds for one image, idle ones included.

@@ -61,7 +61,7 @@ class Finding:
   def verdict(self) -> str:
     """The result in words."""
     if self.p_value >= P_VALUE:
-      return "exact" if self.lossless else "not told from exact"
+      return "exact" if self.lossless else "not distinguishable"
     return "BIASED" if self.lossless else "relaxed"
 
   @property

@@ -21,15 +21,15 @@ LEGEND = """
   batch, and images from an earlier start of the command are left out of the
   latency ratio. *peak memory*: of the compiled program, weights included.
 - *nll*: mean negative log-likelihood per token under the base model, guided, at
-  the temperature, before top-k and top-p, in nats. *gap*: minus AR's for the
-  same prompts, with a 95% bootstrap interval over prompts: above 0 the images
-  are damaged, below 0 they have collapsed. *excess*: mean over tokens of NLL
-  minus entropy, 0 in expectation for a lossless decoder that filters nothing;
-  *over AR*: minus AR's, prompt by prompt.
+  the temperature, before top-k and top-p, in nats. *gap*: NLL minus AR's for
+  the same prompts, with a 95% bootstrap interval over prompts: above 0 the
+  images are damaged, below 0 they have collapsed. *excess*: mean over tokens of
+  NLL minus entropy, 0 in expectation for a lossless decoder that filters
+  nothing; *over AR*: excess minus AR's, prompt by prompt.
 - *FD*, *KID*: distances to real images and to AR's in the features of
-  EfficientNet-Lite0, not the FID of the literature. FD is biased upwards by few
-  images; KID, which leaves out pairs of one prompt, is not. *R@k*: the emoji
-  asked for is among the k nearest of all 1,852. ± is one standard error.
+  EfficientNet-Lite0, not the FID of the literature. FD is biased upwards for
+  few images; KID, which leaves out pairs of one prompt, is not. *R@k*: the
+  emoji asked for is among the k nearest of all 1,852. ± is one standard error.
 - A decoder is *within AR's spread* if its gap and its excess over AR lie no
   further from 0 than the farther end of the 95% intervals of a second AR run,
   and its KID to AR exceeds that run's by at most 1.96 standard errors; the

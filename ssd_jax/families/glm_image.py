@@ -1,6 +1,6 @@
 """GLM-Image (Z.ai 2026), its autoregressive stage.
 
-A GLM-4 trunk draws two grids after a prompt: a preview of about 256 tokens,
+A GLM-4 trunk generates two grids after a prompt: a preview of about 256 tokens,
 then the image, each token of which stands for 32 x 32 pixels. There is no
 guidance. The tokens are semantic: a diffusion transformer, which is not here,
 paints them (`diffusers`' GlmImagePipeline, argument `prior_token_ids`).

@@ -152,7 +152,7 @@ class Published(abc.ABC):
     """Raises UserError for ids beyond the rows of a table of embeddings."""
     if max(ids) >= rows:
       raise UserError(
-          f"Expected a tokenizer with ids below {rows}, got one that spells "
+          f"Expected a tokenizer with ids below {rows}, got one that encodes "
           f"{_SAMPLE!r} with id {max(ids)}. Take the checkpoint's own.")
 
   def text_ids(self, text: str) -> list[int]:

@@ -1,1 +1,1 @@
-"""Networks: linen leaves without decoding logic."""
+"""Flax modules of the networks, without decoding logic."""

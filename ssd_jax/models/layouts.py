@@ -119,7 +119,7 @@ def _tiled(trunk: Params) -> Params:
 
 
 def _tiled_inputs(path: Any, x: jax.Array) -> int:
-  """Returns a matrix's contracted dimensions, or 0 for what stays as it is."""
+  """Returns a matrix's contracted dimensions; 0 if it is left as it is."""
   weight = weight_of(path_of(path), x.ndim)
   return weight.contracted if weight and weight.tiled else 0
 

@@ -1,1 +1,1 @@
-"""What a user holds: a loaded model that generates images."""
+"""Pipelines: loaded models that generate images."""

@@ -33,7 +33,7 @@ def check_call(
   """
   if isinstance(prompts, (str, bytes)):
     raise UserError(f"Expected a list of texts, got the text {prompts[:40]!r} "
-                    "as prompts. Put it into brackets.")
+                    "as prompts. Put it in a list.")
   check(isinstance(prompts, Iterable), "prompts", _short(prompts),
         "a list of texts")
   if isinstance(prompts, Sequence):
@@ -65,7 +65,7 @@ def text_of(prompt: str | int) -> str:
 
 
 def texts_of(prompts: Iterable[str | int], num_images: int) -> list[str]:
-  """Returns the text of each image.
+  """Returns the prompt of each image.
 
   Raises:
     UserError: if there is none, or a prompt is not a text.
@@ -84,11 +84,11 @@ def decoder_of(given: Decoder | str) -> Decoder:
   if isinstance(given, str):
     return registry.parse(given)
   if isinstance(given, type):
-    raise UserError("Expected one with its settings, got the class "
+    raise UserError("Expected a decoder instance, got the class "
                     f"{given.__name__} as decoder. Write {given.__name__}().")
   if type(given).__hash__ is None:
     raise UserError(
-        "Expected a decoder whose settings cannot change, got "
+        "Expected an immutable decoder, got "
         f"{type(given).__name__}. Write @dataclasses.dataclass(frozen=True).")
   missing = registry.missing_parts(given)
   if missing:
@@ -139,12 +139,12 @@ def grids_of(
       given.dtype, np.integer):
     raise UserError(
         f"Expected whole numbers [B, {grid.rows}, {grid.cols}], got tokens of "
-        f"shape {given.shape} and kind {given.dtype}. Give such as "
+        f"shape {given.shape} and dtype {given.dtype}. Pass for example "
         "generate(...).tokens.")
   if given.size and not 0 <= given.min() <= given.max() < vocab:
     raise UserError(
-        f"Expected codes in [0, {vocab}), got tokens from {given.min()} to "
-        f"{given.max()}. Take those of this model.")
+        f"Expected tokens in [0, {vocab}), got tokens from {given.min()} to "
+        f"{given.max()}. Use tokens of this model.")
   if prompts is not None:
     check(not isinstance(prompts, str) and len(prompts) == len(given),
           "prompts", _short(prompts), f"a list of {len(given)}, one per grid")
@@ -183,8 +183,8 @@ def prefix_of(
         f"shape {np.shape(prefix)} and kind {given.dtype}.")
   if not 0 <= given.min() <= given.max() < vocab:
     raise UserError(
-        f"Expected codes in [0, {vocab}), got a prefix from {given.min()} to "
-        f"{given.max()}. Take those of this model.")
+        f"Expected tokens in [0, {vocab}), got a prefix from {given.min()} to "
+        f"{given.max()}. Use tokens of this model.")
   given = np.pad(given, ((0, -count % batch), (0, 0), (0, 0)), "edge")
   return given.astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""Painting image tokens that are not codes of pixels, with `diffusers`.
+"""Decodes semantic image tokens to images, with `diffusers`.
 
 GLM-Image's tokens are the input of a diffusion transformer. The user's
 `GlmImagePipeline` paints them; its own autoregressive stage is not loaded.
@@ -26,7 +26,7 @@ _EXPECTED = f"a folder of diffusers' {_CLASS} or ORG/NAME of one"
 def paint(
     output: Output, painter: Any, seed: int = 0, **settings: Any
 ) -> np.ndarray:
-  """Paints generated tokens.
+  """Decodes generated tokens to images.
 
   Args:
     output: What `Pipeline.generate` returned.

@@ -320,7 +320,8 @@ class Pipeline:
     """
     if self.vq_params is None or "encoder" not in self.vq_params:
       raise UserError("Expected a model whose tokenizer encodes images, got "
-                      "one without. Convert it with its tokenizer.")
+                      "a model without one. Convert it with its "
+                      "image tokenizer.")
     if np.shape(images)[1:] != self.image_shape:
       raise UserError(f"Expected images {self.image_shape}, got images of "
                       f"shape {np.shape(images)[1:]}. Resize them.")

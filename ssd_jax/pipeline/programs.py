@@ -134,7 +134,7 @@ class Programs:
     return self._layouts[is_sharded]
 
   def _codebook_VE(self) -> np.ndarray:
-    """Returns image tokens as vectors whose distances mean something."""
+    """Returns a vector of each image token, to measure distances between."""
     if self._vq_params is not None:
       return np.asarray(
           self._family.vq.apply({"params": self._vq_params}, method="codes"))

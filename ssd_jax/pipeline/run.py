@@ -40,7 +40,7 @@ class Run:
   def choose_devices(
       self, prompt: Prompt, settings: Sampling, batch: int
   ) -> None:
-    """Lets the devices of a CPU share a batch where that pays.
+    """Shards a batch over CPU devices where that is faster.
 
     Otherwise, and before, the mesh that the user has set is used, if any.
     """

@@ -38,15 +38,15 @@ def save(pipe: "Pipeline", folder: str | os.PathLike) -> None:
   folder = user_path(folder).resolve()
   if "model" not in pipe.folders:
     raise UserError(
-        "Expected one whose settings are in a folder, got a pipeline that "
-        "was made, not loaded. Write its params with checkpoints.save.")
+        "Expected a pipeline loaded from a folder, got a pipeline that "
+        "was not. Write its params with checkpoints.save.")
   if quantization.is_quantized(pipe.params):
     raise UserError(
-        "Expected floats, which folders hold, got a pipeline in int8. Load "
+        "Expected float parameters, got a pipeline in int8. Load "
         "the model without int8 to save it.")
   if folder.exists():
     raise UserError(
-        f"Expected a new folder, got {folder}, which is there. Choose another "
+        f"Expected a new folder, got {folder}, which exists. Choose another "
         "name or remove it.")
   folder.parent.mkdir(parents=True, exist_ok=True)
   staging = pathlib.Path(tempfile.mkdtemp(prefix=".saving-", dir=folder.parent))
@@ -72,6 +72,6 @@ def save(pipe: "Pipeline", folder: str | os.PathLike) -> None:
 
 
 def _left_out(pipe: "Pipeline", at: str, names: list[str]) -> list[str]:
-  """What is written anew, or is of the weights that were converted."""
+  """Returns names not to copy: files that are written, and their report."""
   is_top = pathlib.Path(at) == pipe.folders["model"]
   return [n for n in names if is_top and n in (*_WEIGHTS, "report.json")]

@@ -1,4 +1,4 @@
-"""A batch whose images come and go: what streams and servers decode with."""
+"""Slots of a continuous batch, for streams and the server."""
 
 import dataclasses
 from typing import Any
@@ -123,8 +123,8 @@ class Slots:
       ValueError: if passes are running, or the slot is free.
     """
     if self._running or self._items[slot] is None:
-      raise ValueError("Expected a batch at rest with an image in its slot "
-                       f"{slot}, got another one.")
+      raise ValueError("Expected no running pass and an image in slot "
+                       f"{slot}, got a busy batch or a free slot.")
     self._loop = self._run(
         continuous_batching.evict, self._loop, np.int32(slot))
     self._items[slot] = None

@@ -81,7 +81,7 @@ def requested() -> signal.Signals | None:
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-  """An end waits for this block, which writes a file or puts it in place."""
+  """Delays the end of the process while this block writes or moves a file."""
   with _writing:
     yield
 

@@ -28,7 +28,7 @@ AXES = ("data", "fsdp", "tensor")
 _ROWS = ("data", "fsdp")
 
 # Logical axis of a dimension -> the mesh axes that shard it.
-_LOGICAL = {
+_MESH_AXES_OF = {
     "embed": ("fsdp",),
     "width": ("fsdp", "tensor"),
     "heads": ("tensor",),
@@ -157,7 +157,7 @@ def spec(path: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
   if weight is None:
     return PartitionSpec()
   each = (None,) * (len(shape) - len(weight.axes)) + weight.axes
-  axes = [tuple(a for a in _LOGICAL[n] if mesh.shape[a] > 1) for n in each]
+  axes = [tuple(a for a in _MESH_AXES_OF[n] if mesh.shape[a] > 1) for n in each]
   for dim, (size, shared) in enumerate(zip(shape, axes, strict=True)):
     _check_even(f"dimension {dim} of {path}", size, shared, mesh)
   return PartitionSpec(*(shared or None for shared in axes))

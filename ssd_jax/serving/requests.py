@@ -252,8 +252,8 @@ class _Fields:
       try:
         arguments.check_sampling({**_NO_SAMPLING, setting: value})
       except UserError as error:
-        told = str(error).replace(setting, name)
-        raise ApiError(400, told, param=name) from error
+        message = str(error).replace(setting, name)
+        raise ApiError(400, message, param=name) from error
       found[setting] = value
     return cast(Overrides, found)
 

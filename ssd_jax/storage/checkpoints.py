@@ -170,7 +170,7 @@ def _damaged(folder: pathlib.Path, reason: str) -> UserError:
 
 
 class _All:
-  """A future that ends when all of several have, with their first error."""
+  """A future of several futures; it raises their first error."""
 
   def __init__(self, futures: Sequence[Any]):
     self._futures = futures
@@ -210,7 +210,7 @@ class _WaitingHandler(ocp.type_handlers.NumpyHandler):
         read([info], [arg]) for info, arg in zip(infos, args, strict=True))
 
   async def metadata(self, infos):
-    """Returns what is known of the arrays; raises the first failure."""
+    """Returns the arrays' metadata; raises the first failure."""
     read = super().metadata
     return await _all_of(read([info]) for info in infos)
 
@@ -226,7 +226,7 @@ async def _all_of(reads: Iterable[Awaitable[Sequence[Any]]]) -> list[Any]:
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-  """orbax logs what it cannot read; the error raised says it in one line."""
+  """Silences orbax's log of unreadable files; the raised error reports it."""
   logger = logging.getLogger("absl")
   level = logger.level
   logger.setLevel(logging.CRITICAL)
@@ -238,7 +238,7 @@ def silenced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_error() -> Iterator[None]:
-  """A save raises its first error; orbax and its threads would print all."""
+  """Silences further errors of a failed save; the first one is raised."""
   hook = threading.excepthook
   threading.excepthook = lambda args: None
   try:

@@ -158,7 +158,7 @@ def _read_settings(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_data(folder, found, data: Mapping[str, Listing]) -> None:
-  told: list[str] = []
+  changes: list[str] = []
   everywhere_before = _union(
       values for name, values in found.items() if name.endswith(f"/{_NAMES}"))
   everywhere = _union(listing.arrays()[_NAMES] for listing in data.values())
@@ -166,10 +166,10 @@ def _check_data(folder, found, data: Mapping[str, Listing]) -> None:
     before = {name.removeprefix(f"{split}/"): values
               for name, values in found.items() if name.startswith(f"{split}/")}
     if _NAMES in before:
-      told += listing.changes(before, everywhere_before, everywhere)
-  if told:
+      changes += listing.changes(before, everywhere_before, everywhere)
+  if changes:
     raise UserError(
-        f"Expected the data with which the run began, got {', '.join(told)} "
+        f"Expected the data with which the run began, got {', '.join(changes)} "
         f"for the run in {folder}. Put them back or choose another --workdir.")
 
 

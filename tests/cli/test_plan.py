@@ -76,6 +76,6 @@ def test_gpus_without_a_gpu(tmp_path):
     ["--topology=h100:0"], ["--topology=h100:two"], ["--hlo=."],
     ["--mesh=tensor=3"], ["--batch=0"], ["--train", "--batch=-1"]])
 def test_bad_plans_are_one_line(tmp_path, args):
-  """What does not divide, exist or make sense."""
+  """Meshes and devices that do not divide or exist are one line."""
   status, err, _ = bad_inputs.feed("plan", args, tmp_path)
   assert status == 2 and "Expected " in err.splitlines()[-1]

@@ -20,7 +20,7 @@ from ssd_jax.visualization.album import file_name
     (["--prompt", "~/x"], ["--prompt", "~/x"]),
     (["--out=a~/x"], ["--out=a~/x"])])
 def test_home_is_expanded_behind_an_equals_sign(monkeypatch, given, found):
-  """Which no shell does; a prompt stays what it is."""
+  """~ is expanded in --flag=~/x, and not in a prompt."""
   monkeypatch.setenv("HOME", "/home/me")
   assert run._with_home(["name", *given])[1:] == (
       found or ["--out", "/home/me/x"])

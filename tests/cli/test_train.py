@@ -258,7 +258,7 @@ def test_a_checkpoint_of_another_variant_is_one_line(tmp_path, variant):
 
 
 def test_a_variant_that_is_named_is_the_checkpoints(tmp_path):
-  """Drawing refuses what training refuses, by the same rule."""
+  """Generation refuses the configs that training refuses."""
   lumina_512(tmp_path)
   status, err, _ = bad_inputs.feed(
       "generate", ["--config", "configs/lumina.py:768", "--prompt", "a",

@@ -141,7 +141,7 @@ def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):
 
 
 class Stop(BaseException):
-  """A kill."""
+  """A process that is killed."""
 
 
 def stopped(source, out, at):

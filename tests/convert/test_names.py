@@ -26,7 +26,7 @@ def checkpoint(*found):
         "attention", "_checkpoint_wrapped_module._fsdp_wrapped_module."
         "attention")])
 def test_what_trainers_put_around_names_is_taken_off(wrap):
-  """Of DDP, DeepSpeed, FSDP, torch.compile, Lightning, and of several."""
+  """Prefixes of DDP, DeepSpeed, FSDP, torch.compile, Lightning, also nested."""
   found = names.unwrapped(checkpoint(*map(wrap, EXPECTED)), EXPECTED)
   assert {plain: x.name for plain, x in found.tensors.items()} == {
       x: wrap(x) for x in EXPECTED}
@@ -44,7 +44,7 @@ def test_what_is_beside_a_prefixed_model_is_left():
      "prefixes 'ema.', 'model.'"),
     ([*EXPECTED, "module.norm"], "'norm' and 'module.norm' in model.pt")])
 def test_two_models_are_no_choice_of_ours(found, said):
-  """One line that names both."""
+  """Two names that become one are an error that names both."""
   with pytest.raises(UserError, match=said):
     names.unwrapped(checkpoint(*found), EXPECTED)
 
@@ -57,7 +57,7 @@ def test_a_missing_tensor_is_named_without_the_prefix():
 
 
 def test_files_beside_the_weights_are_left():
-  """Of trainers, of systems, and variants of a file that is there."""
+  """Trainers' files, system files and variants of a file are not read."""
   weights = ["a/model-00001-of-00002.safetensors", "model.safetensors",
              "only.fp16.safetensors", "pytorch_model.bin"]
   others = ["._model.safetensors", "a/._x.bin", "model.fp16.safetensors",

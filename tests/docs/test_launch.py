@@ -75,9 +75,9 @@ def test_kubernetes_knows_the_jobs_fields():
 
 def test_slurm_starts_a_process_per_gpu():
   """JAX gives each of Slurm's processes one device of its node."""
-  told = dict(re.findall(
+  options = dict(re.findall(
       r"^#SBATCH --([\w-]+)=(\S+)$", (FOLDER / "slurm.sh").read_text(), re.M))
-  assert told["ntasks-per-node"] == told["gpus-per-node"] == "8"
+  assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"
   [(_, args), *_] = commands((FOLDER / "slurm.sh").read_text())
   mesh = sharding.parse(args[args.index("--mesh") + 1])
-  assert mesh["data"] == 8 * int(told["nodes"])
+  assert mesh["data"] == 8 * int(options["nodes"])

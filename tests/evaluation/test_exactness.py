@@ -153,7 +153,7 @@ def test_pooling_loses_nothing():
 
 @pytest.mark.parametrize("lossless,p_value,verdict,is_sound", [
     (True, 0.5, "exact", True), (True, 1e-4, "BIASED", False),
-    (False, 1e-9, "relaxed", True), (False, 0.5, "not told from exact", True),
+    (False, 1e-9, "relaxed", True), (False, 0.5, "not distinguishable", True),
 ])
 def test_verdicts(lossless, p_value, verdict, is_sound):
   """Only a claim of exactness can be broken."""

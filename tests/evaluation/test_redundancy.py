@@ -9,7 +9,7 @@ from ssd_jax.pipeline import testing
 
 
 def test_offsets_pair_the_right_cells():
-  """Equal and different codes apart; a state that marks its column."""
+  """Cosines separate equal tokens from different ones; states mark columns."""
   tokens = np.array([[[0, 1, 0], [1, 0, 1]]])
   states = np.eye(3)[tokens]
   equal, different = redundancy.by_offset(states, tokens, 2)

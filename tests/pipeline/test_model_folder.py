@@ -76,7 +76,7 @@ def test_choices_of_a_made_model():
     (dict(choices={"sampling": 3}), "top_p, got 3 in sampling"),
 ])
 def test_a_model_that_cannot_be_named_so_is_one_line(given, said):
-  """Before anything is read."""
+  """The error comes before any file is read."""
   with pytest.raises(UserError, match=said):
     ssd_jax.load(**given)
 

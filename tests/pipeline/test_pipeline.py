@@ -61,7 +61,7 @@ class Changing(ssd_jax.SJD):
 
 MISTAKES = [
   (dict(prompts=3), "Expected prompts to be a list.*, got prompts=3"),
-  (dict(prompts="red heart"), "Put it into brackets"),
+  (dict(prompts="red heart"), "Put it in a list"),
   (dict(prompts=[None]), "Expected a text.*, got the prompt None"),
   (dict(prompts=[["a"]]), "Expected a text.* the prompt"),
   (dict(prompts=(x for x in ())),
@@ -94,7 +94,7 @@ MISTAKES = [
 @pytest.mark.parametrize(
     "given,said", MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
 def test_mistakes_in_python_are_one_line(pipe, given, said):
-  """Of the wrong kind or out of range: what was expected, before all else."""
+  """Of the wrong type or out of range: one line, before any work."""
   call = {"prompts": ["a"]} | given
   with pytest.raises(UserError, match=said) as error:
     pipe.generate(**call)

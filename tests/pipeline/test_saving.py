@@ -36,6 +36,6 @@ def test_saved_pipeline_generates_the_same(tmp_path):
 
 def test_pipeline_that_was_made_says_that_it_has_no_settings(pipe, tmp_path):
   """What came from no folder cannot be written as one; nothing is left."""
-  with pytest.raises(UserError, match="made, not loaded"):
+  with pytest.raises(UserError, match="loaded from a folder"):
     pipe.save(tmp_path / "tiny")
   assert not list(tmp_path.iterdir())

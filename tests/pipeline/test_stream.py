@@ -28,7 +28,7 @@ def assert_same(pictures, output):
 @pytest.mark.parametrize("decoder, end_of_row", [
     ("ar", True), ("stair", False)])
 def test_stream_generates_what_generate_does(decoder, end_of_row):
-  """Places are taken again, and nobody's image depends on who was there."""
+  """Slots are reused, and no image depends on what was there before."""
   pipe = testing.tiny(
       vocab=5, rows=2, cols=4, end_of_row=end_of_row, guidance=2.0)
   whole = pipe.generate(PROMPTS, decoder, batch=5, seed=3)

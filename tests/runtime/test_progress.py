@@ -1,4 +1,4 @@
-"""Whatever waits sees how long it takes; a log stays short."""
+"""Progress bars show the time left; logs stay short."""
 
 import io
 import pathlib
@@ -38,7 +38,7 @@ def watch(monkeypatch):
 
 
 def test_a_terminal_has_a_bar_with_the_time_left(watch, capsys):
-  """One line that is generated again, and stays when it is done."""
+  """A terminal's bar redraws one line and leaves it at the end."""
   said = watch(True, 60.0)
   assert "\rdrawing" in said and "<" in said and said.endswith("\n")
   assert "3/3" in said.splitlines()[-1]

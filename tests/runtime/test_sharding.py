@@ -1,4 +1,4 @@
-"""The mesh changes where things lie, not what comes out."""
+"""A mesh changes where arrays are placed, not the results."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_the_mesh_flag_makes_devices_of_a_cpus_cores():
 
 
 def test_every_parameter_of_a_rule_exists():
-  """The table names nothing that no model has."""
+  """Every row of the table names a parameter of some model."""
   from ssd_jax.pipeline import testing
 
   params = testing.tiny().params

@@ -96,7 +96,7 @@ class Server:
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
   def places(self):
-    """(busy places, idle places) of the passes so far."""
+    """(busy, idle) slots, summed over the passes so far."""
     return [self.metric("slot_passes_total", state)
             for state in ("busy", "idle")]
 

@@ -103,7 +103,7 @@ def run(model, decoder, count=4, batch=None):
 
 
 def draw(pipe, decoder, count=20_000, seed=3, batch=None):
-  """`count` grids of one prompt, in one batch unless told otherwise."""
+  """`count` grids of one prompt, in one batch by default."""
   batch = batch or count
   settings, guided = pipe.sampling()
   prompt, _ = pipe.family.encode_prompts([_PROMPT] * batch, guided)

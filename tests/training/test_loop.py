@@ -1,4 +1,4 @@
-"""Whatever befalls a run, it continues from a whole checkpoint."""
+"""After any failure, a run resumes from an intact checkpoint."""
 
 import errno
 import itertools
@@ -42,7 +42,7 @@ def test_kills_while_saving(tmp_path):
 
 
 def test_sigterm_saves_exits_0_and_resumes(tmp_path, monkeypatch, capsys):
-  """Reported to stop in step 5: that step is saved, the rest is the same
+  """Told to stop in step 5: that step is saved, the rest is the same
   bits."""
   whole = tiny.train(tmp_path / "whole", 8)
   due, steps = loop.Preemption.is_due, itertools.count(1)
@@ -95,7 +95,7 @@ def test_a_single_bit_of_a_training_checkpoint_is_noticed(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["checkpoints", "logs"])
 def test_a_file_in_place_of_a_runs_folder_is_one_line(tmp_path, name):
-  """Reported before anything is trained; nothing waits for it for ever."""
+  """An error before anything is trained; nothing waits for it for ever."""
   (tmp_path / name).write_text("mine")
   with pytest.raises(UserError, match=f"{name}, which is not a folder"):
     tiny.train(tmp_path, 2)

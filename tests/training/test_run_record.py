@@ -40,7 +40,7 @@ def grow(folder):
      "another caption for '00' and 1 more"),
 ])
 def test_a_change_of_the_data_is_named(tmp_path, change, said):
-  """Renumbered words never get beside a trunk: the run is refused."""
+  """A run whose vocabulary was renumbered is refused."""
   folder = captioned_folder(tmp_path / "data", 4)
   start(tmp_path / "run", pictures(folder))
   start(tmp_path / "run", pictures(folder))  # goes on

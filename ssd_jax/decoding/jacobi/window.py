@@ -92,7 +92,7 @@ class Jacobi(DecoderBase):
 
   @property
   def lossless(self) -> bool:
-    """Whatever the drafts are."""
+    """Whether the output is AR's: it is, for any drafts."""
     return True
 
   def needs(self, model: Model) -> Needs:

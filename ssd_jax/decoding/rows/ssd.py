@@ -36,7 +36,7 @@ _HORIZONTAL, _VERTICAL = 5, 1  # default numbers of heads, as in the paper
 
 
 @flax.struct.dataclass
-class Plan:
+class ScheduleState:
   """State of the schedule.
 
   Attributes:
@@ -132,7 +132,7 @@ class SSD(DecoderBase):
     rows = self._rows_in_flight(ctx.model)
     state = rows_lib.start(ctx, p_V, hidden_GD, rows, grid.cols)
     rounds_H = jnp.zeros(grid.rows, jnp.int32)
-    state = state.replace(plan=Plan(rounds_H, jnp.int32(0)))
+    state = state.replace(plan=ScheduleState(rounds_H, jnp.int32(0)))
     return self._advance(ctx, state, row_drafts.nothing_fed(grid, hidden_GD))
 
   def propose(self, ctx: Context, state: Rows) -> Queries:
@@ -157,7 +157,7 @@ class SSD(DecoderBase):
         state, queries, verdict, verdict.had_draft & is_round_H[row_Q],
         verdict.had_draft & is_done_H[row_Q],
     )
-    plan = Plan(state.plan.rounds - is_round_H, state.plan.waited + 1)
+    plan = ScheduleState(state.plan.rounds - is_round_H, state.plan.waited + 1)
     fed = queries.slots, hidden_GQD
     return self._advance(ctx, state.replace(plan=plan), fed)
 
@@ -250,7 +250,7 @@ class SSD(DecoderBase):
       index_C = rows_lib.window_index(moved, row, cols_C)
       moved = row_drafts.put_drafts(moved, slots_C, index_C, drafts, is_new)
       moved = moved.replace(entered=moved.entered + is_new)
-      plan = Plan(
+      plan = ScheduleState(
           plan.rounds.at[row].max(jnp.where(is_new, self.rounds, 0)),
           jnp.where(is_new, 0, plan.waited),
       )

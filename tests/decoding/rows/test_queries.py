@@ -33,7 +33,7 @@ def drafted(model, rows):
 def queries_of(
     model, state, needed=row_queries.whole_rows, size=None, **kwargs
 ):
-  """The queries of a pass; enough of them unless told otherwise."""
+  """The queries of a pass; enough of them by default."""
   return row_queries.propose(
       context(model), state, needed(model.grid, state),
       size or model.grid.length, **kwargs

@@ -58,7 +58,7 @@ def test_the_table_lists_the_nearest_first():
 @pytest.mark.slow
 @pytest.mark.parametrize("has_codebook", [True, False])
 def test_a_pipeline_makes_the_table_when_it_is_asked_for(has_codebook):
-  """Of the codebook, else of the input table; only for who reads it, once."""
+  """From the codebook or the input table, once, and only if it is needed."""
   pipe = tiny()
   codes = unit(pipe.vq_params["codebook"])  # its tokenizer compares directions
   if not has_codebook:
