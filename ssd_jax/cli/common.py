@@ -123,7 +123,7 @@ def _load_pipeline() -> Pipeline:
   cli.refuse_unused(
       "checkpoint", "sampling", *model_folder.CHOICES.get(config.family, ()))
   if config_overrides.names_variant():
-    config_overrides.check_variant(checkpoint, config)
+    config_overrides.check_variant(checkpoint or "emoji", config)
   pipe = model_folder.load(
       checkpoint or "emoji", random_weights=flags.FLAGS.random_weights,
       choices=config_overrides.choices(config), heads=heads, drafter=drafter,

@@ -53,11 +53,10 @@ def check_variant(
     folder: Model folder; only published families have variants.
     config: Settings, whose overridden keys are not compared.
   """
+  settings = model_folder.read_settings(folder)
+  _check_family(settings["family"], config)
   if config.family == "emoji":
     return
-  settings = model_folder.read_settings(folder)
-  if settings["family"] != config.family:
-    return  # which `check_family` says
   flag = flags.FLAGS["config"]
   given = config_flags.get_override_values(flag)
   wanted = _variant(config.to_dict())
@@ -83,8 +82,12 @@ def _variant(config: Any) -> dict[str, Any]:
 
 def check_family(pipe: Pipeline, config: ml_collections.ConfigDict) -> None:
   """Raises UserError if --config names another family than the model's."""
-  if flags.FLAGS["config"].present and config.family != pipe.family.name:
+  if flags.FLAGS["config"].present:
+    _check_family(pipe.family.name, config)
+
+
+def _check_family(family: str, config: ml_collections.ConfigDict) -> None:
+  if config.family != family:
     raise UserError(
         f"Expected one family, got --config of family {config.family!r} and a "
-        f"model of {pipe.family.name!r}. Set --checkpoint to a model of it."
-    )
+        f"model of {family!r}. Set --checkpoint to a model of it.")

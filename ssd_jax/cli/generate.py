@@ -1,6 +1,7 @@
 """Body of infer.generate: prompts in, PNG files out."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -138,7 +139,7 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
   Raises:
     UserError: if there is none, or one is empty or too long.
   """
-  lines = list(given)
+  lines = list(map(_typed, given))
   if file is not None:
     lines += [item.prompt for item in prompt_files.read_prompts(file)]
   if not lines:
@@ -147,6 +148,14 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
         "--prompts_file FILE."
     )
   return [clean(line) for line in lines]
+
+
+def _typed(text: str) -> str:
+  """Returns an argument in UTF-8, though the locale may be ASCII or Latin-1."""
+  try:
+    return os.fsencode(text).decode("utf-8")
+  except UnicodeError:
+    return text
 
 
 def _settings(pipe: Pipeline) -> dict:

@@ -14,8 +14,9 @@ from ssd_jax.storage.files import is_pointer
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # Files that trainers, systems and downloads leave beside the weights.
 _OTHERS = re.compile(
-    r"\..*|(training_args|optimizer|optim_states|scheduler|scaler|rng_state"
-    r"|random_states)[^/]*", re.IGNORECASE)
+    r"\..*|(training_args|optim|scheduler|scaler|rng_state|random_states)[^/]*"
+    r"|[^/]*optim_states[^/]*", re.IGNORECASE)
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(\.[^./]+)")
 _VARIANT = re.compile(r"(.*)\.[^./]+(\.[^./]+)")  # model.fp16.safetensors
 
 
@@ -41,7 +42,7 @@ def open_checkpoint(
       have the same name.
   """
   files = _files(folder, patterns)
-  missing = [file.name for file in files if not file.is_file()]
+  missing = [file.name for file in files if not file.exists()]
   if missing:
     raise UserError("Expected the files of the index beside it, got an index "
                     f"in {folder} that names the missing {', '.join(missing)}. "
@@ -71,10 +72,26 @@ def _files(
   if found and found[0].name in INDEXES:
     return index_files(found[0])
   if found:
+    _check_shards(folder, [file.name for file in found])
     return found
   raise UserError(
       f"Expected a folder with a checkpoint, got {folder} without any of "
       f"{', '.join(patterns)}. Check the folder.")
+
+
+def _check_shards(folder: pathlib.Path, names: Sequence[str]) -> None:
+  """Raises UserError if a file says that there are others, which there are not.
+  """
+  for shard in filter(None, map(_SHARD.fullmatch, names)):
+    stem, number, count, suffix = shard.groups()
+    every = [f"{stem}-{i:0{len(number)}}-of-{count}{suffix}"
+             for i in range(1, min(int(count), 9999) + 1)]
+    missing = [name for name in every if name not in names]
+    if missing:
+      raise UserError(
+          f"Expected all {int(count)} files of a checkpoint, got {folder} "
+          f"without {', '.join(missing[:3])}"
+          f"{' and others' * (len(missing) > 3)}. Download them.")
 
 
 def matching(
@@ -103,6 +120,9 @@ def published(names: Iterable[str]) -> list[str]:
 
 def check_contents(file: pathlib.Path) -> None:
   """Raises UserError if a file is empty or a pointer of Git LFS."""
+  if not file.is_file():
+    raise UserError(f"Expected a file, got {file}, which is none. Download it "
+                    "again.")
   if is_pointer(file):
     raise UserError(
         f"Expected the file itself, got {file}, a pointer of Git LFS. Run git "

@@ -32,9 +32,11 @@ class BadWeights(UserError):
 
 
 def check_family(recipe: Recipe, part: Part, found: Checkpoint) -> None:
-  """Raises UserError if most tensors of a part are missing."""
-  expected = part.names
-  if len(expected - set(found.tensors)) <= len(expected) // 2:
+  """Raises UserError if most tensors of a part are missing, and not as in a
+  checkpoint of which some files are missing."""
+  expected, present = part.names, set(found.tensors)
+  if len(expected - present) <= len(expected) // 2 or (
+      present and present <= expected):
     return
   guess = [family for name, family in _SIGNATURES.items()
            if name in found.tensors and name not in expected]
@@ -69,8 +71,15 @@ def check_table(part: Part, found: Checkpoint) -> None:
     file = found.tensors[unknown[0]].file if unknown else found.files[0]
     used = {found.tensors[name].file for name in present & set(expected)}
     advice = "Choose the variant of --config that matches the checkpoint"
+    copies = {name.partition(".")[0] for name in unknown if
+              name.partition(".")[2] in expected}
     if file not in used and len(found_problems) == 1:
       advice = f"Take {file.name} out of the folder"
+    elif unknown and copies == {name.partition(".")[0] for name in unknown}:
+      advice = f"Save the model without what is under {min(copies)!r}"
+    elif present < set(expected):
+      advice = "Download the files that are missing, or choose the variant of "
+      advice += "--config that matches the checkpoint"
     raise UserError(
         "Expected every tensor of this family and variant once, got "
         f"{file.name} with {'; '.join(found_problems)}. {advice}.")

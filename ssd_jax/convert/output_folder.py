@@ -2,8 +2,9 @@
 
 The folder is made beside the target, on the target's file system, and put in
 place by one rename. A target that is the top of a file system, such as a volume
-of a container, cannot be renamed to: there the folder is made inside, its parts
-are moved up, and model.json, without which it is no model, comes last.
+of a container, cannot be renamed to, and a rename to the current folder would
+leave the user's shell in the old one: there the folder is made inside, its
+parts are moved up, and model.json, without which it is no model, comes last.
 """
 
 import os
@@ -27,9 +28,18 @@ def resolved(out: str | os.PathLike) -> pathlib.Path:
 
 def work_folder(out: pathlib.Path) -> pathlib.Path:
   """Returns the folder in which a conversion to a resolved `out` works."""
-  if os.path.ismount(out):
+  is_kept = out.is_dir() and (os.path.ismount(out) or out == _here())
+  if is_kept or (out / _INSIDE).is_dir():  # begun there
     return out / _INSIDE
   return out.with_name(f".{out.name}.converting")
+
+
+def _here() -> pathlib.Path | None:
+  """Returns the current folder, unless it was removed."""
+  try:
+    return pathlib.Path.cwd()
+  except OSError:
+    return None
 
 
 def report_of(out: pathlib.Path, fingerprint: str) -> dict[str, Any] | None:

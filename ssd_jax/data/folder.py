@@ -264,7 +264,7 @@ def read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, Caption]]:
     raise UserError(
         f"Expected one of {', '.join(TABLES)}, got {table}, which is not read. "
         "Save it as one of these.")
-  rows = tables.read(table)
+  rows = tables.read(table, _CAPTION_COLUMNS)
   if not rows:
     raise UserError(
         f"Expected the fields {_NAME_COLUMNS[0]} and {_CAPTION_COLUMNS[0]} "

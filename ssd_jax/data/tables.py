@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 from ssd_jax.core.config import UserError
+from ssd_jax.storage.files import is_pointer
 
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
@@ -40,11 +41,14 @@ class Row:
     return found[0] if found and isinstance(found[0], str) else None
 
 
-def read(path: pathlib.Path, quotes: bool = True) -> list[Row]:
+def read(
+    path: pathlib.Path, texts: tuple[str, ...] = (), quotes: bool = True
+) -> list[Row]:
   """Returns the rows of a table of the kind that its suffix names.
 
   Args:
     path: The table. A JSON object maps file names to captions or rows.
+    texts: Names of columns of texts, in which commas are likely.
     quotes: Whether quotation marks of CSV and TSV enclose fields.
 
   Raises:
@@ -58,7 +62,7 @@ def read(path: pathlib.Path, quotes: bool = True) -> list[Row]:
       return [Row(row, f"{path} entry {number}")
               for number, row in enumerate(_json_rows(text), 1)]
     delimiter = "\t" if suffix == ".tsv" else ","
-    return list(_separated(path, text, delimiter, quotes))
+    return list(_separated(path, text, delimiter, texts, quotes))
   except (ValueError, RecursionError, csv.Error) as error:
     if isinstance(error, UserError):
       raise
@@ -77,6 +81,7 @@ def read_text(path: pathlib.Path) -> str:
     raise UserError(f"Expected a text file, got {path}, which is none. Check "
                     "the path.")
   try:
+    refuse_pointer(path)
     return path.read_text("utf-8-sig")  # spreadsheets add a byte-order mark
   except UnicodeDecodeError as error:
     raise UserError(
@@ -86,6 +91,14 @@ def read_text(path: pathlib.Path) -> str:
     raise UserError(
         f"Expected a text file, got {path}, which cannot be read "
         f"({error.strerror}). Check the path.") from error
+
+
+def refuse_pointer(path: pathlib.Path) -> None:
+  """Raises UserError if a file is what Git LFS leaves for a text."""
+  if path.is_file() and is_pointer(path):  # a pipe is read once
+    raise UserError(
+        f"Expected a text file, got {path}, a pointer of Git LFS. Run git lfs "
+        "pull in its folder.")
 
 
 def clean(text: str, where: str) -> str:
@@ -122,14 +135,20 @@ def one_line(error: Exception) -> str:
 
 
 def _separated(
-    path: pathlib.Path, text: str, delimiter: str, quotes: bool
+    path: pathlib.Path, text: str, delimiter: str, texts: tuple[str, ...],
+    quotes: bool,
 ) -> Iterator[Row]:
   lines = io.StringIO(text, "").readlines()  # as the reader counts them
   reader = csv.reader(
       io.StringIO(text, ""), delimiter=delimiter, strict=True,
       quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE)
-  header = [name.strip().lower() for name in next(reader, [])]
-  others, name = ("[;\t]", "commas") if delimiter == "," else ("[;,]", "tabs")
+  typed = next(reader, [])
+  header = [name.strip().lower() for name in typed]
+  # A style of spaces behind all commas tells nothing of texts that were cut.
+  is_text_first = header[:1] and header[0] in texts and not any(
+      name[:1] == " " for name in typed)
+  others, name = ("[;|\t]", "commas") if delimiter == "," else (
+      "[;|,]", "tabs")
   if len(header) == 1 and re.search(others, header[0]):
     raise ValueError(f"no {name} between the columns of its header")
   twice = {name for name in header if name and header.count(name) > 1}
@@ -145,7 +164,8 @@ def _separated(
           f"{len(fields)} in {where}, the last of them {fields[-1]!r}. "
           f"{advice}.")
     if quotes and delimiter == ",":
-      _check_commas(header, fields, lines[reader.line_num - 1], where)
+      _check_commas(header, fields, lines[reader.line_num - 1], where,
+                    bool(is_text_first))
     yield Row(dict(zip(header, fields)), where)
 
 
@@ -160,19 +180,22 @@ def _rows(reader: Any, path: pathlib.Path) -> Iterator[list[str]]:
 
 
 def _check_commas(
-    header: list[str], fields: list[str], line: str, where: str
+    header: list[str], fields: list[str], line: str, where: str,
+    is_text_first: bool,
 ) -> None:
   """Raises UserError if a row looks as if a text with commas was cut.
 
   Then a column without a name holds something, or some fields without quotes
-  begin with a space, as text does behind a comma, and some do not.
+  begin with a space, as text does behind a comma, and some do not. Behind a
+  text in the first column there may be no other field to compare with.
   """
   later = [(name, field) for name, field in list(zip(header, fields))[1:]
            if field]
   nameless = [field for name, field in later if not name]
   spaced = [field for _, field in later if field[:1] == " "
             and f",{field}" in line]
-  cut = nameless or (spaced if len(spaced) < len(later) else [])
+  is_odd = is_text_first or len(spaced) < len(later)
+  cut = nameless or (spaced if is_odd else [])
   if cut:
     raise UserError(
         f"Expected a text with commas in quotes, got {cut[0]!r} behind a comma "

@@ -56,6 +56,7 @@ def read_prompts(path: str | os.PathLike) -> list[Item]:
   readers = {".jsonl": _geneval, ".json": _coco, ".tsv": _table, ".csv": _table}
   reader = _dpg if path.is_dir() else readers.get(path.suffix.lower(), _lines)
   try:
+    tables.refuse_pointer(path)
     items = reader(path)
   except UserError:
     raise
@@ -110,7 +111,7 @@ def _items(rows: list[Any]) -> list[Item]:
 
 def _table(path: pathlib.Path) -> list[Item]:
   """Reads the column of prompts; quotation marks of .tsv are part of them."""
-  rows = tables.read(path, quotes=path.suffix.lower() == ".csv")
+  rows = tables.read(path, _COLUMNS, path.suffix.lower() == ".csv")
   items = []
   for number, row in enumerate(rows):
     text = row.text(_COLUMNS)

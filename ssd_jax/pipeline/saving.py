@@ -11,7 +11,7 @@ import flax.core
 from ssd_jax.core.config import UserError, check
 from ssd_jax.models import quantization
 from ssd_jax.storage import checkpoints, model_settings
-from ssd_jax.storage.files import user_path
+from ssd_jax.storage.files import real_path
 
 if TYPE_CHECKING:
   from ssd_jax.pipeline.pipeline import Pipeline
@@ -35,7 +35,7 @@ def save(pipe: "Pipeline", folder: str | os.PathLike) -> None:
   """
   check(isinstance(folder, (str, os.PathLike)), "folder", repr(folder),
         "the name of a new folder")
-  folder = user_path(folder).resolve()
+  folder = real_path(folder)
   if "model" not in pipe.folders:
     raise UserError(
         "Expected a pipeline loaded from a folder, got a pipeline that "

@@ -46,7 +46,7 @@ def storable_folder(name: str | os.PathLike) -> pathlib.Path:
   Raises:
     UserError: Its path is not UTF-8, which tensorstore asks for.
   """
-  path = user_path(name).resolve()
+  path = real_path(name)
   try:
     str(path).encode()
   except UnicodeEncodeError as error:
@@ -54,6 +54,14 @@ def storable_folder(name: str | os.PathLike) -> pathlib.Path:
         "Expected a path in UTF-8 for files of arrays, got "
         f"{ascii(str(path))}. Rename it, or choose another.") from error
   return path
+
+
+def real_path(name: str | os.PathLike) -> pathlib.Path:
+  """Returns a path as users write it, links and ".." resolved.
+
+  Links that lead in a circle stay: opening one is an OSError.
+  """
+  return pathlib.Path(os.path.realpath(user_path(name)))
 
 
 @contextlib.contextmanager
@@ -66,7 +74,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   Raises:
     UserError: The disk is full, or the folder cannot be written.
   """
-  path = user_path(path).resolve()
+  path = real_path(path)
   partial = path.with_name(f".{path.name}.{jax.process_index()}.partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from ssd_jax.core.config import LoopConfig, UserError
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
 from ssd_jax.storage import checkpoints
-from ssd_jax.storage.files import user_path
+from ssd_jax.storage.files import real_path
 from ssd_jax.training.preemption import Preemption
 from ssd_jax.training.state import TrainState, checksum_tree
 
@@ -75,7 +75,7 @@ def train(
     SystemExit: with 0 after SIGTERM or 130 after Ctrl-C, once the state is
       saved.
   """
-  folder = user_path(workdir).resolve()
+  folder = real_path(workdir)
   rows = cfg.batch // sharding.host_share()[1]
   for name in ("checkpoints", "logs"):
     _make_folder(folder / name)
@@ -221,7 +221,7 @@ def _check_same_run(manager, step: int, state: TrainState) -> None:
   """Raises UserError if a readable checkpoint has other arrays."""
   folder = pathlib.Path(manager.directory) / str(step) / "state"
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
+    with checkpoints.silenced(), ocp.StandardCheckpointer() as checkpointer:
       saved = checkpointer.metadata(folder).item_metadata.tree
   except (*_DAMAGED, AttributeError):  # restoring it reports the damage
     return

@@ -9,6 +9,7 @@ from PIL import Image
 import pytest
 
 from ssd_jax.cli import common, generate, run
+from ssd_jax.core.config import UserError
 from ssd_jax.core.outputs import Picture
 from ssd_jax.pipeline import testing
 from ssd_jax.visualization.album import Album
@@ -56,6 +57,16 @@ def test_pictures_metadata_sheet_and_json(capsys, tmp_path):
   assert picture.text["seed"] == "7" and picture.text["guidance"] == "2.0"
   assert Image.open(said["contact_sheet"]).size[0] > 256
   assert not [f for f in os.listdir(tmp_path) if "partial" in f]
+
+
+def test_a_prompt_in_utf8_is_one_in_every_locale(monkeypatch):
+  """Where Python takes arguments for ASCII, their bytes are still UTF-8."""
+  monkeypatch.setattr(
+      os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+  typed = [os.fsencode("red").decode(), "caf\udcc3\udca9", "\u4e2d"]
+  assert generate.read_prompts(typed, None) == ["red", "caf\xe9", "\u4e2d"]
+  with pytest.raises(UserError, match="a prompt in UTF-8"):
+    generate.read_prompts(["caf\udce9"], None)
 
 
 def test_thousands_of_images_are_written_as_they_come(tmp_path):

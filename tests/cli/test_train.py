@@ -257,6 +257,16 @@ def test_a_checkpoint_of_another_variant_is_one_line(tmp_path, variant):
   assert "with target_size=512" in err
 
 
+@pytest.mark.parametrize("body", ["mtp", "drafter"])
+@pytest.mark.parametrize("config", ["emoji.py:smoke", "janus_pro.py:1b"])
+def test_a_checkpoint_of_another_family_is_one_line(tmp_path, body, config):
+  """Before it is loaded; heads of one family are never trained for another."""
+  status, err, written = bad_inputs.feed(
+      body, ["--config", f"configs/{config}", *lumina_512(tmp_path)], tmp_path)
+  assert status == 2 and not written
+  assert "got --config of family" in err and "model of 'lumina'" in err
+
+
 def test_a_variant_that_is_named_is_the_checkpoints(tmp_path):
   """Generation refuses the configs that training refuses."""
   lumina_512(tmp_path)

@@ -393,6 +393,48 @@ def test_links_and_dots_lead_to_the_folder_meant(source, tmp_path, monkeypatch):
       "disk", "here", "link", "source", "x"]
 
 
+def test_the_current_folder_is_filled_from_inside(
+    source, tmp_path, monkeypatch
+):
+  """The folder that a shell is in stays; another one ends what began there."""
+  here = tmp_path / "here"
+  here.mkdir()
+  monkeypatch.chdir(here)
+  number = here.stat().st_ino
+
+  def kill(count):
+    raise Stop
+
+  with pytest.raises(Stop):
+    run(source, pathlib.Path("."), progress=kill)
+  monkeypatch.chdir(tmp_path)
+  run(source, here)
+  assert here.stat().st_ino == number
+  assert sorted(p.name for p in here.iterdir()) == [
+      "model.json", "report.json", "tokenizer", "trunk", "vq"]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "source"]
+
+
+@pytest.mark.parametrize("name, keep, said", [
+    ("model-00002-of-00003.safetensors", lambda name: "vision" in name,
+     "all 3 files .* without model-00001-of-00003.safetensors, model-00003-of"),
+    ("model.safetensors", lambda name: "layers.0" in name,
+     r"missing tensors .*Download the files that are missing"),
+    ("model.safetensors", lambda name: True, "without what is under 'ema'")])
+def test_part_of_a_checkpoint_is_said_to_be_one(
+    source, tmp_path, name, keep, said
+):
+  """Not that it is of another family; nor is a copy, that of another size."""
+  arrays = {k: v for k, v in published(janus.recipe(tiny())).items() if keep(k)}
+  if keep(""):
+    arrays |= {f"ema.{k}": v for k, v in arrays.items()}
+  for file in source.glob("model*"):
+    file.unlink()
+  write_safetensors(source / name, arrays)
+  with pytest.raises(UserError, match=said):
+    run(source, tmp_path / "out")
+
+
 def test_a_mount_point_is_filled_from_inside(source, tmp_path, monkeypatch):
   """Nothing beside it is touched; killed while parts move up, it still ends,
   and model.json comes last."""

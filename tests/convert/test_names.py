@@ -61,5 +61,6 @@ def test_files_beside_the_weights_are_left():
   weights = ["a/model-00001-of-00002.safetensors", "model.safetensors",
              "only.fp16.safetensors", "pytorch_model.bin"]
   others = ["._model.safetensors", "a/._x.bin", "model.fp16.safetensors",
-            "optimizer.bin", "scheduler.bin", "training_args.bin"]
+            "optimizer.bin", "scheduler.bin", "training_args.bin", "optim.bin",
+            "a/zero_pp_rank_0_mp_rank_00_optim_states.pt"]
   assert checkpoint_files.published(weights + others) == weights

@@ -64,13 +64,14 @@ def test_quoted_fields_are_whole(tmp_path):
 @pytest.mark.parametrize("text, named", [
     ("file,caption,tags\na.png,a red fox, in snow\n", "' in snow'"),
     (",file,caption,\n0,a.png,x,lost text\n", "'lost text'"),
+    ("prompt,id\na red fox, in snow\n", "' in snow'"),
 ])
 def test_a_cut_text_that_fits_the_columns_is_named(tmp_path, text, named):
   """Another column, with or without a name, does not swallow a tail."""
   file = tmp_path / "captions.csv"
   file.write_text(text)
   with pytest.raises(UserError, match=f"{named}.*line 2"):
-    tables.read(file)
+    tables.read(file, ("prompt", "caption"))
 
 
 def test_spaces_behind_all_commas_and_an_index_are_read(tmp_path):
@@ -78,6 +79,26 @@ def test_spaces_behind_all_commas_and_an_index_are_read(tmp_path):
   file = tmp_path / "captions.csv"
   file.write_text(",file, caption, tags\n0, a.png, a fox, x\n")
   assert tables.read(file)[0].values["caption"].strip() == "a fox"
+  file.write_text("caption, id\na fox, 1\n")
+  assert tables.read(file, ("caption",))[0].values["caption"] == "a fox"
+
+
+@pytest.mark.parametrize("mark", ";|\t")
+def test_another_separator_is_named(tmp_path, mark):
+  """What the header lacks is said, not that a column is missing."""
+  (tmp_path / "a.csv").write_text(f"file{mark}caption\na.png{mark}x\n")
+  with pytest.raises(UserError, match="no commas between the columns"):
+    tables.read(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path, name):
+  """Neither a caption nor prompts."""
+  file = tmp_path / name
+  file.write_text("version https://git-lfs.github.com/spec/v1\nsize 3\n")
+  for read in (tables.read_text, prompt_files.read_prompts):
+    with pytest.raises(UserError, match=f"{name}, a pointer of Git LFS"):
+      read(file)
 
 
 def test_a_pipe_is_no_table(tmp_path):

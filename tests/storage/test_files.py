@@ -75,3 +75,12 @@ def test_a_path_that_is_no_utf8_is_one_line(tmp_path):
     with pytest.raises(UserError, match="UTF-8 .*udce9.*Rename"):
       use()
   assert not os.listdir(tmp_path)
+
+
+def test_links_in_a_circle_are_one_line(tmp_path):
+  """As the place of a file or of a folder, on every version of Python."""
+  (tmp_path / "a").symlink_to("b")
+  (tmp_path / "b").symlink_to("a")
+  assert files.storable_folder(tmp_path / "a") == tmp_path / "a"
+  with pytest.raises(UserError, match="got Too many levels of symbolic links"):
+    files.write_json(tmp_path / "a" / "x.json", 1)
