@@ -23,7 +23,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ssd_jax.convert import checkpoint_files, checks, names, output_folder
+from ssd_jax.convert import (
+  checkpoint_files,
+  checks,
+  output_folder,
+  wrapper_names,
+)
 from ssd_jax.convert.checkpoint_files import Checkpoint
 from ssd_jax.convert.recipes import Part, Recipe, Row
 from ssd_jax.core.config import UserError
@@ -126,7 +131,7 @@ def open_job(
         f"Expected --dtype to be one of {sorted(DTYPES)}, got {dtype!r}.")
   found, parts = [], []
   for part in recipe.parts:
-    checkpoint = names.unwrapped(_open(part, folders), part.required)
+    checkpoint = wrapper_names.unwrapped(_open(part, folders), part.required)
     parts.append(part := part.resolved(checkpoint.tensors))
     checks.check_family(recipe, part, checkpoint)
     checks.check_table(part, checkpoint)

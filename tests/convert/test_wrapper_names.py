@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from ssd_jax.convert import checkpoint_files, names
+from ssd_jax.convert import checkpoint_files, wrapper_names
 from ssd_jax.convert.checkpoint_files import Checkpoint
 from ssd_jax.convert.tensors import SafeTensor
 from ssd_jax.core.config import UserError
@@ -27,14 +27,14 @@ def checkpoint(*found):
         "attention")])
 def test_what_trainers_put_around_names_is_taken_off(wrap):
   """Prefixes of DDP, DeepSpeed, FSDP, torch.compile, Lightning, also nested."""
-  found = names.unwrapped(checkpoint(*map(wrap, EXPECTED)), EXPECTED)
+  found = wrapper_names.unwrapped(checkpoint(*map(wrap, EXPECTED)), EXPECTED)
   assert {plain: x.name for plain, x in found.tensors.items()} == {
       x: wrap(x) for x in EXPECTED}
 
 
 def test_what_is_beside_a_prefixed_model_is_left():
   """All names are there under one prefix: the rest is of other parts."""
-  found = names.unwrapped(
+  found = wrapper_names.unwrapped(
       checkpoint("loss.a", *(f"model.{x}" for x in EXPECTED)), EXPECTED)
   assert set(found.tensors) == set(EXPECTED)
 
@@ -46,12 +46,12 @@ def test_what_is_beside_a_prefixed_model_is_left():
 def test_two_models_are_no_choice_of_ours(found, said):
   """Two names that become one are an error that names both."""
   with pytest.raises(UserError, match=said):
-    names.unwrapped(checkpoint(*found), EXPECTED)
+    wrapper_names.unwrapped(checkpoint(*found), EXPECTED)
 
 
 def test_a_missing_tensor_is_named_without_the_prefix():
   """What differs is reported in the recipe's own words."""
-  found = names.unwrapped(
+  found = wrapper_names.unwrapped(
       checkpoint(*(f"model.{x}" for x in EXPECTED[:2])), EXPECTED)
   assert set(found.tensors) == set(EXPECTED[:2])
 
