@@ -82,5 +82,5 @@ def test_links_in_a_circle_are_one_line(tmp_path):
   (tmp_path / "a").symlink_to("b")
   (tmp_path / "b").symlink_to("a")
   assert files.storable_folder(tmp_path / "a") == tmp_path / "a"
-  with pytest.raises(UserError, match="got Too many levels of symbolic links"):
+  with pytest.raises(UserError, match="got (Too many levels|File exists)"):
     files.write_json(tmp_path / "a" / "x.json", 1)
