@@ -135,7 +135,7 @@ def run_until_signal(
 
   Args:
     server: The uvicorn.Server.
-    scheduler: What draws.
+    scheduler: Generates the images.
     sockets: Where the server listens.
     seconds: Time to drain.
   """

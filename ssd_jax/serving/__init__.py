@@ -1,1 +1,1 @@
-"""The server of images: its API, its page and the loop behind them."""
+"""The image server: HTTP API, live page and scheduler."""

@@ -63,7 +63,7 @@ class ImagesApi:
   """Handlers of the API's routes.
 
   Args:
-    scheduler: What draws.
+    scheduler: Generates the images.
     pipe: The model.
     key: Key that clients must show, or None.
   """
@@ -94,7 +94,7 @@ class ImagesApi:
   # --- routes
 
   async def generations(self, request: Any) -> Any:
-    """Draws images; replies with all, or with events as they come."""
+    """Generates images; replies with all of them or a stream of events."""
     self._check_key(request)
     values = await self._json(request)
     wanted = parse(values, self._served, _client(request))
@@ -114,7 +114,7 @@ class ImagesApi:
   async def _draw(
       self, request: Any, wanted: ImageRequest, given: np.ndarray | None
   ) -> Any:
-    """Draws what is wanted, below the given rows."""
+    """Generates the requested images below the given rows."""
     events: asyncio.Queue[Event] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -163,7 +163,7 @@ class ImagesApi:
     return self._json_response(self._model(name))
 
   async def health(self, request: Any) -> Any:
-    """Says whether images are decoded at all."""
+    """Reports whether the scheduler is alive."""
     return self._responses.Response(
         status_code=200 if self._scheduler.is_alive else 503)
 
@@ -319,6 +319,6 @@ def _sse(kind: str, body: dict[str, Any]) -> bytes:
 
 
 def _client(request: Any) -> str:
-  """Returns by what clients take turns: their keys, else addresses."""
+  """Returns what tells clients apart in the queue: a key or an address."""
   key = request.headers.get("authorization", "")
   return key or (request.client.host if request.client else "")

@@ -87,7 +87,7 @@ def make_app(
   """Returns the ASGI application.
 
   Args:
-    scheduler: What draws.
+    scheduler: Generates the images.
     pipe: The model.
     hosts: Allowed host names, which prevents scripts of other sites from
       reaching the server by a name of their own; ["*"] allows any.

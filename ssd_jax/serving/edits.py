@@ -134,6 +134,6 @@ def _rows_above(file: bytes, grid: Grid) -> int:
   first = int(np.argmax(is_open.any(1))) if is_open.any() else len(alpha)
   if not is_open[first:].all():
     raise ApiError(400, "Expected a mask that is transparent from some row "
-                        "down, since the model draws from top to bottom, got "
+                        "down, as images are generated from top to bottom, got "
                         "another shape.", param="mask")
   return first * grid.rows // len(alpha)

@@ -1,4 +1,4 @@
-"""Waiting images, of which each client gets its turn."""
+"""A queue that serves its clients in turn."""
 
 import collections
 from collections.abc import Callable, Hashable, Iterator
@@ -32,11 +32,11 @@ class FairQueue(Generic[T]):
       yield from things
 
   def put(self, client: Hashable, thing: T) -> None:
-    """Appends what a client waits for."""
+    """Appends an item of a client."""
     self._waiting.setdefault(client, collections.deque()).append(thing)
 
   def take(self, is_wanted: Callable[[T], bool]) -> T | None:
-    """Removes the first that is wanted of the client whose turn it is."""
+    """Removes and returns the next wanted item; clients take turns."""
     for client, things in self._waiting.items():
       for thing in things:
         if is_wanted(thing):

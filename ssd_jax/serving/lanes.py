@@ -15,7 +15,7 @@ _MOST_PASSES = 16
 
 
 def lane_key(drawing: Drawing) -> LaneKey:
-  """Returns what an image needs of its lane."""
+  """Returns the key of the lane that can decode an image."""
   item = drawing.item
   rows = 0 if item.given is None else len(item.given)
   return LaneKey(drawing.ticket.request.decoder, len(item.prompt.tokens) > 1,
@@ -24,7 +24,7 @@ def lane_key(drawing: Drawing) -> LaneKey:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """What a lane did between two looks at the queue.
+  """Results of a lane's passes between two checks of the queue.
 
   Attributes:
     finished: Images that are final.

@@ -198,7 +198,7 @@ class _Fields:
     return bool(value)
 
   def whole(self, name: str, low: int, high: int, default: int | None) -> int:
-    """A whole number; without a default one is drawn."""
+    """Returns a whole number; without a default, a random one."""
     value = self._values.get(name)
     if value is None:
       return secrets.randbelow(high) if default is None else default
@@ -258,7 +258,7 @@ class _Fields:
     return cast(Overrides, found)
 
   def refuse(self) -> None:
-    """Refuses what would change the picture and is not to be had."""
+    """Refuses unsupported fields that would change the image."""
     for name in REFUSED:
       if self._values.get(name) is not None:
         raise _wrong(name, f"no {name}, which this model does not have",

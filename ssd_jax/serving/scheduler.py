@@ -95,7 +95,7 @@ class Scheduler:
     """
     ticket, key = self._ticket(request, listen, given)
     with self._change:
-      self._admit(request.images)
+      self._check_room(request.images)
       self._lanes.ask(key)
       for number in range(request.images):
         drawing = Drawing(ticket, number)
@@ -113,7 +113,7 @@ class Scheduler:
     return self._batches.encode_images(images)
 
   def cancel(self, ticket: Ticket) -> None:
-    """Ends a request that nobody waits for any more."""
+    """Cancels a request."""
     if ticket.end("cancelled"):
       self._count_end(ticket)
       with self._change:
@@ -126,7 +126,7 @@ class Scheduler:
       seconds: Time after which what is left fails.
 
     Returns:
-      Whether all were drawn.
+      Whether all requests completed.
     """
     deadline = time.monotonic() + seconds
     with self._change:
@@ -181,7 +181,7 @@ class Scheduler:
     rows = 0 if given is None else len(given)
     return ticket, LaneKey(request.decoder, guided, filtered, rows)
 
-  def _admit(self, images: int) -> None:
+  def _check_room(self, images: int) -> None:
     """Raises ApiError if so many more images cannot be taken."""
     limits = self.served.limits
     if self._is_draining or not self._is_alive:
@@ -324,7 +324,7 @@ class Scheduler:
   def _tickets(
       self, is_wanted: Callable[[Drawing], bool] = lambda _: True
   ) -> list[Ticket]:
-    """Returns the requests that wait or are drawn."""
+    """Returns the requests that are queued or running."""
     with self._change:
       drawings = list(self._queue) + [
           d for lane in self._lanes for d in lane.drawings()]
@@ -343,13 +343,13 @@ class Scheduler:
     self._queue.drop(lambda d: d.ticket.reason is not None)
 
   def _fail_lane(self, key: LaneKey) -> None:
-    """Fails the requests of a lane, waiting or drawn."""
+    """Fails a lane's queued and running requests."""
     self._fail(self._tickets(lambda drawing: lane_key(drawing) == key))
 
   def _fail(self, tickets: list[Ticket]) -> None:
     for ticket in tickets:
       self._end(ticket, "error", ApiError(
-          500, "Expected to draw this request, got an error of the server.",
+          500, "Expected to complete this request, got an internal error.",
           "server_error", code="internal_error"))
 
   def _end(self, ticket: Ticket, reason: str, error: ApiError) -> None:

@@ -1,4 +1,4 @@
-"""What a client waits for: a request being drawn, and the events of it."""
+"""Accepted requests (tickets), their images and their events."""
 
 from collections.abc import Callable
 import dataclasses
@@ -63,7 +63,7 @@ class Completed(_OfImage):
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-  """The end of a request that was not drawn whole."""
+  """The end of a request that did not complete."""
 
   error: ApiError
 

@@ -254,7 +254,7 @@ def watched(server, every=0.5):
 
 
 def mixed(server, pipe, decoders, clients, requests, others=VALUES):
-  """Mixed settings, unruly clients; then every picture is compared."""
+  """Mixed settings, misbehaving clients; then every picture is compared."""
   load = Load(server, decoders, others)
   begin = time.monotonic()
   with watched(server) as seen, concurrent.futures.ThreadPoolExecutor(

@@ -7,7 +7,7 @@ from tests.serving import load
 
 @pytest.mark.slow
 def test_nothing_is_lost_or_swapped():
-  """Unruly clients, mixed settings, a server that is killed: each picture is
+  """Misbehaving clients, mixed settings, a server that is killed: each image is
   that of `generate`."""
   decoders, others = ("zipar:window=2",), dict(temperature=0.8, top_p=0.9)
   server = load.start("greys", decoders, 4)
