@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssd_jax.core.config import UserError
+from ssd_jax.core.config import UserError, check
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.types import Params, Prompt
 from ssd_jax.families import published, training_defaults
@@ -84,6 +84,7 @@ class GLMImage(PromptedByIds):
     """The preview's grid, of nearly the same ratio."""
     ratio = self.grid.rows / self.grid.cols
     side = self.config.preview_side
+    check(side >= 1, "preview_side", side, ">= 1")
     rows = int(math.sqrt(ratio) * side)
     cols = int(math.sqrt(1 / ratio) * side)
     if not rows or not cols:
