@@ -2,19 +2,15 @@
 
 import abc
 import hashlib
-import struct
 from typing import BinaryIO
-import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ssd_jax.core.config import UserError
+from ssd_jax.storage import image_files
 
 VALIDATION_SHARE = 0.1
-# What Pillow raises for a file that is no image that can be read.
-FAILURES = (OSError, SyntaxError, ValueError, EOFError, struct.error,
-            Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class Unreadable(UserError):
@@ -88,15 +84,10 @@ def to_size(picture: Image.Image, width: int, height: int) -> np.ndarray:
   Returns:
     uint8 [height, width, 3].
   """
-  picture = ImageOps.exif_transpose(picture)
-  if picture.mode.startswith("I"):  # convert() would clip 16 bits
-    grey = np.clip(np.asarray(picture, np.float32) / 257, 0, 255)
-    picture = Image.fromarray(grey.round().astype(np.uint8))
-  if picture.has_transparency_data:
-    picture = picture.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture)
-  picture = picture.convert("RGB")
+  return _fitted(image_files.upright(picture), width, height)
+
+
+def _fitted(picture: Image.Image, width: int, height: int) -> np.ndarray:
   return np.asarray(ImageOps.fit(
       picture, (width, height), Image.Resampling.LANCZOS))
 
@@ -115,12 +106,4 @@ def read(
   Raises:
     UserError: if it cannot be read.
   """
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("error", Image.DecompressionBombWarning)
-      return to_size(Image.open(file), width, height)
-  except FAILURES as error:
-    named = f" {file}" if isinstance(file, str) else ""
-    why = getattr(error, "strerror", None) or "no image that Pillow knows"
-    raise UserError(f"Expected an image that can be read, got {name}{named} "
-                    f"({why}).") from error
+  return _fitted(image_files.read(file, name), width, height)

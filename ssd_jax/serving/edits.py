@@ -17,6 +17,7 @@ from ssd_jax.core.extras import need
 from ssd_jax.core.grid import Grid
 from ssd_jax.data import pictures
 from ssd_jax.serving.requests import ApiError
+from ssd_jax.storage import image_files
 
 MOST_BYTES = 16 * 2**20
 _JSON = ("n", "seed", "guidance_scale", "temperature", "top_k", "top_p",
@@ -127,7 +128,7 @@ def _rows_above(file: bytes, grid: Grid) -> int:
   try:
     mask = Image.open(io.BytesIO(file))
     alpha = np.asarray(mask.convert("RGBA"))[..., 3]
-  except pictures.FAILURES as error:
+  except image_files.FAILURES as error:
     raise ApiError(400, "Expected a PNG as mask, got another file.",
                    param="mask") from error
   is_open = alpha == 0
