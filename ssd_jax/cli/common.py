@@ -1,6 +1,6 @@
 """Flags and first steps of the commands that generate images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import os
 import pathlib
 from typing import Any
@@ -11,7 +11,7 @@ import ml_collections
 from ssd_jax.cli import config_overrides, run as cli
 from ssd_jax.core.config import UserError
 from ssd_jax.decoding.sampling import Overrides
-from ssd_jax.pipeline import model_folder, published_models
+from ssd_jax.pipeline import image_prompts, model_folder, published_models
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.storage.files import user_path
 
@@ -81,16 +81,19 @@ def model_name() -> str | None:
   return flags.FLAGS.model or flags.FLAGS.checkpoint
 
 
-def load_pipeline(pixels: bool = True) -> Pipeline:
+def load_pipeline(
+    pixels: bool = True, images: Sequence[image_prompts.Given] = ()
+) -> Pipeline:
   """Loads the pipeline of the flags; see `_load_pipeline`.
 
   Args:
     pixels: Whether the command needs images, not only their tokens.
+    images: Images that prompts will contain; see `model_folder.load`.
 
   Raises:
     UserError: when the model generates no images.
   """
-  pipe = _load_pipeline()
+  pipe = _load_pipeline(images)
   if pixels and not pipe.image_shape[0]:
     raise UserError(
         "Expected a model that generates images, got "
@@ -99,7 +102,7 @@ def load_pipeline(pixels: bool = True) -> Pipeline:
   return pipe
 
 
-def _load_pipeline() -> Pipeline:
+def _load_pipeline(images: Sequence[image_prompts.Given]) -> Pipeline:
   """Loads the pipeline of --model or --checkpoint, of the config, else emoji.
 
   With --random_weights a published family needs no --checkpoint.
@@ -111,14 +114,17 @@ def _load_pipeline() -> Pipeline:
   if flags.FLAGS.model and flags.FLAGS.checkpoint:
     raise UserError(
         "Expected one model, got --model and --checkpoint. Leave one out.")
-  named = flags.FLAGS.checkpoint or _named_model()
+  named = flags.FLAGS.checkpoint or _named_model(images)
   if isinstance(named, Pipeline):
     return named
   checkpoint = named or config.get("checkpoint", "")
   heads, drafter = flags.FLAGS.heads, flags.FLAGS.drafter
   if config.family != "emoji" and not named:
     if flags.FLAGS.random_weights:
-      return model_folder.from_config(config, heads, drafter, flags.FLAGS.int8)
+      fixed = config_overrides.choices(config)
+      return model_folder.from_config(
+          model_folder.for_images(config, images, fixed), heads, drafter,
+          flags.FLAGS.int8)
     model_folder.require(checkpoint, config.family)
   cli.refuse_unused(
       "checkpoint", "sampling", *model_folder.CHOICES.get(config.family, ()))
@@ -127,12 +133,14 @@ def _load_pipeline() -> Pipeline:
   pipe = model_folder.load(
       checkpoint or "emoji", random_weights=flags.FLAGS.random_weights,
       choices=config_overrides.choices(config), heads=heads, drafter=drafter,
-      int8=flags.FLAGS.int8)
+      int8=flags.FLAGS.int8, images=images)
   config_overrides.check_family(pipe, config)
   return pipe
 
 
-def _named_model() -> str | Pipeline | None:
+def _named_model(
+    images: Sequence[image_prompts.Given]
+) -> str | Pipeline | None:
   """Returns the folder of --model, or its pipeline with random weights."""
   name = flags.FLAGS.model
   if not name:
@@ -143,11 +151,13 @@ def _named_model() -> str | Pipeline | None:
     raise UserError(
         "Expected a model folder or a name that --model list shows, got "
         f"--model {name}. Check its spelling.")
+  model_folder.check_images(name, images)
   if known is None or not flags.FLAGS.random_weights:
     return os.fspath(published_models.resolve(name))
   cli.refuse_unused()
+  config = published_models.CATALOG[known].config
   return model_folder.from_config(
-      published_models.CATALOG[known].config, flags.FLAGS.heads,
+      model_folder.for_images(config, images), flags.FLAGS.heads,
       flags.FLAGS.drafter, flags.FLAGS.int8)
 
 

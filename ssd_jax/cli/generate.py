@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags
 import jax
 import numpy as np
+from PIL import Image
 
 from ssd_jax import __version__
 from ssd_jax.cli import common, run as cli
@@ -23,6 +24,7 @@ from ssd_jax.pipeline import painting
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import sharding
 from ssd_jax.runtime.progress import Bar
+from ssd_jax.storage import image_files
 from ssd_jax.visualization import animations
 from ssd_jax.visualization.album import Album
 from ssd_jax.visualization.token_files import TokenFiles
@@ -41,6 +43,10 @@ _COMPLETE = flags.DEFINE_string(
     "complete", None, "Image whose upper rows are kept; the rest is generated.")
 _ROWS = flags.DEFINE_integer(
     "rows", None, "Rows of tokens that --complete keeps; default: half.")
+_IMAGES = flags.DEFINE_multi_string(
+    "image", [], "Image that each prompt contains, for families that read "
+    "images; repeatable. The output has the size of a single one, unless "
+    "--config says otherwise.")
 _PAINTER = flags.DEFINE_string(
     "painter", None, "Folder or ORG/NAME of a GlmImagePipeline of diffusers, "
     "which decodes GLM-Image's tokens. Default: only tokens are written. "
@@ -59,7 +65,8 @@ def body() -> None:
         "a single host")
   out = common.writable_folder(flags.FLAGS.out or "out")
   cli.use_compilation_cache()
-  pipe = common.load_pipeline(pixels=False)
+  images = [image_files.read(file, "--image") for file in _IMAGES.value]
+  pipe = common.load_pipeline(pixels=False, images=images)
   prefix = _prefix(pipe)
   has_pixels = pipe.image_shape[0] > 0
   if _PAINTER.value is not None:
@@ -67,7 +74,8 @@ def body() -> None:
           f"left out: {pipe.family.name} decodes its own images")
     painting.check_painter(_PAINTER.value)
   album = (Album if has_pixels else TokenFiles)(out, _settings(pipe))
-  times, notes, output = _generate(pipe, prompts, decoder, album, prefix)
+  times, notes, output = _generate(pipe, prompts, decoder, album, prefix,
+                                   images)
   album.close()
   sharding.barrier("images are written")
   if jax.process_index():
@@ -75,7 +83,7 @@ def body() -> None:
   for note in [*notes, *album.notes]:
     print(f"note: {note}")
   if output:
-    _write_trace(pipe, output, decoder, album.paths)
+    _write_trace(pipe, output, decoder, album.paths, images)
   painted = []
   if isinstance(album, TokenFiles) and _PAINTER.value is not None:
     painted = album.paint(painting.load(_PAINTER.value), flags.FLAGS.seed)
@@ -85,14 +93,14 @@ def body() -> None:
 def _generate(
     pipe: Pipeline, prompts: list[str], decoder: Decoder,
     album: Album | TokenFiles,
-    prefix: np.ndarray | None,
+    prefix: np.ndarray | None, images: list[Image.Image],
 ) -> tuple[tuple[float, float], list[str], Output | None]:
   """Returns ((seconds compiling, others), notes, output of --trace)."""
   number = flags.FLAGS.num_images
   args: dict[str, Any] = dict(
       num_images=number, seed=flags.FLAGS.seed,
       batch=8 if flags.FLAGS.batch is None else flags.FLAGS.batch,
-      **common.sampling())
+      images=images, **common.sampling())
   with Bar(total=len(prompts) * number, unit="image",
            unit_scale=not _TRACE.value, desc="compiling") as bar:
     def on_step(images):
@@ -168,10 +176,13 @@ def _settings(pipe: Pipeline) -> dict:
       "top_k": int(sampling.top_k), "top_p": round(float(sampling.top_p), 6),
       "checkpoint": common.model_name() or pipe.family.name,
       "software": f"ssd_jax {__version__}",
+      **({"images": ", ".join(_IMAGES.value)} if _IMAGES.value else {}),
   }
 
 
-def _write_trace(pipe: Pipeline, output: Output, decoder, paths) -> None:
+def _write_trace(
+    pipe: Pipeline, output: Output, decoder, paths, images: list[Image.Image],
+) -> None:
   """Writes the trace of each image, and AR beside the decoder."""
   stems = [path.with_suffix("") for path in paths]
   written = animations.write_trace(pipe, output, stems, _DECODER.value)
@@ -179,7 +190,7 @@ def _write_trace(pipe: Pipeline, output: Output, decoder, paths) -> None:
     race = paths[0].with_name("beside_ar.gif")
     animations.write_race(
         pipe, output.prompts[0], decoder, _DECODER.value, race,
-        seed=flags.FLAGS.seed, **common.sampling())
+        seed=flags.FLAGS.seed, images=images, **common.sampling())
     written.append(race)
   for path in written:
     print(path)

@@ -9,7 +9,8 @@ from ssd_jax.families import published
 from ssd_jax.families.emu3 import RANKS, VISION
 from ssd_jax.families.emu3_5 import Emu35
 
-_KEEP = ("trunk", "vq", "theta", "ids", "ratio", "sampling")
+_KEEP = ("trunk", "vq", "theta", "ids", "ratio", "source_area",
+         "sampling")
 _VQ_FILES = ("**/model.ckpt", "**/model.safetensors")
 _IN_SOURCE = tuple(f"**/{folder}/{name.removeprefix('**/')}" for folder in (
     "Emu3.5-VisionTokenizer", "vision_tokenizer") for name in _VQ_FILES)

@@ -1,11 +1,11 @@
 """Protocols of model families and decoders.
 
 `Family` is the interface of a family of checkpoints, `Decoder` that of a
-decoding method. `DecoderBase` holds defaults for the optional parts of a
-decoder; subclass it to write your own.
+decoding method. `FamilyBase` and `DecoderBase` hold defaults for the optional
+parts; subclass `DecoderBase` to write a decoder of your own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import (
   TYPE_CHECKING,
@@ -18,7 +18,9 @@ from typing import (
 
 import jax
 import ml_collections
+import numpy as np
 
+from ssd_jax.core.config import UserError
 from ssd_jax.core.grid import Grid
 from ssd_jax.core.types import Model, Params, Prompt, Queries
 
@@ -26,6 +28,50 @@ if TYPE_CHECKING:
   from ssd_jax.decoding.engine import Context
   from ssd_jax.models.generator import Generator
   from ssd_jax.models.vq import VQ
+
+
+EncodePrompts = Callable[[Sequence[str], bool], tuple[Prompt, list[str]]]
+
+
+class ImagePrompts(Protocol):
+  """How a family reads prompts that contain images.
+
+  Attributes:
+    most: Largest number of images in a prompt.
+  """
+
+  @property
+  def most(self) -> int:
+    """Largest number of images in a prompt."""
+
+  def size(self, width: int, height: int) -> tuple[int, int]:
+    """Returns the (width, height) that an image is resized to, in pixels.
+
+    Raises:
+      UserError: if its sides differ too much.
+    """
+
+  def output_choices(self, width: int, height: int) -> dict[str, Any]:
+    """Returns the settings with which generated images have such a size.
+
+    Args:
+      width: Width of a resized image, in pixels.
+      height: Its height.
+    """
+
+  def encode_prompts(
+      self, prompts: Sequence[str], guided: bool, images: Sequence[np.ndarray]
+  ) -> tuple[Prompt, list[str]]:
+    """Encodes texts and images as inputs of the trunk.
+
+    Args:
+      prompts: One text per image to generate.
+      guided: Whether unconditional rows follow the conditional ones.
+      images: Token grids of the images in each prompt, int32 [R, C] each.
+
+    Returns:
+      The prompts, and notes that the user should read.
+    """
 
 
 class Family(Protocol):
@@ -66,6 +112,24 @@ class Family(Protocol):
 
   def decode(self, vq_params: Params, tokens_BRC: jax.Array) -> jax.Array:
     """Returns uint8 images [B, H, W, 3] of token grids, int32 [B, R, C]."""
+
+  def image_prompts(self) -> ImagePrompts:
+    """Returns how prompts with images are read.
+
+    Raises:
+      UserError: if the family's prompts are text.
+    """
+
+
+class FamilyBase:
+  """Defaults of a `Family`: prompts are text."""
+
+  def image_prompts(self: Family) -> ImagePrompts:
+    """Raises UserError, since the family's prompts are text."""
+    hint = (" To keep an image's upper rows, use --complete FILE --rows N."
+            if "vq" in self.config else "")
+    raise UserError(f"Expected prompts of text alone for {self.name}, got an "
+                    f"image.{hint}")
 
 
 @dataclasses.dataclass(frozen=True)

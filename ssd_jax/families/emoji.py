@@ -19,6 +19,7 @@ import numpy as np
 
 from ssd_jax.core.config import check, from_config_dict
 from ssd_jax.core.grid import Grid
+from ssd_jax.core.protocols import FamilyBase
 from ssd_jax.core.types import Params, Prompt
 from ssd_jax.families import training_defaults
 from ssd_jax.models import rope
@@ -134,7 +135,7 @@ def slot_positions(prompt_slots: int, rows: int, cols: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Emoji:
+class Emoji(FamilyBase):
   """The family of the embedded model.
 
   Attributes:

@@ -15,6 +15,7 @@ import numpy as np
 from ssd_jax.core.config import UserError, check, from_config_dict
 from ssd_jax.core.extras import need
 from ssd_jax.core.grid import Grid
+from ssd_jax.core.protocols import FamilyBase
 from ssd_jax.core.types import Params, Prompt
 from ssd_jax.core.weights import leaves_by_path
 from ssd_jax.models import rope
@@ -34,7 +35,7 @@ CHAMELEON_VQ = ("**/vqgan.ckpt", "**/vqgan.safetensors")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Published(abc.ABC):
+class Published(FamilyBase, abc.ABC):
   """Base class of families of published checkpoints.
 
   Attributes:
@@ -42,9 +43,11 @@ class Published(abc.ABC):
     folder: Model folder with the text tokenizer; None with random weights, for
       which prompts are encoded as bytes.
     rounds_pixels: Whether the authors round pixels; others truncate.
+    longest_prompt: Largest number of prompt tokens.
   """
 
   rounds_pixels: ClassVar[bool] = False
+  longest_prompt: ClassVar[int] = _BUCKETS[-1]
 
   config: ml_collections.ConfigDict
   folder: pathlib.Path | None = None
@@ -82,7 +85,7 @@ class Published(abc.ABC):
   @functools.cached_property
   def rope(self) -> np.ndarray:
     """The rotary table, with one row per position."""
-    positions = _BUCKETS[-1] + self.grid.length
+    positions = self.longest_prompt + self.grid.length
     return rope.table_1d(positions, self.trunk.head_dim, self.config.theta)
 
   @functools.cached_property
@@ -181,12 +184,25 @@ class PromptedByIds(Published):
       self, prompts: Sequence[str], guided: bool
   ) -> tuple[Prompt, list[str]]:
     """Encodes texts as inputs of the trunk; see `Published`."""
-    pairs = [self.streams(text) for text in prompts]
+    return self.padded(list(map(self.streams, prompts)), guided)
+
+  def padded(
+      self, pairs: Sequence[tuple[Ids, Ids]], guided: bool
+  ) -> tuple[Prompt, list[str]]:
+    """Returns prompts of ids, and notes for the user.
+
+    Args:
+      pairs: The conditional and the unconditional prompt of each image.
+      guided: Whether to append unconditional rows.
+
+    Raises:
+      UserError: A prompt is too long.
+    """
     rows = [pair[0] for pair in pairs]
     if guided:
       rows += [pair[1] for pair in pairs]
     notes = [BYTE_IDS_NOTE] if self.folder is None else []
-    return left_padded(rows, self.grid.length), notes
+    return left_padded(rows, self.grid.length, self.longest_prompt), notes
 
   def check_text(self) -> None:
     """Raises UserError unless the tokenizer's files spell a text."""
@@ -229,7 +245,9 @@ def byte_ids(text: str) -> list[int]:
   return list(text.encode())
 
 
-def left_padded(rows: Sequence[Sequence[int]], slots: int) -> Prompt:
+def left_padded(
+    rows: Sequence[Sequence[int]], slots: int, most: int = _BUCKETS[-1]
+) -> Prompt:
   """Pads prompts on the left, so that their last tokens are aligned.
 
   Each row's positions start at 0 at its own first token.
@@ -237,15 +255,18 @@ def left_padded(rows: Sequence[Sequence[int]], slots: int) -> Prompt:
   Args:
     rows: Ids of each row.
     slots: Number of slots N of the image.
+    most: Largest number of tokens of a prompt.
 
   Raises:
     UserError: A prompt is too long.
   """
   longest = max(map(len, rows))
-  if longest > _BUCKETS[-1]:
-    raise UserError(f"Expected a prompt of at most {_BUCKETS[-1]} tokens, got "
-                    f"a prompt of {longest} tokens. Shorten it.")
-  length = next(n for n in _BUCKETS if n >= longest)
+  if longest > most:
+    raise UserError(f"Expected a prompt of at most {most} tokens, got a prompt "
+                    f"of {longest} tokens. Shorten it.")
+  largest = _BUCKETS[-1]
+  length = next((n for n in _BUCKETS if n >= longest),
+                -(-longest // largest) * largest)
   tokens = np.zeros((len(rows), length), np.int32)
   mask = np.zeros((len(rows), length), bool)
   positions = np.zeros((len(rows), length + slots), np.int32)

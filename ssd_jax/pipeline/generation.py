@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ssd_jax.core.protocols import Decoder, Family
+from ssd_jax.core.protocols import Decoder, EncodePrompts
 from ssd_jax.core.types import Prompt
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.engine import Decoded
@@ -47,7 +47,7 @@ class Generation:
   """Generates the batches of a call.
 
   Args:
-    family: Encodes the prompts.
+    encode: Encodes prompts; see `Family.encode_prompts`.
     programs: Programs of whole images.
     decoder: Settings.
     settings: Settings of the target distribution.
@@ -59,11 +59,11 @@ class Generation:
   """
 
   def __init__(
-      self, family: Family, programs: Programs, decoder: Decoder,
+      self, encode: EncodePrompts, programs: Programs, decoder: Decoder,
       settings: Sampling, guided: bool, seed: int, trace: bool,
       on_pass: Callable[[Progress], None] | None, given_rows: int,
   ):
-    self._family, self._programs, self._decoder = family, programs, decoder
+    self._encode, self._programs, self._decoder = encode, programs, decoder
     self._settings, self._guided, self._seed = settings, guided, seed
     self._trace, self._on_pass = trace, on_pass
     self._run = Run(programs, decoder, given_rows)
@@ -96,7 +96,7 @@ class Generation:
     Returns:
       The wanted images, and notes on their prompts.
     """
-    prompt, notes = self._family.encode_prompts(texts, self._guided)
+    prompt, notes = self._encode(texts, self._guided)
     first, prompt = self._preview(prompt, index_B)
     decoded = self._decode(prompt, index_B, given_BRC, count)
     passes, commit_pass = decoded.passes, decoded.commit_pass

@@ -6,7 +6,7 @@
   DIR/drafter           a drafter: drafter.json and weights, if any
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -41,7 +41,7 @@ from ssd_jax.families import (
 from ssd_jax.models.drafter import DrafterConfig, bind_drafter
 from ssd_jax.models.quantization import quantize
 from ssd_jax.models.spatial_heads import HeadsConfig, bind_heads
-from ssd_jax.pipeline import published_models
+from ssd_jax.pipeline import image_prompts, published_models
 from ssd_jax.pipeline.pipeline import Pipeline
 from ssd_jax.runtime import memory, sharding
 from ssd_jax.storage import checkpoints, model_settings
@@ -75,7 +75,7 @@ def load(
     heads: str | os.PathLike | None = None,
     drafter: str | os.PathLike | None = None,
     choices: Mapping[str, Any] | None = None, extras: bool = True,
-    int8: bool = False,
+    int8: bool = False, images: Sequence[image_prompts.Given] = (),
 ) -> Pipeline:
   """Loads a pipeline of a model folder or of a published model.
 
@@ -91,17 +91,23 @@ def load(
       ("sampling.guidance" ...), lumina's size, emu3's ratio, suffix, negative.
     extras: Whether the model's own heads and drafter are read.
     int8: Keep the matrices of trunk and heads in int8; see models/int8.py.
+    images: Images that prompts will contain, which are checked before weights
+      are read. A single one gives generated images its size, unless `choices`
+      do.
 
   Raises:
     UserError: if the folder is not a model, is damaged, or its parts do not
-      belong together, if memory is too small, or if int8 is impossible here.
+      belong together, if memory is too small, if int8 is impossible here, or if
+      the family does not read such images.
   """
   _check_names(name=name, heads=heads, drafter=drafter)
+  check_images(name, images)
   name = published_models.resolve(name)
   check(choices is None or isinstance(choices, Mapping), "choices", choices,
         "a dict of settings")
   folder, settings = _folder_of(name), read_settings(name)
-  family, shapes = _family(folder, settings, choices or {}, random_weights)
+  family, shapes = _family(
+      folder, settings, choices or {}, images, random_weights)
   if random_weights:
     params = random_params(family)
   else:
@@ -119,15 +125,17 @@ def load(
 
 def _family(
     folder: pathlib.Path, settings: dict[str, Any], choices: Mapping[str, Any],
-    random_weights: bool,
+    images: Sequence[image_prompts.Given], random_weights: bool,
 ) -> tuple[Family, dict[str, Any]]:
   """Returns a folder's family, and the shapes of its parameters.
 
   Raises:
-    UserError: if settings are damaged, or memory is too small.
+    UserError: if settings are damaged, memory is too small, or the family does
+      not read such images.
   """
   try:
-    choose(settings, choices)
+    family = FAMILIES[settings["family"]](settings, folder)
+    choose(settings, image_prompts.output_choices(family, images) | {**choices})
     family = FAMILIES[settings["family"]](settings, folder)
     for key in _SAMPLING:
       _ = family.sampling[key]
@@ -142,6 +150,45 @@ def _family(
         f"{error}. Write the model again."
     ) from error
   return family, shapes
+
+
+def check_images(
+    name: str | os.PathLike, images: Sequence[image_prompts.Given]
+) -> None:
+  """Raises UserError for images that a published model does not read.
+
+  It may not be downloaded yet; of others nothing is checked here.
+
+  Args:
+    name: As for `load`.
+    images: Images that prompts will contain.
+  """
+  known = published_models.find(name) if image_prompts.count(images) else None
+  if known is not None:
+    for_images(published_models.CATALOG[known].config, images)
+
+
+def for_images(
+    config: ml_collections.ConfigDict, images: Sequence[image_prompts.Given],
+    fixed: Container[str] = (),
+) -> ml_collections.ConfigDict:
+  """Returns a family's settings for prompts that contain images.
+
+  Args:
+    config: Settings of configs/NAME.py.
+    images: Images that prompts will contain.
+    fixed: Settings that a single image's size does not change.
+
+  Raises:
+    UserError: if the family does not read such images.
+  """
+  if not image_prompts.count(images):
+    return config
+  family = FAMILIES[config.family]({"config": config.to_dict()}, None)
+  found = image_prompts.output_choices(family, images)
+  config = config.copy_and_resolve_references()
+  config.update({key: found[key] for key in found if key not in fixed})
+  return config
 
 
 def _restore(folder: pathlib.Path, shapes: Any) -> Params:

@@ -14,13 +14,13 @@ import numpy as np
 
 from ssd_jax.core.config import UserError, check
 from ssd_jax.core.outputs import Output
-from ssd_jax.core.protocols import Decoder, Family
+from ssd_jax.core.protocols import Decoder, EncodePrompts, Family
 from ssd_jax.core.types import Model, Params
 from ssd_jax.decoding import sampling as sampling_lib
 from ssd_jax.decoding.ar import AR
 from ssd_jax.decoding.sampling import Overrides, Sampling
 from ssd_jax.models.vq import to_float
-from ssd_jax.pipeline import arguments, preview, saving
+from ssd_jax.pipeline import arguments, image_prompts, preview, saving
 from ssd_jax.pipeline.generation import Generated, Generation
 from ssd_jax.pipeline.programs import Programs
 from ssd_jax.pipeline.run import Run
@@ -92,6 +92,7 @@ class Pipeline:
       on_pass: Callable[[Progress], None] | None = None,
       first_image: int | Sequence[int] = 0,
       prefix: np.ndarray | None = None,
+      images: Sequence[image_prompts.Given] = (),
       **sampling: Unpack[Overrides],
   ) -> Output:
     """Generates `num_images` images for each prompt.
@@ -112,6 +113,9 @@ class Pipeline:
       prefix: The first rows of the grid, int32 [rows, C] for all images or
         [I, rows, C]; the images are completed, by lossless decoders as AR
         would.
+      images: Images that each prompt contains, for families that read them:
+        files, images of Pillow or arrays uint8 [H, W, 3]. The output has the
+        pipeline's size; `load(..., images=images)` chooses it.
       **sampling: guidance, temperature, top_k or top_p instead of the family's.
 
     Raises:
@@ -126,11 +130,12 @@ class Pipeline:
     index_I = arguments.indices_of(first_image, len(texts), batch)
     given_IRC = arguments.prefix_of(
         prefix, self.model.grid, self.model.vocab, len(texts), batch)
+    encode = self.prompt_encoder(images)
     given_rows = 0 if given_IRC is None else given_IRC.shape[1]
     check(not (given_rows and on_pass), "on_pass", on_pass,
           "None with a prefix")
     generate = Generation(
-        self.family, self.programs, decoder, settings, guided, seed, trace,
+        encode, self.programs, decoder, settings, guided, seed, trace,
         on_pass, given_rows)
     padded = texts + texts[-1:] * (-len(texts) % batch)
     parts, notes = [], []
@@ -159,6 +164,7 @@ class Pipeline:
       batch: int = 8,
       on_step: Callable[[float], None] | None = None,
       first_image: int | Sequence[int] = 0,
+      images: Sequence[image_prompts.Given] = (),
       **sampling: Unpack[Overrides],
   ) -> Stream:
     """Returns the images that `generate` makes, one by one as they finish.
@@ -175,6 +181,7 @@ class Pipeline:
       on_step: Called every few passes with the images finished since the last
         call, in fractions; they add up to the number of images.
       first_image: Index of the first image; or the index of each.
+      images: Images that each prompt contains.
       **sampling: guidance, temperature, top_k or top_p instead of the family's.
 
     Raises:
@@ -189,9 +196,23 @@ class Pipeline:
       first_image = arguments.indices_of(first_image, count, 1).tolist()
       batch = min(batch, count)
     batch = sharding.even_batch(batch, 1 + guided)
-    return Stream(Run(self.programs, decoder), self.family, StreamRequest(
+    encode = self.prompt_encoder(images)
+    return Stream(Run(self.programs, decoder), encode, StreamRequest(
         map(arguments.text_of, prompts), num_images, seed, batch, first_image,
         settings, guided, on_step))
+
+  def prompt_encoder(
+      self, images: Sequence[image_prompts.Given]
+  ) -> EncodePrompts:
+    """Returns what encodes prompts that contain images, or text alone."""
+    if not image_prompts.count(images):
+      return self.family.encode_prompts
+    resized = image_prompts.resized(self.family, images)
+    self._check_encoder()
+    grids = [np.asarray(self._encode(self.vq_params, jnp.asarray(x[None])))[0]
+             for x in resized]
+    return functools.partial(
+        self.family.image_prompts().encode_prompts, images=grids)
 
   def sampling(self, **overrides: Unpack[Overrides]) -> tuple[Sampling, bool]:
     """Returns (target distribution's settings, whether guidance is used)."""
@@ -318,14 +339,18 @@ class Pipeline:
     Raises:
       UserError: if they have another size, or the model no tokenizer.
     """
-    if self.vq_params is None or "encoder" not in self.vq_params:
-      raise UserError("Expected a model whose tokenizer encodes images, got "
-                      "a model without one. Convert it with its "
-                      "image tokenizer.")
+    self._check_encoder()
     if np.shape(images)[1:] != self.image_shape:
       raise UserError(f"Expected images {self.image_shape}, got images of "
                       f"shape {np.shape(images)[1:]}. Resize them.")
     return np.asarray(self._encode(self.vq_params, jnp.asarray(images)))
+
+  def _check_encoder(self) -> None:
+    """Raises UserError unless the image tokenizer encodes images."""
+    if self.vq_params is None or "encoder" not in self.vq_params:
+      raise UserError("Expected a model whose tokenizer encodes images, got "
+                      "a model without one. Convert it with its "
+                      "image tokenizer.")
 
   @functools.cached_property
   def _encode(self) -> Callable[[Params, jax.Array], jax.Array]:

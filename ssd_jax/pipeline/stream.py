@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from ssd_jax.core.outputs import Picture
-from ssd_jax.core.protocols import Family
+from ssd_jax.core.protocols import EncodePrompts
 from ssd_jax.decoding.sampling import Sampling
 from ssd_jax.pipeline.run import Run
 from ssd_jax.pipeline.slots import Finished, Item, Slots
@@ -54,8 +54,10 @@ class Stream:
     passes: Forward passes of the whole batch so far, prefills not counted.
   """
 
-  def __init__(self, run: Run, family: Family, request: StreamRequest):
-    self._run, self._family, self._request = run, family, request
+  def __init__(
+      self, run: Run, encode: EncodePrompts, request: StreamRequest
+  ):
+    self._run, self._encode_prompts, self._request = run, encode, request
     self.notes: list[str] = []
     self.clock = run.clock
     self.passes = 0
@@ -98,7 +100,7 @@ class Stream:
     indices = (itertools.count(first) if isinstance(first, (int, np.integer))
                else iter(first))
     for text in request.prompts:
-      prompt, new_notes = self._family.encode_prompts([text], request.guided)
+      prompt, new_notes = self._encode_prompts([text], request.guided)
       self.notes += [note for note in new_notes if note not in self.notes]
       for _ in range(request.num_images):
         index = int(next(indices))

@@ -133,6 +133,47 @@ def test_emu3_5_prompt():
   assert family.grid.length == 55 * 74 - 1
 
 
+def test_emu3_5_prompt_with_images():
+  """The x2i task: each image with its size and row ends, then the text."""
+  family = spelled(emu3_5.Emu35(emu3_5.get_config("1:1")))
+  images = [np.array([[7, 8], [9, 131_071]]), np.array([[0, 1, 2]])]
+  shown = [
+      151852, *map(ord, "2*2"), 151851,  # start, size, image token
+      151861, 151862, 151846, 151863, 282925, 151853,  # rows, end
+      151852, *map(ord, "1*3"), 151851, 151854, 151855, 151856, 151853]
+  header = [151746, 151852, *map(ord, "64*64"), 151851]
+  prompt, _ = family.image_prompts().encode_prompts(["a cat"], True, images)
+  cond, uncond = (np.asarray(t)[np.asarray(m)].tolist()
+                  for t, m in zip(prompt.tokens, prompt.mask))
+  assert cond == [
+      151849, *map(ord, "You are a helpful assistant for x2i task. USER: "),
+      *shown, *map(ord, "a cat ASSISTANT: "), *header]
+  assert uncond == [
+      151849, *map(ord, "You are a helpful assistant. USER: "), *shown,
+      *map(ord, " ASSISTANT: "), *header]
+  first = prompt.tokens.shape[1] - len(uncond)
+  assert prompt.positions[1, first:first + 2].tolist() == [0, 1]
+
+
+def test_emu3_5_images_of_prompts():
+  """Sizes as the authors' code rounds them; prompts of thousands of tokens."""
+  family = spelled(emu3_5.Emu35(emu3_5.get_config()))
+  task = family.image_prompts()
+  for given, made in {(1024, 1024): (1024, 1024), (9, 9): (1024, 1024),
+                      (1920, 1080): (1360, 768), (640, 480): (1184, 880),
+                      (800, 100): (2896, 368)}.items():
+    assert task.size(*given) == made
+  assert task.output_choices(1184, 880) == {"ratio": "55x74"}
+  with pytest.raises(UserError, match="got an image of 801x100 pixels"):
+    task.size(801, 100)
+  largest = np.zeros((181, 23), int)
+  prompt, _ = task.encode_prompts(["a"], False, [largest] * 3)
+  assert prompt.tokens.shape == (1, 13 * 1024)
+  assert int(prompt.positions.max()) < len(family.rope)
+  with pytest.raises(UserError, match="of at most 14336 tokens"):
+    task.encode_prompts(["a" * 2000], False, [largest] * 3)
+
+
 def test_emu3_5_grids():
   """Published ratios and explicit grids are known; others are refused."""
   assert emu3_5.grid_size("9:16") == (85, 47)

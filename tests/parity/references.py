@@ -326,6 +326,7 @@ class Emu35(Emu3):
 
   name = "emu3_5"
   mult = (1, 2)
+  images = ()  # codes of those in the prompt
 
   def make_tokenizer(self):
     return torch_vq.IBQ(32, self.mult, 1, 16, CODES, 8)
@@ -347,10 +348,23 @@ class Emu35(Emu3):
                folder / "model.ckpt")
 
   def prompt(self, text, conditional):
-    words = ("You are a helpful assistant for t2i task. USER: "
-             f"{text} ASSISTANT: " if conditional else
-             "You are a helpful assistant. USER:  ASSISTANT: ")
-    return [300, *self.ids(words), 299, 303, *b"2*3", 302]
+    task = "x2i" if len(self.images) else "t2i"
+    before = f"You are a helpful assistant for {task} task. USER: "
+    after = f"{text} ASSISTANT: "
+    if not conditional:
+      before, after = "You are a helpful assistant. USER: ", " ASSISTANT: "
+    images = [token for grid in self.images for token in self.image(grid)]
+    words = [*self.ids(before), *images, *self.ids(after)] if images else (
+        self.ids(before + after))
+    return [300, *words, 299, 303, *b"2*3", 302]
+
+  def image(self, grid):
+    """Ids of an image in a prompt: size, rows with ends between them, end."""
+    rows = [[int(code) + 304 for code in row] for row in grid]
+    found = [303, *b"%d*%d" % grid.shape, 302, *rows[0]]
+    for row in rows[1:]:
+      found += [301, *row]
+    return [*found, 298]
 
 
 class Lumina2(Reference):

@@ -32,6 +32,7 @@ class Case:
     if name == "llamagen_text":
       folders["text_encoder"] = source
     convert.convert(convert.open_job(recipe, folders, "float32"), out)
+    self.folder = out
     pipe = ssd_jax.load(out)
     self.family, self.params = pipe.family, pipe.params
     self.vq_params = pipe.vq_params
@@ -65,6 +66,34 @@ def test_logits(case):
       for text, tokens in zip(case.texts, sequences)])
   error = np.abs(ours - theirs).max() / theirs.std()
   print(f"\nlogits {family.name}: {error:.1e} of their spread")
+  assert error < 1e-4
+
+
+def test_logits_after_images(case, monkeypatch):
+  """Images become the original's codes, which its trunk reads as ours does."""
+  reference, family = case.reference, case.family
+  if family.name != "emu3_5":
+    pytest.skip("a family of text prompts")
+  rng = np.random.default_rng(4)
+  blocks = rng.integers(0, 256, (2, 4, 6, 3), np.uint8)
+  pictures = [x.repeat(2, 0).repeat(2, 1) for x in blocks]  # 12 x 8 pixels
+  pixels = torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+  grids = reference.encode(pixels).numpy()
+  assert len(np.unique(grids)) > 2
+  assert ssd_jax.load(case.folder, images=pictures[:1]).image_shape == (
+      8, 12, 3)
+  pipe = ssd_jax.load(case.folder, images=pictures)
+  prompt, _ = pipe.prompt_encoder(pictures)(case.texts, True)
+  sequences = _sequences(reference)
+  ours = np.asarray(pipe.programs.stream_logits(
+      pipe.params, prompt, jnp.asarray(sequences)))
+  monkeypatch.setattr(reference, "images", grids)
+  theirs = np.stack([
+      reference.logits(text, conditional, list(tokens[:-1]))
+      for conditional in (True, False)
+      for text, tokens in zip(case.texts, sequences)])
+  error = np.abs(ours.reshape(theirs.shape) - theirs).max() / theirs.std()
+  print(f"\nlogits after images {family.name}: {error:.1e} of their spread")
   assert error < 1e-4
 
 

@@ -43,12 +43,23 @@ ANY = {
     "a config value of the wrong kind": [
         "--config", "configs/emoji.py", "--config.pixels=many"],
 }
+EMU = ["--config", "configs/emu3_5.py", "--random_weights"]
 COMPLETE = {
     "rows without an image": ["--rows", "3"],
     "more rows than there are": ["--complete", "{dir}/mute/b.png", "--rows",
                                  "16"],
     "no image to complete": ["--complete", "{dir}/no.png"],
     "a text to complete": ["--complete", "{dir}/words.txt"],
+}
+IMAGES = {
+    "an image for prompts of text": ["--image", "{dir}/mute/b.png"],
+    "an image that is not there": ["--image", "{dir}/no.png"],
+    "a text as an image": ["--image", "{dir}/words.txt"],
+    "too many images in a prompt": [
+        *["--image", "{dir}/mute/b.png"] * 4, *EMU],
+    "an image that is a strip": ["--image", "{dir}/strip.png", *EMU],
+    "an image for a model that is not here": [
+        "--image", "{dir}/mute/b.png", "--model", "janus-pro-1b"],
 }
 JOB = {
     "a mesh of an unknown axis": ["--mesh", "rows=2"],
@@ -110,6 +121,7 @@ GLM_IMAGE = {
     "guidance for a model without": ["--guidance", "3"],
     "animations after a preview": ["--trace"],
     "an image to complete without pixels": ["--complete", "{dir}/mute/b.png"],
+    "an image for a prompt of text": ["--image", "{dir}/mute/b.png"],
     "heads for a model without": ["--decoder", "ssd"],
     "a drafter for a model without": ["--decoder", "eagle"],
     "a painter that is not there": ["--painter", "{dir}/no"],
@@ -225,6 +237,7 @@ def make_files(folder: pathlib.Path) -> None:
   (folder / "torch" / "model.safetensors").write_bytes(b"\xff" * 9)
   from PIL import Image
   Image.new("RGB", (4, 4)).save(folder / "mute" / "b.png")
+  Image.new("RGB", (99, 4)).save(folder / "strip.png")
   (folder / "mute" / "a.txt").unlink()
   shutil.copytree(model_folder.EMBEDDED, folder / "cut")
   largest = max((f for f in (folder / "cut" / "trunk").rglob("*")
@@ -259,7 +272,7 @@ def cases():
       yield name, what, [*flags_of[name], text]
   yield "generate", "no prompt", []
   yield "generate", "an empty prompt", ["--prompt", " \x07 "]
-  for what, args in COMPLETE.items():
+  for what, args in {**COMPLETE, **IMAGES}.items():
     yield "generate", what, ["--prompt", "a", *args]
   for what, args in GLM_IMAGE.items():
     yield "generate", what, ["--prompt", "a", *GLM, *args]

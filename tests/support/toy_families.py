@@ -57,7 +57,9 @@ def emu3_config():
 def emu3_5_config():
   config = emu3_5.get_config("2x3")
   config.ids.update(specials=260, start=300, end_of_row=301, image=302,
-                    begin_of_image=303, begin_of_answer=299, first_code=304)
+                    begin_of_image=303, begin_of_answer=299, end_of_image=298,
+                    first_code=304)
+  config.source_area = 12 * 8  # 2 px per token
   shrink_trunk(config, 304 + CODES, kv=2)
   config.trunk.head_dim = 24
   shrink_vq(config, levels=2)
