@@ -14,6 +14,8 @@ from ssd_jax.models import layouts, quantization
 from ssd_jax.models.transformer import Trunk, TrunkConfig
 from ssd_jax.runtime import sharding
 
+_CHUNK = 1024  # prompt slots that are read at once
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generator:
@@ -86,6 +88,9 @@ class Generator:
   ) -> tuple[jax.Array, KVCache]:
     """Runs the prompts.
 
+    Long ones, of images, are read in chunks: the memory of attention then grows
+    with their length, not with its square.
+
     Args:
       params: Parameters of the model.
       prompt: Prompts of S rows.
@@ -104,15 +109,47 @@ class Generator:
     cache = KVCache(zeros, zeros)
     if not is_stacked:
       cache = KVCache.from_layers([cache] * cfg.n_layers)
-    visible = prompt_visible(prompt.mask)
-    unused = jnp.zeros((rows, length, slots - length), bool)
+    rest = length % _CHUNK or _CHUNK  # slots of the first chunk
+    hidden, cache = self._read_chunk(
+        params, prompt, cache, 0, min(rest, length))
+    if length <= _CHUNK:
+      return hidden, cache
+
+    def read(carry, start):
+      return self._read_chunk(params, prompt, carry[1], start, _CHUNK), None
+
+    starts = jnp.arange(rest, length, _CHUNK)
+    return jax.lax.scan(read, (hidden, cache), starts)[0]
+
+  def _read_chunk(
+      self, params: Params, prompt: Prompt, cache: KVCache,
+      start: int | jax.Array, count: int,
+  ) -> tuple[jax.Array, KVCache]:
+    """Runs some slots of the prompts, after those before them.
+
+    Args:
+      params: Parameters of the model.
+      prompt: Prompts of S rows.
+      cache: Keys and values of every slot.
+      start: The first slot.
+      count: Number of slots.
+
+    Returns:
+      The hidden state of the last of them [S, D], and the updated cache.
+    """
+    rows, length = prompt.tokens.shape
+    part = jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, start, count, axis=1), prompt)
+    slots = start + jnp.arange(count)
+    visible = prompt_visible(prompt.mask, slots)
+    unused = jnp.zeros((rows, count, cache.shape[3] - length), bool)
     hidden, cache = self._apply(
         params,
-        self._prompt_embeddings(params, prompt),
-        self._cos_sin(prompt.positions[:, :length]),
+        self._prompt_embeddings(params, part),
+        self._cos_sin(part.positions),
         jnp.concatenate([visible, unused], axis=-1),
         cache,
-        jnp.broadcast_to(jnp.arange(length), (rows, length)),
+        jnp.broadcast_to(slots, (rows, count)),
     )
     return hidden[:, -1], cache
 
@@ -208,14 +245,18 @@ class Generator:
     return jnp.asarray(self.rope)[positions]
 
 
-def prompt_visible(mask_ST: jax.Array) -> jax.Array:
-  """Returns the causal mask of prompts, bool [S, T, T].
+def prompt_visible(
+    mask_ST: jax.Array, slots_Q: jax.Array | None = None
+) -> jax.Array:
+  """Returns the causal mask of prompts, bool [S, Q, T].
 
   Each slot sees the existing slots before it, and itself.
 
   Args:
     mask_ST: bool, which slots exist.
+    slots_Q: The slots that see; None for all.
   """
-  length = mask_ST.shape[1]
-  causal = jnp.tril(jnp.ones((length, length), bool))
-  return (causal & mask_ST[:, None]) | jnp.eye(length, dtype=bool)
+  every_T = jnp.arange(mask_ST.shape[1])
+  slots_Q = every_T if slots_Q is None else slots_Q
+  causal = every_T <= slots_Q[:, None]
+  return (causal & mask_ST[:, None]) | (every_T == slots_Q[:, None])

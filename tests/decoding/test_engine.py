@@ -10,6 +10,7 @@ from ssd_jax.core.config import UserError
 from ssd_jax.core.types import Queries
 from ssd_jax.decoding import engine
 from ssd_jax.decoding.ar import AR
+from ssd_jax.models import generator as generator_lib
 from ssd_jax.pipeline import testing
 
 PROMPTS = ["a", "longer text", "b", "wor"]
@@ -22,8 +23,9 @@ def pipe(request):
 
 
 @pytest.mark.quick(1)
-def test_cached_and_uncached_forwards_agree(pipe):
-  """The pass over the cache equals the forward of training to 1e-5."""
+def test_cached_and_uncached_forwards_agree(pipe, monkeypatch):
+  """The pass over the cache equals the forward of training to 1e-5, and so does
+  a prompt that is read in chunks."""
   generator, params = pipe.family.generator, pipe.params
   prompt, _ = pipe.family.encode_prompts(["a", "longer"], True)
   key = jax.random.key(3)
@@ -31,6 +33,10 @@ def test_cached_and_uncached_forwards_agree(pipe):
   full = generator.hidden(params, prompt, tokens)
   hidden, cache = generator.prefill(params, prompt)
   states = [hidden]
+  monkeypatch.setattr(generator_lib, "_CHUNK", 3)
+  assert prompt.tokens.shape[1] > 6
+  chex.assert_trees_all_close(
+      jax.jit(generator.prefill)(params, prompt), (hidden, cache), atol=1e-5)
   length = tokens.shape[1]
   for first, last in [(0, 1), (1, 4), (4, length - 1)]:
     slots = jnp.broadcast_to(jnp.arange(first, last), (4, last - first))
