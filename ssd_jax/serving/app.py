@@ -100,6 +100,7 @@ def make_app(
   applications = need("starlette.applications", "serve")
   exceptions = need("starlette.exceptions", "serve")
   middleware = need("starlette.middleware", "serve")
+  requests = need("starlette.requests", "serve")
   trusted = need("starlette.middleware.trustedhost", "serve")
   page = _Page(scheduler, pipe, bench or Bench())
   return applications.Starlette(
@@ -110,6 +111,9 @@ def make_app(
               trusted.TrustedHostMiddleware, allowed_hosts=hosts)],
       exception_handlers={
           ApiError: lambda request, error: _refuse(scheduler, error),
+          requests.ClientDisconnect: lambda request, error: _refuse(
+              scheduler, ApiError(
+                  400, "Expected a whole body, got a client that left.")),
           exceptions.HTTPException: lambda request, error: _refuse(
               scheduler, _no_route(request, error), error.headers),
           Exception: lambda request, error: _refuse(scheduler, ApiError(
