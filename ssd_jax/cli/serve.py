@@ -28,7 +28,8 @@ common.define_flags("batch", *common.MODEL)
 _BATCH = 4
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _KEY = "SSD_JAX_API_KEY"
-_WAIT_FOR_BODY = 5  # seconds that an idle connection is kept
+_IDLE = 5  # seconds that an idle connection is kept
+_TO_SEND = 5  # seconds after the drain in which clients take their replies
 
 
 def define_flags(
@@ -114,7 +115,8 @@ def _serve(
   app = app_lib.make_app(scheduler, pipe, hosts, door.key, door.bench)
   server = uvicorn.Server(uvicorn.Config(
       app, log_level="warning", server_header=False,
-      timeout_keep_alive=_WAIT_FOR_BODY, h11_max_incomplete_event_size=65_536))
+      timeout_keep_alive=_IDLE, timeout_graceful_shutdown=_TO_SEND,
+      http="h11", ws="none", h11_max_incomplete_event_size=65_536))
   host = f"[{values.host}]" if ":" in values.host else values.host
   port = door.listener.getsockname()[1]
   print(f"http://{host}:{port}  (Ctrl-C ends)", flush=True)
@@ -152,8 +154,10 @@ def run_until_signal(
     threading.Thread(target=drain, name="drain").start()
 
   server.capture_signals = lambda: _handling(end)
-  server.run(list(sockets))
-  scheduler.close()
+  try:
+    server.run(list(sockets))
+  finally:
+    scheduler.close()
 
 
 class _handling:
@@ -211,7 +215,7 @@ def _key(host: str) -> str | None:
   """Returns the server's key, which is needed where others are let in.
 
   Raises:
-    UserError: if it is missing.
+    UserError: if it is missing, or cannot be sent in a header.
   """
   key = os.environ.get(_KEY) or None
   if key is None and host not in _LOCAL:
@@ -219,6 +223,10 @@ def _key(host: str) -> str | None:
         f"Expected a key in the environment variable {_KEY}, since --host "
         f"{host} lets other machines in, got none. Set one, or leave --host "
         "out.")
+  if key and not (key.isascii() and key.isprintable() and " " not in key):
+    raise UserError(
+        f"Expected a key of visible ASCII characters in {_KEY}, which clients "
+        "can send, got spaces, line ends or others in it.")
   return key
 
 

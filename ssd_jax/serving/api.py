@@ -8,12 +8,12 @@ See https://platform.openai.com/docs/api-reference/images and, for events,
 import asyncio
 import base64
 import collections
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 import hmac
 import json
 import secrets
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,9 +33,11 @@ from ssd_jax.serving.tickets import (
 )
 
 _PING = 15.0  # seconds of silence after which a stream says that it lives
-_LOOK = 0.25  # seconds between two looks whether the client is still there
+_BODY_SECONDS = 60.0  # in which a client has to send its body
 _MOST_EVENTS = 64  # that wait for a slow reader; then progress is left out
 _KEPT, _KEPT_SECONDS = 256, 3600.0  # images behind URLs
+
+T = TypeVar("T")
 
 
 class Files:
@@ -96,14 +98,14 @@ class ImagesApi:
   async def generations(self, request: Any) -> Any:
     """Generates images; replies with all of them or a stream of events."""
     self._check_key(request)
-    values = await self._json(request)
+    values = await _within(self._json(request))
     wanted = parse(values, self._served, _client(request))
     return await self._draw(request, wanted, None)
 
   async def edits(self, request: Any) -> Any:
     """Completes an image; replies as `generations` does."""
     self._check_key(request)
-    fields, files = await edits.read_form(request)
+    fields, files = await _within(edits.read_form(request))
     wanted = parse(fields, self._served, _client(request))
     to_thread = need("anyio.to_thread", "serve")
     given = await to_thread.run_sync(
@@ -115,7 +117,7 @@ class ImagesApi:
       self, request: Any, wanted: ImageRequest, given: np.ndarray | None
   ) -> Any:
     """Generates the requested images below the given rows."""
-    events: asyncio.Queue[Event] = asyncio.Queue()
+    events: asyncio.Queue[Event | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
     def put(event: Event) -> None:
@@ -130,10 +132,18 @@ class ImagesApi:
     ticket = await to_thread.run_sync(
         self._scheduler.submit, wanted, listen, given)
     base = str(request.base_url)
-    if wanted.stream:
-      return self._responses.StreamingResponse(
-          self._stream(ticket, events, base), media_type="text/event-stream")
-    return await self._whole(request, ticket, events, base)
+    if not wanted.stream:
+      return await self._whole(request, ticket, events, base)
+    response = self._responses.StreamingResponse(
+        self._stream(ticket, events, base), media_type="text/event-stream")
+
+    async def send_all(scope: Any, receive: Any, send: Any) -> None:
+      try:
+        await response(scope, receive, send)
+      finally:  # also of a client that left before the first event
+        self._scheduler.cancel(ticket)
+
+    return send_all
 
   async def file(self, request: Any) -> Any:
     """Returns an image that a reply named by its URL."""
@@ -184,24 +194,23 @@ class ImagesApi:
   # --- replies
 
   async def _whole(
-      self, request: Any, ticket: Ticket, events: asyncio.Queue[Event],
-      base: str,
+      self, request: Any, ticket: Ticket,
+      events: asyncio.Queue[Event | None], base: str,
   ) -> Any:
     """Waits for all images; gives up when the client has left."""
     data: dict[int, dict[str, Any]] = {}
+    watch = asyncio.ensure_future(_when_left(request, events))
     try:
       while len(data) < ticket.request.images:
-        try:
-          event = await asyncio.wait_for(events.get(), _LOOK)
-        except TimeoutError:
-          if await request.is_disconnected():
-            return self._responses.Response(status_code=499)
-          continue
+        event = await events.get()
+        if event is None:
+          return self._responses.Response(status_code=499)
         if isinstance(event, Failed):
           raise event.error
         if isinstance(event, Completed):
           data[event.image] = self._image(ticket, event, base)
     finally:
+      watch.cancel()
       self._scheduler.cancel(ticket)
     return self._json_response({
         "created": int(time.time()), **self._common(ticket.request),
@@ -210,24 +219,22 @@ class ImagesApi:
         "notes": list(ticket.notes)})
 
   async def _stream(
-      self, ticket: Ticket, events: asyncio.Queue[Event], base: str
+      self, ticket: Ticket, events: asyncio.Queue[Event | None], base: str
   ) -> AsyncIterator[bytes]:
-    """Yields events; a client that leaves ends the request."""
+    """Yields events until all images are complete or the request failed."""
     left = ticket.request.images
-    try:
-      while left:
-        try:
-          event = await asyncio.wait_for(events.get(), _PING)
-        except TimeoutError:
-          yield b": ping\n\n"
-          continue
-        if isinstance(event, Failed):
-          yield _sse("error", {"type": "error", **event.error.body()})
-          return
-        left -= isinstance(event, Completed)
-        yield self._event(ticket, event, base)
-    finally:
-      self._scheduler.cancel(ticket)
+    while left:
+      try:
+        event = await asyncio.wait_for(events.get(), _PING)
+      except TimeoutError:
+        yield b": ping\n\n"
+        continue
+      assert event is not None  # the response itself sees a client leave
+      if isinstance(event, Failed):
+        yield _sse("error", {"type": "error", **event.error.body()})
+        return
+      left -= isinstance(event, Completed)
+      yield self._event(ticket, event, base)
 
   def _event(self, ticket: Ticket, event: Event, base: str) -> bytes:
     """Encodes an event."""
@@ -310,6 +317,24 @@ class ImagesApi:
       return json.loads(body)
     except (ValueError, RecursionError) as error:
       raise ApiError(400, "Expected JSON, got another body.") from error
+
+
+async def _within(body: Coroutine[Any, Any, T]) -> T:
+  """Returns what a client sends; raises ApiError if that takes too long."""
+  try:
+    return await asyncio.wait_for(body, _BODY_SECONDS)
+  except TimeoutError as error:
+    raise ApiError(408, f"Expected the whole body within {_BODY_SECONDS:g} "
+                        "seconds, got a part.", code="timeout") from error
+
+
+async def _when_left(
+    request: Any, events: asyncio.Queue[Event | None]
+) -> None:
+  """Puts None among the events when the client closes its connection."""
+  while (await request.receive())["type"] != "http.disconnect":
+    pass
+  events.put_nowait(None)
 
 
 def _sse(kind: str, body: dict[str, Any]) -> bytes:

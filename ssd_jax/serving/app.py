@@ -12,6 +12,7 @@ import json
 import pathlib
 import secrets
 from typing import Any
+import urllib.parse
 
 import jax
 
@@ -89,8 +90,8 @@ def make_app(
   Args:
     scheduler: Generates the images.
     pipe: The model.
-    hosts: Allowed host names, which prevents scripts of other sites from
-      reaching the server by a name of their own; ["*"] allows any.
+    hosts: Allowed host names, which prevents scripts and forms of other sites
+      from reaching the server; ["*"] allows any.
     key: Key that clients of the API must show, or None.
     bench: What `read_bench` returned, or None.
 
@@ -99,16 +100,10 @@ def make_app(
   """
   applications = need("starlette.applications", "serve")
   exceptions = need("starlette.exceptions", "serve")
-  middleware = need("starlette.middleware", "serve")
   requests = need("starlette.requests", "serve")
-  trusted = need("starlette.middleware.trustedhost", "serve")
   page = _Page(scheduler, pipe, bench or Bench())
-  return applications.Starlette(
+  app = applications.Starlette(
       routes=[*ImagesApi(scheduler, pipe, key).routes(), *page.routes()],
-      middleware=[
-          middleware.Middleware(_Headers),
-          middleware.Middleware(
-              trusted.TrustedHostMiddleware, allowed_hosts=hosts)],
       exception_handlers={
           ApiError: lambda request, error: _refuse(scheduler, error),
           requests.ClientDisconnect: lambda request, error: _refuse(
@@ -120,6 +115,7 @@ def make_app(
               500, "Expected to answer this request, got an error of the "
               "server.", "server_error", code="internal_error")),
       })
+  return _Headers(app if "*" in hosts else _OwnNames(app, scheduler, hosts))
 
 
 def _no_route(request: Any, error: Any) -> ApiError:
@@ -164,6 +160,46 @@ class _Headers:
       await send(message)
 
     await self._app(scope, receive, with_headers)
+
+
+class _OwnNames:
+  """Refuses what other sites make a browser of this machine ask.
+
+  Such a site may give this machine a name of its own, which Host shows, or send
+  a form, whose Origin is the site.
+  """
+
+  def __init__(self, app: Any, scheduler: Scheduler, hosts: Sequence[str]):
+    self._app, self._scheduler, self._hosts = app, scheduler, hosts
+    self._datastructures = need("starlette.datastructures", "serve")
+
+  async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    error = self._error(scope) if scope["type"] == "http" else None
+    app = self._app if error is None else _refuse(self._scheduler, error)
+    await app(scope, receive, send)
+
+  def _error(self, scope: Any) -> ApiError | None:
+    headers = self._datastructures.Headers(scope=scope)
+    host, origin = headers.get("host", ""), headers.get("origin")
+    if _host_name(f"//{host}") not in self._hosts:
+      return ApiError(400, f"Expected one of {', '.join(self._hosts)} as Host, "
+                           f"got {host[:60]!r}.", code="invalid_host")
+    is_read = scope["method"] in ("GET", "HEAD")
+    if origin is None or is_read or _host_name(origin) in self._hosts:
+      return None
+    return ApiError(403, "Expected a client or page of this machine, got one "
+                         f"of {origin[:60]!r}.", code="invalid_origin")
+
+
+def _host_name(url: str) -> str | None:
+  """Returns the name or address in a URL, or None if there is none."""
+  try:
+    parts = urllib.parse.urlsplit(url)
+    _ = parts.port  # raises if it is none
+  except ValueError:
+    return None
+  is_name = "@" not in parts.netloc and not any(map(str.isspace, url))
+  return parts.hostname if is_name else None
 
 
 class _Page:

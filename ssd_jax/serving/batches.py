@@ -26,6 +26,7 @@ from ssd_jax.pipeline.slots import Finished, Item, Slots
 from ssd_jax.runtime import sharding
 
 _SIZE = 4096  # bytes of the first part of a message
+_FAILED = "failed"  # sent instead of a method: the call before failed
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -82,8 +83,8 @@ class Batches:
         if jax.process_count() > 1 and not jax.process_index() else None)
 
   def of(self, key: LaneKey) -> list[Slots]:
-    """Returns the batches of a lane, to be read."""
-    return self._lanes[key]
+    """Returns the batches of a lane, to be read; none of one that is closed."""
+    return self._lanes.get(key, [])
 
   @_everywhere
   def open(self, key: LaneKey, item: Item) -> None:
@@ -164,23 +165,42 @@ class Batches:
     """Lets the other hosts end; nothing may be called any more."""
     if self._order is not None:
       self._order.submit(_send, None).result()
-      self._order.shutdown()
+      self._order.shutdown(cancel_futures=True)
 
   def follow(self) -> None:
-    """Repeats what the first host does, until it ends."""
+    """Repeats what the first host does, until it ends.
+
+    Raises:
+      RuntimeError: if a call failed here and not on the first host: the hosts
+        hold different images from then on, and would wait for each other.
+    """
+    error: Exception | None = None
     while (call := _receive()) is not None:
       name, args, kwargs = call
+      if error is not None and name != _FAILED:
+        raise RuntimeError(
+            "Expected what the first host can do, got an error.") from error
+      error = None
+      if name == _FAILED:
+        continue  # the first host now forgets what the call would have changed
       try:
         getattr(self, name)(*args, **kwargs)
       except UserError:
         pass  # which the first host says
-      except Exception:
+      except Exception as raised:
         logging.exception("%s failed", name)
+        error = raised
 
   def _lead(self, method: Any, args: Any, kwargs: Any) -> Any:
     with sharding.use_mesh(self._mesh):
       _send((method.__name__, args, kwargs))
-      return method(self, *args, **kwargs)
+      try:
+        return method(self, *args, **kwargs)
+      except UserError:
+        raise
+      except Exception:
+        _send((_FAILED, (), {}))
+        raise
 
   def _made(self, key: LaneKey) -> list[Slots]:
     programs = self._pipe.programs

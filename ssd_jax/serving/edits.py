@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import io
 import json
 from typing import Any
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,7 @@ from ssd_jax.serving.requests import ApiError
 from ssd_jax.storage import image_files
 
 MOST_BYTES = 16 * 2**20
+_MOST_PIXELS = 2**25  # of a file, which may pack many in few bytes
 _JSON = ("n", "seed", "guidance_scale", "temperature", "top_k", "top_p",
          "stream", "partial_images", "output_compression", "progress", "rows")
 _FILES = ("image", "image[]", "mask")
@@ -72,7 +74,7 @@ def _value(name: str, text: str) -> Any:
   if name in _JSON:
     try:
       return json.loads(text.lower())
-    except ValueError:
+    except (ValueError, RecursionError):
       return text  # `parse` says what is expected
   return text
 
@@ -99,6 +101,7 @@ def kept_rows(
   if image is None:
     raise ApiError(400, "Expected an image, got none.", param="image")
   height, width = image_shape[:2]
+  _check_size(image, "image")
   try:
     pixels = pictures.read(io.BytesIO(image), "the file", width, height)
   except UserError as error:
@@ -119,12 +122,26 @@ def kept_rows(
     raise ApiError(501, str(error), code="unsupported") from error
 
 
+def _check_size(file: bytes, param: str) -> None:
+  """Raises ApiError if an image has more pixels than memory is spent on."""
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+      width, height = Image.open(io.BytesIO(file)).size
+  except image_files.FAILURES:
+    return  # its reader says what is wrong
+  if width * height > _MOST_PIXELS:
+    raise ApiError(400, f"Expected at most {_MOST_PIXELS} pixels, got {width}x"
+                        f"{height}. Scale it down.", param=param)
+
+
 def _rows_above(file: bytes, grid: Grid) -> int:
   """Returns the rows of tokens above a mask's transparent part.
 
   Raises:
     ApiError: if that part is not all that is below some row.
   """
+  _check_size(file, "mask")
   try:
     mask = Image.open(io.BytesIO(file))
     alpha = np.asarray(mask.convert("RGBA"))[..., 3]

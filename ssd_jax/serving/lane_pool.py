@@ -86,7 +86,8 @@ class LanePool:
 
   def __iter__(self) -> Iterator[Lane]:
     """Iterates over the lanes that are ready."""
-    return iter([lane for lane in self._lanes.values() if lane is not None])
+    # list() is one step, so that any thread may ask.
+    return iter([x for x in list(self._lanes.values()) if x is not None])
 
   def __contains__(self, key: LaneKey) -> bool:
     """Returns whether a lane is ready."""

@@ -14,10 +14,13 @@ from ssd_jax.serving.requests import (
 
 _ERRORS = {
     "400": "A field is wrong.", "401": "The key is missing or wrong.",
+    "403": "The page that asks is of another site.",
     "404": "No such model.", "405": "The method is another.",
+    "408": "The body took too long.", "411": "A form's length is missing.",
     "413": "The body is too long.",
-    "415": "The body is not JSON.", "429": "Too many images wait.",
-    "500": "An error of the server.", "503": "The server ends.",
+    "415": "The body is not of this kind.", "429": "Too many images wait.",
+    "500": "An error of the server.",
+    "501": "The model cannot complete images.", "503": "The server ends.",
     "504": "The time for a request is over."}
 
 

@@ -50,6 +50,7 @@ class Scheduler:
     self._pipe, self.grid = pipe, pipe.model.grid
     self._change = threading.Condition()
     self._queue: FairQueue[Drawing] = FairQueue()
+    self._open: dict[Ticket, LaneKey] = {}  # requests that have not ended
     self._seconds_per_image = 1.0
     self._is_open, self._is_draining, self._is_alive = True, False, True
     self._is_busy = False
@@ -96,6 +97,7 @@ class Scheduler:
     ticket, key = self._ticket(request, listen, given)
     with self._change:
       self._check_room(request.images)
+      self._open[ticket] = key
       self._lanes.ask(key)
       for number in range(request.images):
         drawing = Drawing(ticket, number)
@@ -189,7 +191,8 @@ class Scheduler:
                           "that ends. Try again.", "server_error",
                      code="unavailable", retry_after=5)
     waiting = len(self._queue)
-    seconds = (waiting + images) * self._seconds_per_image
+    # With nothing ahead it is tried, or a wrong guess would never be mended.
+    seconds = (waiting + images) * self._seconds_per_image if waiting else 0.0
     if waiting + images > limits.waiting or seconds > limits.seconds:
       raise ApiError(
           429, f"Expected at most {limits.waiting} waiting images, got "
@@ -321,15 +324,14 @@ class Scheduler:
 
   # --- ends
 
-  def _tickets(
-      self, is_wanted: Callable[[Drawing], bool] = lambda _: True
-  ) -> list[Ticket]:
-    """Returns the requests that are queued or running."""
+  def _tickets(self, lane: LaneKey | None = None) -> list[Ticket]:
+    """Returns the requests that have not ended, all or those of a lane.
+
+    Wherever their images are: an error may have taken one from its slot.
+    """
     with self._change:
-      drawings = list(self._queue) + [
-          d for lane in self._lanes for d in lane.drawings()]
-    return list({id(d.ticket): d.ticket for d in drawings if is_wanted(d)}
-                .values())
+      return [ticket for ticket, key in self._open.items()
+              if lane in (None, key)]
 
   def _end_overdue(self) -> None:
     """Ends requests whose time is over, and drops what has ended."""
@@ -343,8 +345,8 @@ class Scheduler:
     self._queue.drop(lambda d: d.ticket.reason is not None)
 
   def _fail_lane(self, key: LaneKey) -> None:
-    """Fails a lane's queued and running requests."""
-    self._fail(self._tickets(lambda drawing: lane_key(drawing) == key))
+    """Fails a lane's requests."""
+    self._fail(self._tickets(key))
 
   def _fail(self, tickets: list[Ticket]) -> None:
     for ticket in tickets:
@@ -357,6 +359,8 @@ class Scheduler:
       self._count_end(ticket)
 
   def _count_end(self, ticket: Ticket) -> None:
+    with self._change:
+      self._open.pop(ticket, None)
     seconds = time.monotonic() - ticket.arrived
     self.metrics.requests.labels(ticket.reason).inc()
     self.metrics.request_seconds.labels(ticket.reason).observe(seconds)

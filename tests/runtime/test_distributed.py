@@ -118,7 +118,7 @@ def ask(port, path, **fields):
 def test_two_hosts_serve_as_one():
   """The first answers, the other repeats what it does: images are those of
   one host, a decoder that is new or that the model lacks is no end, SIGTERM
-  to the first ends both."""
+  to the first ends both, although a client never ends its request."""
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
@@ -147,8 +147,12 @@ def test_two_hosts_serve_as_one():
           Image.open(io.BytesIO(base64.b64decode(pictures[i]))), made[i])
     for decoder, said in (("sjd:window=2", 200), ("ssd:vertical=9", 400)):
       assert ask(port, path, prompt="a", decoder=decoder)[0] == said
-    hosts[0].send_signal(signal.SIGTERM)
-    assert [status for status, _ in finish(hosts, 60)] == [0, 0]
+    with socket.create_connection(("127.0.0.1", port)) as half:
+      half.sendall(
+          f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+          "Content-Type: application/json\r\n\r\n{".encode())
+      hosts[0].send_signal(signal.SIGTERM)
+      assert [status for status, _ in finish(hosts, 60)] == [0, 0]
   finally:
     for host in hosts:
       host.kill()

@@ -16,7 +16,9 @@ import openai
 from PIL import Image
 import pytest
 
-from ssd_jax.serving import lanes
+from ssd_jax.cli import serve
+from ssd_jax.core.config import UserError
+from ssd_jax.serving import api, app, batches, lanes
 from tests.support import chains, served
 
 DECODERS = ("ar", "zipar:window=2")
@@ -60,6 +62,26 @@ def ask(site, path, body=None, **headers):
 def generations(site, **values):
   status, headers, body = ask(site, "/v1/images/generations", values)
   return status, headers, json.loads(body)
+
+
+def post(site, length=None, **values):
+  """The connection of a request, whose body may be shorter than it says."""
+  raw = socket.create_connection(site[0].removeprefix("http://").split(":"))
+  raw.settimeout(60)
+  body = json.dumps(values)
+  raw.sendall(
+      "POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+      "Content-Type: application/json\r\n"
+      f"Content-Length: {length or len(body)}\r\n\r\n{body}".encode())
+  return raw
+
+
+def wait_for(site, line):
+  """Returns once a metric has a value."""
+  deadline = time.monotonic() + 20
+  while f"ssd_jax_{line}\n".encode() not in ask(site, "/metrics")[2]:
+    assert time.monotonic() < deadline, line
+    time.sleep(0.01)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -136,7 +158,7 @@ def test_errors_are_those_of_the_official_client(client, values, error, code):
   assert caught.value.code == code and caught.value.request_id
 
 
-def test_bodies_that_are_no_request(site):
+def test_bodies_that_are_no_request(site, monkeypatch):
   """Wrong types, broken JSON and long bodies get a 4xx error, never a 500; a
   client that leaves in the middle of its body is no error of the server."""
   path = "/v1/images/generations"
@@ -155,15 +177,14 @@ def test_bodies_that_are_no_request(site):
       r'refused_total{status="400"} (\S+)',
       ask(site, "/metrics")[2].decode())[1])
   before = refused()
-  with socket.create_connection(
-      site[0].removeprefix("http://").split(":")) as raw:
-    raw.sendall(
-        b"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-        b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+  post(site, length=99).close()
   deadline = time.monotonic() + 10
   while refused() == before and time.monotonic() < deadline:
     time.sleep(0.01)
   assert refused() == before + 1
+  monkeypatch.setattr(api, "_BODY_SECONDS", 0.05)
+  with post(site, length=99) as raw:
+    assert raw.recv(12) == b"HTTP/1.1 408"
 
 
 def test_models_health_and_metrics(client, site):
@@ -194,7 +215,27 @@ def test_nothing_else_is_served(site):
                "/bench/pareto.png", "/v1/models/..%2f"):
     status, headers, _ = ask(site, path)
     assert status == 404 and headers["X-Request-Id"], path
-  assert ask(site, "/", Host="evil.example")[0] == 400
+  for host in ("evil.example", "127.0.0.1@evil.example", "[", "a b", ""):
+    status, _, body = ask(site, "/info", Host=host)
+    assert status == 400 and b'"invalid_host"' in body, host
+  for origin, status in (("https://evil.example", 403), ("null", 403),
+                         ("http://127.0.0.1:3000", 415)):
+    assert ask(site, "/v1/images/edits", b"", Origin=origin)[0] == status
+
+
+def test_names_of_hosts():
+  """With ports, as IPv6 or in an Origin; None for what is no name."""
+  for url, name in (("//[::1]:8000", "::1"), ("//LOCALHOST", "localhost"),
+                    ("//localhost:http", None), ("null", None)):
+    assert app._host_name(url) == name, url
+
+
+@pytest.mark.parametrize("key", ["secret\n", "a b", "\udcff", "é"])
+def test_a_key_that_no_header_can_hold_is_one_line(monkeypatch, key):
+  monkeypatch.setenv("SSD_JAX_API_KEY", key)
+  with pytest.raises(UserError, match="visible ASCII") as caught:
+    serve._key("127.0.0.1")
+  assert key not in str(caught.value)
 
 
 def test_a_key_guards_the_api(pipe):
@@ -230,7 +271,8 @@ def test_a_full_queue_turns_away_and_says_when_to_come_back(pipe):
 
 
 def test_a_client_that_leaves_frees_its_slots(pipe, monkeypatch):
-  """A stream that is closed ends its request; the rest of it is not drawn."""
+  """One that closes its stream, or waits for a whole reply while passes go on:
+  the rest is not drawn."""
   monkeypatch.setattr(lanes, "_MOST_PASSES", 1)
   with served.site(pipe, batch=1, images=4) as site:
     client = openai.OpenAI(base_url=site[0] + "/v1", api_key="none")
@@ -238,18 +280,28 @@ def test_a_client_that_leaves_frees_its_slots(pipe, monkeypatch):
         prompt="a", n=4, stream=True, extra_body=dict(progress=True))
     next(iter(stream))
     stream.close()
-    deadline = time.monotonic() + 20
-    while b'requests_total{finished_reason="cancelled"} 1.0' not in ask(
-        site, "/metrics")[2]:
-      assert time.monotonic() < deadline
-      time.sleep(0.02)
+    wait_for(site, 'requests_total{finished_reason="cancelled"} 1.0')
+    advance = batches.Batches.advance
+    with monkeypatch.context() as patch:
+      patch.setattr(batches.Batches, "advance",
+                    lambda *args: time.sleep(0.05) or advance(*args))
+      with post(site, prompt="a", n=4, progress=True):
+        wait_for(site, "requests_running 1.0")
+      wait_for(site, 'requests_total{finished_reason="cancelled"} 2.0')
     assert client.images.generate(prompt="b").data
+
+
+def test_a_wrong_guess_of_an_images_time_is_mended(pipe):
+  """What is thought too slow is tried when nothing else waits."""
+  with served.site(pipe, batch=1) as site:
+    site[1]._seconds_per_image = 1e9
+    assert generations(site, prompt="a")[0] == 200
+    assert site[1]._seconds_per_image < 1e9
 
 
 def test_a_deadline_is_told(pipe):
   """504, and no second try of the client."""
   with served.site(pipe, batch=1, seconds=1e-3) as site:
-    site[1]._seconds_per_image = 0.0  # as if it were quick
     status, headers, body = generations(site, prompt="a")
     assert status == 504 and headers["x-should-retry"] == "false"
     assert body["error"]["code"] == "timeout"
@@ -265,6 +317,10 @@ def test_a_failure_is_told_and_the_next_request_is_drawn(pipe, monkeypatch):
       _, _, body = generations(site, prompt="a")
       assert body["error"]["type"] == "server_error"
       assert "secret" not in json.dumps(body)
+    assert generations(site, prompt="a")[0] == 200
+    with monkeypatch.context() as patch:  # after the image left the queue
+      patch.setattr(batches.Batches, "insert", fail)
+      assert generations(site, prompt="a", n=2)[0] == 500
     assert generations(site, prompt="a")[0] == 200
     with monkeypatch.context() as patch:
       patch.setattr("ssd_jax.serving.scheduler.encode_file", fail)

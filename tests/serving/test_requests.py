@@ -1,10 +1,15 @@
 """Requests of the Images API: understood, or refused in its own shape."""
 
+import io
+
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 import pytest
 
+from ssd_jax.core.grid import Grid
 from ssd_jax.decoding import registry
 from ssd_jax.decoding.ar import AR
+from ssd_jax.serving import batches, edits
 from ssd_jax.serving.fair_queue import FairQueue
 from ssd_jax.serving.requests import ApiError, Limits, Served, parse
 
@@ -104,3 +109,30 @@ def test_clients_take_turns():
   assert queue.drop(lambda x: x % 2 == 0) == [2, 4, 8]
   assert list(queue) == [3, 5, 7, 9] and len(queue) == 4
   assert queue.take(lambda x: x > 50) is None
+
+
+def test_forms_are_no_way_around_the_limits():
+  """Text that nests too deeply stays text; few bytes may not be many pixels."""
+  deep = "[" * 60_000
+  assert edits._value("seed", deep) == deep
+  assert edits._value("stream", "True") is True
+  file = io.BytesIO()
+  Image.new("1", (8192, 8192)).save(file, "PNG")
+  small = io.BytesIO()
+  Image.new("RGB", (8, 8)).save(small, "PNG")
+  for files, param in (
+      ({"image": file.getvalue()}, "image"),
+      ({"image": small.getvalue(), "mask": file.getvalue()}, "mask")):
+    with pytest.raises(ApiError, match="8192x8192") as caught:
+      edits.kept_rows({}, files, Grid(4, 4), (8, 8, 3), lambda images: images)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_a_host_that_fails_alone_ends(monkeypatch):
+  """What fails on the first host too is no end: it forgets what it began."""
+  calls = iter([("clear", (None,), {}), ("failed", (), {}), ("idle", (), {}),
+                ("clear", (None,), {}), ("idle", (), {}), None])
+  monkeypatch.setattr(batches, "_receive", lambda: next(calls))
+  with pytest.raises(RuntimeError, match="first host"):
+    batches.Batches(None, 1).follow()
+  assert next(calls) is None
