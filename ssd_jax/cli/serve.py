@@ -9,6 +9,7 @@ import threading
 from typing import Any, NamedTuple
 
 from absl import flags
+import jax
 
 from ssd_jax.cli import common, run as cli
 from ssd_jax.core.config import UserError, check
@@ -121,6 +122,8 @@ def _serve(
   port = door.listener.getsockname()[1]
   print(f"http://{host}:{port}  (Ctrl-C ends)", flush=True)
   run_until_signal(server, scheduler, [door.listener], values.drain)
+  if scheduler.is_compiling and jax.process_count() == 1:
+    os._exit(0)  # a regular exit would wait for the compiler
 
 
 def _open_door() -> _Door:
@@ -140,6 +143,9 @@ def run_until_signal(
     scheduler: Generates the images.
     sockets: Where the server listens.
     seconds: Time to drain.
+
+  Raises:
+    UserError: if the model cannot run a decoder that is always served.
   """
   asked = threading.Event()
 
@@ -153,11 +159,19 @@ def run_until_signal(
     asked.set()
     threading.Thread(target=drain, name="drain").start()
 
+  def fail() -> None:
+    server.should_exit = True
+
   server.capture_signals = lambda: _handling(end)
+  scheduler.on_failure = fail
+  if scheduler.failure is not None:  # before it was listened to
+    fail()
   try:
     server.run(list(sockets))
   finally:
     scheduler.close()
+  if scheduler.failure is not None:
+    raise scheduler.failure
 
 
 class _handling:

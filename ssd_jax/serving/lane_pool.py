@@ -66,14 +66,14 @@ class LanePool:
     always: Lanes that are made ready at once and kept.
     most: Most lanes that are kept.
     change: Held whenever the pool is read or changed; notified of new lanes.
-    on_failure: Called with the key of a lane that cannot be made.
+    on_failure: Called with the key of a lane that cannot be made, and why.
     metrics: What is counted.
   """
 
   def __init__(
       self, pipe: Pipeline, encode: PromptEncoder, batches: Batches,
       always: Collection[LaneKey], most: int, change: threading.Condition,
-      on_failure: Callable[[LaneKey], None], metrics: Metrics,
+      on_failure: Callable[[LaneKey, Exception], None], metrics: Metrics,
   ):
     self._pipe, self._encode, self._batches = pipe, encode, batches
     self._always, self._most = always, max(most, len(always))
@@ -97,6 +97,11 @@ class LanePool:
   def is_ready(self) -> bool:
     """Whether the lanes that are always kept are ready."""
     return all(key in self for key in self._always)
+
+  @property
+  def is_compiling(self) -> bool:
+    """Whether a lane is being made ready."""
+    return any(lane is None for lane in list(self._lanes.values()))
 
   def ask(self, key: LaneKey) -> None:
     """Makes a lane ready in the background, unless it is."""
@@ -129,11 +134,12 @@ class LanePool:
     start = time.monotonic()
     try:
       self._batches.open(key, self._item(key))
-    except Exception:
-      logging.exception("a decoder could not be made ready")
+    except Exception as error:
+      if not isinstance(error, UserError):
+        logging.exception("a decoder could not be made ready")
       with self._change:
         del self._lanes[key]
-        self._on_failure(key)
+        self._on_failure(key, error)
       return
     self._metrics.compile_seconds.inc(time.monotonic() - start)
     with self._change:

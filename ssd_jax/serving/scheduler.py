@@ -41,6 +41,8 @@ class Scheduler:
     served: What the server offers.
     metrics: What is counted.
     grid: The image as a grid of tokens.
+    failure: Why what is always served cannot be, or None.
+    on_failure: Called when there is a failure.
   """
 
   def __init__(
@@ -54,12 +56,14 @@ class Scheduler:
     self._seconds_per_image = 1.0
     self._is_open, self._is_draining, self._is_alive = True, False, True
     self._is_busy = False
+    self.failure: Exception | None = None
+    self.on_failure: Callable[[], None] = lambda: None
     self._batches = batches
     self._painter = concurrent.futures.ThreadPoolExecutor(1, "painting")
     self._encode = PromptEncoder(pipe)
     self._lanes = LanePool(
         pipe, self._encode, batches, self._defaults(), served.limits.lanes,
-        self._change, self._fail_lane, metrics)
+        self._change, self._on_no_lane, metrics)
     metrics.gauge("requests_waiting", "Images that wait for a slot.",
                   lambda: len(self._queue))
     metrics.gauge("requests_running", "Images in slots.", self._count_running)
@@ -79,6 +83,11 @@ class Scheduler:
     """Whether all that is served is compiled, and requests are accepted."""
     return (
         self._is_alive and not self._is_draining and self._lanes.is_ready)
+
+  @property
+  def is_compiling(self) -> bool:
+    """Whether a decoder is being compiled."""
+    return self._lanes.is_compiling
 
   def submit(
       self, request: ImageRequest, listen: Callable[[Event], None],
@@ -343,6 +352,16 @@ class Scheduler:
             f"{self.served.limits.seconds:g} seconds, got more work than that. "
             "Try again later.", "timeout", code="timeout"))
     self._queue.drop(lambda d: d.ticket.reason is not None)
+
+  def _on_no_lane(self, key: LaneKey, error: Exception) -> None:
+    """Fails what waits for a lane that cannot be made; see `LanePool`."""
+    if key in self._defaults():
+      self.failure, self._is_alive = error, False
+      self.on_failure()
+    if isinstance(error, UserError):
+      for ticket in self._tickets(key):
+        self._end(ticket, "error", ApiError(400, str(error), param="decoder"))
+    self._fail_lane(key)
 
   def _fail_lane(self, key: LaneKey) -> None:
     """Fails a lane's requests."""

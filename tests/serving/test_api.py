@@ -15,9 +15,11 @@ import numpy as np
 import openai
 from PIL import Image
 import pytest
+import uvicorn
 
 from ssd_jax.cli import serve
 from ssd_jax.core.config import UserError
+from ssd_jax.decoding import registry
 from ssd_jax.serving import api, app, batches, lanes
 from tests.support import chains, served
 
@@ -289,6 +291,30 @@ def test_a_client_that_leaves_frees_its_slots(pipe, monkeypatch):
         wait_for(site, "requests_running 1.0")
       wait_for(site, 'requests_total{finished_reason="cancelled"} 2.0')
     assert client.images.generate(prompt="b").data
+
+
+def test_a_decoder_that_cannot_be_compiled_is_told(pipe, monkeypatch):
+  """To the client that asks for it; one that is always served ends all."""
+  opened = batches.Batches.open
+
+  def refuse(self, key, item):
+    if key.decoder.name != "ar":
+      raise UserError("Expected lookahead to be more, got less.")
+    opened(self, key, item)
+
+  monkeypatch.setattr(batches.Batches, "open", refuse)
+  with served.site(pipe, batch=1, any_decoder=True) as site:
+    status, _, body = generations(site, prompt="a", decoder="stair")
+    assert status == 400 and "lookahead" in body["error"]["message"]
+    assert generations(site, prompt="a")[0] == 200
+    scheduler = site[1]
+    server = uvicorn.Server(uvicorn.Config(None))
+    scheduler.served.decoders["stair"] = registry.parse("stair")
+    monkeypatch.setattr(server, "run", lambda _: scheduler._on_no_lane(
+        scheduler._defaults()[-1], UserError("Expected lookahead.")))
+    with pytest.raises(UserError, match="lookahead"):
+      serve.run_until_signal(server, scheduler, [], 1)
+    assert server.should_exit and ask(site, "/health")[0] == 503
 
 
 def test_a_wrong_guess_of_an_images_time_is_mended(pipe):
