@@ -149,7 +149,6 @@ class GeneratedTokens:
     sequence[:, self.grid.slot_of.ravel()] = self.tokens[images]
     return sequence
 
-
   def prompts(
       self, teacher: Teacher, images: np.ndarray, guided: bool
   ) -> Prompt:
